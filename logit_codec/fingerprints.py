@@ -1,0 +1,26 @@
+"""Hashes that both sides compute alike, so that a wrong pairing is refused at connect."""
+
+import hashlib
+import json
+from typing import Any
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 (hex) over a tokenizer's sorted (id, token) pairs and its special ids.
+
+    `tokenizer` is one of transformers (`get_vocab`, `all_special_ids`) or of tokenizers
+    (`get_vocab`, `get_added_tokens_decoder`). Raises ValueError for anything else.
+    """
+    if not hasattr(tokenizer, "get_vocab"):
+        raise ValueError(
+            "a tokenizer of transformers or tokenizers is needed (with get_vocab), got "
+            f"{type(tokenizer).__name__}"
+        )
+    pairs = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items())
+    if hasattr(tokenizer, "all_special_ids"):
+        special = sorted(set(tokenizer.all_special_ids))
+    else:
+        added = tokenizer.get_added_tokens_decoder()
+        special = sorted(token_id for token_id, token in added.items() if token.special)
+    text = json.dumps([pairs, special], separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,229 @@
+"""What is kept of the teacher's distributions, one frozen dataclass per kind.
+
+Letters: R rows, V vocabulary, E kept entries of all rows together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
+class Targets:
+    """R rows of the teacher's distribution over V ids, at a temperature that is part of the value.
+
+    Raises ValueError if shapes or dtypes do not fit together.
+    """
+
+    kind: ClassVar[str]
+    row_fields: ClassVar[tuple[str, ...]] = ("realized_logprob", "entropy", "log_z")
+    """Tensors with one element per row; each may be None unless a subclass says otherwise."""
+
+    vocab_size: int
+    temperature: float
+    realized_logprob: Tensor | None = None
+    """(R,) float32: logprob of the token that really came next."""
+    entropy: Tensor | None = None
+    """(R,) float32, nats: entropy of the teacher's full distribution."""
+    log_z: Tensor | None = None
+    """(R,) float32: logsumexp of the raw logits / temperature."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1 or not self.temperature > 0:
+            raise ValueError(
+                "vocab_size and temperature must be positive, got "
+                f"{self.vocab_size} and {self.temperature}"
+            )
+        for name in self.row_fields:
+            value = getattr(self, name)
+            if value is not None:
+                _expect(name, value, torch.float32, (self.num_rows,))
+
+    @property
+    def num_rows(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __repr__(self) -> str:
+        parts = [f"{self.num_rows} rows", f"vocab_size={self.vocab_size}"]
+        for name, value in self._tensors().items():
+            parts.append(f"{name}={str(value.dtype).removeprefix('torch.')}{list(value.shape)}")
+        return f"{type(self).__name__}({', '.join(parts)}, temperature={self.temperature})"
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """The same targets with every tensor on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in self._tensors().items()
+        }
+        return replace(self, **moved)
+
+    def to_dense(self) -> Tensor:
+        """(R, V) float32 probabilities as the losses read them; for tests and a small V."""
+        raise NotImplementedError
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Some consecutive rows, without copying."""
+        if not isinstance(rows, slice):
+            raise TypeError(f"targets are sliced by rows, such as targets[2:5], got {rows!r}")
+        start, stop, step = rows.indices(self.num_rows)
+        if step != 1:
+            raise ValueError(f"targets are sliced in steps of 1, got {step}")
+        return self._slice(start, max(start, stop))
+
+    def _slice(self, start: int, stop: int) -> Self:
+        raise NotImplementedError
+
+    def _sliced_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        return {
+            name: getattr(self, name)[start:stop]
+            for name in self.row_fields
+            if getattr(self, name) is not None
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    @staticmethod
+    def cat(parts: Sequence["Targets"]) -> "Targets":
+        """The rows of all parts, one after the other.
+
+        Raises ValueError if there is no part, or if parts differ in kind, vocabulary, temperature
+        or in which fields they carry.
+        """
+        if not parts:
+            raise ValueError("Targets.cat needs at least one part")
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        for other in parts[1:]:
+            for name, mine, theirs in (
+                ("kind", first.kind, other.kind),
+                ("vocab_size", first.vocab_size, other.vocab_size),
+                ("temperature", first.temperature, other.temperature),
+                ("fields", sorted(first._tensors()), sorted(other._tensors())),
+            ):
+                if mine != theirs:
+                    raise ValueError(f"cannot join targets of different {name}: {mine}, {theirs}")
+        joined = {
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in first._tensors()
+            if name != "row_splits"
+        }
+        if isinstance(first, TopKTargets):
+            sizes = [part.row_splits.diff() for part in parts if isinstance(part, TopKTargets)]
+            joined["row_splits"] = _splits(torch.cat(sizes))
+        return replace(first, **joined)
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
+class TopKTargets(Targets):
+    """The most likely ids of each row, their logprobs, and the exact mass of all the others."""
+
+    kind: ClassVar[str] = "top_k"
+    row_fields: ClassVar[tuple[str, ...]] = (*Targets.row_fields, "tail_logprob")
+
+    row_splits: Tensor
+    """(R+1,) int64: the entries of row r are row_splits[r] : row_splits[r+1]."""
+    token_ids: Tensor
+    """(E,) int64, ascending within a row."""
+    logprobs: Tensor
+    """(E,) float32."""
+    tail_logprob: Tensor
+    """(R,) float32: log of 1 - kept mass; -inf if every id is kept."""
+
+    def __post_init__(self) -> None:
+        _expect("row_splits", self.row_splits, torch.int64, (len(self.row_splits),))
+        if len(self.row_splits) == 0:
+            raise ValueError("row_splits needs R+1 elements, got none")
+        _expect("token_ids", self.token_ids, torch.int64, (len(self.token_ids),))
+        _expect("logprobs", self.logprobs, torch.float32, (len(self.token_ids),))
+        Targets.__post_init__(self)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_splits) - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_ids.device
+
+    def entry_rows(self) -> Tensor:
+        """(E,) int64: the row that each entry belongs to."""
+        rows = torch.arange(self.num_rows, device=self.device)
+        return torch.repeat_interleave(
+            rows, self.row_splits.diff(), output_size=len(self.token_ids)
+        )
+
+    def to_dense(self) -> Tensor:
+        """(R, V) float32 probabilities: the kept entries; the tail is not spread over other ids."""
+        dense = torch.zeros(self.num_rows, self.vocab_size, device=self.device)
+        dense[self.entry_rows(), self.token_ids] = self.logprobs.exp()
+        return dense
+
+    def _slice(self, start: int, stop: int) -> "TopKTargets":
+        splits = self.row_splits[start : stop + 1]
+        first, last = int(splits[0]), int(splits[-1])
+        return replace(
+            self,
+            row_splits=splits - first,
+            token_ids=self.token_ids[first:last],
+            logprobs=self.logprobs[first:last],
+            **self._sliced_rows(start, stop),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
+class DenseTargets(Targets):
+    """The logprob of every id."""
+
+    kind: ClassVar[str] = "dense"
+
+    logprobs: Tensor
+    """(R, V) float32 or bfloat16; -inf where the teacher has a padding row."""
+
+    def __post_init__(self) -> None:
+        if self.logprobs.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"logprobs must be float32 or bfloat16, got {self.logprobs.dtype} for dense"
+            )
+        _expect("logprobs", self.logprobs, None, (len(self.logprobs), self.vocab_size))
+        Targets.__post_init__(self)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.logprobs)
+
+    @property
+    def device(self) -> torch.device:
+        return self.logprobs.device
+
+    def to_dense(self) -> Tensor:
+        """(R, V) float32 probabilities."""
+        return self.logprobs.float().exp()
+
+    def _slice(self, start: int, stop: int) -> "DenseTargets":
+        return replace(self, logprobs=self.logprobs[start:stop], **self._sliced_rows(start, stop))
+
+
+def _expect(name: str, value: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...]) -> None:
+    if (dtype is not None and value.dtype != dtype) or tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name} must be {dtype or value.dtype} of shape {shape}, "
+            f"got {value.dtype} of shape {tuple(value.shape)}"
+        )
+
+
+def _splits(sizes: Tensor) -> Tensor:
+    """(R,) sizes -> (R+1,) where each row begins, and the end."""
+    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))

@@ -1,0 +1,1 @@
+"""The wire contract: `teacher.proto` and the stubs generated from it by `make protos`."""

@@ -1,0 +1,218 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Level(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LEVEL_UNSPECIFIED: _ClassVar[Level]
+    LEVEL_INTERACTIVE: _ClassVar[Level]
+    LEVEL_TRAINING: _ClassVar[Level]
+    LEVEL_BULK: _ClassVar[Level]
+LEVEL_UNSPECIFIED: Level
+LEVEL_INTERACTIVE: Level
+LEVEL_TRAINING: Level
+LEVEL_BULK: Level
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ScoreRequest(_message.Message):
+    __slots__ = ("session_id", "request_id", "token_ids", "lengths", "first_rows", "row_mask", "targets", "temperature", "seed", "epoch", "level", "teacher_fingerprint")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROW_MASK_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    request_id: int
+    token_ids: bytes
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    first_rows: _containers.RepeatedScalarFieldContainer[int]
+    row_mask: bytes
+    targets: TargetSpec
+    temperature: float
+    seed: int
+    epoch: int
+    level: Level
+    teacher_fingerprint: str
+    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., lengths: _Optional[_Iterable[int]] = ..., first_rows: _Optional[_Iterable[int]] = ..., row_mask: _Optional[bytes] = ..., targets: _Optional[_Union[TargetSpec, _Mapping]] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., epoch: _Optional[int] = ..., level: _Optional[_Union[Level, str]] = ..., teacher_fingerprint: _Optional[str] = ...) -> None: ...
+
+class TargetSpec(_message.Message):
+    __slots__ = ("top_k", "dense", "omit_realized_logprob", "entropy", "omit_log_z")
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    DENSE_FIELD_NUMBER: _ClassVar[int]
+    OMIT_REALIZED_LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    ENTROPY_FIELD_NUMBER: _ClassVar[int]
+    OMIT_LOG_Z_FIELD_NUMBER: _ClassVar[int]
+    top_k: TopK
+    dense: Dense
+    omit_realized_logprob: bool
+    entropy: bool
+    omit_log_z: bool
+    def __init__(self, top_k: _Optional[_Union[TopK, _Mapping]] = ..., dense: _Optional[_Union[Dense, _Mapping]] = ..., omit_realized_logprob: bool = ..., entropy: bool = ..., omit_log_z: bool = ...) -> None: ...
+
+class TopK(_message.Message):
+    __slots__ = ("k", "min_p", "bits")
+    K_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    k: int
+    min_p: float
+    bits: int
+    def __init__(self, k: _Optional[int] = ..., min_p: _Optional[float] = ..., bits: _Optional[int] = ...) -> None: ...
+
+class Dense(_message.Message):
+    __slots__ = ("bits",)
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    bits: int
+    def __init__(self, bits: _Optional[int] = ...) -> None: ...
+
+class ScoreResponse(_message.Message):
+    __slots__ = ("request_id", "part", "error")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    part: TargetsPart
+    error: RequestError
+    def __init__(self, request_id: _Optional[int] = ..., part: _Optional[_Union[TargetsPart, _Mapping]] = ..., error: _Optional[_Union[RequestError, _Mapping]] = ...) -> None: ...
+
+class TargetsPart(_message.Message):
+    __slots__ = ("sequence", "first_row", "num_rows", "last", "ids_digest", "payload", "teacher_fingerprint", "timing")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    IDS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    first_row: int
+    num_rows: int
+    last: bool
+    ids_digest: bytes
+    payload: bytes
+    teacher_fingerprint: str
+    timing: Timing
+    def __init__(self, sequence: _Optional[int] = ..., first_row: _Optional[int] = ..., num_rows: _Optional[int] = ..., last: bool = ..., ids_digest: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., teacher_fingerprint: _Optional[str] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+
+class Timing(_message.Message):
+    __slots__ = ("queue_us", "forward_us", "head_us", "encode_us", "batch_sequences", "batch_tokens")
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_US_FIELD_NUMBER: _ClassVar[int]
+    HEAD_US_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_US_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    queue_us: int
+    forward_us: int
+    head_us: int
+    encode_us: int
+    batch_sequences: int
+    batch_tokens: int
+    def __init__(self, queue_us: _Optional[int] = ..., forward_us: _Optional[int] = ..., head_us: _Optional[int] = ..., encode_us: _Optional[int] = ..., batch_sequences: _Optional[int] = ..., batch_tokens: _Optional[int] = ...) -> None: ...
+
+class RequestError(_message.Message):
+    __slots__ = ("code", "message", "field", "retry_after_ms", "reason", "sequence", "row")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    field: str
+    retry_after_ms: int
+    reason: str
+    sequence: int
+    row: int
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., reason: _Optional[str] = ..., sequence: _Optional[int] = ..., row: _Optional[int] = ...) -> None: ...
+
+class TeacherInfo(_message.Message):
+    __slots__ = ("service_id", "model", "revision", "weights_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint", "vocab_size", "effective_vocab_size", "max_sequence_tokens", "limits", "kinds", "exactness", "replicas", "team", "architecture", "dtype", "device", "attention", "format_versions", "server_version")
+    SERVICE_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EFFECTIVE_VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    KINDS_FIELD_NUMBER: _ClassVar[int]
+    EXACTNESS_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    TEAM_FIELD_NUMBER: _ClassVar[int]
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    service_id: str
+    model: str
+    revision: str
+    weights_fingerprint: str
+    tokenizer_fingerprint: str
+    teacher_fingerprint: str
+    vocab_size: int
+    effective_vocab_size: int
+    max_sequence_tokens: int
+    limits: Limits
+    kinds: _containers.RepeatedScalarFieldContainer[str]
+    exactness: str
+    replicas: _containers.RepeatedCompositeFieldContainer[Replica]
+    team: str
+    architecture: str
+    dtype: str
+    device: str
+    attention: str
+    format_versions: _containers.RepeatedScalarFieldContainer[int]
+    server_version: str
+    def __init__(self, service_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., teacher_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., effective_vocab_size: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kinds: _Optional[_Iterable[str]] = ..., exactness: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., team: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., format_versions: _Optional[_Iterable[int]] = ..., server_version: _Optional[str] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("max_request_tokens", "max_request_sequences", "max_request_bytes", "max_top_k", "max_reply_bytes", "max_stream_bytes", "max_queued_tokens", "max_part_bytes")
+    MAX_REQUEST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MAX_REPLY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_STREAM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PART_BYTES_FIELD_NUMBER: _ClassVar[int]
+    max_request_tokens: int
+    max_request_sequences: int
+    max_request_bytes: int
+    max_top_k: int
+    max_reply_bytes: int
+    max_stream_bytes: int
+    max_queued_tokens: int
+    max_part_bytes: int
+    def __init__(self, max_request_tokens: _Optional[int] = ..., max_request_sequences: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ..., max_stream_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., max_part_bytes: _Optional[int] = ...) -> None: ...
+
+class Replica(_message.Message):
+    __slots__ = ("id", "address", "state")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    address: str
+    state: str
+    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...

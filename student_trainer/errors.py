@@ -1,0 +1,74 @@
+"""What a trainer can catch.
+
+    TeacherError(Exception)
+    |-- TeacherUnavailable(ConnectionError)    UNAVAILABLE: retried until the patience is over
+    |-- TeacherOverloaded                      RESOURCE_EXHAUSTED: waited out, up to the patience
+    |-- TeacherTimeout(TimeoutError)           DEADLINE_EXCEEDED: retried like TeacherUnavailable
+    |-- AccessDenied(PermissionError)          UNAUTHENTICATED, PERMISSION_DENIED: not retried
+    |-- InvalidRequest(ValueError)             INVALID_ARGUMENT: not retried
+    |-- IncompatibleTeacher(ValueError)        at connect, FAILED_PRECONDITION: not retried
+    |-- TargetsCorrupt                         DATA_LOSS, a digest that differs: retried, then raised
+    |-- TeacherInternalError                   INTERNAL: not retried
+    |-- ForkedClient(RuntimeError)             the client was made in another process
+    `-- ProtocolError                          an answer that cannot be understood
+
+All take just a message, so that they can be pickled across processes.
+"""
+
+
+class TeacherError(Exception):
+    """The root of everything that the teacher's side of training can raise."""
+
+
+class TeacherUnavailable(TeacherError, ConnectionError):
+    """Nobody answers at the address."""
+
+
+class TeacherOverloaded(TeacherError):
+    """The teacher kept asking to come back later, for longer than the patience."""
+
+
+class TeacherTimeout(TeacherError, TimeoutError):
+    """An answer did not come in time."""
+
+
+class AccessDenied(TeacherError, PermissionError):
+    """The teacher does not know the caller, or does not allow this."""
+
+
+class InvalidRequest(TeacherError, ValueError):
+    """The teacher cannot do what was asked; the message says what it allows."""
+
+
+class IncompatibleTeacher(TeacherError, ValueError):
+    """Another teacher, tokenizer or format version than this trainer needs."""
+
+
+class TargetsCorrupt(TeacherError):
+    """Targets arrived damaged, or the teacher's output is not a distribution."""
+
+
+class TeacherInternalError(TeacherError):
+    """The teacher failed; its operator finds the incident number in the log."""
+
+
+class ForkedClient(TeacherError, RuntimeError):
+    """gRPC does not survive a fork: connect in the process that uses the client."""
+
+
+class ProtocolError(TeacherError):
+    """An answer that cannot be understood."""
+
+
+BY_CODE: dict[int, type[TeacherError]] = {
+    3: InvalidRequest,
+    4: TeacherTimeout,
+    7: AccessDenied,
+    8: TeacherOverloaded,
+    9: IncompatibleTeacher,
+    13: TeacherInternalError,
+    14: TeacherUnavailable,
+    15: TargetsCorrupt,
+    16: AccessDenied,
+}
+"""gRPC status numbers to what is raised; others are ProtocolError."""

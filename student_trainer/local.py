@@ -1,0 +1,98 @@
+"""LocalTeacher: the same interface and the same bytes as a served teacher, in this process.
+
+The one place where this package uses `teacher_server`, and only when a LocalTeacher is made.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logit_codec import FORMAT_VERSION, Targets, TargetSpec, decode, encode_parts
+from protos import teacher_pb2
+from student_trainer.errors import InvalidRequest
+from student_trainer.streaming import Wish, stream_loader, stream_sequences
+
+PART_NBYTES = (1 << 20) - 1024
+"""Where the service splits a sequence; quantised values depend on it."""
+
+
+class LocalTeacher:
+    """A causal LM of transformers as a teacher; for tests, small runs and one GPU.
+
+    Targets go through the same encoder and decoder as those of a service.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+        from teacher_server.head import VocabularyHead
+        from teacher_server.model import prepare
+
+        self._model = prepare(model, tokenizer)
+        self._head = VocabularyHead(self._model)
+        self._info = teacher_pb2.TeacherInfo(
+            service_id="local",
+            model=self._model.name,
+            weights_fingerprint=self._model.weights_fingerprint,
+            tokenizer_fingerprint=self._model.tokenizer_fingerprint,
+            teacher_fingerprint=self._model.teacher_fingerprint,
+            vocab_size=self._model.vocab_size,
+            effective_vocab_size=self._model.effective_vocab_size,
+            max_sequence_tokens=self._model.max_sequence_tokens,
+            architecture=self._model.architecture,
+            format_versions=[FORMAT_VERSION],
+        )
+
+    @property
+    def info(self) -> teacher_pb2.TeacherInfo:
+        """What a service of this model would say of it."""
+        return self._info
+
+    def stream(
+        self,
+        sequences: Iterable[Any],
+        *,
+        targets: str | TargetSpec = "top_k:64",
+        temperature: float = 1.0,
+        seed: int = 0,
+        epoch: int = 0,
+        ahead: int = 1,
+    ) -> Iterator[tuple[Tensor, Targets]]:
+        """As `RemoteTeacher.stream`; `ahead` sequences are scored before the first is handed out."""
+        wish = Wish.of(targets, temperature, seed, epoch)
+        return stream_sequences(self._submit, sequences, wish, ahead)
+
+    def stream_batches(
+        self,
+        loader: Iterable[Mapping[str, Any]],
+        *,
+        targets: str | TargetSpec = "top_k:64",
+        temperature: float = 1.0,
+        seed: int = 0,
+        epoch: int = 0,
+        ahead: int | str = 1,
+    ) -> Iterator[tuple[Any, Targets]]:
+        """As `RemoteTeacher.stream_batches`."""
+        wish = Wish.of(targets, temperature, seed, epoch)
+        return stream_loader(self._submit, loader, wish, ahead)
+
+    def _submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Targets]":
+        from teacher_server.head import WantedRows
+
+        future: Future[Targets] = Future()
+        longest, largest = self._model.max_sequence_tokens, self._model.effective_vocab_size
+        if len(token_ids) > longest:
+            raise InvalidRequest(f"a sequence may have {longest} tokens, got {len(token_ids)}")
+        if int(token_ids.max()) >= largest:
+            raise InvalidRequest(f"ids are 0 to {largest - 1}, got {int(token_ids.max())}")
+        if rows is None:
+            rows = torch.arange(len(token_ids) - 1)
+        wanted = WantedRows(token_ids, rows, wish.spec, wish.temperature)
+        try:
+            (scored,), _ = self._head.score([wanted])
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
+        parts = encode_parts(scored, wish.spec, max_nbytes=PART_NBYTES)
+        future.set_result(Targets.cat([decode(payload) for _, _, payload in parts]))
+        return future

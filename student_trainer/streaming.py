@@ -1,0 +1,255 @@
+"""Sequences in, (sequence, targets) out, in the caller's order, with a window in flight.
+
+What a teacher is to this module is one function that submits a sequence and returns a future; the
+remote and the local teacher give it theirs and share everything else.
+"""
+
+import math
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from logit_codec import Targets, TargetSpec, parse_targets
+from protos import teacher_pb2
+from student_trainer.errors import InvalidRequest, TeacherError
+
+MAX_AHEAD_NBYTES = 512 << 20
+"""Targets that a look-ahead in seconds may hold."""
+MAX_AHEAD_BATCHES = 1024
+IGNORE_INDEX = -100
+
+
+class Teacher(Protocol):
+    """Where targets come from: a service, a model in this process."""
+
+    @property
+    def info(self) -> teacher_pb2.TeacherInfo: ...
+
+    def stream(
+        self,
+        sequences: Iterable[Any],
+        *,
+        targets: str | TargetSpec = ...,
+        temperature: float = ...,
+        seed: int = ...,
+        epoch: int = ...,
+        ahead: int = ...,
+    ) -> Iterator[tuple[Tensor, Targets]]: ...
+
+    def stream_batches(
+        self,
+        loader: Iterable[Mapping[str, Any]],
+        *,
+        targets: str | TargetSpec = ...,
+        temperature: float = ...,
+        seed: int = ...,
+        epoch: int = ...,
+        ahead: int | str = ...,
+    ) -> Iterator[tuple[Any, Targets]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is wanted of every sequence of one stream."""
+
+    spec: TargetSpec
+    temperature: float
+    seed: int
+    epoch: int
+
+    @classmethod
+    def of(cls, targets: str | TargetSpec, temperature: float, seed: int, epoch: int) -> "Wish":
+        """Checks the arguments of `stream`. Raises InvalidRequest."""
+        try:
+            spec = parse_targets(targets)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise InvalidRequest(f"temperature must be positive and finite, got {temperature}")
+        if seed < 0 or epoch < 0:
+            raise InvalidRequest(f"seed and epoch must not be negative, got {seed} and {epoch}")
+        return cls(spec, float(temperature), seed, epoch)
+
+
+Submit = Callable[[Tensor, Tensor | None, Wish], "Future[Targets]"]
+"""(L,) int64 ids and, if not all rows are wanted, the (N,) int64 wanted rows -> their targets."""
+
+
+def stream_sequences(
+    submit: Submit, sequences: Iterable[Any], wish: Wish, ahead: int
+) -> Iterator[tuple[Tensor, Targets]]:
+    """`Teacher.stream` over a submit function."""
+    if ahead < 1:
+        raise InvalidRequest(f"ahead must be at least 1 sequence, got {ahead}")
+    waiting: deque[tuple[Tensor, Future[Targets]]] = deque()
+    source = enumerate(sequences)
+    position = 0
+    try:
+        while True:
+            while len(waiting) < ahead and (entry := next(source, None)) is not None:
+                token_ids = as_token_ids(entry[1], entry[0])
+                waiting.append((token_ids, submit(token_ids, None, wish)))
+            if not waiting:
+                return
+            token_ids, future = waiting[0]
+            targets = _result(future, f"stream item {position}")
+            waiting.popleft()
+            yield token_ids, targets
+            position += 1
+    finally:
+        for _, future in waiting:
+            future.cancel()
+
+
+def stream_loader(
+    submit: Submit, loader: Iterable[Mapping[str, Any]], wish: Wish, ahead: int | str
+) -> Iterator[tuple[Any, Targets]]:
+    """`Teacher.stream_batches` over a submit function."""
+    window = _Window(ahead)
+    waiting: deque[tuple[Any, list[Future[Targets]]]] = deque()
+    source = enumerate(loader)
+    position = 0
+    try:
+        while True:
+            while len(waiting) < window.size and (entry := next(source, None)) is not None:
+                number, batch = entry
+                futures = [submit(ids, rows, wish) for ids, rows in split_batch(batch, number)]
+                waiting.append((batch, futures))
+            if not waiting:
+                return
+            batch, futures = waiting[0]
+            parts = [
+                _result(future, f"batch {position}, piece {index}")
+                for index, future in enumerate(futures)
+            ]
+            waiting.popleft()
+            targets = Targets.cat(parts)
+            window.handed_out(targets)
+            yield batch, targets
+            position += 1
+    finally:
+        for _, futures in waiting:
+            for future in futures:
+                future.cancel()
+
+
+class _Window:
+    """How many batches to have in flight: a number, or what the trainer uses up in N seconds."""
+
+    def __init__(self, ahead: int | str) -> None:
+        self._seconds = 0.0
+        self._interval_s = 0.0
+        self._last_s: float | None = None
+        self.size = 2
+        if isinstance(ahead, str):
+            match = re.fullmatch(r"([0-9.]+)\s*s", ahead.strip())
+            self._seconds = float(match.group(1)) if match else 0.0
+            if not self._seconds > 0:
+                raise InvalidRequest(f"ahead must be a number of batches or '30s', got {ahead!r}")
+        elif ahead >= 1:
+            self.size = ahead
+        else:
+            raise InvalidRequest(f"ahead must be at least 1 batch, got {ahead}")
+
+    def handed_out(self, targets: Targets) -> None:
+        """A batch goes to the trainer: measures how fast it uses them up."""
+        now = time.monotonic()
+        if self._seconds and self._last_s is not None:
+            interval = now - self._last_s
+            self._interval_s = 0.7 * self._interval_s + 0.3 * interval if self._interval_s else interval
+            wanted = math.ceil(self._seconds / max(self._interval_s, 1e-4))
+            nbytes = sum(t.numel() * t.element_size() for t in targets._tensors().values())
+            affordable = MAX_AHEAD_NBYTES // max(1, nbytes)
+            # Growing by one batch a step keeps a fast first step from flooding the teacher.
+            self.size = max(2, min(wanted, affordable, MAX_AHEAD_BATCHES, self.size + 1))
+        self._last_s = now
+
+
+def as_token_ids(sequence: Any, position: int) -> Tensor:
+    """(L,) int64 on the CPU from a tensor, an array or a list. Raises InvalidRequest."""
+    try:
+        ids = torch.as_tensor(sequence)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidRequest(
+            f"sequence {position} must be a list or tensor of token ids, got "
+            f"{type(sequence).__name__}"
+        ) from None
+    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InvalidRequest(
+            f"sequence {position} must be one row of whole numbers, got "
+            f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
+        )
+    if len(ids) < 2:
+        raise InvalidRequest(
+            f"sequence {position} has {len(ids)} tokens; at least 2 are needed for one row"
+        )
+    ids = ids.to("cpu", torch.int64)
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= 2**31:
+        raise InvalidRequest(
+            f"sequence {position} has id {low if low < 0 else high}; ids are 0 to 2**31-1 "
+            "(is this padded with labels such as -100?)"
+        )
+    return ids
+
+
+def split_batch(batch: Mapping[str, Any], number: int) -> list[tuple[Tensor, Tensor]]:
+    """The sequences of a padded or packed batch, each with the rows that are trained.
+
+    input_ids (B, T) or (T,). Position t is trained on predicting token t+1 if both are real
+    (attention_mask, where given), belong to one document (position_ids, where given, start again
+    at 0) and labels[t+1] is not -100 (where given). Raises InvalidRequest if nothing is trained.
+    """
+    if "input_ids" not in batch:
+        raise InvalidRequest(f"batch {number} has no input_ids; it has {', '.join(batch)}")
+    ids = torch.atleast_2d(torch.as_tensor(batch["input_ids"])).to("cpu", torch.int64)
+    num_rows, num_tokens = ids.shape
+    real = torch.ones_like(ids, dtype=torch.bool)
+    if batch.get("attention_mask") is not None:
+        mask = torch.atleast_2d(torch.as_tensor(batch["attention_mask"])).cpu()
+        if mask.shape != ids.shape:
+            raise InvalidRequest(
+                f"batch {number}: attention_mask must have the shape of input_ids "
+                f"{tuple(ids.shape)}, got {tuple(mask.shape)}"
+            )
+        real = mask.bool()
+    document = torch.zeros_like(ids)
+    if batch.get("position_ids") is not None:
+        positions = torch.atleast_2d(torch.as_tensor(batch["position_ids"])).cpu()
+        starts = (positions == 0).expand_as(ids)
+        document = starts.cumsum(1)
+    trained = torch.zeros_like(real)
+    trained[:, :-1] = real[:, :-1] & real[:, 1:] & (document[:, :-1] == document[:, 1:])
+    if batch.get("labels") is not None:
+        labels = torch.atleast_2d(torch.as_tensor(batch["labels"])).cpu()
+        trained[:, :-1] &= labels[:, 1:] != IGNORE_INDEX
+    if not trained.any():
+        raise InvalidRequest(f"batch {number} has no position to train on")
+
+    # One run per (row, document): where either changes, and where padding begins or ends.
+    run = document + torch.arange(num_rows)[:, None] * (num_tokens + 1)
+    edges = torch.ones_like(real)
+    edges[:, 1:] = (run[:, 1:] != run[:, :-1]) | (real[:, 1:] != real[:, :-1])
+    first = edges.flatten().nonzero()[:, 0]
+    lengths = torch.diff(first, append=torch.tensor([ids.numel()]))
+    flat_ids, flat_trained, flat_real = ids.flatten(), trained.flatten(), real.flatten()
+    pieces = []
+    for start, length in zip(first.tolist(), lengths.tolist(), strict=True):
+        rows = flat_trained[start : start + length].nonzero()[:, 0]
+        if flat_real[start] and len(rows):
+            pieces.append((flat_ids[start : start + length], rows))
+    return pieces
+
+
+def _result(future: "Future[Targets]", where: str) -> Targets:
+    try:
+        return future.result()
+    except TeacherError as error:
+        raise type(error)(f"{where}: {error}") from error

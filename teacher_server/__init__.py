@@ -1,0 +1,1 @@
+"""Hosts a teacher: tokens in, compressed logit tensors out."""

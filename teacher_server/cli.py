@@ -1,0 +1,192 @@
+"""`teacher-server serve` and `teacher-server describe`: parse first, then import the rest.
+
+Exit codes: 0 done (also a drained serve), 1 something went wrong, 2 command line or configuration,
+130 Ctrl-C in a client.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import grpc
+import pydantic
+import tyro
+from google.protobuf import json_format
+
+from protos import teacher_pb2, teacher_pb2_grpc
+from teacher_server.config import DescribeConfig, ServeConfig, expand_files, is_loopback
+from teacher_server.errors import ServeError, TeacherServerError
+
+logger = logging.getLogger(__name__)
+
+Command = (
+    Annotated[ServeConfig, tyro.conf.subcommand("serve", prefix_name=False)]
+    | Annotated[DescribeConfig, tyro.conf.subcommand("describe", prefix_name=False)]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    try:
+        arguments = expand_files(sys.argv[1:] if argv is None else argv)
+        command = tyro.cli(
+            Command,
+            prog="teacher-server",
+            description="Serve a teacher model for knowledge distillation.",
+            args=arguments,
+        )
+    except (ValueError, pydantic.ValidationError) as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    if isinstance(command, ServeConfig):
+        return serve(command)
+    return describe(command)
+
+
+def serve(config: ServeConfig) -> int:
+    """Loads the teacher and serves it until a signal; returns the exit code."""
+    if not is_loopback(config.host) and not config.allow_public:
+        print(
+            f"teacher-server: {config.host} can be reached from other machines, and this version "
+            "has neither TLS nor tokens. Listen on 127.0.0.1 and use a tunnel (ssh -L), or pass "
+            "--allow-public if everyone who can reach the port may use the teacher.",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        check_port_free(config.host, config.port)
+        return asyncio.run(_serve(config))
+    except TeacherServerError as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("teacher-server: interrupted before it was ready", file=sys.stderr)
+        return 130
+
+
+async def _serve(config: ServeConfig) -> int:
+    import torch
+    import transformers
+
+    from teacher_server.admission import Limits
+    from teacher_server.model import load
+    from teacher_server.replica import Replica, keep_large_buffers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    keep_large_buffers()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    model = load(
+        config.model,
+        revision=config.revision,
+        device=config.device,
+        dtype=config.dtype,
+        attention=config.attention,
+        max_sequence_tokens=config.admission.max_sequence_tokens,
+    )
+    limits = Limits(
+        max_sequence_tokens=min(model.max_sequence_tokens, config.admission.max_request_tokens),
+        max_request_tokens=config.admission.max_request_tokens,
+        max_request_sequences=config.admission.max_request_sequences,
+        max_request_nbytes=config.admission.max_request_mib << 20,
+        max_top_k=config.targets.max_top_k,
+        max_reply_nbytes=config.targets.max_reply_mib << 20,
+        max_stream_nbytes=config.admission.max_stream_mib << 20,
+        max_queued_tokens=config.batch.max_queued_tokens,
+    )
+    replica = Replica(
+        model,
+        limits=limits,
+        max_batch_tokens=config.batch.max_tokens,
+        head_chunk_nbytes=config.head_chunk_mib << 20,
+    )
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signal_number, _stop_or_exit, stop)
+    port = await replica.start(config.host, config.port)
+    print(f"ready {config.host}:{port}", flush=True)
+    await stop.wait()
+    logger.info("draining seconds=%s (again to stop at once)", config.drain_s)
+    await replica.drain(config.drain_s)
+    logger.info("stopped")
+    return 0
+
+
+def _stop_or_exit(stop: asyncio.Event) -> None:
+    """The first signal drains; a second one ends the process as it is."""
+    if stop.is_set():
+        os._exit(1)
+    stop.set()
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raises ServeError if somebody listens there, also somebody who shares the port."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ServeError(f"cannot listen on {host}: {error.strerror}") from error
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise ServeError(
+                f"cannot listen on {host}:{port}: {error.strerror}. Another service may be "
+                "running there; choose another port with --port, or 0 for a free one."
+            ) from error
+
+
+def describe(config: DescribeConfig) -> int:
+    """Prints what a running service says of itself; returns the exit code."""
+    try:
+        with grpc.insecure_channel(config.address) as channel:
+            stub = teacher_pb2_grpc.TeacherStub(channel)
+            info = stub.Describe(teacher_pb2.DescribeRequest(), timeout=10, wait_for_ready=False)
+    except grpc.RpcError as error:
+        assert isinstance(error, grpc.Call)
+        print(
+            f"teacher-server: no answer from {config.address}: {error.code().name}: "
+            f"{error.details()}. Is the address right, and the service ready?",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    content = json_format.MessageToDict(
+        info, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    _numbers_as_numbers(info.limits, content["limits"])
+    if config.as_json:
+        print(json.dumps(content, indent=2))
+        return 0
+    for name, value in content.items():
+        if name == "limits":
+            value = ", ".join(f"{key} {number}" for key, number in value.items())
+        elif name == "replicas":
+            value = ", ".join(f"{r['id']} {r['address']} {r['state']}" for r in value)
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        print(f"{name:22} {value}")
+    return 0
+
+
+def _numbers_as_numbers(message: teacher_pb2.Limits, content: dict[str, object]) -> None:
+    """Protobuf's JSON writes 64-bit numbers as strings; ours are small enough to be numbers."""
+    for name in content:
+        content[name] = getattr(message, name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

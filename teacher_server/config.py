@@ -1,0 +1,136 @@
+"""Everything an operator can set: as flags, or in a TOML file given as @teacher.toml."""
+
+import ipaddress
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class BatchConfig(_Section):
+    """How sequences are joined into batches."""
+
+    max_tokens: int = Field(default=4096, ge=1)
+    """Padded tokens in one forward pass, unless one sequence is longer."""
+    max_queued_tokens: int = Field(default=1 << 20, ge=1)
+    """Padded tokens that may wait, of all clients; beyond that requests are told to come back."""
+
+
+class TargetsConfig(_Section):
+    """What may be asked for."""
+
+    max_top_k: int = Field(default=256, ge=1)
+    """Largest k of top_k."""
+    max_reply_mib: int = Field(default=64, ge=1)
+    """Largest answer to one request, in MiB, estimated before it is scored."""
+
+
+class AdmissionConfig(_Section):
+    """Limits of one request and one stream."""
+
+    max_sequence_tokens: int | None = Field(default=None, ge=2)
+    """Longest sequence; by default the model's context length."""
+    max_request_tokens: int = Field(default=1 << 16, ge=2)
+    """Tokens of one request."""
+    max_request_sequences: int = Field(default=1024, ge=1)
+    """Sequences of one request."""
+    max_request_mib: int = Field(default=4, ge=1)
+    """Size of one serialised request, in MiB."""
+    max_stream_mib: int = Field(default=16, ge=1)
+    """Unfinished answers of one stream, in MiB; further requests of it wait unread."""
+
+
+class ServeConfig(_Section):
+    """Serve a teacher: one line on stdout says when it is ready, Ctrl-C drains and stops it."""
+
+    model: str
+    """Folder written by save_pretrained (safetensors), or a hub id."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(default=50051, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one and prints it."""
+    standalone: tyro.conf.FlagCreatePairsOff[bool] = False
+    """One replica in this process, without Ray. The only mode of this version, so it may be left
+    out."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights and the forward pass; auto is what the model was saved in."""
+    attention: str | None = None
+    """Attention implementation of transformers; by default eager for models with an attention
+    softcap and sdpa for others."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of the forward pass; by default one per core."""
+    head_chunk_mib: int = Field(default=32, ge=1)
+    """Size of one float32 chunk of logits, in MiB."""
+    drain_s: float = Field(default=10.0, ge=0.0)
+    """How long unfinished answers may take after Ctrl-C or SIGTERM, in seconds."""
+    allow_public: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Listen on an address that is not loopback. This version has neither TLS nor tokens: whoever
+    reaches the port can use the teacher."""
+    batch: BatchConfig = BatchConfig()
+    targets: TargetsConfig = TargetsConfig()
+    admission: AdmissionConfig = AdmissionConfig()
+
+
+class DescribeConfig(_Section):
+    """Ask a running service who it is."""
+
+    address: tyro.conf.Positional[str]
+    """HOST:PORT of the service."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def expand_files(arguments: Sequence[str]) -> list[str]:
+    """Replaces each @file.toml by the flags it stands for; flags given after it win.
+
+    Raises ValueError if a file cannot be read.
+    """
+    expanded: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("@"):
+            expanded.append(argument)
+            continue
+        try:
+            content = tomllib.loads(Path(argument[1:]).read_text())
+        except OSError as error:
+            raise ValueError(f"cannot read {argument[1:]}: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"{argument[1:]} is not TOML: {error}") from None
+        expanded.extend(_flags(content, ""))
+    return expanded
+
+
+def _flags(content: dict, prefix: str) -> list[str]:
+    flags: list[str] = []
+    for key, value in content.items():
+        name = f"{prefix}{key.replace('_', '-')}"
+        if isinstance(value, dict):
+            flags.extend(_flags(value, f"{name}."))
+        elif isinstance(value, bool):
+            flags.extend([f"--{name}"] if value else [])  # false is the default of every flag
+        elif isinstance(value, list):
+            flags.extend([f"--{name}", *map(str, value)])
+        else:
+            flags.extend([f"--{name}", str(value)])
+    return flags

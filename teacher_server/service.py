@@ -1,0 +1,295 @@
+"""The gRPC servicer: the only file of the server that knows how answers are put into messages.
+
+One stream is one straight line: read a request, admit it, wait for room, submit its sequences,
+encode what was scored, write the parts. Reading stops while unfinished answers fill the stream's
+room, so that a slow reader holds itself up through HTTP/2 and nobody else.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+import grpc
+import xxhash
+
+from logit_codec import CodecError, Targets, encode_parts
+from protos import teacher_pb2, teacher_pb2_grpc
+from teacher_server.admission import Admission, Admitted
+from teacher_server.errors import RequestRefused
+from teacher_server.head import StageTimes
+from teacher_server.scheduler import Job
+
+logger = logging.getLogger(__name__)
+
+PART_SLACK_NBYTES = 1024
+"""Room in a part for everything beside its payload."""
+LEVELS = {
+    teacher_pb2.LEVEL_UNSPECIFIED: 1,
+    teacher_pb2.LEVEL_INTERACTIVE: 0,
+    teacher_pb2.LEVEL_TRAINING: 1,
+    teacher_pb2.LEVEL_BULK: 2,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """What the compute thread made of one job."""
+
+    targets: Targets
+    times: StageTimes
+    batch_sequences: int
+    batch_tokens: int
+    started_s: float
+    """time.monotonic() when its batch was taken."""
+
+
+Score = Callable[[Job], Awaitable[Scored]]
+"""Submits a job and waits for its result; cancelling it makes the job depart."""
+
+
+class TeacherService(teacher_pb2_grpc.TeacherServicer):
+    """Answers Describe and Score for one replica."""
+
+    def __init__(
+        self,
+        *,
+        describe: Callable[[], teacher_pb2.TeacherInfo],
+        admission: Admission,
+        bucket_length: Callable[[int], int],
+        score: Score,
+        encoder: Executor,
+        teacher_fingerprint: str,
+    ) -> None:
+        self._describe = describe
+        self._admission = admission
+        self._bucket_length = bucket_length
+        self._score = score
+        self._encoder = encoder
+        self._fingerprint = teacher_fingerprint
+        self._draining = asyncio.Event()
+
+    def drain(self) -> None:
+        """Streams finish what they have read, then end with UNAVAILABLE."""
+        self._draining.set()
+
+    async def Describe(  # noqa: N802 (gRPC's name)
+        self, request: teacher_pb2.DescribeRequest, context: grpc.aio.ServicerContext
+    ) -> teacher_pb2.TeacherInfo:
+        return self._describe()
+
+    async def Score(  # noqa: N802 (gRPC's name)
+        self,
+        request_iterator: AsyncIterator[teacher_pb2.ScoreRequest],
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        stream = _Stream(context, _Room(self._admission.limits.max_stream_nbytes))
+        async with asyncio.TaskGroup() as tasks:
+            async for request in _until(self._draining, request_iterator):
+                await self._start(request, stream, tasks)
+        if self._draining.is_set():
+            await context.abort(
+                grpc.StatusCode.UNAVAILABLE,
+                "this replica is draining; everything that it had read is answered",
+            )
+
+    async def _start(
+        self, request: teacher_pb2.ScoreRequest, stream: "_Stream", tasks: asyncio.TaskGroup
+    ) -> None:
+        """Admits one request and submits its sequences as the stream has room for their answers."""
+        answer = _Answer(request.request_id)
+        try:
+            admitted = self._admission.admit(request)
+        except Exception as error:
+            await self._fail(answer, stream, error)
+            return
+        level = LEVELS.get(request.level, LEVELS[teacher_pb2.LEVEL_BULK])
+        wanted = [(i, item) for i, item in enumerate(admitted) if len(item.wanted.rows)]
+        answer.unfinished = len(wanted)
+        for index, item in wanted:
+            await stream.room.take(item.reply_nbytes)
+            if answer.failed:
+                stream.room.give(item.reply_nbytes)
+                return
+            task = tasks.create_task(self._answer(answer, index, item, level, stream))
+            answer.tasks.add(task)
+            task.add_done_callback(answer.tasks.discard)
+
+    async def _answer(
+        self, answer: "_Answer", index: int, item: Admitted, level: int, stream: "_Stream"
+    ) -> None:
+        """Scores, encodes and writes one sequence."""
+        try:
+            bucket = self._bucket_length(len(item.wanted.token_ids))
+            job = Job(item.wanted, bucket, item.reply_nbytes, level)
+            scored = await self._score(job)
+            began = time.perf_counter()
+            loop = asyncio.get_running_loop()
+            parts = await loop.run_in_executor(self._encoder, self._encode, item, scored)
+            timing = teacher_pb2.Timing(
+                queue_us=int(1e6 * max(0.0, scored.started_s - job.submitted_s)),
+                forward_us=int(1e6 * scored.times.forward_s),
+                head_us=int(1e6 * scored.times.head_s),
+                encode_us=int(1e6 * (time.perf_counter() - began)),
+                batch_sequences=scored.batch_sequences,
+                batch_tokens=scored.batch_tokens,
+            )
+            digest = xxhash.xxh3_128_digest(item.ids_bytes)
+            for position, (first_row, num_rows, payload) in enumerate(parts):
+                final = position == len(parts) - 1
+                if final:
+                    answer.unfinished -= 1
+                part = teacher_pb2.TargetsPart(
+                    sequence=index,
+                    first_row=first_row,
+                    num_rows=num_rows,
+                    last=final and answer.unfinished == 0,
+                    ids_digest=digest,
+                    payload=payload,
+                    teacher_fingerprint=self._fingerprint,
+                    timing=timing,
+                )
+                await stream.write(answer, part)
+        except Exception as error:
+            await self._fail(answer, stream, error, sequence=index, rows=item.wanted.rows)
+        finally:
+            stream.room.give(item.reply_nbytes)
+
+    def _encode(self, item: Admitted, scored: Scored) -> list[tuple[int, int, bytes]]:
+        limit = self._admission.limits.max_part_nbytes - PART_SLACK_NBYTES
+        return list(encode_parts(scored.targets, item.wanted.spec, max_nbytes=limit))
+
+    async def _fail(
+        self,
+        answer: "_Answer",
+        stream: "_Stream",
+        error: Exception,
+        *,
+        sequence: int | None = None,
+        rows: "object | None" = None,
+    ) -> None:
+        """Ends a request with an error, once; its other sequences are dropped."""
+        if answer.failed:
+            return
+        message = _error_message(error, sequence, rows)
+        await stream.write(answer, message)
+        current = asyncio.current_task()
+        for task in answer.tasks:
+            if task is not current:
+                task.cancel()
+
+
+def _error_message(
+    error: Exception, sequence: int | None, rows: "object | None"
+) -> teacher_pb2.RequestError:
+    """What a client may know of an error: never a path, a pid or a traceback."""
+    if isinstance(error, CodecError):
+        row = None
+        if error.row is not None and rows is not None:
+            row = int(rows[error.row])  # type: ignore[index]
+        error = RequestRefused(
+            grpc.StatusCode.DATA_LOSS,
+            "BAD_ROW",
+            f"the teacher's output for sequence {sequence}, row {row} is not a distribution: "
+            f"{error}. It was not sent; ask again, and check the teacher if it stays.",
+            sequence=sequence,
+            row=row,
+        )
+    if not isinstance(error, RequestRefused):
+        incident = secrets.token_hex(4)
+        logger.error("request failed incident=%s", incident, exc_info=error)
+        error = RequestRefused(
+            grpc.StatusCode.INTERNAL,
+            "INTERNAL",
+            f"the teacher failed on this request, incident {incident}: the operator finds it in "
+            "the service's log.",
+            sequence=sequence,
+        )
+    number, _ = error.code.value
+    return teacher_pb2.RequestError(
+        code=number,
+        message=str(error),
+        field=error.field,
+        retry_after_ms=error.retry_after_ms,
+        reason=error.reason,
+        sequence=error.sequence if error.sequence is not None else sequence,
+        row=error.row,
+    )
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """What is outstanding of one request."""
+
+    request_id: int
+    unfinished: int = 0
+    """Sequences whose final part has not been made."""
+    failed: bool = False
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class _Stream:
+    """One client stream: its room, and one writer at a time."""
+
+    def __init__(self, context: grpc.aio.ServicerContext, room: "_Room") -> None:
+        self.room = room
+        self._context = context
+        self._lock = asyncio.Lock()
+
+    async def write(
+        self, answer: _Answer, content: teacher_pb2.TargetsPart | teacher_pb2.RequestError
+    ) -> None:
+        """Writes one part or error; nothing follows an error of the same request."""
+        async with self._lock:
+            if answer.failed:
+                return
+            response = teacher_pb2.ScoreResponse(request_id=answer.request_id)
+            if isinstance(content, teacher_pb2.RequestError):
+                answer.failed = True
+                response.error.CopyFrom(content)
+            else:
+                response.part.CopyFrom(content)
+            await self._context.write(response)
+
+
+class _Room:
+    """Bytes of unfinished answers that one stream may have; first come, first served."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._taken = 0
+        self._freed = asyncio.Event()
+
+    async def take(self, nbytes: int) -> None:
+        """Waits until `nbytes` fit; more than there is at all fits when nothing else is taken."""
+        while self._taken and self._taken + nbytes > self._nbytes:
+            self._freed.clear()
+            await self._freed.wait()
+        self._taken += nbytes
+
+    def give(self, nbytes: int) -> None:
+        self._taken -= nbytes
+        self._freed.set()
+
+
+async def _until(
+    stop: asyncio.Event, requests: AsyncIterator[teacher_pb2.ScoreRequest]
+) -> AsyncIterator[teacher_pb2.ScoreRequest]:
+    """The requests, up to the moment when `stop` is set."""
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        while not stop.is_set():
+            reading = asyncio.ensure_future(anext(requests, None))
+            await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                reading.cancel()
+                return
+            request = reading.result()
+            if request is None:
+                return
+            yield request
+    finally:
+        stopping.cancel()
