@@ -1,0 +1,36 @@
+# demo: the main job; test: the whole suite; check: lint, types, stubs; protos: generate the stubs;
+# bench: the benchmarks. All of them set up .venv first. DEMO_FLAGS="--seeds 0 1 2" goes to the demo.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_FLAGS ?=
+
+.PHONY: demo test check protos bench
+
+demo: $(VENV)/ready
+	$(BIN)/python -m examples.demo $(DEMO_FLAGS)
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/protos
+
+protos: $(VENV)/ready
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+		protos/teacher.proto
+
+bench: $(VENV)/ready
+	$(BIN)/python -m benchmarks.stream
+
+# torch goes first and by its exact version: that is how a CPU build is found where there is one.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		"$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e '.[server,train,dev]'
+	touch $@

@@ -1,0 +1,207 @@
+"""Does the service cost anything beside the teacher's own arithmetic, and does a trainer wait?
+
+Run `python -m benchmarks.stream`. A fixed model (Gemma 2, d=512, 8 layers, V=32,000, random
+weights), sequences of 512 tokens, top_k:64, CPU. The bare loop is forward + head + encode in one
+process, no gRPC; the service gets the same sequences from four client processes. The two take
+turns, so that what else the machine does hits both; quote the ratio.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+VOCABULARY = 32_000
+SEQUENCE = 512  # tokens
+BATCH = 4  # sequences in one forward pass, on both sides
+CLIENTS = 4
+AHEAD = 4  # sequences in flight per client
+TARGETS = "top_k:64"
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each side")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each turn")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the teacher")
+    parser.add_argument("--steps", type=int, default=40, help="of the trainer that waits or not")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        make_teacher(Path(folder))
+        bare, bare_end = worker(bare_loop, folder, options.threads)
+        service, address = start_service(folder, options.threads)
+        clients = [worker(client_loop, address, seed) for seed in range(CLIENTS)]
+        try:
+            for _, connection in clients:
+                connection.recv()
+            bare_end.recv()
+            rates: dict[str, list[float]] = {"bare": [], "served": []}
+            for _ in range(options.rounds):
+                rates["bare"].append(ask([bare_end], options.seconds))
+                rates["served"].append(ask([end for _, end in clients], options.seconds))
+            trainer_step_s = 2 * BATCH * SEQUENCE / statistics.median(rates["served"])
+            waiting = trainer(address, options.steps, trainer_step_s)
+        finally:
+            for process, _ in [(bare, bare_end), *clients]:
+                process.kill()
+            service.send_signal(signal.SIGTERM)
+            service.wait(30)
+    ratio = statistics.median(
+        served / alone for served, alone in zip(rates["served"], rates["bare"], strict=True)
+    )
+    bare_rate, served_rate = (statistics.median(rates[name]) for name in ("bare", "served"))
+    print(f"\n{'':44}      tokens/s   of bare")
+    print(f"{'bare forward + head + encode':44}  {bare_rate:12,.0f}      100 %")
+    print(f"{f'service, {CLIENTS} clients':44}  {served_rate:12,.0f}   {ratio:6.1%}")
+    print(f"\ntrainer whose step takes twice the teacher's time per batch ({trainer_step_s:.2f} s):")
+    print(f"waiting {waiting:.2%} of {options.steps} steps, the first included")
+
+
+def make_teacher(folder: Path) -> None:
+    """Saves the fixed model with random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=2048,
+    )
+    transformers.utils.logging.disable_progress_bar()
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def start_service(folder: str, threads: int) -> tuple[subprocess.Popen, str]:
+    """The service as an operator starts it, and its address."""
+    tokens = str(BATCH * SEQUENCE)
+    command = [sys.executable, "-m", "teacher_server", "serve", "--model", folder, "--standalone"]
+    flags = ["--port", "0", "--threads", str(threads), "--batch.max-tokens", tokens]
+    service = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
+    assert service.stdout is not None
+    words = service.stdout.readline().split()
+    if words[:1] != ["ready"]:
+        raise RuntimeError("the service did not start")
+    return service, words[1]
+
+
+def worker(target, *arguments) -> tuple[multiprocessing.Process, Connection]:
+    """A process that waits for durations on a pipe and answers with (tokens, seconds)."""
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process.start()
+    return process, ours  # type: ignore[return-value]
+
+
+def ask(connections: list[Connection], seconds: float) -> float:
+    """Tokens per second of all workers together."""
+    for connection in connections:
+        connection.send(seconds)
+    answers = [connection.recv() for connection in connections]
+    return sum(tokens / elapsed for tokens, elapsed in answers)
+
+
+def random_sequences(seed: int):
+    """(512,) int64 ids without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randint(VOCABULARY, (SEQUENCE,), generator=generator)
+
+
+def bare_loop(connection: Connection, folder: str, threads: int) -> None:
+    """Forward, head and encode, one batch after the other, in the service's own functions."""
+    from logit_codec import encode_parts, parse_targets
+    from teacher_server.head import VocabularyHead, WantedRows
+    from teacher_server.model import load
+    from teacher_server.replica import keep_large_buffers
+
+    keep_large_buffers()
+    torch.set_num_threads(threads)
+    head = VocabularyHead(load(folder))
+    spec = parse_targets(TARGETS)
+    sequences = random_sequences(99)
+    rows = torch.arange(SEQUENCE - 1)
+
+    def one_batch() -> None:
+        batch = [WantedRows(next(sequences), rows, spec) for _ in range(BATCH)]
+        for targets in head.score(batch)[0]:
+            list(encode_parts(targets, spec, max_nbytes=1 << 20))
+
+    one_batch()
+    connection.send("ready")
+    while True:
+        seconds = connection.recv()
+        started = time.perf_counter()
+        batches = 0
+        while time.perf_counter() - started < seconds:
+            one_batch()
+            batches += 1
+        connection.send((batches * BATCH * SEQUENCE, time.perf_counter() - started))
+
+
+def client_loop(connection: Connection, address: str, seed: int) -> None:
+    """Streams sequences for a while; counts those that came back while all clients ran."""
+    from student_trainer import connect
+
+    torch.set_num_threads(1)
+    with connect(address) as teacher:
+        list(teacher.stream([next(random_sequences(seed))], targets=TARGETS))
+        connection.send("ready")
+        while True:
+            seconds = connection.recv()
+            running = True
+            source = itertools.takewhile(lambda _: running, random_sequences(seed))
+            pairs = teacher.stream(source, targets=TARGETS, ahead=AHEAD)
+            next(pairs)  # the first answer takes as long as the pipe is deep
+            started = time.perf_counter()
+            count = 0
+            while (elapsed := time.perf_counter() - started) < seconds:
+                next(pairs)
+                count += 1
+            running = False
+            for _ in pairs:  # nothing may be left for the service to do in the bare loop's turn
+                pass
+            connection.send((count * SEQUENCE, elapsed))
+
+
+def trainer(address: str, steps: int, step_s: float) -> float:
+    """Fraction of the time that a trainer with steps of `step_s` seconds waits for its targets.
+
+    The student is elsewhere: its step is a sleep, not work on the teacher's cores.
+    """
+    from student_trainer import connect
+
+    generator = torch.Generator().manual_seed(7)
+    batches = (
+        {"input_ids": torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)}
+        for _ in range(steps)
+    )
+    waited = 0.0
+    with connect(address) as teacher:
+        pairs = teacher.stream_batches(batches, targets=TARGETS, ahead="30s")
+        started = time.perf_counter()
+        for _ in range(steps):
+            asked = time.perf_counter()
+            next(pairs)
+            waited += time.perf_counter() - asked
+            time.sleep(step_s)
+        return waited / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

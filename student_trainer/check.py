@@ -1,0 +1,136 @@
+"""Is this teacher the right one, are its targets in the right place, and how fast is it?"""
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logit_codec import Targets, TopKTargets
+from student_trainer.client import connect
+from student_trainer.streaming import Teacher
+
+SHIFTS = (0, 1, 2)
+"""Which token of a row the teacher is asked about: 1 is the row rule, the others are mistakes."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What `student-trainer check` prints."""
+
+    address: str
+    model: str
+    architecture: str
+    teacher_fingerprint: str
+    tokenizer: str
+    """same, not compared (no student given), or unknown (the teacher has none)."""
+    exactness: str
+    max_sequence_tokens: int
+    targets: str
+    aligned: bool
+    nll_by_shift: dict[int, float]
+    """Teacher's mean NLL of token i + shift at row i, in nats; clearly lowest at shift 1."""
+    latency_ms: float
+    """Median of a short sequence alone, there and back."""
+    tokens_per_s: float
+    bytes_per_token: float
+
+
+def nll_by_shift(token_ids: Tensor, targets: Targets) -> dict[int, float]:
+    """Mean over rows i of -log p_i(token i + shift), in nats, for each of SHIFTS.
+
+    token_ids: (L,) int64, targets: the L-1 `top_k` rows of this sequence. An id that is not kept
+    counts with an equal share of the tail.
+    """
+    if not isinstance(targets, TopKTargets):
+        raise ValueError(f"alignment is measured on top_k targets, got {targets.kind}")
+    rows = targets.entry_rows()
+    kept = targets.row_splits.diff()
+    others = (targets.vocab_size - kept).clamp(min=1)
+    share = (targets.tail_logprob - others.log()).clamp(min=-30.0)
+    result = {}
+    for shift in SHIFTS:
+        last = len(token_ids) - max(SHIFTS)
+        wanted = token_ids[shift : shift + last]
+        logprobs = share[:last].clone()
+        hit = (rows < last) & (targets.token_ids == wanted[rows.clamp(max=last - 1)])
+        logprobs[rows[hit]] = targets.logprobs[hit]
+        result[shift] = float(-logprobs.mean())
+    return result
+
+
+def written_by(teacher: Teacher, num_tokens: int = 24) -> Tensor:
+    """(L,) int64: a sequence that the teacher itself finds likely, without any id twice.
+
+    Random ids would have no best shift, and repeated ones several.
+    """
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(teacher.info.effective_vocab_size, (2,), generator=generator)
+    ids = first.tolist()
+    width = min(64, teacher.info.limits.max_top_k, teacher.info.effective_vocab_size)
+    longest = min(num_tokens, teacher.info.max_sequence_tokens, width)
+    while len(ids) < longest:
+        ((_, targets),) = teacher.stream([ids], targets=f"top_k:{width}")
+        row = targets[len(ids) - 2 :]
+        assert isinstance(row, TopKTargets)
+        best = row.token_ids[row.logprobs.argsort(descending=True)].tolist()
+        ids.append(next((one for one in best if one not in ids), best[0]))
+    return torch.tensor(ids)
+
+
+def check(
+    address: str, *, tokenizer: Any = None, targets: str = "top_k:64", seconds: float = 5.0
+) -> CheckResult:
+    """Connects, compares, measures for about `seconds`. Raises a TeacherError that says what is wrong."""
+    with connect(address, tokenizer=tokenizer, patience_s=10.0) as teacher:
+        info = teacher.info
+        ids = written_by(teacher)
+        width = min(64, info.limits.max_top_k, info.effective_vocab_size)
+        ((_, rows),) = teacher.stream([ids], targets=f"top_k:{width}")
+        by_shift = nll_by_shift(ids, rows)
+        wrong = min(nll for shift, nll in by_shift.items() if shift != 1)
+
+        waits = []
+        for _ in range(9):
+            started = time.perf_counter()
+            list(teacher.stream([ids], targets=targets))
+            waits.append(time.perf_counter() - started)
+
+        length = min(512, info.max_sequence_tokens)
+        generator = torch.Generator().manual_seed(1)
+        before = (teacher.counters.payload_nbytes, teacher.counters.rows)
+        deadline = time.perf_counter() + seconds
+
+        def until_deadline():
+            while time.perf_counter() < deadline:
+                yield torch.randint(info.effective_vocab_size, (length,), generator=generator)
+
+        started = time.perf_counter()
+        tokens = sum(
+            len(sequence)
+            for sequence, _ in teacher.stream(until_deadline(), targets=targets, ahead=16)
+        )
+        elapsed = time.perf_counter() - started
+        nbytes = teacher.counters.payload_nbytes - before[0]
+        num_rows = teacher.counters.rows - before[1]
+    if tokenizer is None:
+        compared = "not compared"
+    else:
+        compared = "same" if info.tokenizer_fingerprint else "unknown"
+    return CheckResult(
+        address=address,
+        model=info.model,
+        architecture=info.architecture,
+        teacher_fingerprint=info.teacher_fingerprint,
+        tokenizer=compared,
+        exactness=info.exactness,
+        max_sequence_tokens=info.max_sequence_tokens,
+        targets=targets,
+        aligned=by_shift[1] < wrong - 0.1,
+        nll_by_shift=by_shift,
+        latency_ms=1e3 * statistics.median(waits),
+        tokens_per_s=tokens / elapsed,
+        bytes_per_token=nbytes / max(1, num_rows),
+    )

@@ -1,0 +1,221 @@
+"""`student-trainer train` and `student-trainer check`: parse first, then import the rest.
+
+Exit codes: 0 done, 1 something went wrong, 2 command line or configuration, 130 Ctrl-C.
+"""
+
+import dataclasses
+import json
+import logging
+import re
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import tyro
+
+from student_trainer.config import CheckConfig, TrainConfig
+
+Command = (
+    Annotated[TrainConfig, tyro.conf.subcommand("train", prefix_name=False)]
+    | Annotated[CheckConfig, tyro.conf.subcommand("check", prefix_name=False)]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    try:
+        command = tyro.cli(
+            Command,
+            prog="student-trainer",
+            description="Train students on a served teacher's distributions.",
+            args=expand_files(sys.argv[1:] if argv is None else argv),
+        )
+    except (ValueError, pydantic.ValidationError) as error:
+        print(f"student-trainer: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    from student_trainer.errors import TeacherError
+
+    try:
+        return run_train(command) if isinstance(command, TrainConfig) else run_check(command)
+    except KeyboardInterrupt:
+        print("student-trainer: interrupted", file=sys.stderr)
+        return 130
+    except (TeacherError, OSError, ValueError) as error:
+        print(f"student-trainer: {error}", file=sys.stderr)
+        return 1
+
+
+def run_train(config: TrainConfig) -> int:
+    """Trains the student, and the control if asked for; prints and writes the report."""
+    import torch
+    import transformers
+
+    from student_trainer import connect, data, report, trainer
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not (config.student / "config.json").is_file():
+        raise ValueError(f"{config.student} is not a student folder: it has no config.json")
+    config.output.mkdir(parents=True, exist_ok=True)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.student)
+    with connect(config.teacher, tokenizer=tokenizer) as teacher:
+        sequences = data.pack(
+            data.find_files(config.data), tokenizer, config.sequence_length, label="data"
+        )
+        if config.held_out:
+            files = data.find_files(config.held_out)
+            held_out = data.pack(files, tokenizer, config.sequence_length, label="held-out data")
+        else:
+            is_held_out = torch.arange(len(sequences)) % 20 == 19
+            held_out, sequences = sequences[is_held_out], sequences[~is_held_out]
+            if len(held_out) == 0:
+                raise ValueError("data is too short to hold some out: give --held-out files")
+        held_out = held_out[: config.held_out_sequences]
+
+        def batches() -> Any:
+            return data.batches(
+                sequences, batch_size=config.batch_size, steps=config.steps, seed=config.seed
+            )
+
+        def run(pairs: Any, label: str) -> tuple[Any, trainer.Run]:
+            student = trainer.make_student(config.student, seed=config.seed, device=device)
+            return student, trainer.train(
+                student,
+                pairs,
+                steps=config.steps,
+                learning_rate=config.learning_rate,
+                warmup_steps=config.warmup_steps,
+                optimizer=config.optimizer,
+                kd_weight=config.kd_weight,
+                ce_weight=config.ce_weight,
+                measure=lambda model: trainer.held_out_loss(model, held_out),
+                label=label,
+            )
+
+        reached = trainer.teacher_loss(teacher, held_out)
+        control = None
+        if config.control:
+            _, control = run(((batch, None) for batch in batches()), "student on labels")
+        nbytes, rows = teacher.counters.payload_nbytes, teacher.counters.rows
+        pairs = teacher.stream_batches(
+            batches(),
+            targets=config.targets,
+            temperature=config.temperature,
+            seed=config.seed,
+            ahead=int(config.ahead) if config.ahead.isdigit() else config.ahead,
+        )
+        student, distilled = run(pairs, "student distilled")
+        counters, info = teacher.counters, teacher.info
+        nbytes, rows = counters.payload_nbytes - nbytes, counters.rows - rows
+    student.save_pretrained(config.output / "student")
+    tokenizer.save_pretrained(config.output / "student")
+    lower = None if control is None else control.held_out_loss - distilled.held_out_loss
+    numbers = {
+        "teacher_loss": reached,
+        "control_loss": None if control is None else control.held_out_loss,
+        "distilled_loss": distilled.held_out_loss,
+        "gain": lower,
+        "steps": config.steps,
+        "seed": config.seed,
+        "targets": config.targets,
+        "batch_size": config.batch_size,
+        "sequence_length": config.sequence_length,
+        "trained_tokens": distilled.tokens,
+        "held_out_tokens": held_out.numel(),
+        "waiting_fraction": distilled.waiting_s / distilled.seconds,
+        "tokens_per_s": distilled.tokens / distilled.seconds,
+        "bytes_per_token": nbytes / max(1, rows),
+        "distilled_seconds": distilled.seconds,
+        "control_seconds": None if control is None else control.seconds,
+        "student_parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "teacher": info.model,
+        "teacher_fingerprint": info.teacher_fingerprint,
+    }
+    report.write_report(config.output, numbers, distilled, control)
+    print(report.table(numbers))
+    print(report.verdict(numbers))
+    print(f"written: {config.output / 'report.json'}, report.html, loss.png, student/")
+    return 0
+
+
+def run_check(config: CheckConfig) -> int:
+    """Prints what `check` found; 1 if the targets are not where they should be."""
+    from student_trainer.check import check
+
+    tokenizer = None
+    if config.student is not None:
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.student)
+    wanted = None if config.tokens is None else parse_count(config.tokens)
+    result = check(config.address, tokenizer=tokenizer, targets=config.targets)
+    numbers = dataclasses.asdict(result)
+    if wanted is not None:
+        numbers["tokens"] = wanted
+        numbers["hours"] = wanted / result.tokens_per_s / 3600
+        numbers["bytes"] = wanted * result.bytes_per_token
+        numbers["disk_gib"] = numbers["bytes"] / 2**30
+    if config.as_json:
+        print(json.dumps(numbers, indent=2))
+    else:
+        for name, value in numbers.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{key}: {number:.2f}" for key, number in value.items())
+            print(f"{name:20} {f'{value:,.1f}' if isinstance(value, float) else value}")
+    if not result.aligned:
+        print(
+            "student-trainer: the teacher's NLL is not clearly lowest at shift 1: its targets do "
+            "not belong to the tokens that were sent, or it has learnt nothing yet",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def parse_count(text: str) -> int:
+    """1000, 300M, 1.5B -> a number of tokens. Raises ValueError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kKmMbBtT]?)", text.strip())
+    if match is None:
+        raise ValueError(f"a number of tokens is written like 1000, 300M or 1.5B; got {text!r}")
+    scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}[match.group(2).lower()]
+    return round(float(match.group(1)) * scale)
+
+
+def expand_files(arguments: Sequence[str]) -> list[str]:
+    """Replaces each @file.toml by the flags it stands for; flags given after it win.
+
+    Raises ValueError if a file cannot be read.
+    """
+    expanded: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("@"):
+            expanded.append(argument)
+            continue
+        try:
+            content = tomllib.loads(Path(argument[1:]).read_text())
+        except OSError as error:
+            raise ValueError(f"cannot read {argument[1:]}: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"{argument[1:]} is not TOML: {error}") from None
+        for key, value in content.items():
+            flag = f"--{key.replace('_', '-')}"
+            if isinstance(value, bool):
+                expanded.extend([flag] if value else [])
+            elif isinstance(value, list):
+                expanded.extend([flag, *map(str, value)])
+            else:
+                expanded.extend([flag, str(value)])
+    return expanded
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Everything a trainer can set: as flags, or in a TOML file given as @config.toml."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class TrainConfig(_Section):
+    """Train a student on a served teacher's distributions."""
+
+    teacher: str
+    """HOST:PORT of the service."""
+    student: Path
+    """Hugging Face folder: config and tokenizer, and weights if it is not to start from random ones."""
+    data: list[str]
+    """Text or .jsonl files to train on: paths, folders, glob patterns."""
+    output: Path
+    """Folder for the trained student and the report."""
+    held_out: list[str] = []
+    """Files to measure on; by default every 20th sequence of data, which is then not trained on."""
+    sequence_length: int = Field(default=512, ge=2)
+    """Tokens per sequence."""
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences per step."""
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Peak; linear warm-up, then linear decay to zero."""
+    warmup_steps: int = Field(default=10, ge=0)
+    """Steps of warm-up."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the layers, AdamW for everything else."""
+    seed: int = Field(default=0, ge=0)
+    """Of the student's random weights and the order of the data."""
+    targets: str = "top_k:64"
+    """What to ask the teacher for."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the teacher's and the student's distributions in the distillation loss."""
+    kd_weight: float = Field(default=1.0, ge=0)
+    """Weight of the divergence from the teacher."""
+    ce_weight: float = Field(default=0.0, ge=0)
+    """Weight of the cross-entropy on the labels."""
+    ahead: str = "30s"
+    """Look-ahead: as many batches as are used up in this time, or a number of batches."""
+    control: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Also train a second student on labels alone: same seed, data order and steps."""
+    held_out_sequences: int = Field(default=256, ge=1)
+    """At most this many held-out sequences are measured on."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+class CheckConfig(_Section):
+    """Is this teacher the right one, are its targets in the right place, and how fast is it?"""
+
+    address: tyro.conf.Positional[str]
+    """HOST:PORT of the service."""
+    student: Path | None = None
+    """Folder of the student: its tokenizer is compared with the teacher's."""
+    tokens: str | None = None
+    """Estimate hours, bytes and disk for this many tokens, such as 1B or 300M."""
+    targets: str = "top_k:64"
+    """What to ask for."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON."""

@@ -1,0 +1,83 @@
+"""Text files to packed token sequences.
+
+Letters: N sequences, L tokens of each.
+"""
+
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+def find_files(patterns: Sequence[str]) -> list[Path]:
+    """Files named by paths, folders (all files below) and glob patterns, sorted, each once.
+
+    Raises FileNotFoundError for a pattern that names nothing.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            matches = [one for one in path.rglob("*") if one.is_file()]
+        else:
+            matches = [Path(one) for one in glob.glob(str(path), recursive=True)]
+        if not matches:
+            raise FileNotFoundError(f"no file matches {pattern!r}")
+        found.update(matches)
+    return sorted(found)
+
+
+def documents(files: Sequence[Path]) -> Iterator[str]:
+    """The texts of files: a .jsonl file holds one object with a "text" per line, others are one text."""
+    for path in files:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if path.suffix != ".jsonl":
+            yield text
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{path}, line {number}: expected an object with a 'text', got {line[:60]!r}"
+                ) from None
+
+
+def pack(files: Sequence[Path], tokenizer: Any, sequence_length: int, *, label: str) -> Tensor:
+    """(N, L) int64: all documents, one after the other, cut into sequences of L tokens.
+
+    Each document is what the tokenizer makes of it (with its begin token, if it adds one) and the
+    end token. What does not fill a last sequence is left out. Raises ValueError if nothing is left.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces = [
+        torch.tensor(tokenizer(text, verbose=False).input_ids + end, dtype=torch.int64)
+        for text in tqdm(documents(files), desc=f"tokens of {label}", unit=" texts", leave=False)
+    ]
+    tokens = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+    count = len(tokens) // sequence_length
+    if count == 0:
+        raise ValueError(
+            f"{label} has {len(tokens)} tokens; at least one sequence of {sequence_length} is needed"
+        )
+    return tokens[: count * sequence_length].view(count, sequence_length)
+
+
+def batches(
+    sequences: Tensor, *, batch_size: int, steps: int, seed: int
+) -> Iterator[dict[str, Tensor]]:
+    """`steps` batches of (batch_size, L) input_ids: shuffled, and shuffled anew in each epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(len(sequences), generator=generator)])
+        chosen, order = order[:batch_size], order[batch_size:]
+        yield {"input_ids": sequences[chosen]}

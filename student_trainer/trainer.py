@@ -1,0 +1,187 @@
+"""The flat reference loop: batches and their targets in, a trained student and its curve out.
+
+Letters: B sequences, L tokens of each, V vocabulary.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from logit_codec import Targets
+from student_trainer.check import nll_by_shift
+from student_trainer.errors import ProtocolError
+from student_trainer.losses import distillation_loss
+from student_trainer.streaming import Teacher
+
+MUON_MOMENTUM = 0.85
+"""Muon's usual 0.95 remembers too long for runs of a few hundred steps."""
+
+
+@dataclass(slots=True)
+class Run:
+    """What one student's training left behind."""
+
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    """(step, held-out loss in nats)."""
+    train_losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    """In the steps, without the held-out measurements."""
+    waiting_s: float = 0.0
+    """Of those, waiting for the next batch with its targets."""
+    tokens: int = 0
+
+    @property
+    def held_out_loss(self) -> float:
+        return self.curve[-1][1]
+
+
+def train(
+    student: nn.Module,
+    pairs: Iterable[tuple[dict[str, Tensor], Targets | None]],
+    *,
+    steps: int,
+    learning_rate: float,
+    warmup_steps: int,
+    optimizer: str,
+    kd_weight: float,
+    ce_weight: float,
+    measure: Callable[[nn.Module], float],
+    label: str,
+) -> Run:
+    """Trains `student` on (batch, targets) pairs; targets None trains on the labels alone.
+
+    batch["input_ids"]: (B, L) without padding; targets: B * (L-1) rows in reading order. `measure`
+    gives the held-out loss, called about ten times.
+    """
+    run = Run()
+    optimizers = make_optimizers(student, optimizer, learning_rate)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            one, lambda step: min((step + 1) / max(1, warmup_steps), (steps - step) / steps)
+        )
+        for one in optimizers
+    ]
+    every = max(1, steps // 10)
+    device = next(student.parameters()).device
+    source: Iterator[tuple[dict[str, Tensor], Targets | None]] = iter(pairs)
+    student.train()
+    with tqdm(total=steps, desc=label, unit=" steps") as progress:
+        for step in range(steps):
+            asked = time.perf_counter()
+            batch, targets = next(source)
+            began = time.perf_counter()
+            ids = batch["input_ids"].to(device)
+            logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
+            labels = ids[:, 1:].flatten()
+            if targets is None:
+                loss = nn.functional.cross_entropy(logits.float(), labels)
+            else:
+                if step == 0:
+                    check_alignment(batch["input_ids"], targets)
+                loss = distillation_loss(
+                    logits, targets, labels=labels, kd_weight=kd_weight, ce_weight=ce_weight
+                )
+            loss.backward()
+            nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            for one, schedule in zip(optimizers, schedules, strict=True):
+                one.step()
+                one.zero_grad()
+                schedule.step()
+            run.train_losses.append(float(loss.detach()))
+            run.tokens += labels.numel()
+            run.waiting_s += began - asked
+            run.seconds += time.perf_counter() - asked
+            progress.set_postfix_str(
+                f"loss {run.train_losses[-1]:.3f}, waiting {run.waiting_s / run.seconds:.1%}",
+                refresh=False,
+            )
+            progress.update()
+            if (step + 1) % every == 0 or step + 1 == steps:
+                run.curve.append((step + 1, measure(student)))
+                student.train()
+    return run
+
+
+def make_optimizers(
+    student: nn.Module, name: str, learning_rate: float
+) -> list[torch.optim.Optimizer]:
+    """adamw: one for everything; muon: Muon for matrices of the layers, AdamW for the rest."""
+    if name == "adamw":
+        return [torch.optim.AdamW(student.parameters(), lr=learning_rate, betas=(0.9, 0.95))]
+    matrices, rest = [], []
+    for parameter_name, parameter in student.named_parameters():
+        outside = "embed" in parameter_name or "lm_head" in parameter_name
+        (rest if parameter.ndim != 2 or outside else matrices).append(parameter)
+    return [
+        torch.optim.Muon(
+            matrices,
+            lr=learning_rate,
+            momentum=MUON_MOMENTUM,
+            weight_decay=0.0,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def check_alignment(input_ids: Tensor, targets: Targets) -> None:
+    """Raises ProtocolError if the first sequence's targets clearly belong to other tokens.
+
+    The teacher's mean NLL of token i + shift at row i must not be better for another shift than
+    for 1. Only `top_k` targets can tell.
+    """
+    if targets.kind != "top_k":
+        return
+    length = input_ids.shape[1]
+    by_shift = nll_by_shift(input_ids[0].cpu(), targets[: length - 1].to("cpu"))
+    wrong = min(nll for shift, nll in by_shift.items() if shift != 1)
+    if by_shift[1] > wrong + 0.1:
+        raise ProtocolError(
+            "the teacher's targets do not belong to these tokens: its NLL by shift is "
+            f"{ {shift: round(nll, 2) for shift, nll in by_shift.items()} }, and 1 should be the "
+            "lowest. Is the student's tokenizer the teacher's?"
+        )
+
+
+@torch.inference_mode()
+def held_out_loss(student: nn.Module, sequences: Tensor, *, batch_size: int = 32) -> float:
+    """Mean cross-entropy, in nats, of the student on (N, L) sequences."""
+    student.eval()
+    device = next(student.parameters()).device
+    total = 0.0
+    for ids in sequences.split(batch_size):
+        ids = ids.to(device)
+        logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
+        total += float(nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
+    return total / (sequences.shape[0] * (sequences.shape[1] - 1))
+
+
+def teacher_loss(teacher: Teacher, sequences: Tensor) -> float:
+    """Mean cross-entropy, in nats, of the teacher itself on (N, L) sequences."""
+    total = 0.0
+    pairs = teacher.stream(sequences, targets="top_k:1", ahead=32)
+    for _, targets in tqdm(pairs, total=len(sequences), desc="teacher on held-out text", leave=False):
+        assert targets.realized_logprob is not None
+        total -= float(targets.realized_logprob.double().sum())
+    loss = total / (sequences.shape[0] * (sequences.shape[1] - 1))
+    assert math.isfinite(loss)
+    return loss
+
+
+def make_student(folder: Any, *, seed: int, device: str) -> nn.Module:
+    """The student in a Hugging Face folder; with random weights of `seed` if it has none."""
+    import transformers
+
+    torch.manual_seed(seed)
+    if any(folder.glob("*.safetensors")):
+        student = transformers.AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+    else:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        student = transformers.AutoModelForCausalLM.from_config(config)
+    return student.float().to(device)

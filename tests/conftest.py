@@ -1,0 +1,136 @@
+"""Fixtures: tiny teachers on disk, and real services in processes of their own.
+
+Services are started from a forkserver that has torch and transformers loaded and gRPC untouched:
+the imports would cost seconds for each.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+
+torch.set_num_threads(2)
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["tests.preload"])
+
+
+@dataclass
+class Served:
+    """A running `teacher-server serve`."""
+
+    process: BaseProcess
+    log: Path
+    address: str = ""
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait_ready(self, seconds: float = 120.0) -> str:
+        """The address, once the service has printed it; fails with its output if it does not."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for line in self.output().splitlines():
+                if line.startswith("ready "):
+                    self.address = line.split()[1]
+                    return self.address
+            if not self.process.is_alive():
+                break
+            time.sleep(0.02)
+        raise AssertionError(f"the service did not become ready:\n{self.output()}")
+
+    def send_signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 30.0) -> int | None:
+        """Sends a signal and returns the exit code; kills what does not stop."""
+        if self.process.is_alive():
+            self.send_signal(number)
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"the service did not stop in {seconds} s:\n{self.output()}")
+        return self.process.exitcode
+
+
+Serve = Callable[..., Served]
+
+
+def _run_server(arguments: list[str], log: str, hook: Callable[[], None] | None) -> None:
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from teacher_server.cli import main
+
+    if hook is not None:
+        hook()
+    sys.exit(main(["serve", *arguments]))
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """serve(folder, "--flag", ...) -> Served; everything still running is stopped at the end.
+
+    hook: a picklable function that runs in the service's process before it starts.
+    """
+    started: list[Served] = []
+
+    def start(
+        folder: Path | str,
+        *flags: str,
+        hook: Callable[[], None] | None = None,
+        ready: bool = True,
+    ) -> Served:
+        log = tmp_path_factory.mktemp("serve") / "log"
+        log.touch()
+        arguments = ["--model", str(folder), "--standalone", *flags]
+        if "--port" not in flags:
+            arguments += ["--port", "0"]
+        process = FORKSERVER.Process(
+            target=_run_server, args=(arguments, str(log), hook), daemon=True
+        )
+        process.start()
+        served = Served(process, log)
+        started.append(served)
+        if ready:
+            served.wait_ready()
+        return served
+
+    yield start
+    for served in started:
+        if served.process.is_alive():
+            served.stop()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """model_folder("Gemma2", 1001) -> the folder of that tiny teacher, made once."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def folder(name: str, vocab_size: int) -> Path:
+        key = (name, vocab_size)
+        if key not in made:
+            path = tmp_path_factory.mktemp(f"{name.lower()}-{vocab_size}")
+            made[key] = tiny.save_model(path, name, vocab_size)
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gemma_service(serve: Serve, model_folder: Callable[[str, int], Path]) -> Served:
+    """A tiny Gemma 2 teacher with an odd vocabulary of 1,001, shared by many tests."""
+    return serve(model_folder("Gemma2", 1001))

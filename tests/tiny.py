@@ -1,0 +1,89 @@
+"""Tiny teachers with seeded weights, one per supported architecture, and their dense oracle."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from torch import Tensor
+
+CONTEXT = 256
+ARCHITECTURES = ("Gemma2", "Llama", "Qwen3", "GPT2", "Mixtral", "Cohere", "Granite")
+DENSE_ARCHITECTURES = tuple(name for name in ARCHITECTURES if name != "Mixtral")
+
+
+def make_model(name: str, vocab_size: int, seed: int = 0) -> transformers.PreTrainedModel:
+    """A 2-layer causal LM with livelier logits than a fresh one has."""
+    torch.manual_seed(seed)
+    common = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    configs: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
+        "Gemma2": lambda: transformers.Gemma2Config(
+            **common,
+            head_dim=16,
+            sliding_window=32,
+            final_logit_softcapping=30.0,
+            attn_logit_softcapping=50.0,
+        ),
+        "Llama": lambda: transformers.LlamaConfig(**common),
+        "Qwen3": lambda: transformers.Qwen3Config(**common, head_dim=16),
+        "GPT2": lambda: transformers.GPT2Config(
+            vocab_size=vocab_size,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=CONTEXT,
+            bos_token_id=0,
+            eos_token_id=1,
+        ),
+        "Mixtral": lambda: transformers.MixtralConfig(**common, num_local_experts=4),
+        "Cohere": lambda: transformers.CohereConfig(**common, logit_scale=0.0625),
+        "Granite": lambda: transformers.GraniteConfig(
+            **common, logits_scaling=8.0, embedding_multiplier=12.0
+        ),
+    }
+    model = transformers.AutoModelForCausalLM.from_config(configs[name]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model.eval()
+
+
+def save_model(folder: Path, name: str, vocab_size: int, seed: int = 0) -> Path:
+    """A tiny teacher as an ordinary Hugging Face folder, without a tokenizer."""
+    make_model(name, vocab_size, seed).save_pretrained(folder)
+    return folder
+
+
+def random_sequences(count: int, vocab_size: int, seed: int = 0) -> list[Tensor]:
+    """Sequences of 2 to CONTEXT random ids, (L,) int64 each."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, CONTEXT + 1, (count,), generator=generator)
+    return [torch.randint(vocab_size, (int(n),), generator=generator) for n in lengths]
+
+
+@torch.inference_mode()
+def dense_logits(model: transformers.PreTrainedModel, token_ids: Tensor) -> Tensor:
+    """(L-1, V) float64: the oracle, the model's own full forward without padding or neighbours."""
+    return model(input_ids=token_ids[None]).logits[0, :-1].double()
+
+
+def make_tokenizer(words: list[str]) -> transformers.PreTrainedTokenizerFast:
+    """A word-level tokenizer with <pad>, <eos> and the given words, ids in this order."""
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+    )
