@@ -2,8 +2,9 @@
 
 Run `python -m benchmarks.stream`. A fixed model (Gemma 2, d=512, 8 layers, V=32,000, random
 weights), sequences of 512 tokens, top_k:64, CPU. The bare loop is forward + head + encode in one
-process, no gRPC; the service gets the same sequences from four client processes. The two take
-turns, so that what else the machine does hits both; quote the ratio.
+process, no gRPC; the service gets as many sequences from four client processes. The two take
+turns, so that what else the machine does hits both; quote the ratio. Run it on a quiet machine: two
+busy processes on two cores make both sides wait for each other's threads.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import torch
 
 VOCABULARY = 32_000
 SEQUENCE = 512  # tokens
-BATCH = 4  # sequences in one forward pass, on both sides
+BATCH = 2  # sequences in one forward pass, on both sides
 CLIENTS = 4
 AHEAD = 4  # sequences in flight per client
 TARGETS = "top_k:64"
@@ -32,10 +33,10 @@ SPAWN = multiprocessing.get_context("spawn")
 def main() -> None:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=4, help="turns of each side")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each turn")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
+    parser.add_argument("--sequences", type=int, default=32, help="of each turn")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the teacher")
-    parser.add_argument("--steps", type=int, default=40, help="of the trainer that waits or not")
+    parser.add_argument("--steps", type=int, default=60, help="of the trainer that waits or not")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_teacher(Path(folder))
@@ -48,9 +49,9 @@ def main() -> None:
             bare_end.recv()
             rates: dict[str, list[float]] = {"bare": [], "served": []}
             for _ in range(options.rounds):
-                rates["bare"].append(ask([bare_end], options.seconds))
-                rates["served"].append(ask([end for _, end in clients], options.seconds))
-            trainer_step_s = 2 * BATCH * SEQUENCE / statistics.median(rates["served"])
+                rates["bare"].append(ask([bare_end], options.sequences))
+                rates["served"].append(ask([end for _, end in clients], options.sequences))
+            trainer_step_s = 2 * SEQUENCE / statistics.median(rates["served"])
             waiting = trainer(address, options.steps, trainer_step_s)
         finally:
             for process, _ in [(bare, bare_end), *clients]:
@@ -64,7 +65,9 @@ def main() -> None:
     print(f"\n{'':44}      tokens/s   of bare")
     print(f"{'bare forward + head + encode':44}  {bare_rate:12,.0f}      100 %")
     print(f"{f'service, {CLIENTS} clients':44}  {served_rate:12,.0f}   {ratio:6.1%}")
-    print(f"\ntrainer whose step takes twice the teacher's time per batch ({trainer_step_s:.2f} s):")
+    print(
+        f"\ntrainer whose step takes twice the teacher's time per batch ({trainer_step_s:.2f} s):"
+    )
     print(f"waiting {waiting:.2%} of {options.steps} steps, the first included")
 
 
@@ -101,19 +104,21 @@ def start_service(folder: str, threads: int) -> tuple[subprocess.Popen, str]:
 
 
 def worker(target, *arguments) -> tuple[multiprocessing.Process, Connection]:
-    """A process that waits for durations on a pipe and answers with (tokens, seconds)."""
+    """A process that waits on a pipe for how many sequences to score, and says when it has."""
     ours, theirs = SPAWN.Pipe()
     process = SPAWN.Process(target=target, args=(theirs, *arguments), daemon=True)
     process.start()
     return process, ours  # type: ignore[return-value]
 
 
-def ask(connections: list[Connection], seconds: float) -> float:
-    """Tokens per second of all workers together."""
+def ask(connections: list[Connection], sequences: int) -> float:
+    """Tokens per second of all workers together, from the first request to the last answer."""
+    started = time.perf_counter()
     for connection in connections:
-        connection.send(seconds)
-    answers = [connection.recv() for connection in connections]
-    return sum(tokens / elapsed for tokens, elapsed in answers)
+        connection.send(sequences // len(connections))
+    for connection in connections:
+        connection.recv()
+    return sequences * SEQUENCE / (time.perf_counter() - started)
 
 
 def random_sequences(seed: int):
@@ -145,38 +150,25 @@ def bare_loop(connection: Connection, folder: str, threads: int) -> None:
     one_batch()
     connection.send("ready")
     while True:
-        seconds = connection.recv()
-        started = time.perf_counter()
-        batches = 0
-        while time.perf_counter() - started < seconds:
+        for _ in range(connection.recv() // BATCH):
             one_batch()
-            batches += 1
-        connection.send((batches * BATCH * SEQUENCE, time.perf_counter() - started))
+        connection.send("done")
 
 
 def client_loop(connection: Connection, address: str, seed: int) -> None:
-    """Streams sequences for a while; counts those that came back while all clients ran."""
+    """Streams as many sequences as it is told to."""
     from student_trainer import connect
 
     torch.set_num_threads(1)
+    sequences = random_sequences(seed)
     with connect(address) as teacher:
-        list(teacher.stream([next(random_sequences(seed))], targets=TARGETS))
+        list(teacher.stream([next(sequences)], targets=TARGETS))
         connection.send("ready")
         while True:
-            seconds = connection.recv()
-            running = True
-            source = itertools.takewhile(lambda _: running, random_sequences(seed))
-            pairs = teacher.stream(source, targets=TARGETS, ahead=AHEAD)
-            next(pairs)  # the first answer takes as long as the pipe is deep
-            started = time.perf_counter()
-            count = 0
-            while (elapsed := time.perf_counter() - started) < seconds:
-                next(pairs)
-                count += 1
-            running = False
-            for _ in pairs:  # nothing may be left for the service to do in the bare loop's turn
+            wanted = itertools.islice(sequences, connection.recv())
+            for _ in teacher.stream(wanted, targets=TARGETS, ahead=AHEAD):
                 pass
-            connection.send((count * SEQUENCE, elapsed))
+            connection.send("done")
 
 
 def trainer(address: str, steps: int, step_s: float) -> float:
@@ -188,7 +180,7 @@ def trainer(address: str, steps: int, step_s: float) -> float:
 
     generator = torch.Generator().manual_seed(7)
     batches = (
-        {"input_ids": torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)}
+        {"input_ids": torch.randint(VOCABULARY, (1, SEQUENCE), generator=generator)}
         for _ in range(steps)
     )
     waited = 0.0

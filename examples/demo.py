@@ -99,7 +99,9 @@ def compare(options: argparse.Namespace, address: str, seed: int) -> dict | None
     output.mkdir(parents=True, exist_ok=True)
     config = output / "train.toml"
     # JSON's strings, numbers, booleans and lists of strings are TOML's too.
-    config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
+    config.write_text(
+        "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+    )
     command = [sys.executable, "-m", "student_trainer", "train", f"@{config}"]
     if subprocess.run(command, check=False).returncode != 0:
         return None

@@ -94,6 +94,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> Gemma2C
         eos_token_id=tokenizer.eos_token_id,
     )
 
+
 def build_teacher(folder: Path, *, steps: int = STEPS, seed: int = 0) -> dict:
     """Train the teacher into `folder`, or reuse one made there with the same steps and seed.
 

@@ -89,9 +89,7 @@ def select(
         dtype = torch.float32 if spec.bits == 32 else torch.bfloat16
         logprobs_RV = logits.new_full((num_rows, vocab_size), -math.inf, dtype=dtype)
         logprobs_RV[:, :num_columns] = (logits - best_R1).div_(temperature).add_(log_best_R1)
-        targets = DenseTargets(
-            vocab_size=vocab_size, temperature=temperature, logprobs=logprobs_RV
-        )
+        targets = DenseTargets(vocab_size=vocab_size, temperature=temperature, logprobs=logprobs_RV)
         rest_R = logits.new_ones(num_rows)
         head_entropy_R = logits.new_zeros(num_rows)
     else:

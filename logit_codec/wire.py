@@ -179,9 +179,11 @@ def decode(data: bytes | bytearray | memoryview) -> Targets:
         raise CodecError(f"the container has {len(view)} bytes, its header implies {expected}")
     if xxhash.xxh3_128_digest(view[:-DIGEST_NBYTES]) != view[-DIGEST_NBYTES:]:
         raise CodecError("the digest does not match: the bytes were changed on the way; ask again")
-    body = torch.frombuffer(bytearray(view[HEADER.size : -DIGEST_NBYTES]), dtype=torch.int32) if (
-        expected > OVERHEAD_NBYTES
-    ) else torch.empty(0, dtype=torch.int32)
+    body = (
+        torch.frombuffer(bytearray(view[HEADER.size : -DIGEST_NBYTES]), dtype=torch.int32)
+        if (expected > OVERHEAD_NBYTES)
+        else torch.empty(0, dtype=torch.int32)
+    )
     sizes = [size for _, size in planes]
     plane = dict(zip([name for name, _ in planes], body.split(sizes), strict=True))
 
@@ -372,4 +374,3 @@ def _words(values: Tensor) -> Tensor:
 
 def _id_width(vocab_size: int) -> int:
     return max(1, (vocab_size - 1).bit_length())
-

@@ -57,11 +57,15 @@ class TeacherServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request_iterator, context):
-        """Scores given token ids. Requests may be sent without waiting for answers. Answers of different
-        requests may arrive in any order and interleaved. Every request ends either in the parts of all
-        its rows, the final one marked `last`, or in one RequestError; the stream goes on after both.
-        The status of the stream itself speaks only of authentication, drain and transport. When the
-        client half-closes, the service answers what is outstanding and ends the stream with OK.
+        """Scores given token ids. Requests may be sent without waiting for answers. Parts of different
+        requests, and of different sequences of one request, arrive in any order and interleaved: place
+        them by request_id, sequence and first_row. The parts of one sequence arrive in row order.
+        Every request that the service has read ends either in the parts of all its rows, the final one
+        marked `last` (on whichever sequence comes last), or in one RequestError; the stream goes on
+        after both. The status of the stream itself speaks only of drain and transport. When the client
+        half-closes, the service answers what is outstanding and ends the stream with OK. A draining
+        service answers what it has read and ends the stream with UNAVAILABLE (14): what has no answer
+        then was not read, and is to be sent again on another stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

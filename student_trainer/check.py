@@ -62,21 +62,21 @@ def nll_by_shift(token_ids: Tensor, targets: Targets) -> dict[int, float]:
 
 
 def written_by(teacher: Teacher, num_tokens: int = 24) -> Tensor:
-    """(L,) int64: a sequence that the teacher itself finds likely, without any id twice.
+    """(L,) int64: a sequence that the teacher itself finds likely.
 
-    Random ids would have no best shift, and repeated ones several.
+    Random ids would have no best shift. Neighbours differ, or several shifts would be as good.
     """
     generator = torch.Generator().manual_seed(0)
-    first = torch.randint(teacher.info.effective_vocab_size, (2,), generator=generator)
-    ids = first.tolist()
-    width = min(64, teacher.info.limits.max_top_k, teacher.info.effective_vocab_size)
-    longest = min(num_tokens, teacher.info.max_sequence_tokens, width)
-    while len(ids) < longest:
-        ((_, targets),) = teacher.stream([ids], targets=f"top_k:{width}")
-        row = targets[len(ids) - 2 :]
+    largest = teacher.info.effective_vocab_size
+    ids = torch.randint(largest, (2,), generator=generator).tolist()
+    width = min(4, teacher.info.limits.max_top_k, largest)
+    while len(ids) < min(num_tokens, teacher.info.max_sequence_tokens - 1):
+        # L tokens have L-1 rows: one more, which may be anything, brings the row of what comes next.
+        ((_, targets),) = teacher.stream([[*ids, 0]], targets=f"top_k:{width}")
+        row = targets[len(ids) - 1 :]
         assert isinstance(row, TopKTargets)
         best = row.token_ids[row.logprobs.argsort(descending=True)].tolist()
-        ids.append(next((one for one in best if one not in ids), best[0]))
+        ids.append(next((one for one in best if one not in ids[-2:]), best[0]))
     return torch.tensor(ids)
 
 

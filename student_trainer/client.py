@@ -300,7 +300,9 @@ class _Session:
     async def close(self) -> None:
         for task in (*self._tasks, *([self._runner] if self._runner else [])):
             task.cancel()
-        await asyncio.gather(*self._tasks, *([self._runner] if self._runner else []), return_exceptions=True)
+        await asyncio.gather(
+            *self._tasks, *([self._runner] if self._runner else []), return_exceptions=True
+        )
         for pending in self._unanswered.values():
             pending.future.cancel()
         self._unanswered.clear()
@@ -580,7 +582,9 @@ class _IoThread:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-io", daemon=True)
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="teacher-io", daemon=True
+        )
         self._thread.start()
         atexit.register(self._stop)
 

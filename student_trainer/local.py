@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from logit_codec import FORMAT_VERSION, Targets, TargetSpec, decode, encode_parts
+from logit_codec.spec import KINDS
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest
 from student_trainer.streaming import Wish, stream_loader, stream_sequences
 
-PART_NBYTES = (1 << 20) - 1024
-"""Where the service splits a sequence; quantised values depend on it."""
+PART_NBYTES = 1 << 20
+"""As large as the service's parts; where a sequence is split does not change what is decoded."""
 
 
 class LocalTeacher:
@@ -40,6 +41,8 @@ class LocalTeacher:
             vocab_size=self._model.vocab_size,
             effective_vocab_size=self._model.effective_vocab_size,
             max_sequence_tokens=self._model.max_sequence_tokens,
+            limits=teacher_pb2.Limits(max_top_k=self._model.effective_vocab_size),
+            kinds=KINDS,
             architecture=self._model.architecture,
             format_versions=[FORMAT_VERSION],
         )

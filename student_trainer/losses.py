@@ -77,9 +77,7 @@ def distillation_loss(
 
 def _check(logits: Tensor, targets: Targets, divergence: str, reduction: str) -> None:
     if divergence not in DIVERGENCES:
-        raise ValueError(
-            f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}"
-        )
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
     if logits.dim() != 2 or logits.shape[0] != targets.num_rows:

@@ -26,9 +26,7 @@ def prefetch(
     return _prefetch(iterator, ahead, device)
 
 
-def _prefetch(
-    iterator: Iterable[T], ahead: int, device: torch.device | str | None
-) -> Iterator[T]:
+def _prefetch(iterator: Iterable[T], ahead: int, device: torch.device | str | None) -> Iterator[T]:
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(ahead)
     stopped = threading.Event()
 

@@ -9,7 +9,9 @@ from typing import Any
 from student_trainer.trainer import Run
 
 
-def write_report(folder: Path, numbers: dict[str, Any], distilled: Run, control: Run | None) -> None:
+def write_report(
+    folder: Path, numbers: dict[str, Any], distilled: Run, control: Run | None
+) -> None:
     """Writes report.json, loss.png and report.html into `folder`."""
     picture = folder / "loss.png"
     _draw(picture, numbers["teacher_loss"], distilled, control)
@@ -30,7 +32,9 @@ def verdict(numbers: dict[str, Any]) -> str:
     gain = numbers["gain"]
     if gain is None:
         return "There is no control to compare with: train with --control to see what it gained."
-    loss = f"{numbers['distilled_loss']:.3f} nats distilled, {numbers['control_loss']:.3f} on labels"
+    loss = (
+        f"{numbers['distilled_loss']:.3f} nats distilled, {numbers['control_loss']:.3f} on labels"
+    )
     if gain > 0:
         return (
             f"Distillation helped: {loss}, {gain:.3f} lower on held-out text after the same "
@@ -47,7 +51,9 @@ def _draw(path: Path, teacher_loss: float, distilled: Run, control: Run | None) 
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     if control is not None:
-        axes.plot(*zip(*control.curve, strict=True), marker="o", color="tab:gray", label="labels alone")
+        axes.plot(
+            *zip(*control.curve, strict=True), marker="o", color="tab:gray", label="labels alone"
+        )
     axes.plot(*zip(*distilled.curve, strict=True), marker="o", color="tab:blue", label="distilled")
     axes.axhline(teacher_loss, color="tab:orange", linestyle="--", label="teacher")
     axes.set_xlabel("step")

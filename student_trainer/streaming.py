@@ -163,7 +163,9 @@ class _Window:
         now = time.monotonic()
         if self._seconds and self._last_s is not None:
             interval = now - self._last_s
-            self._interval_s = 0.7 * self._interval_s + 0.3 * interval if self._interval_s else interval
+            self._interval_s = (
+                0.7 * self._interval_s + 0.3 * interval if self._interval_s else interval
+            )
             wanted = math.ceil(self._seconds / max(self._interval_s, 1e-4))
             nbytes = sum(t.numel() * t.element_size() for t in targets._tensors().values())
             affordable = MAX_AHEAD_NBYTES // max(1, nbytes)

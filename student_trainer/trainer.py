@@ -166,7 +166,9 @@ def teacher_loss(teacher: Teacher, sequences: Tensor) -> float:
     """Mean cross-entropy, in nats, of the teacher itself on (N, L) sequences."""
     total = 0.0
     pairs = teacher.stream(sequences, targets="top_k:1", ahead=32)
-    for _, targets in tqdm(pairs, total=len(sequences), desc="teacher on held-out text", leave=False):
+    for _, targets in tqdm(
+        pairs, total=len(sequences), desc="teacher on held-out text", leave=False
+    ):
         assert targets.realized_logprob is not None
         total -= float(targets.realized_logprob.double().sum())
     loss = total / (sequences.shape[0] * (sequences.shape[1] - 1))

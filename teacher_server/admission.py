@@ -18,6 +18,9 @@ from teacher_server.head import WantedRows
 from teacher_server.model import TeacherModel
 
 
+SESSION_ID_NBYTES = 16
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one request and one stream may ask for; sizes in tokens and bytes."""
@@ -70,6 +73,19 @@ class Admission:
                 f"the request is for teacher {request.teacher_fingerprint}, this is "
                 f"{self._fingerprint}: the service was changed. Connect again to use it.",
                 field="teacher_fingerprint",
+            )
+        if len(request.session_id) not in (0, SESSION_ID_NBYTES):
+            raise invalid(
+                "BAD_SESSION_ID",
+                f"session_id has {SESSION_ID_NBYTES} random bytes or none, got "
+                f"{len(request.session_id)}.",
+                field="session_id",
+            )
+        if request.level not in teacher_pb2.Level.values():
+            raise invalid(
+                "BAD_LEVEL",
+                f"level must be one of {', '.join(teacher_pb2.Level.keys())}, got {request.level}.",
+                field="level",
             )
         spec = self._spec(request)
         temperature = request.temperature or 1.0
@@ -205,9 +221,7 @@ class Admission:
     def _rows(self, request: teacher_pb2.ScoreRequest, lengths: list[int]) -> list[Tensor]:
         """The wanted rows of each sequence, ascending."""
         if request.first_rows and request.row_mask:
-            raise invalid(
-                "ROWS_TWICE", "give first_rows or row_mask, not both.", field="row_mask"
-            )
+            raise invalid("ROWS_TWICE", "give first_rows or row_mask, not both.", field="row_mask")
         if request.first_rows:
             if len(request.first_rows) != len(lengths):
                 raise invalid(
@@ -234,14 +248,13 @@ class Admission:
             if len(packed) != (total + 7) // 8 or bits[total:].any():
                 raise invalid(
                     "ROW_MASK_DOES_NOT_FIT",
-                    f"row_mask needs {total} bits in {(total + 7) // 8} bytes with zeros after "
-                    f"them, got {len(packed)} bytes.",
+                    f"row_mask needs {(total + 7) // 8} bytes for {total} rows, with the unused "
+                    f"bits 0; got {len(packed)} bytes with "
+                    f"{int(bits[total:].sum())} bits set after the last row.",
                     field="row_mask",
                 )
             if not bits.any():
-                raise invalid(
-                    "EMPTY_REQUEST", "row_mask asks for no row at all.", field="row_mask"
-                )
+                raise invalid("EMPTY_REQUEST", "row_mask asks for no row at all.", field="row_mask")
             parts = torch.from_numpy(bits[:total]).split(counts)
             return [part.nonzero()[:, 0] for part in parts]
         return [torch.arange(length - 1) for length in lengths]

@@ -1,9 +1,9 @@
 """What can go wrong on the server's side.
 
-    TeacherServerError
-    |-- ModelError            the model cannot be served; `serve` says why and exits with 1
-    |-- ServeError            the service cannot start (port in use, ...); exits with 1
-    `-- RequestRefused        one request cannot be answered; goes to its client as a RequestError
+TeacherServerError
+|-- ModelError            the model cannot be served; `serve` says why and exits with 1
+|-- ServeError            the service cannot start (port in use, ...); exits with 1
+`-- RequestRefused        one request cannot be answered; goes to its client as a RequestError
 """
 
 import grpc

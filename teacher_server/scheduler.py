@@ -111,7 +111,9 @@ class Scheduler:
         """Tells how long a batch took; the retry hint is made from it."""
         rate = tokens / max(seconds, 1e-6)
         with self._changed:
-            self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * rate if self._tokens_per_s else rate
+            self._tokens_per_s = (
+                0.8 * self._tokens_per_s + 0.2 * rate if self._tokens_per_s else rate
+            )
 
     def close(self) -> list[Job]:
         """Ends `next_batch`; returns the jobs that nobody will score."""

@@ -19,7 +19,7 @@ import xxhash
 from logit_codec import CodecError, Targets, encode_parts
 from protos import teacher_pb2, teacher_pb2_grpc
 from teacher_server.admission import Admission, Admitted
-from teacher_server.errors import RequestRefused
+from teacher_server.errors import RequestRefused, invalid
 from teacher_server.head import StageTimes
 from teacher_server.scheduler import Job
 
@@ -102,13 +102,21 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         """Admits one request and submits its sequences as the stream has room for their answers."""
         answer = _Answer(request.request_id)
         try:
+            if request.request_id in stream.unanswered:
+                raise invalid(
+                    "DUPLICATE_REQUEST_ID",
+                    f"request {request.request_id} is not answered yet and came again. Give every "
+                    "request of a stream an id of its own.",
+                    field="request_id",
+                )
             admitted = self._admission.admit(request)
         except Exception as error:
             await self._fail(answer, stream, error)
             return
-        level = LEVELS.get(request.level, LEVELS[teacher_pb2.LEVEL_BULK])
+        level = LEVELS[request.level]
         wanted = [(i, item) for i, item in enumerate(admitted) if len(item.wanted.rows)]
         answer.unfinished = len(wanted)
+        stream.unanswered[request.request_id] = answer
         for index, item in wanted:
             await stream.room.take(item.reply_nbytes)
             if answer.failed:
@@ -236,6 +244,7 @@ class _Stream:
 
     def __init__(self, context: grpc.aio.ServicerContext, room: "_Room") -> None:
         self.room = room
+        self.unanswered: dict[int, _Answer] = {}
         self._context = context
         self._lock = asyncio.Lock()
 
@@ -252,6 +261,9 @@ class _Stream:
                 response.error.CopyFrom(content)
             else:
                 response.part.CopyFrom(content)
+            if answer.failed or response.part.last:
+                if self.unanswered.get(answer.request_id) is answer:
+                    del self.unanswered[answer.request_id]
             await self._context.write(response)
 
 

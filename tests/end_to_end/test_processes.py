@@ -76,7 +76,9 @@ def test_server_errors_are_one_clear_line(tmp_path: Path, command, code, words):
 
 
 def test_a_folder_with_pickled_weights_only_is_refused(model_folder, tmp_path: Path):
-    (tmp_path / "config.json").write_text((model_folder("Gemma2", VOCAB) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        (model_folder("Gemma2", VOCAB) / "config.json").read_text()
+    )
     torch.save({}, tmp_path / "pytorch_model.bin")
     ended = run("teacher_server", "serve", "--model", str(tmp_path), "--port", "0")
     assert ended.returncode == 1

@@ -214,7 +214,13 @@ def test_good_requests_are_answered_among_bad_ones_on_one_stream(gemma_service: 
     errors = {one.request_id: one.error for one in answers if one.HasField("error")}
     parts = {one.request_id: one.part for one in answers if one.HasField("part")}
     assert len(answers) == len(requests)
-    assert {number: error.code for number, error in errors.items()} == {1: 3, 3: 3, 5: 3, 6: 9, 8: 3}
+    assert {number: error.code for number, error in errors.items()} == {
+        1: 3,
+        3: 3,
+        5: 3,
+        6: 9,
+        8: 3,
+    }
     for number, ids in good.items():
         part = parts[number]
         assert part.last

@@ -6,6 +6,7 @@ It shares no code with logit_codec, so a test that compares the two also tests t
 import math
 import struct
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import xxhash
 
@@ -110,7 +111,7 @@ def read(data: bytes) -> Plain:
     for count, row_range, tail in zip(counts, plain.ranges, plain.tail, strict=True):
         row_ids, row_codes = ids[first : first + count], codes[first : first + count]
         first += count
-        need(all(a < b for a, b in zip(row_ids, row_ids[1:], strict=False)), "order of ids")
+        need(all(a < b for a, b in pairwise(row_ids)), "order of ids")
         need(row_ids[-1] < vocab_size, "id")
         # At 0 nothing is kept, and the entries would be at -inf.
         need(tail < 0, "tail")

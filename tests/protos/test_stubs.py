@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_regenerating_the_stubs_changes_nothing(tmp_path: Path):
     recipe = (ROOT / "Makefile").read_text()
-    assert re.search(r"grpc_tools\.protoc -I\. --python_out=\. --pyi_out=\. --grpc_python_out=\.", recipe)
+    assert re.search(
+        r"grpc_tools\.protoc -I\. --python_out=\. --pyi_out=\. --grpc_python_out=\.", recipe
+    )
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
     command = [sys.executable, "-m", "grpc_tools.protoc", "-I.", *outputs, "protos/teacher.proto"]
     subprocess.run(command, cwd=ROOT, check=True)

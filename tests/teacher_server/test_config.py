@@ -122,9 +122,11 @@ def test_loopback_addresses_are_known(host: str) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["0.0.0.0", "::", "[::]", "", "10.0.0.1", "128.0.0.1", "2001:db8::1", "example.com"]
-    # Names that only look like loopback could resolve to anything.
-    + ["localhost.example.com", "127.0.0.1.example.com", "127.1", "*"],
+    [
+        *("0.0.0.0", "::", "[::]", "", "10.0.0.1", "128.0.0.1", "2001:db8::1", "example.com"),
+        # Names that only look like loopback could resolve to anything.
+        *("localhost.example.com", "127.0.0.1.example.com", "127.1", "*"),
+    ],
 )
 def test_everything_else_counts_as_reachable(host: str) -> None:
     assert not is_loopback(host)

@@ -1,5 +1,6 @@
 import random
 import threading
+import time
 from collections import Counter
 
 import grpc
@@ -26,9 +27,7 @@ def make_job(bucket: int = 32, *, level: int = TRAINING, reply_nbytes: int = 0) 
 def make_scheduler(
     *, batch: int = 1 << 20, reply: int = 1 << 30, queued: int = 1 << 30
 ) -> Scheduler:
-    return Scheduler(
-        max_batch_tokens=batch, max_batch_reply_nbytes=reply, max_queued_tokens=queued
-    )
+    return Scheduler(max_batch_tokens=batch, max_batch_reply_nbytes=reply, max_queued_tokens=queued)
 
 
 def submit(scheduler: Scheduler, *jobs: Job) -> list[Job]:
@@ -213,12 +212,15 @@ def test_the_bytes_of_the_answers_bound_a_batch() -> None:
     assert scheduler.next_batch() == jobs[4:]
 
 
-@pytest.mark.parametrize("large", [make_job(4096), make_job(reply_nbytes=10**9)])
-def test_a_job_that_is_too_large_for_any_batch_goes_alone(large: Job) -> None:
+@pytest.mark.parametrize(("bucket", "reply_nbytes"), [(4096, 1), (32, 10**9)])
+def test_a_job_that_is_too_large_for_any_batch_goes_alone(bucket: int, reply_nbytes: int) -> None:
     scheduler = make_scheduler(batch=64, reply=1000)
-    before = make_job(large.bucket, reply_nbytes=1)
-    after = make_job(large.bucket, reply_nbytes=1)
-    submit(scheduler, before, large, after)
+    before, large, after = submit(
+        scheduler,
+        make_job(bucket, reply_nbytes=1),
+        make_job(bucket, reply_nbytes=reply_nbytes),
+        make_job(bucket, reply_nbytes=1),
+    )
     assert [scheduler.next_batch() for _ in range(3)] == [[before], [large], [after]]
 
 
@@ -239,6 +241,7 @@ def test_close_wakes_a_waiting_thread_with_an_empty_batch() -> None:
     batches: list[list[Job]] = []
     thread = threading.Thread(target=lambda: batches.append(scheduler.next_batch()))
     thread.start()
+    time.sleep(0.05)  # it is most likely waiting by now; the claim holds if it is not
     assert scheduler.close() == []
     thread.join(60)
     assert batches == [[]]
@@ -249,6 +252,7 @@ def test_a_job_wakes_a_waiting_thread() -> None:
     batches: list[list[Job]] = []
     thread = threading.Thread(target=lambda: batches.append(scheduler.next_batch()))
     thread.start()
+    time.sleep(0.05)  # as above
     (job,) = submit(scheduler, make_job())
     thread.join(60)
     assert batches == [[job]]
@@ -349,11 +353,12 @@ def test_many_threads_lose_and_duplicate_nothing() -> None:
                     scheduler.submit(job)
                     break
                 except RequestRefused:
-                    if submitted[index] and draw.random() < 0.5:
-                        departing = draw.choice(submitted[index][-20:])
-                        scheduler.cancel(departing)
-                        cancelled[index].add(departing)
+                    time.sleep(0)  # let the others empty the queue
             submitted[index].append(job)
+            if draw.random() < 0.3:
+                departing = draw.choice(submitted[index][-5:])
+                scheduler.cancel(departing)
+                cancelled[index].add(departing)
 
     def compute(index: int) -> None:
         while batch := scheduler.next_batch():
@@ -361,7 +366,7 @@ def test_many_threads_lose_and_duplicate_nothing() -> None:
             assert len({job.bucket for job in batch}) == 1
             assert sum(job.bucket for job in batch) <= 128
 
-    clients = [threading.Thread(target=client, args=(i,)) for i in range(4)]
+    clients = [threading.Thread(target=client, args=(i,), daemon=True) for i in range(4)]
     computers = [threading.Thread(target=compute, args=(i,), daemon=True) for i in range(2)]
     for thread in [*computers, *clients]:
         thread.start()

@@ -1,0 +1,253 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from logit_codec import DenseSpec, DenseTargets, Targets, TopKSpec, TopKTargets, select
+
+
+def top_k(**changed) -> TopKTargets:
+    """Three rows over 5 ids, with 2, 1 and 3 entries."""
+    fields = {
+        "vocab_size": 5,
+        "temperature": 1.0,
+        "row_splits": torch.tensor([0, 2, 3, 6]),
+        "token_ids": torch.tensor([0, 4, 2, 1, 2, 3]),
+        "logprobs": torch.tensor([0.5, 0.25, 1.0, 0.2, 0.3, 0.1]).log(),
+        "tail_logprob": torch.tensor([0.25, 0.0, 0.4]).log(),
+        "realized_logprob": torch.tensor([-1.0, -2.0, -3.0]),
+        "entropy": torch.tensor([0.1, 0.2, 0.3]),
+        "log_z": torch.tensor([7.0, 8.0, 9.0]),
+        **changed,
+    }
+    return TopKTargets(**fields)
+
+
+def dense(**changed) -> DenseTargets:
+    """Three rows over 4 ids."""
+    logits = torch.arange(12.0).view(3, 4).sin()
+    fields = {
+        "vocab_size": 4,
+        "temperature": 1.0,
+        "logprobs": logits.log_softmax(1),
+        "log_z": logits.logsumexp(1),
+        **changed,
+    }
+    return DenseTargets(**fields)
+
+
+BOTH = pytest.mark.parametrize("make", [top_k, dense])
+
+
+def same(a: Targets, b: Targets) -> bool:
+    mine, theirs = a._tensors(), b._tensors()
+    return (
+        type(a) is type(b)
+        and (a.vocab_size, a.temperature) == (b.vocab_size, b.temperature)
+        and mine.keys() == theirs.keys()
+        and all(
+            mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name])
+            for name in mine
+        )
+    )
+
+
+@BOTH
+def test_len_is_the_number_of_rows(make):
+    targets = make()
+    assert len(targets) == targets.num_rows == 3
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [slice(a, b) for a in range(-4, 5) for b in (*range(-4, 5), None)])
+def test_a_slice_has_the_rows_that_a_list_would_have(make, rows):
+    targets = make()
+    dense_rows = targets.to_dense()
+    sliced = targets[rows]
+    assert len(sliced) == len(range(3)[rows])
+    assert torch.equal(sliced.to_dense(), dense_rows[rows])
+    assert torch.equal(sliced.log_z, targets.log_z[rows])
+    for name in targets.row_fields:
+        value = getattr(targets, name)
+        if value is None:
+            assert getattr(sliced, name) is None
+        else:
+            assert torch.equal(getattr(sliced, name), value[rows])
+
+
+def test_the_splits_of_a_slice_begin_at_zero():
+    sliced = top_k()[1:]
+    assert sliced.row_splits.tolist() == [0, 1, 4]
+    assert sliced.token_ids.tolist() == [2, 1, 2, 3]
+    assert sliced.entry_rows().tolist() == [0, 1, 1, 1]
+
+
+def test_a_slice_shares_the_values_of_what_it_was_cut_from():
+    for targets in (top_k(), dense()):
+        storage = targets.logprobs.untyped_storage().data_ptr()
+        assert targets[1:].logprobs.untyped_storage().data_ptr() == storage
+
+
+@BOTH
+def test_only_slices_in_steps_of_one_are_rows(make):
+    targets = make()
+    with pytest.raises(TypeError, match=r"targets\[2:5\], got 1"):
+        targets[1]
+    with pytest.raises(ValueError, match="steps of 1, got 2"):
+        targets[::2]
+    with pytest.raises(ValueError, match="steps of 1, got -1"):
+        targets[::-1]
+
+
+@BOTH
+@pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2), (0, 3), (0, 0, 1, 1, 3)])
+def test_cat_puts_the_slices_together_again(make, cuts):
+    targets = make()
+    edges = [0, *cuts, 3]
+    parts = [targets[a:b] for a, b in pairwise(edges)]
+    assert same(Targets.cat(parts), targets)
+
+
+def test_cat_of_one_part_is_that_part_and_of_none_is_refused():
+    targets = top_k()
+    assert Targets.cat([targets]) is targets
+    with pytest.raises(ValueError, match="at least one part"):
+        Targets.cat([])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (dense(), "different kind: top_k, dense"),
+        (top_k(vocab_size=6), "different vocab_size: 5, 6"),
+        (top_k(temperature=2.0), "different temperature: 1.0, 2.0"),
+        (top_k(entropy=None), "different fields: .*'entropy'.*"),
+    ],
+)
+def test_cat_refuses_parts_that_differ(other, message):
+    with pytest.raises(ValueError, match=f"cannot join targets of {message}"):
+        Targets.cat([top_k(), top_k(), other])
+
+
+@pytest.mark.xfail(strict=True, reason="torch.cat widens bfloat16 without a word")
+def test_cat_refuses_dense_parts_of_different_width():
+    """A joined f32 plane would take twice the bytes, at bfloat16's precision for some rows."""
+    narrow = dense(logprobs=dense().logprobs.bfloat16())
+    with pytest.raises(ValueError, match="cannot join"):
+        Targets.cat([narrow, dense()])
+
+
+@BOTH
+def test_to_moves_every_tensor(make):
+    moved = make().to("meta")
+    assert moved.device.type == "meta"
+    assert {value.device.type for value in moved._tensors().values()} == {"meta"}
+    assert moved.to(torch.device("meta"), non_blocking=True).num_rows == 3
+    targets = make()
+    assert same(targets.to("cpu"), targets)
+
+
+def test_to_dense_puts_the_probabilities_at_their_ids_and_leaves_the_tail_out():
+    expected = torch.tensor(
+        [[0.5, 0, 0, 0, 0.25], [0, 0, 1, 0, 0], [0, 0.2, 0.3, 0.1, 0]], dtype=torch.float32
+    )
+    torch.testing.assert_close(top_k().to_dense(), expected)
+    sums = top_k().to_dense().sum(1) + top_k().tail_logprob.exp()
+    torch.testing.assert_close(sums, torch.ones(3))
+
+
+def test_to_dense_of_dense_is_float32_with_zero_for_padding():
+    logprobs = torch.tensor([[0.5, 0.5, 0.0]]).log().bfloat16()
+    targets = DenseTargets(vocab_size=3, temperature=1.0, logprobs=logprobs)
+    probabilities = targets.to_dense()
+    assert probabilities.dtype == torch.float32
+    assert probabilities[0, 2] == 0
+    torch.testing.assert_close(probabilities, torch.tensor([[0.5, 0.5, 0.0]]), rtol=5e-3, atol=0)
+
+
+def test_top_k_of_every_id_is_dense():
+    logits = torch.randn(4, 17, generator=torch.Generator().manual_seed(0))
+    every = select(logits, TopKSpec(17, realized=False))
+    assert torch.equal(every.to_dense(), select(logits, DenseSpec(realized=False)).logprobs.exp())
+
+
+def test_repr_shows_shapes_and_no_values():
+    assert repr(top_k()) == (
+        "TopKTargets(3 rows, vocab_size=5, realized_logprob=float32[3], entropy=float32[3], "
+        "log_z=float32[3], row_splits=int64[4], token_ids=int64[6], logprobs=float32[6], "
+        "tail_logprob=float32[3], temperature=1.0)"
+    )
+    assert repr(dense(log_z=None)) == (
+        "DenseTargets(3 rows, vocab_size=4, logprobs=float32[3, 4], temperature=1.0)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value", "allowed", "got"),
+    [
+        (top_k, "row_splits", torch.tensor([0, 2, 3, 6.0]), "torch.int64", "torch.float32"),
+        (top_k, "row_splits", torch.zeros(2, 2, dtype=torch.int64), "(2,)", "(2, 2)"),
+        (top_k, "token_ids", torch.zeros(6, dtype=torch.int32), "torch.int64", "torch.int32"),
+        (top_k, "token_ids", torch.zeros(6, 1, dtype=torch.int64), "(6,)", "(6, 1)"),
+        (top_k, "logprobs", torch.zeros(5), "(6,)", "(5,)"),
+        (top_k, "logprobs", torch.zeros(6).double(), "torch.float32", "torch.float64"),
+        (top_k, "logprobs", torch.zeros(6).bfloat16(), "torch.float32", "torch.bfloat16"),
+        (top_k, "tail_logprob", torch.zeros(2), "(3,)", "(2,)"),
+        (top_k, "tail_logprob", torch.zeros(3, 1), "(3,)", "(3, 1)"),
+        (top_k, "realized_logprob", torch.zeros(4), "(3,)", "(4,)"),
+        (top_k, "entropy", torch.zeros(3).half(), "torch.float32", "torch.float16"),
+        (top_k, "log_z", torch.zeros(()), "(3,)", "()"),
+        (dense, "logprobs", torch.zeros(3, 5), "(3, 4)", "(3, 5)"),
+        (dense, "logprobs", torch.zeros(3), "(3, 4)", "(3,)"),
+        (dense, "logprobs", torch.zeros(3, 4, 1), "(3, 4)", "(3, 4, 1)"),
+        (dense, "logprobs", torch.zeros(3, 4).half(), "float32 or bfloat16", "torch.float16"),
+        (dense, "log_z", torch.zeros(2), "(3,)", "(2,)"),
+        (dense, "log_z", torch.zeros(3).double(), "torch.float32", "torch.float64"),
+    ],
+)
+def test_a_wrong_shape_or_dtype_is_refused_by_name(make, name, value, allowed, got):
+    with pytest.raises(ValueError, match=f"^{name} must be ") as raised:
+        make(**{name: value})
+    message, _, was = str(raised.value).partition("got ")
+    assert allowed in message
+    assert got in was
+
+
+def test_splits_need_at_least_one_element():
+    with pytest.raises(ValueError, match=r"R\+1 elements, got none"):
+        top_k(row_splits=torch.zeros(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("make", "changed"),
+    [
+        (top_k, {"vocab_size": 0}),
+        (dense, {"vocab_size": 0, "logprobs": torch.zeros(3, 0)}),
+        (top_k, {"temperature": 0.0}),
+        (dense, {"temperature": -1.0}),
+        (dense, {"temperature": math.nan}),
+    ],
+)
+def test_vocabulary_and_temperature_are_positive(make, changed):
+    with pytest.raises(ValueError, match="vocab_size and temperature must be positive, got"):
+        make(**changed)
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="len() of a 0-d tensor")
+@pytest.mark.parametrize(
+    ("make", "name"), [(top_k, "row_splits"), (top_k, "token_ids"), (dense, "logprobs")]
+)
+def test_a_tensor_without_dimensions_is_a_value_error_too(make, name):
+    value = torch.tensor(0.0 if name == "logprobs" else 0)
+    with pytest.raises(ValueError, match=name):
+        make(**{name: value})
+
+
+@BOTH
+def test_targets_without_rows_are_targets(make):
+    empty = make()[:0]
+    assert len(empty) == 0
+    assert empty.to_dense().shape == (0, empty.vocab_size)
+    assert same(Targets.cat([empty, make(), empty]), make())
+    assert repr(empty).startswith(f"{type(empty).__name__}(0 rows")

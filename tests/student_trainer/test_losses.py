@@ -1,0 +1,189 @@
+"""distillation_loss against the dense KL and its gradient in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from logit_codec import DenseTargets, Targets, TopKTargets, parse_targets, select
+from student_trainer import distillation_loss
+
+ROWS, VOCAB = 23, 61
+
+
+def make(spec: str, temperature: float = 1.0, seed: int = 0) -> tuple[Tensor, Targets, Tensor]:
+    """(student logits float64 with grad, targets, teacher probabilities float64)."""
+    torch.manual_seed(seed)
+    teacher = torch.randn(ROWS, VOCAB) * 3
+    student = (torch.randn(ROWS, VOCAB, dtype=torch.float64) * 2).requires_grad_()
+    realized = torch.randint(VOCAB, (ROWS,))
+    targets = select(teacher, parse_targets(spec), temperature=temperature, realized_ids=realized)
+    return student, targets, (teacher.double() / temperature).softmax(1)
+
+
+def dense_kl(student: Tensor, p: Tensor, temperature: float) -> Tensor:
+    """(R,) the full KL(p || q): the oracle."""
+    logq = (student / temperature).log_softmax(1)
+    return (torch.special.xlogy(p, p) - p * logq).sum(1)
+
+
+def bucketed_kl(student: Tensor, targets: TopKTargets, temperature: float) -> Tensor:
+    """(R,) KL over the kept ids and one bucket, row by row in the plainest way."""
+    rows = []
+    q = (student / temperature).softmax(1)
+    for row in range(targets.num_rows):
+        part = slice(int(targets.row_splits[row]), int(targets.row_splits[row + 1]))
+        ids = targets.token_ids[part]
+        p = targets.logprobs[part].double().exp()
+        p_tail = targets.tail_logprob[row].double().exp()
+        q_kept = q[row, ids]
+        others = torch.ones(VOCAB, dtype=torch.bool)
+        others[ids] = False
+        q_tail = q[row, others].sum()
+        loss = (p * (p.log() - q_kept.log())).sum()
+        rows.append(loss + (p_tail * (p_tail.log() - q_tail.log()) if p_tail > 0 else 0.0))
+    return torch.stack(rows)
+
+
+def gradient(loss: Tensor, student: Tensor) -> Tensor:
+    (found,) = torch.autograd.grad(loss, student, retain_graph=True)
+    return found
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+@pytest.mark.parametrize("scaling", [True, False])
+def test_dense_targets_give_the_full_kl_and_its_gradient(temperature, scaling):
+    student, targets, p = make("dense:f32", temperature)
+    scale = temperature**2 if scaling else 1.0
+    loss = distillation_loss(student, targets, temperature_scaling=scaling)
+    wanted = scale * dense_kl(student, p, temperature).mean()
+    assert torch.allclose(loss, wanted, atol=1e-6)
+    q = (student / temperature).softmax(1)
+    assert torch.allclose(
+        gradient(loss, student), scale * (q - p) / temperature / ROWS, rtol=0, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("spec", ["top_k:5", "top_k:1", "top_k:min_p=1/64,max_k=16"])
+def test_top_k_targets_give_the_kl_with_one_tail_bucket(spec, temperature):
+    student, targets, _ = make(spec, temperature)
+    loss = distillation_loss(student, targets, reduction="none", temperature_scaling=False)
+    wanted = bucketed_kl(student, targets, temperature)
+    assert torch.allclose(loss, wanted, rtol=1e-10, atol=1e-12)
+    weights = torch.rand(ROWS, dtype=torch.float64)
+    assert torch.allclose(
+        gradient((loss * weights).sum(), student),
+        gradient((wanted * weights).sum(), student),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+def test_loss_is_a_lower_bound_of_full_kl_that_rises_with_k():
+    bounds = []
+    for k in (1, 4, 16, VOCAB):
+        student, targets, p = make(f"top_k:{k}")
+        bounds.append(float(distillation_loss(student.detach(), targets)))
+    full = float(dense_kl(student.detach(), p, 1.0).mean())
+    assert bounds == sorted(bounds)
+    assert bounds[-1] == pytest.approx(full, abs=1e-5)
+    assert bounds[0] < full - 0.01
+
+
+def test_everything_kept_leaves_no_tail_and_no_nan():
+    student, targets, p = make(f"top_k:{VOCAB}")
+    targets = Targets.cat([targets])
+    loss = distillation_loss(student, targets)
+    found = gradient(loss, student)
+    assert torch.isfinite(found).all()
+    assert torch.allclose(found, (student.softmax(1) - p) / ROWS, atol=1e-6)
+
+
+def test_ids_of_probability_zero_add_nothing_and_make_no_nan():
+    student, targets, _ = make("dense:f32")
+    assert isinstance(targets, DenseTargets)
+    logprobs = targets.logprobs.clone()
+    logprobs[:, 40:] = -torch.inf
+    cut = DenseTargets(vocab_size=VOCAB, temperature=1.0, logprobs=logprobs.log_softmax(1))
+    loss = distillation_loss(student, cut)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient(loss, student)).all()
+
+
+def test_a_tiny_student_tail_is_summed_not_cancelled():
+    teacher = torch.tensor([[10.0, 0.0, 0.0, 0.0]])
+    targets = select(teacher, parse_targets("top_k:1,realized=0"))
+    logits = torch.tensor([[15.0, 0.0, 0.1, -0.2]])
+    single = distillation_loss(logits, targets)
+    double = distillation_loss(logits.double(), targets)
+    assert float(single) == pytest.approx(float(double), rel=1e-3)
+
+
+def test_mixes_with_cross_entropy_and_leaves_ignored_labels_out():
+    student, targets, p = make("dense:f32")
+    labels = torch.randint(VOCAB, (ROWS,))
+    labels[3] = -100
+    loss = distillation_loss(student, targets, labels=labels, kd_weight=0.25, ce_weight=0.75)
+    ce = torch.nn.functional.cross_entropy(student, labels, reduction="sum")
+    wanted = (0.25 * dense_kl(student, p, 1.0).sum() + 0.75 * ce) / ROWS
+    assert torch.allclose(loss, wanted, atol=1e-6)
+
+
+def test_labels_alone_are_plain_cross_entropy():
+    student, targets, _ = make("top_k:4", temperature=2.0)
+    labels = torch.randint(VOCAB, (ROWS,))
+    loss = distillation_loss(student, targets, labels=labels, kd_weight=0.0, ce_weight=1.0)
+    assert torch.allclose(loss, torch.nn.functional.cross_entropy(student, labels))
+
+
+def test_masked_rows_count_neither_above_nor_below_the_line():
+    student, targets, _ = make("top_k:4")
+    mask = torch.arange(ROWS) % 3 != 0
+    poisoned = student.detach().clone()
+    poisoned[0] = torch.nan
+    poisoned.requires_grad_()
+    loss = distillation_loss(poisoned, targets, mask=mask)
+    each = distillation_loss(student, targets, reduction="none")
+    assert torch.allclose(loss, each[mask].mean())
+    assert not mask[0]
+    assert torch.isfinite(gradient(loss, poisoned)[mask]).all()
+
+
+def test_reductions_and_num_items():
+    student, targets, _ = make("top_k:4")
+    each = distillation_loss(student, targets, reduction="none")
+    assert each.shape == (ROWS,)
+    assert torch.allclose(distillation_loss(student, targets, reduction="sum"), each.sum())
+    assert torch.allclose(distillation_loss(student, targets, num_items=100), each.sum() / 100)
+    mask = torch.zeros(ROWS, dtype=torch.bool)
+    assert float(distillation_loss(student, targets, mask=mask).detach()) == 0.0
+
+
+def test_half_precision_logits_are_computed_in_float32():
+    student, targets, _ = make("top_k:8")
+    half = student.detach().bfloat16()
+    assert distillation_loss(half, targets).dtype == torch.float32
+    assert float(distillation_loss(half, targets)) == pytest.approx(
+        float(distillation_loss(half.double(), targets)), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {"logits": s[:-1]}, [str(ROWS), "logits[0, :-1]"]),
+        (lambda s: {"logits": s[:, :-1]}, [str(VOCAB), str(VOCAB - 1)]),
+        (lambda s: {"logits": s[None]}, ["(R, V)"]),
+        (lambda s: {"divergence": "backward"}, ["forward_kl", "backward"]),
+        (lambda s: {"reduction": "median"}, ["mean, sum or none", "median"]),
+        (lambda s: {"ce_weight": 1.0}, ["labels"]),
+        (lambda s: {"ce_weight": 1.0, "labels": torch.zeros(3).long()}, [str(ROWS), "(3,)"]),
+        (lambda s: {"mask": torch.ones(2).bool()}, [str(ROWS), "(2,)"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_got_and_allowed(change, words):
+    student, targets, _ = make("top_k:4")
+    arguments = {"logits": student, **change(student)}
+    with pytest.raises(ValueError, match=".") as caught:
+        distillation_loss(arguments.pop("logits"), targets, **arguments)
+    assert all(word in str(caught.value) for word in words)
