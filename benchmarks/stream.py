@@ -10,6 +10,7 @@ busy processes on two cores make both sides wait for each other's threads.
 import argparse
 import itertools
 import multiprocessing
+import os
 import signal
 import statistics
 import subprocess
@@ -32,7 +33,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 def main() -> None:
     """Measures and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The service against a bare loop.")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--sequences", type=int, default=32, help="of each turn")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the teacher")
@@ -133,9 +134,8 @@ def bare_loop(connection: Connection, folder: str, threads: int) -> None:
     from logit_codec import encode_parts, parse_targets
     from teacher_server.head import VocabularyHead, WantedRows
     from teacher_server.model import load
-    from teacher_server.replica import keep_large_buffers
 
-    keep_large_buffers()
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as the service does
     torch.set_num_threads(threads)
     head = VocabularyHead(load(folder))
     spec = parse_targets(TARGETS)

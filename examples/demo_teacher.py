@@ -18,6 +18,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 from student_trainer import data, trainer
 
 VOCABULARY = 1024
+SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>"]  # ids 0, 1, 2
 SEQUENCE = 128  # tokens
 BATCH = 16  # sequences
 STEPS = 400
@@ -55,7 +56,7 @@ def make_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     learner = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<bos>", "<eos>"],  # ids 0, 1, 2
+        special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -73,7 +74,7 @@ def make_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> Gemma2Config:
+def make_config(hidden_size: int) -> Gemma2Config:
     """A 2-layer Gemma 2: half a million parameters with hidden size 128, a third of it with 64."""
     return Gemma2Config(
         vocab_size=VOCABULARY,
@@ -88,10 +89,9 @@ def make_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> Gemma2C
         max_position_embeddings=2 * SEQUENCE,
         final_logit_softcapping=30.0,
         attn_logit_softcapping=50.0,
-        attn_implementation="eager",  # the attention that applies the soft cap
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=SPECIAL_TOKENS.index("<pad>"),
+        bos_token_id=SPECIAL_TOKENS.index("<bos>"),
+        eos_token_id=SPECIAL_TOKENS.index("<eos>"),
     )
 
 
@@ -119,7 +119,7 @@ def build_teacher(folder: Path, *, steps: int = STEPS, seed: int = 0) -> dict:
     sequences = data.pack(train_files, tokenizer, SEQUENCE, label="data")
     held_out = data.pack(held_out_files, tokenizer, SEQUENCE, label="held-out data")
     torch.manual_seed(seed)
-    model = Gemma2ForCausalLM(make_config(tokenizer, hidden_size=128))
+    model = Gemma2ForCausalLM(make_config(hidden_size=128))
     batches = data.batches(sequences, batch_size=BATCH, steps=steps, seed=seed)
     run = trainer.train(
         model,
@@ -148,7 +148,7 @@ def build_teacher(folder: Path, *, steps: int = STEPS, seed: int = 0) -> dict:
         tokenizer.save_pretrained(finished)
         (finished / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
         student = student_folder(folder)
-        make_config(tokenizer, hidden_size=64).save_pretrained(student)
+        make_config(hidden_size=64).save_pretrained(student)
         tokenizer.save_pretrained(student)
         finished.rename(folder)  # same file system, so the folder appears whole or not at all
     return facts

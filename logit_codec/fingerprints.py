@@ -8,7 +8,8 @@ from typing import Any
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 (hex) over a tokenizer's sorted (id, token) pairs and its special ids.
 
-    `tokenizer` is one of transformers (`get_vocab`, `all_special_ids`) or of tokenizers
+    Special are the added tokens marked so, whether or not they have a name such as bos_token.
+    `tokenizer` is one of transformers (`get_vocab`, `added_tokens_decoder`) or of tokenizers
     (`get_vocab`, `get_added_tokens_decoder`). Raises ValueError for anything else.
     """
     if not hasattr(tokenizer, "get_vocab"):
@@ -17,10 +18,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
             f"{type(tokenizer).__name__}"
         )
     pairs = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items())
-    if hasattr(tokenizer, "all_special_ids"):
-        special = sorted(set(tokenizer.all_special_ids))
-    else:
+    if hasattr(tokenizer, "get_added_tokens_decoder"):
         added = tokenizer.get_added_tokens_decoder()
-        special = sorted(token_id for token_id, token in added.items() if token.special)
+    else:
+        added = tokenizer.added_tokens_decoder
+    special = sorted(token_id for token_id, token in added.items() if token.special)
     text = json.dumps([pairs, special], separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -10,69 +10,70 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from logit_codec.spec import DenseSpec, TargetSpec, TopKSpec
+from logit_codec.spec import DenseSpec, TargetSpec, TopKSpec, parse_targets
 from logit_codec.targets import DenseTargets, Targets, TopKTargets, _splits
 
 
 def select(
     logits: Tensor,
-    spec: TargetSpec,
+    spec: str | TargetSpec,
     *,
     temperature: float = 1.0,
     realized_ids: Tensor | None = None,
-    vocab_size: int | None = None,
+    overwrite: bool = False,
 ) -> Targets:
     """What `spec` keeps of softmax(logits / temperature).
 
-    logits: (R, V) of a floating dtype, not changed. realized_ids: (R,) int64, the tokens that
-    really came next; needed if `spec.realized`. vocab_size: at least V; ids from V on are padding
-    and get probability 0.
+    logits: (R, V) of a floating dtype; -inf gives an id probability 0. realized_ids: (R,) int64,
+    the tokens that really came next; needed if `spec.realized`. overwrite: the logits may be used
+    as scratch; without it they are not changed.
 
-    Extra memory: one (R, V) float32 buffer, a second one if the logits are not float32, and about
-    R * sqrt(K * V) candidates. A row that is not finite comes back as NaN; `encode` refuses it.
-    Raises ValueError for a k above V or a missing realized_ids.
+    Extra memory in a large vocabulary: one (R, V) float32 buffer, none with `overwrite` for top_k,
+    one more if the logits are not float32, and about R * sqrt(K * V) candidates. A row that is not
+    finite comes back as NaN; `encode` refuses it. Raises ValueError for a k above V and for
+    realized_ids that are missing or do not fit.
     """
-    num_rows, num_columns = logits.shape
-    vocab_size = num_columns if vocab_size is None else vocab_size
-    if vocab_size < num_columns:
-        raise ValueError(f"vocab_size {vocab_size} is smaller than the {num_columns} columns given")
+    spec = parse_targets(spec)
+    num_rows, vocab_size = logits.shape
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if spec.realized and realized_ids is None:
-        raise ValueError("realized_ids is needed unless the spec says realized=0")
-    if num_rows == 0:  # reductions over no rows are not defined on every device
-        logits = logits.new_zeros(1, num_columns)
-        ids = None if realized_ids is None else logits.new_zeros(1, dtype=torch.int64)
-        one_row = select(
-            logits, spec, temperature=temperature, realized_ids=ids, vocab_size=vocab_size
+    if spec.realized and (realized_ids is None or realized_ids.shape != (num_rows,)):
+        got = "none" if realized_ids is None else f"shape {tuple(realized_ids.shape)}"
+        raise ValueError(
+            f"realized_ids must have shape ({num_rows},) unless the spec says realized=0, got {got}"
         )
-        return one_row[:0]
+    if num_rows == 0:  # reductions over no rows are not defined on every device
+        ids = None if realized_ids is None else realized_ids.new_zeros(1)
+        row = logits.new_zeros(1, vocab_size)
+        return select(row, spec, temperature=temperature, realized_ids=ids)[:0]
+    overwrite = overwrite or logits.dtype != torch.float32  # then the float32 copy is ours
     logits = logits.float()
+    realized_R1 = None
+    if spec.realized:
+        assert realized_ids is not None
+        realized_R1 = logits.gather(1, realized_ids[:, None])
 
-    # These weights are the only (R, V) temporary; everything else is read from them or the logits.
-    # They are probabilities but for the rounding of softmax's plain sum (1e-5 at V = 262,144), so
-    # they are divided by `mass`, which torch.sum adds up pairwise.
-    if temperature == 1.0:
-        weights_RV = torch.softmax(logits, 1)
-    else:
-        weights_RV = logits / temperature
-        torch.softmax(weights_RV, 1, out=weights_RV)
-
+    # The weights are probabilities but for the rounding of softmax's plain sum (1e-5 at V =
+    # 262,144), so they are divided by `mass`, which torch.sum adds up pairwise.
+    entropy_R = None
     if isinstance(spec, TopKSpec):
-        top_RK = _top_ids(logits, _width(spec, num_columns)).sort(1).values
+        top_RK = _top_ids(logits, _width(spec, vocab_size)).sort(1).values
         logits_RK = logits.gather(1, top_RK)
+        weights_RV = _softmax(logits, temperature, overwrite)
         weights_RK = weights_RV.gather(1, top_RK)
-        mass_R1 = weights_RV.scatter_(1, top_RK, 0.0).sum(1, keepdim=True)
-        mass_R1 += weights_RK.sum(1, keepdim=True)
+        below_R = weights_RV.scatter_(1, top_RK, 0.0).sum(1)
+        mass_R1 = (below_R + weights_RK.sum(1))[:, None]
         best_R1 = logits_RK.amax(1, keepdim=True)
         log_best_R1 = (weights_RK.amax(1, keepdim=True) / mass_R1).log()
         logprobs_RK = (logits_RK - best_R1) / temperature + log_best_R1
         keep_RK = _kept(logprobs_RK, spec)
         # Of 1 - kept and the sum of the rest, each is exact where the other one cancels.
         kept_R = (logprobs_RK.exp() * keep_RK).sum(1)
-        weights_RV.scatter_(1, top_RK, weights_RK.masked_fill(keep_RK, 0.0))
-        rest_R = weights_RV.sum(1) / mass_R1[:, 0]
+        rest_R = (below_R + weights_RK.masked_fill(keep_RK, 0.0).sum(1)) / mass_R1[:, 0]
         tail_R = torch.where(kept_R < 0.5, torch.log1p(-kept_R), rest_R.log()).clamp_(max=0.0)
+        if spec.entropy:
+            top_R = torch.special.entr(logprobs_RK.exp()).sum(1)
+            entropy_R = top_R + _entropy(weights_RV, mass_R1)
         targets = TopKTargets(
             vocab_size=vocab_size,
             temperature=temperature,
@@ -81,31 +82,51 @@ def select(
             logprobs=logprobs_RK[keep_RK],
             tail_logprob=tail_R,
         )
-        head_entropy_R = torch.special.entr(logprobs_RK.exp()).mul_(keep_RK).sum(1)
     elif isinstance(spec, DenseSpec):
+        weights_RV = _softmax(logits, temperature, False)
         mass_R1 = weights_RV.sum(1, keepdim=True)
         best_R1 = logits.amax(1, keepdim=True)
         log_best_R1 = (weights_RV.amax(1, keepdim=True) / mass_R1).log()
+        if spec.entropy:
+            entropy_R = _entropy(weights_RV, mass_R1)
+        logprobs_RV = torch.sub(logits, best_R1, out=weights_RV)
+        if temperature != 1.0:
+            logprobs_RV.div_(temperature)
+        logprobs_RV.add_(log_best_R1)
         dtype = torch.float32 if spec.bits == 32 else torch.bfloat16
-        logprobs_RV = logits.new_full((num_rows, vocab_size), -math.inf, dtype=dtype)
-        logprobs_RV[:, :num_columns] = (logits - best_R1).div_(temperature).add_(log_best_R1)
-        targets = DenseTargets(vocab_size=vocab_size, temperature=temperature, logprobs=logprobs_RV)
-        rest_R = logits.new_ones(num_rows)
-        head_entropy_R = logits.new_zeros(num_rows)
+        targets = DenseTargets(
+            vocab_size=vocab_size, temperature=temperature, logprobs=logprobs_RV.to(dtype)
+        )
     else:
         raise ValueError(f"no selection for {type(spec).__name__}")
 
     per_row = {}
     if spec.log_z:
         per_row["log_z"] = (best_R1 / temperature - log_best_R1)[:, 0]
-    if spec.realized:
-        assert realized_ids is not None
-        realized_R1 = logits.gather(1, realized_ids[:, None])
+    if realized_R1 is not None:
         per_row["realized_logprob"] = ((realized_R1 - best_R1) / temperature + log_best_R1)[:, 0]
-    if spec.entropy:
-        entropy_R = torch.special.entr(weights_RV, out=weights_RV).sum(1) / mass_R1[:, 0]
-        per_row["entropy"] = head_entropy_R + entropy_R + rest_R * mass_R1[:, 0].log()
+    if entropy_R is not None:
+        per_row["entropy"] = entropy_R
     return replace(targets, **per_row)
+
+
+def _softmax(logits: Tensor, temperature: float, overwrite: bool) -> Tensor:
+    """softmax(logits / temperature), in the logits' own memory if that is allowed."""
+    if overwrite:
+        if temperature != 1.0:
+            logits.div_(temperature)
+        return torch.softmax(logits, 1, out=logits)
+    if temperature == 1.0:
+        return torch.softmax(logits, 1)
+    weights = logits / temperature
+    return torch.softmax(weights, 1, out=weights)
+
+
+def _entropy(weights_RV: Tensor, mass_R1: Tensor) -> Tensor:
+    """(R,) -sum p log p over p = weights / mass. Overwrites the weights."""
+    share_R = weights_RV.sum(1) / mass_R1[:, 0]
+    plain_R = torch.special.entr(weights_RV, out=weights_RV).sum(1) / mass_R1[:, 0]
+    return plain_R + share_R * mass_R1[:, 0].log()
 
 
 def _width(spec: TopKSpec, num_columns: int) -> int:

@@ -52,13 +52,13 @@ class TopKSpec(TargetSpec):
     k: int
     """Entries per row; with `min_p`, at most this many."""
     min_p: float = 0.0
-    """0: exactly k entries; else every id with p >= min_p, at least one, at most k."""
+    """0: k entries (fewer only if fewer ids have a probability above 0); else every id with p >= min_p, at least one, at most k."""
     bits: int = 7
     """Bits per logprob: one of CODE_BITS."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.k < 2**31:
-            raise ValueError(f"top_k must be at least 1, got {self.k}")
+            raise ValueError(f"top_k must be between 1 and 2**31 - 1, got {self.k}")
         if not 0.0 <= self.min_p <= 1.0:
             raise ValueError(f"min_p must be between 0 and 1, got {self.min_p}")
         if self.bits not in CODE_BITS:
@@ -69,13 +69,10 @@ class TopKSpec(TargetSpec):
     def max_row_nbytes(self, vocab_size: int) -> float:
         entry_bits = max(1, (vocab_size - 1).bit_length()) + self.bits
         row_bits = self.k.bit_length() + min(self.k, vocab_size) * entry_bits
-        return 4.0 + row_bits / 8 + TargetSpec.max_row_nbytes(self, vocab_size)
+        return 6.0 + row_bits / 8 + TargetSpec.max_row_nbytes(self, vocab_size)
 
     def __str__(self) -> str:
-        if self.min_p:
-            head = [f"min_p={self.min_p!r}", f"max_k={self.k}"]
-        else:
-            head = [str(self.k)]
+        head = [f"min_p={self.min_p!r}", f"max_k={self.k}"] if self.min_p else [str(self.k)]
         return "top_k:" + ",".join([*head, f"bits={self.bits}", *self._option_names()])
 
 
@@ -86,7 +83,7 @@ class DenseSpec(TargetSpec):
     kind: ClassVar[str] = "dense"
 
     bits: int = 32
-    """32: float32; 16: bfloat16 (off by up to 0.125)."""
+    """32: float32; 16: bfloat16 (8 significant bits: off by up to 0.125 down to -64 nats)."""
 
     def __post_init__(self) -> None:
         if self.bits not in (16, 32):

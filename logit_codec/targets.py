@@ -3,6 +3,7 @@
 Letters: R rows, V vocabulary, E kept entries of all rows together.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Self
@@ -32,9 +33,9 @@ class Targets:
     """(R,) float32: logsumexp of the raw logits / temperature."""
 
     def __post_init__(self) -> None:
-        if self.vocab_size < 1 or not self.temperature > 0:
+        if not 1 <= self.vocab_size < 2**31 or not 0 < self.temperature < math.inf:
             raise ValueError(
-                "vocab_size and temperature must be positive, got "
+                "vocab_size and temperature must be positive and finite, got "
                 f"{self.vocab_size} and {self.temperature}"
             )
         for name in self.row_fields:
@@ -111,7 +112,7 @@ class Targets:
                 ("kind", first.kind, other.kind),
                 ("vocab_size", first.vocab_size, other.vocab_size),
                 ("temperature", first.temperature, other.temperature),
-                ("fields", sorted(first._tensors()), sorted(other._tensors())),
+                ("fields", _dtypes(first), _dtypes(other)),
             ):
                 if mine != theirs:
                     raise ValueError(f"cannot join targets of different {name}: {mine}, {theirs}")
@@ -143,10 +144,10 @@ class TopKTargets(Targets):
     """(R,) float32: log of 1 - kept mass; -inf if every id is kept."""
 
     def __post_init__(self) -> None:
-        _expect("row_splits", self.row_splits, torch.int64, (len(self.row_splits),))
+        _expect("row_splits", self.row_splits, torch.int64, _row(self.row_splits))
         if len(self.row_splits) == 0:
             raise ValueError("row_splits needs R+1 elements, got none")
-        _expect("token_ids", self.token_ids, torch.int64, (len(self.token_ids),))
+        _expect("token_ids", self.token_ids, torch.int64, _row(self.token_ids))
         _expect("logprobs", self.logprobs, torch.float32, (len(self.token_ids),))
         Targets.__post_init__(self)
 
@@ -197,7 +198,7 @@ class DenseTargets(Targets):
             raise ValueError(
                 f"logprobs must be float32 or bfloat16, got {self.logprobs.dtype} for dense"
             )
-        _expect("logprobs", self.logprobs, None, (len(self.logprobs), self.vocab_size))
+        _expect("logprobs", self.logprobs, None, (*_row(self.logprobs), self.vocab_size))
         Targets.__post_init__(self)
 
     @property
@@ -214,6 +215,17 @@ class DenseTargets(Targets):
 
     def _slice(self, start: int, stop: int) -> "DenseTargets":
         return replace(self, logprobs=self.logprobs[start:stop], **self._sliced_rows(start, stop))
+
+
+def _row(value: Tensor) -> tuple[int, ...]:
+    """The shape of a row as long as `value`; of length 1 if it has no dimension at all."""
+    return tuple(value.shape[:1]) or (1,)
+
+
+def _dtypes(targets: Targets) -> dict[str, str]:
+    return {
+        name: str(value.dtype).removeprefix("torch.") for name, value in targets._tensors().items()
+    }
 
 
 def _expect(name: str, value: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...]) -> None:

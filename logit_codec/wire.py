@@ -2,7 +2,7 @@
 
 Letters: R rows, V vocabulary, E kept entries of all rows together.
 The decoder computes the exact size of a container from its checked header before it allocates
-anything, so its memory is at most 32 times the input; whatever is malformed raises CodecError.
+anything, so its memory is at most 40 times the input; whatever is malformed raises CodecError.
 """
 
 import math
@@ -96,7 +96,12 @@ def encode(targets: Targets, *, bits: int = 7) -> bytes:
     The planes are made on the targets' device; only the packed words are copied from it.
     Raises CodecError, with the row, for rows that are not finite, not normalised or not sorted.
     """
-    _check_rows(targets)
+    return _encode(targets, bits, 0)
+
+
+def _encode(targets: Targets, bits: int, first_row: int) -> bytes:
+    """`encode`; `first_row` is the number of the first row in error messages."""
+    _check_rows(targets, first_row)
     planes: list[Tensor] = []
     max_entries = num_entries = 0
     if isinstance(targets, TopKTargets):
@@ -159,11 +164,7 @@ def encode_parts(
     value_bits = getattr(spec, "bits", 7)
     for first in range(0, targets.num_rows, step):
         rows = targets[first : first + step]
-        try:
-            yield first, rows.num_rows, encode(rows, bits=value_bits)
-        except CodecError as error:
-            row = None if error.row is None else error.row + first
-            raise CodecError(str(error), row) from None
+        yield first, rows.num_rows, _encode(rows, value_bits, first)
 
 
 def decode(data: bytes | bytearray | memoryview) -> Targets:
@@ -198,7 +199,7 @@ def decode(data: bytes | bytearray | memoryview) -> Targets:
     if header.kind == KIND_NUMBERS["dense"]:
         dtype = torch.float32 if header.value_bits == 32 else torch.bfloat16
         values = plane["values"].view(dtype)
-        if values[rows * vocab_size :].any():
+        if values.view(torch.uint8)[rows * vocab_size * dtype.itemsize :].any():
             raise CodecError("the padding of the values plane is not zero")
         logprobs = values[: rows * vocab_size].view(rows, vocab_size)
         targets: Targets = DenseTargets(logprobs=logprobs, **common)
@@ -259,6 +260,8 @@ def _parse_header(view: memoryview) -> Header:
                 f"max_entries must be 1 to vocab_size ({header.vocab_size}), "
                 f"got {header.max_entries}"
             )
+        if header.num_rows == 0 and header.max_entries != 1:
+            raise CodecError(f"max_entries must be 1 without rows, got {header.max_entries}")
         if not header.num_rows <= header.num_entries <= header.num_rows * header.max_entries:
             raise CodecError(
                 f"num_entries {header.num_entries} does not fit {header.num_rows} rows of 1 to "
@@ -271,24 +274,32 @@ def _parse_header(view: memoryview) -> Header:
     return header
 
 
-def _check_rows(targets: Targets) -> None:
+def _check_rows(targets: Targets, first_row: int = 0) -> None:
     """Refuses rows that are not finite, not normalised, or whose ids are not ascending."""
-    if targets.num_rows == 0:
-        return
+
+    def refuse(bad: Tensor, rows: Tensor | None, why: str) -> None:
+        _refuse_rows(bad, rows, why, first_row)
+
     tolerance = 1e-3
     if isinstance(targets, TopKTargets):
         ids, splits = targets.token_ids, targets.row_splits
+        if int(splits[0]) != 0 or int(splits[-1]) != len(ids):
+            raise CodecError(
+                f"row_splits must go from 0 to the {len(ids)} entries, got {int(splits[0])} to "
+                f"{int(splits[-1])}"
+            )
+        refuse(splits.diff() < 1, None, "it has no entry")
         rows = targets.entry_rows()
         rising = ids[1:] > ids[:-1]
         first_of_row = rows[1:] != rows[:-1]
         good = torch.ones_like(ids, dtype=torch.bool)
         good[1:] = rising | first_of_row
         good &= (ids >= 0) & (ids < targets.vocab_size)
-        _refuse(~good, rows, "its ids are not ascending ids of the vocabulary")
+        refuse(~good, rows, "its ids are not ascending ids of the vocabulary")
         tail = targets.tail_logprob
         finite = torch.isfinite(targets.logprobs) & ~torch.isnan(tail)[rows]
-        _refuse(~finite, rows, "its logprobs are not finite numbers")
-        _refuse(splits.diff() < 1, None, "it has no entry")
+        refuse(~finite, rows, "its logprobs are not finite numbers")
+        refuse(tail >= 0, None, "its tail logprob is not below 0: nothing would be kept")
         mass = targets.logprobs.new_zeros(targets.num_rows, dtype=torch.float64)
         mass.index_add_(0, rows, targets.logprobs.double().exp())
         mass += tail.double().exp()
@@ -296,10 +307,10 @@ def _check_rows(targets: Targets) -> None:
         if targets.logprobs.dtype == torch.bfloat16:
             tolerance = 0.25  # a logprob rounded to 8 bits is off by up to 0.125
         mass = targets.logprobs.float().logsumexp(1).exp()
-        _refuse(~torch.isfinite(mass), None, "its logprobs are not finite numbers")
+        refuse(~torch.isfinite(mass), None, "its logprobs are not finite numbers")
     else:
         raise ValueError(f"no encoding for {type(targets).__name__}")
-    _refuse((mass - 1).abs() > tolerance, None, "its probabilities do not add up to 1")
+    refuse((mass - 1).abs() > tolerance, None, "its probabilities do not add up to 1")
     for name, bad in (
         ("log_z", None if targets.log_z is None else ~torch.isfinite(targets.log_z)),
         ("entropy", None if targets.entropy is None else ~torch.isfinite(targets.entropy)),
@@ -309,13 +320,14 @@ def _check_rows(targets: Targets) -> None:
         ),
     ):
         if bad is not None:
-            _refuse(bad, None, f"its {name} is not a finite number")
+            refuse(bad, None, f"its {name} is not a finite number")
 
 
-def _refuse(bad: Tensor, rows: Tensor | None, why: str) -> None:
+def _refuse_rows(bad: Tensor, rows: Tensor | None, why: str, first_row: int) -> None:
+    """Raises for the first row that is bad; `rows` says which row each element of `bad` is of."""
     if bool(bad.any()):
         index = int(bad.nonzero()[0, 0])
-        row = index if rows is None else int(rows[index])
+        row = first_row + (index if rows is None else int(rows[index]))
         raise CodecError(f"row {row} cannot be a target: {why}", row)
 
 

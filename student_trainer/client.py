@@ -303,9 +303,8 @@ class _Session:
         await asyncio.gather(
             *self._tasks, *([self._runner] if self._runner else []), return_exceptions=True
         )
-        for pending in self._unanswered.values():
-            pending.future.cancel()
-        self._unanswered.clear()
+        for pending in self._take_unanswered():
+            _fail(pending, TeacherError("this teacher was closed while answers were outstanding"))
         await self._hang_up()
         self._decoder.shutdown(wait=False, cancel_futures=True)
 
@@ -378,7 +377,7 @@ class _Session:
         call = teacher_pb2_grpc.TeacherStub(self._channel).Score()
         sending = asyncio.create_task(self._send(call))
         try:
-            while (response := await call.read()) is not grpc.aio.EOF:
+            async for response in call:
                 self._receive(response)
             code = await call.code()
             return grpc.aio.AioRpcError(
@@ -485,6 +484,7 @@ class _Session:
         started = time.monotonic()
         told = started
         delay = 0.1
+        last = ""
         while True:
             for address in self._addresses:
                 channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -500,7 +500,7 @@ class _Session:
                     if error.code() not in RETRIED:
                         kind = BY_CODE.get(error.code().value[0], ProtocolError)
                         raise kind(f"{address}: {_explain(error)}") from None
-                    last = error
+                    last = _explain(error)
                 except BaseException:
                     await channel.close()
                     raise
@@ -508,7 +508,7 @@ class _Session:
             if waited + delay > patience_s:
                 raise TeacherUnavailable(
                     f"no teacher answers at {', '.join(self._addresses)} after {waited:.0f} s: "
-                    f"{_explain(last)}. Is the address right, and has the service said 'ready'?"
+                    f"{last}. Is the address right, and has the service said 'ready'?"
                 )
             if time.monotonic() - told > 5.0:
                 told = time.monotonic()
@@ -517,7 +517,7 @@ class _Session:
                     self._where(),
                     waited,
                     patience_s,
-                    _explain(last),
+                    last,
                 )
             await asyncio.sleep(delay)
             delay = min(2.0, 1.5 * delay)

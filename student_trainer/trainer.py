@@ -182,7 +182,9 @@ def make_student(folder: Any, *, seed: int, device: str) -> nn.Module:
 
     torch.manual_seed(seed)
     if any(folder.glob("*.safetensors")):
-        student = transformers.AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+        student: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True
+        )
     else:
         config = transformers.AutoConfig.from_pretrained(folder)
         student = transformers.AutoModelForCausalLM.from_config(config)

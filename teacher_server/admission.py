@@ -17,8 +17,9 @@ from teacher_server.errors import RequestRefused, invalid
 from teacher_server.head import WantedRows
 from teacher_server.model import TeacherModel
 
-
 SESSION_ID_NBYTES = 16
+ANSWER_NBYTES = 1024
+"""Bytes of an answer that do not depend on its rows, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,10 @@ class Admission:
         rows = self._rows(request, lengths)
 
         row_nbytes = spec.max_row_nbytes(self._vocab_size)
-        sizes = [math.ceil(len(wanted) * row_nbytes) for wanted in rows]
+        sizes = [
+            math.ceil(len(wanted) * row_nbytes) + ANSWER_NBYTES if len(wanted) else 0
+            for wanted in rows
+        ]
         if sum(sizes) > limits.max_reply_nbytes:
             fitting = int(limits.max_reply_nbytes / row_nbytes)
             raise invalid(

@@ -74,16 +74,18 @@ def serve(config: ServeConfig) -> int:
 
 
 async def _serve(config: ServeConfig) -> int:
+    # Fresh pages of a chunk of logits cost several times what is done with them, unless they are
+    # huge ones; torch reads this at its first large allocation (docs/log.md).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
     import transformers
 
     from teacher_server.admission import Limits
     from teacher_server.model import load
-    from teacher_server.replica import Replica, keep_large_buffers
+    from teacher_server.replica import Replica
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    keep_large_buffers()
     if config.threads:
         torch.set_num_threads(config.threads)
     model = load(
@@ -155,10 +157,10 @@ def describe(config: DescribeConfig) -> int:
             stub = teacher_pb2_grpc.TeacherStub(channel)
             info = stub.Describe(teacher_pb2.DescribeRequest(), timeout=10, wait_for_ready=False)
     except grpc.RpcError as error:
-        assert isinstance(error, grpc.Call)
+        code, details = error.code(), error.details()  # type: ignore[attr-defined]
         print(
-            f"teacher-server: no answer from {config.address}: {error.code().name}: "
-            f"{error.details()}. Is the address right, and the service ready?",
+            f"teacher-server: no answer from {config.address}: {code.name}: {details}. "
+            "Is the address right, and the service ready?",
             file=sys.stderr,
         )
         return 1

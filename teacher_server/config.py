@@ -70,8 +70,8 @@ class ServeConfig(_Section):
     softcap and sdpa for others."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the forward pass; by default one per core."""
-    head_chunk_mib: int = Field(default=32, ge=1)
-    """Size of one float32 chunk of logits, in MiB."""
+    head_chunk_mib: int = Field(default=128, ge=1)
+    """Size of one chunk of logits in the model's dtype, in MiB."""
     drain_s: float = Field(default=10.0, ge=0.0)
     """How long unfinished answers may take after Ctrl-C or SIGTERM, in seconds."""
     allow_public: tyro.conf.FlagCreatePairsOff[bool] = False

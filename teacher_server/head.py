@@ -44,12 +44,14 @@ class VocabularyHead:
     """Projects hidden states to targets with bounded memory.
 
     Extra memory is at most 2.5 * chunk_rows * V * 4 bytes: the logits, one buffer beside them, and
-    the candidates of the top-k.
+    the candidates of the top-k. chunk_nbytes is the size of a chunk in the model's dtype; above
+    32 MiB glibc gives a buffer back at once, smaller ones pile up between the targets that are kept.
     """
 
-    def __init__(self, model: TeacherModel, *, chunk_nbytes: int = 32 << 20) -> None:
+    def __init__(self, model: TeacherModel, *, chunk_nbytes: int = 128 << 20) -> None:
         self.model = model
-        rows = chunk_nbytes // (4 * model.vocab_size) // ROW_MULTIPLE * ROW_MULTIPLE
+        row_nbytes = model.vocab_size * model.dtype.itemsize
+        rows = chunk_nbytes // row_nbytes // ROW_MULTIPLE * ROW_MULTIPLE
         self.chunk_rows = min(max(rows, ROW_MULTIPLE), MAX_CHUNK_ROWS)
 
     @torch.inference_mode()
@@ -66,13 +68,10 @@ class VocabularyHead:
             if missing:
                 hidden_CD = torch.nn.functional.pad(hidden_CD, (0, 0, 0, missing))
                 realized_C = torch.nn.functional.pad(realized_C, (0, missing))
-            logits_CV = self.model.logits(hidden_CD)
+            logits_CV = self.model.logits(hidden_CD).float()
+            logits_CV[:, self.model.effective_vocab_size :] = -torch.inf
             targets = select(
-                logits_CV[:, : self.model.effective_vocab_size],
-                spec,
-                temperature=temperature,
-                realized_ids=realized_C,
-                vocab_size=self.model.vocab_size,
+                logits_CV, spec, temperature=temperature, realized_ids=realized_C, overwrite=True
             )
             del logits_CV
             parts.append(targets[:num_rows])

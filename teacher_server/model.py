@@ -85,6 +85,13 @@ class TeacherModel:
         return any((getattr(config, name, None) or 0) > 1 for name in names)
 
     @property
+    def _config(self) -> dict[str, Any]:
+        """What decides the arithmetic: softcaps, windows, scales; not names and versions."""
+        volatile = {"_name_or_path", "transformers_version", "architectures", "use_cache"}
+        content = self.causal_lm.config.to_dict()
+        return {name: value for name, value in content.items() if name not in volatile}
+
+    @property
     def teacher_fingerprint(self) -> str:
         """SHA-256 (hex) of everything that decides the bytes of an answer."""
         parts = {
@@ -96,12 +103,14 @@ class TeacherModel:
             "device": self.device.type,
             "attention": self.attention,
             "head": HEAD_ARITHMETIC,
-            "buckets": [bucket_length(n, self.max_sequence_tokens) for n in (2, 300, 5000)],
+            "config": self._config,
+            "buckets": [bucket_length(n, 2**20) for n in (2, 300, 5000)],
+            "max_sequence_tokens": self.max_sequence_tokens,  # caps the buckets
             "format": FORMAT_VERSION,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def bucket_length(self, num_tokens: int) -> int:
         return bucket_length(num_tokens, self.max_sequence_tokens)
@@ -142,6 +151,10 @@ def load(
     _expect_safetensors(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(
+            f"device {device} was asked for, and torch finds no CUDA device. Use --device cpu."
+        )
     wanted = "auto" if dtype == "auto" else DTYPES.get(dtype)
     if wanted is None:
         raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
@@ -149,24 +162,30 @@ def load(
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if attention is None and getattr(config, "attn_logit_softcapping", None):
             attention = "eager"  # the only implementation that applies the softcap everywhere
-        causal_lm, report = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=wanted,
             attn_implementation=attention,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
         )
+        causal_lm, report = loaded
         causal_lm = causal_lm.to(device)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        first_line = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+    except Exception as error:  # a folder can be wrong in any way; all of them mean the same here
         raise ModelError(
-            f"cannot load a causal LM from {model}: {first_line.strip()} "
+            f"cannot load a causal LM from {model}: {_first_line(error)} "
             "Any AutoModelForCausalLM saved with save_pretrained (safetensors) works."
         ) from error
-    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if report["mismatched_keys"]:
+        raise ModelError(
+            f"{model}: weight {_name(report['mismatched_keys'])} does not have the shape that its "
+            "config.json says. Save config and weights together with save_pretrained."
+        )
+    missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
             f"{model} lacks {len(missing)} weights of {type(causal_lm).__name__}, such as "
@@ -259,7 +278,10 @@ def _headed(causal_lm: Any) -> nn.Module:
 
 @torch.inference_mode()
 def _check_head(model: TeacherModel) -> None:
-    """Compares base model + head with one full forward; ModelError above tolerance."""
+    """Compares base model + head with one full forward, and looks whether rows see later tokens.
+
+    Raises ModelError above tolerance.
+    """
     length = min(MIN_BUCKET, model.max_sequence_tokens)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.effective_vocab_size, (length,), generator=generator)
@@ -275,6 +297,15 @@ def _check_head(model: TeacherModel) -> None:
             f"the logits of {model.architecture} are not those of its head applied to its base "
             f"model's hidden states: off by {worst:.1e} of the largest, allowed {tolerance:.0e}. "
             "This architecture cannot be served yet."
+        )
+    changed = ids.clone()
+    changed[-1] = (changed[-1] + 1) % model.effective_vocab_size
+    before = model.hidden_states([changed])[0][: length - 1].float()
+    moved = float((before - hidden[: length - 1].float()).abs().max())
+    if not moved <= tolerance * max(1.0, float(hidden.float().abs().max())):
+        raise ModelError(
+            f"{model.architecture} is not causal: a row changes with the tokens after it. A "
+            "teacher predicts the next token (AutoModelForCausalLM with causal attention)."
         )
     logger.info("head checked architecture=%s error=%.1e", model.architecture, worst)
 
@@ -327,17 +358,33 @@ def _load_tokenizer(folder: Path) -> Any | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return transformers.AutoTokenizer.from_pretrained(
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            raise ModelError(f"cannot load the tokenizer in {folder}: {error}") from error
+            tokenizer_fingerprint(tokenizer)
+        except Exception as error:  # as above: files of a tokenizer can be wrong in any way
+            raise ModelError(
+                f"cannot load the tokenizer in {folder}: {_first_line(error)} Save it again with "
+                "save_pretrained, or remove its files to serve without one."
+            ) from error
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _name(keys: Any) -> str:
+    """The first of transformers' mismatched keys, which are names or tuples that begin with one."""
+    first = sorted(keys, key=str)[0]
+    return first if isinstance(first, str) else str(first[0])
 
 
 def _folder_fingerprint(folder: Path, revision: str) -> str:
     """SHA-256 over the revision and the name, size and content hash of every safetensors file.
 
-    Headers and index are part of the content. The hash of a file is kept under its path, size,
+    A file's header is part of its content. The hash of a file is kept under its path, size,
     inode and time of change, so that a restart does not read a large teacher twice.
     """
     digest = hashlib.sha256(revision.encode())
@@ -345,8 +392,8 @@ def _folder_fingerprint(folder: Path, revision: str) -> str:
     try:
         cache = json.loads(cache_file.read_text())
     except (OSError, ValueError):
-        cache = {}
-    known = dict(cache)
+        cache = None
+    known = dict(cache) if isinstance(cache, dict) else {}
     for path in sorted(folder.glob("*.safetensors")):
         status = path.stat()
         identity = f"{path.resolve()}:{status.st_size}:{status.st_ino}:{status.st_mtime_ns}"

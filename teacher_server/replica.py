@@ -5,7 +5,6 @@ after the other), one encode thread (targets to bytes while the next batch is co
 """
 
 import asyncio
-import ctypes
 import logging
 import secrets
 import threading
@@ -77,7 +76,7 @@ class Replica:
         )
         self._server = grpc.aio.server(options=server_options(self.limits))
         teacher_pb2_grpc.add_TeacherServicer_to_server(self._service, self._server)
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
@@ -223,18 +222,3 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ]
-
-
-def keep_large_buffers() -> None:
-    """Tells glibc to keep freed buffers below 32 MiB (its upper limit) instead of unmapping them.
-
-    Faulting fresh pages in costs several times what is done with a buffer of logits.
-    """
-    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, 32 << 20)
-        libc.mallopt(m_trim_threshold, 256 << 20)
-        libc.mallopt(m_arena_max, 1)
-    except (OSError, AttributeError):
-        logger.info("not glibc: buffers are returned to the system as its allocator likes")

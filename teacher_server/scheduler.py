@@ -60,6 +60,7 @@ class Scheduler:
         self._queues: dict[tuple[int, int], deque[Job]] = {}
         self._order = itertools.count()
         self._closed = False
+        self._departed = 0
         self._queued_tokens = 0
         self._tokens_per_s = 0.0
 
@@ -71,6 +72,12 @@ class Scheduler:
     def submit(self, job: Job) -> None:
         """Queues a job. Raises RequestRefused (RESOURCE_EXHAUSTED, with a hint) when full."""
         with self._changed:
+            if self._closed:
+                raise RequestRefused(
+                    grpc.StatusCode.UNAVAILABLE,
+                    "STOPPED",
+                    "this replica has stopped; send the request to another one.",
+                )
             waiting = self._queued_tokens
             if waiting and waiting + job.bucket > self._max_queued_tokens:
                 seconds = waiting / self._tokens_per_s if self._tokens_per_s else 1.0
@@ -92,9 +99,14 @@ class Scheduler:
     def cancel(self, job: Job) -> None:
         """Its client has gone: the job is dropped if it has not been taken yet."""
         with self._changed:
-            if job.waiting:
-                job.waiting = False
-                self._queued_tokens -= job.bucket
+            if not job.waiting:
+                return
+            job.waiting = False
+            self._queued_tokens -= job.bucket
+            self._departed += 1
+            # Those at the front go when they come up; too many behind others are swept out.
+            if self._departed > 64 + sum(map(len, self._queues.values())) // 2:
+                self._sweep()
 
     def next_batch(self) -> list[Job]:
         """Waits for work; empty only when closed."""
@@ -119,7 +131,10 @@ class Scheduler:
         """Ends `next_batch`; returns the jobs that nobody will score."""
         with self._changed:
             self._closed = True
+            self._sweep()
             left = [job for queue in self._queues.values() for job in queue]
+            for job in left:
+                job.waiting = False
             self._queues.clear()
             self._queued_tokens = 0
             self._changed.notify_all()
@@ -130,8 +145,17 @@ class Scheduler:
         for key, queue in list(self._queues.items()):
             while queue and not queue[0].waiting:
                 queue.popleft()
+                self._departed -= 1
             if not queue:
                 del self._queues[key]
+
+    def _sweep(self) -> None:
+        """Removes every departed job."""
+        for key, queue in list(self._queues.items()):
+            self._queues[key] = deque(job for job in queue if job.waiting)
+            if not self._queues[key]:
+                del self._queues[key]
+        self._departed = 0
 
     def _take(self) -> list[Job]:
         first = min(self._queues, key=lambda key: (key[0], self._queues[key][0].order))
@@ -143,7 +167,9 @@ class Scheduler:
             queue = self._queues.get((level, bucket), ())
             while queue:
                 job = queue[0]
-                if job.waiting:
+                if not job.waiting:
+                    self._departed -= 1
+                else:
                     if batch and (job.bucket > room or job.reply_nbytes > reply_room):
                         return batch
                     job.waiting = False

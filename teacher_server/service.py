@@ -76,12 +76,12 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         """Streams finish what they have read, then end with UNAVAILABLE."""
         self._draining.set()
 
-    async def Describe(  # noqa: N802 (gRPC's name)
+    async def Describe(
         self, request: teacher_pb2.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> teacher_pb2.TeacherInfo:
         return self._describe()
 
-    async def Score(  # noqa: N802 (gRPC's name)
+    async def Score(
         self,
         request_iterator: AsyncIterator[teacher_pb2.ScoreRequest],
         context: grpc.aio.ServicerContext,
@@ -261,9 +261,9 @@ class _Stream:
                 response.error.CopyFrom(content)
             else:
                 response.part.CopyFrom(content)
-            if answer.failed or response.part.last:
-                if self.unanswered.get(answer.request_id) is answer:
-                    del self.unanswered[answer.request_id]
+            ended = answer.failed or response.part.last
+            if ended and self.unanswered.get(answer.request_id) is answer:
+                del self.unanswered[answer.request_id]
             await self._context.write(response)
 
 

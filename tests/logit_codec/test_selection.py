@@ -271,16 +271,19 @@ def test_the_realized_logprob_of_an_impossible_token_is_minus_inf():
 @pytest.mark.parametrize(
     "text", ["top_k:5", "top_k:min_p=1/256,max_k=50", "dense:f32", "dense:bf16"]
 )
-def test_ids_that_the_logits_have_no_column_for_get_probability_zero(text):
+def test_padding_columns_of_minus_inf_get_probability_zero_and_change_nothing_else(text):
     logits = make_logits("random", 3, 17)
-    spec = parse_targets(text + ",realized=0,entropy=1")
-    padded = select(logits, spec, vocab_size=20)
-    plain = select(logits, spec)
+    spec = parse_targets(text + ",entropy=1")
+    realized = torch.tensor([0, 5, 16])
+    padded = select(
+        torch.nn.functional.pad(logits, (0, 3), value=-math.inf), spec, realized_ids=realized
+    )
+    plain = select(logits, spec, realized_ids=realized)
     assert padded.vocab_size == 20
     assert (padded.to_dense()[:, 17:] == 0).all()
-    assert torch.equal(padded.to_dense()[:, :17], plain.to_dense())
-    assert torch.equal(padded.entropy, plain.entropy)
-    assert torch.equal(padded.log_z, plain.log_z)
+    torch.testing.assert_close(padded.to_dense()[:, :17], plain.to_dense())
+    for name in ("realized_logprob", "entropy", "log_z"):
+        torch.testing.assert_close(getattr(padded, name), getattr(plain, name))
     if spec.kind == "dense":
         assert (padded.logprobs[:, 17:] == -math.inf).all()
     encode(padded)
@@ -324,11 +327,9 @@ def test_no_rows_are_targets_of_no_rows(text, dtype):
     logits = torch.zeros(0, 17, dtype=dtype)
     spec = parse_targets(text)
     empty = torch.zeros(0, dtype=torch.int64)
-    targets = select(logits, spec, temperature=2.0, realized_ids=empty, vocab_size=20)
-    assert (len(targets), targets.vocab_size, targets.temperature) == (0, 20, 2.0)
-    some = select(
-        torch.zeros(1, 17, dtype=dtype), spec, realized_ids=empty.new_zeros(1), vocab_size=20
-    )
+    targets = select(logits, spec, temperature=2.0, realized_ids=empty)
+    assert (len(targets), targets.vocab_size, targets.temperature) == (0, 17, 2.0)
+    some = select(torch.zeros(1, 17, dtype=dtype), spec, realized_ids=empty.new_zeros(1))
     assert targets._tensors().keys() == some._tensors().keys()
     for name, value in targets._tensors().items():
         assert value.dtype == getattr(some, name).dtype
@@ -374,9 +375,12 @@ def test_a_k_above_the_vocabulary_is_refused_but_not_a_cap():
     assert oracle.kept_ids(targets) == [list(range(17))] * 3
 
 
-def test_a_vocabulary_smaller_than_the_logits_is_refused():
-    with pytest.raises(ValueError, match="vocab_size 16 is smaller than the 17 columns"):
-        select(torch.zeros(1, 17), TopKSpec(1, realized=False), vocab_size=16)
+def test_a_spec_may_be_given_as_its_string():
+    logits = make_logits("random", 3, 17)
+    for text in ("top_k:4,realized=0", "dense:bf16,realized=0"):
+        by_text, by_spec = select(logits, text), select(logits, parse_targets(text))
+        assert repr(by_text) == repr(by_spec)
+        assert torch.equal(by_text.logprobs, by_spec.logprobs)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])

@@ -316,7 +316,6 @@ def test_every_golden_file_has_its_case():
 
 
 def test_the_example_reads_as_its_page_says():
-    """tests/golden/README.md, byte by byte; FORMAT.md promises the rows, bits and flags."""
     data = (make.FOLDER / "top_k_v1.bin").read_bytes()
     plain = plain_reader.read(data)
     assert (len(data), plain.vocab_size, plain.value_bits) == (112, 11, 7)
@@ -325,12 +324,29 @@ def test_the_example_reads_as_its_page_says():
     assert (plain.entropy, plain.log_z) == ([1.25, 0.5], [10.5, -0.25])
     assert plain.logprobs[0] == pytest.approx([-1.38773843, -0.69242593], abs=1e-7)
     assert plain.logprobs[1] == pytest.approx([-0.13353139], abs=1e-7)
-    table = (make.FOLDER / "README.md").read_text().splitlines()
-    cells = [line.split("|")[1:3] for line in table if line.count("|") == 5]
+
+
+FORMAT = Path(logit_codec.__file__).parent / "FORMAT.md"
+
+
+@pytest.mark.parametrize(
+    ("page", "heading"),
+    [
+        pytest.param(FORMAT, "## Example", id="FORMAT.md"),
+        pytest.param(make.FOLDER / "README.md", "## `top_k_v1.bin`", id="golden/README.md"),
+    ],
+)
+def test_the_bytes_that_a_page_spells_out_are_those_of_the_example(page, heading):
+    section = page.read_text().split(heading)[1]
+    cells = [line.split("|")[1:3] for line in section.splitlines() if line.count("|") == 5]
     spelled = {int(offset): text.strip(" `") for offset, text in cells if offset.strip().isdigit()}
-    spelled[40] = "00 " * 16  # "sixteen 00"
-    joined = b"".join(bytes.fromhex(spelled[offset]) for offset in sorted(spelled))
-    assert joined == data
+    assert spelled[40] == "sixteen `00"
+    spelled[40] = "00" * 16
+    joined = b""
+    for offset in sorted(spelled):
+        assert offset == len(joined)
+        joined += bytes.fromhex(spelled[offset])
+    assert joined == (make.FOLDER / "top_k_v1.bin").read_bytes()
 
 
 # Malformed bytes
@@ -694,18 +710,13 @@ def test_parts_join_to_the_same_targets(text, max_nbytes):
         assert len(parts) == 43
 
 
-MAX_ROW_NBYTES = pytest.mark.xfail(
-    strict=True, reason="max_row_nbytes leaves out the 2 bytes of the range of each top_k row"
-)
-
-
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("top_k:1,bits=5,realized=0,log_z=0", marks=MAX_ROW_NBYTES),
-        pytest.param("top_k:5", marks=MAX_ROW_NBYTES),
-        pytest.param("top_k:37,bits=16,entropy=1", marks=MAX_ROW_NBYTES),
-        pytest.param("top_k:min_p=1e-9,max_k=40,bits=5", marks=MAX_ROW_NBYTES),
+        "top_k:1,bits=5,realized=0,log_z=0",
+        "top_k:5",
+        "top_k:37,bits=16,entropy=1",
+        "top_k:min_p=1e-9,max_k=40,bits=5",
         "dense:f32",
         "dense:bf16,realized=0,log_z=0",
         "dense:bf16,entropy=1",
@@ -722,9 +733,9 @@ def test_a_part_is_never_larger_than_asked_unless_it_is_one_row(text):
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("top_k:1,bits=5,realized=0,log_z=0", marks=MAX_ROW_NBYTES),
-        pytest.param("top_k:5,entropy=1", marks=MAX_ROW_NBYTES),
-        pytest.param("top_k:min_p=1e-9,max_k=40,bits=5", marks=MAX_ROW_NBYTES),
+        "top_k:1,bits=5,realized=0,log_z=0",
+        "top_k:5,entropy=1",
+        "top_k:min_p=1e-9,max_k=40,bits=5",
         "dense:f32",
         "dense:bf16,entropy=1",
     ],

@@ -37,7 +37,7 @@ def test_patterns_name_files_once_and_sorted(tmp_path: Path):
 
 def test_too_little_text_is_said(tmp_path: Path, tokenizer):
     (tmp_path / "1.txt").write_text("a b")
-    with pytest.raises(ValueError, match="held-out data has 3 tokens.*100"):
+    with pytest.raises(ValueError, match=r"held-out data has 3 tokens.*100"):
         data.pack([tmp_path / "1.txt"], tokenizer, 100, label="held-out data")
 
 

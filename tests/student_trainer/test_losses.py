@@ -184,6 +184,6 @@ def test_half_precision_logits_are_computed_in_float32():
 def test_what_does_not_fit_is_refused_with_got_and_allowed(change, words):
     student, targets, _ = make("top_k:4")
     arguments = {"logits": student, **change(student)}
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the words are checked below)
         distillation_loss(arguments.pop("logits"), targets, **arguments)
     assert all(word in str(caught.value) for word in words)

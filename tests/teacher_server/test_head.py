@@ -27,7 +27,6 @@ from logit_codec import (
 )
 from teacher_server.head import MAX_CHUNK_ROWS, ROW_MULTIPLE, VocabularyHead, WantedRows
 from teacher_server.model import TeacherModel, prepare
-from teacher_server.replica import keep_large_buffers
 from tests import tiny
 
 TOP_64 = TopKSpec(k=64, bits=16, entropy=True)
@@ -296,7 +295,6 @@ def memory_of_projection(
 ) -> tuple[float, float]:
     """Peak growth of resident memory in (C, V) float32 buffers, and the limit in the same unit."""
     torch.set_num_threads(2)
-    keep_large_buffers()  # as the service does
     config = transformers.Gemma2Config(
         vocab_size=BIG_VOCAB,
         hidden_size=64,
