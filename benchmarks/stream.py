@@ -53,10 +53,12 @@ def main() -> None:
                 rates["bare"].append(ask([bare_end], options.sequences))
                 rates["served"].append(ask([end for _, end in clients], options.sequences))
             trainer_step_s = 2 * SEQUENCE / statistics.median(rates["served"])
-            waiting = trainer(address, options.steps, trainer_step_s)
+            waiting, later = trainer(address, options.steps, trainer_step_s)
         finally:
-            for process, _ in [(bare, bare_end), *clients]:
-                process.kill()
+            for process, connection in [(bare, bare_end), *clients]:
+                if process.is_alive():
+                    connection.send(0)
+                process.join(30)
             service.send_signal(signal.SIGTERM)
             service.wait(30)
     ratio = statistics.median(
@@ -69,7 +71,9 @@ def main() -> None:
     print(
         f"\ntrainer whose step takes twice the teacher's time per batch ({trainer_step_s:.2f} s):"
     )
-    print(f"waiting {waiting:.2%} of {options.steps} steps, the first included")
+    print(
+        f"waiting {waiting:.2%} of {options.steps} steps, {later:.2%} without the first one's wait"
+    )
 
 
 def make_teacher(folder: Path) -> None:
@@ -105,7 +109,10 @@ def start_service(folder: str, threads: int) -> tuple[subprocess.Popen, str]:
 
 
 def worker(target, *arguments) -> tuple[multiprocessing.Process, Connection]:
-    """A process that waits on a pipe for how many sequences to score, and says when it has."""
+    """A process that waits on a pipe for how many sequences to score, and says when it has.
+
+    0 ends it.
+    """
     ours, theirs = SPAWN.Pipe()
     process = SPAWN.Process(target=target, args=(theirs, *arguments), daemon=True)
     process.start()
@@ -149,8 +156,8 @@ def bare_loop(connection: Connection, folder: str, threads: int) -> None:
 
     one_batch()
     connection.send("ready")
-    while True:
-        for _ in range(connection.recv() // BATCH):
+    while count := connection.recv():
+        for _ in range(count // BATCH):
             one_batch()
         connection.send("done")
 
@@ -164,15 +171,16 @@ def client_loop(connection: Connection, address: str, seed: int) -> None:
     with connect(address) as teacher:
         list(teacher.stream([next(sequences)], targets=TARGETS))
         connection.send("ready")
-        while True:
-            wanted = itertools.islice(sequences, connection.recv())
+        while count := connection.recv():
+            wanted = itertools.islice(sequences, count)
             for _ in teacher.stream(wanted, targets=TARGETS, ahead=AHEAD):
                 pass
             connection.send("done")
 
 
-def trainer(address: str, steps: int, step_s: float) -> float:
-    """Fraction of the time that a trainer with steps of `step_s` seconds waits for its targets.
+def trainer(address: str, steps: int, step_s: float) -> tuple[float, float]:
+    """Fraction of the time that a trainer with steps of `step_s` seconds waits for its targets,
+    with and without the wait for the first batch.
 
     The student is elsewhere: its step is a sleep, not work on the teacher's cores.
     """
@@ -183,16 +191,17 @@ def trainer(address: str, steps: int, step_s: float) -> float:
         {"input_ids": torch.randint(VOCABULARY, (1, SEQUENCE), generator=generator)}
         for _ in range(steps)
     )
-    waited = 0.0
+    waits = []
     with connect(address) as teacher:
         pairs = teacher.stream_batches(batches, targets=TARGETS, ahead="30s")
         started = time.perf_counter()
         for _ in range(steps):
             asked = time.perf_counter()
             next(pairs)
-            waited += time.perf_counter() - asked
+            waits.append(time.perf_counter() - asked)
             time.sleep(step_s)
-        return waited / (time.perf_counter() - started)
+        elapsed = time.perf_counter() - started
+    return sum(waits) / elapsed, sum(waits[1:]) / elapsed
 
 
 if __name__ == "__main__":

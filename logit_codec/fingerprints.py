@@ -8,7 +8,7 @@ from typing import Any
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 (hex) over a tokenizer's sorted (id, token) pairs and its special ids.
 
-    Special are the added tokens marked so, whether or not they have a name such as bos_token.
+    Special are the added tokens marked so and the ones with a name such as bos_token.
     `tokenizer` is one of transformers (`get_vocab`, `added_tokens_decoder`) or of tokenizers
     (`get_vocab`, `get_added_tokens_decoder`). Raises ValueError for anything else.
     """
@@ -22,6 +22,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         added = tokenizer.get_added_tokens_decoder()
     else:
         added = tokenizer.added_tokens_decoder
-    special = sorted(token_id for token_id, token in added.items() if token.special)
-    text = json.dumps([pairs, special], separators=(",", ":"))
+    special = {token_id for token_id, token in added.items() if token.special}
+    special.update(getattr(tokenizer, "all_special_ids", ()))
+    text = json.dumps([pairs, sorted(special)], separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -31,7 +31,7 @@ def select(
     Extra memory in a large vocabulary: one (R, V) float32 buffer, none with `overwrite` for top_k,
     one more if the logits are not float32, and about R * sqrt(K * V) candidates. A row that is not
     finite comes back as NaN; `encode` refuses it. Raises ValueError for a k above V and for
-    realized_ids that are missing or do not fit.
+    realized_ids that are missing or have another shape.
     """
     spec = parse_targets(spec)
     num_rows, vocab_size = logits.shape
@@ -51,7 +51,7 @@ def select(
     realized_R1 = None
     if spec.realized:
         assert realized_ids is not None
-        realized_R1 = logits.gather(1, realized_ids[:, None])
+        realized_R1 = logits.gather(1, realized_ids[:, None].long())
 
     # The weights are probabilities but for the rounding of softmax's plain sum (1e-5 at V =
     # 262,144), so they are divided by `mass`, which torch.sum adds up pairwise.

@@ -162,6 +162,7 @@ def encode_parts(
     room = max_nbytes - OVERHEAD_NBYTES - 4 * 8  # every plane may end in up to 3 bytes of padding
     step = max(1, int(room / spec.max_row_nbytes(targets.vocab_size)))
     value_bits = getattr(spec, "bits", 7)
+    _check_span(targets)  # slicing would hide entries that no row has
     for first in range(0, targets.num_rows, step):
         rows = targets[first : first + step]
         yield first, rows.num_rows, _encode(rows, value_bits, first)
@@ -283,11 +284,7 @@ def _check_rows(targets: Targets, first_row: int = 0) -> None:
     tolerance = 1e-3
     if isinstance(targets, TopKTargets):
         ids, splits = targets.token_ids, targets.row_splits
-        if int(splits[0]) != 0 or int(splits[-1]) != len(ids):
-            raise CodecError(
-                f"row_splits must go from 0 to the {len(ids)} entries, got {int(splits[0])} to "
-                f"{int(splits[-1])}"
-            )
+        _check_span(targets)
         refuse(splits.diff() < 1, None, "it has no entry")
         rows = targets.entry_rows()
         rising = ids[1:] > ids[:-1]
@@ -321,6 +318,16 @@ def _check_rows(targets: Targets, first_row: int = 0) -> None:
     ):
         if bad is not None:
             refuse(bad, None, f"its {name} is not a finite number")
+
+
+def _check_span(targets: Targets) -> None:
+    if isinstance(targets, TopKTargets):
+        first, last = int(targets.row_splits[0]), int(targets.row_splits[-1])
+        if first != 0 or last != len(targets.token_ids):
+            raise CodecError(
+                f"row_splits must go from 0 to the {len(targets.token_ids)} entries, got {first} "
+                f"to {last}"
+            )
 
 
 def _refuse_rows(bad: Tensor, rows: Tensor | None, why: str, first_row: int) -> None:

@@ -39,10 +39,6 @@ def test_they_agree_without_special_tokens_and_with_ordinary_added_ones():
         assert tokenizer_fingerprint(ours) == tokenizer_fingerprint(theirs)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="transformers leaves out of all_special_ids the special tokens that have no name",
-)
 def test_they_agree_when_a_special_token_has_no_name_in_transformers():
     """As the 250 reserved tokens of Llama 3, which are special but neither bos nor eos."""
     ours = make_tokenizer(special=("<s>", "</s>", "<reserved_0>"))
@@ -68,12 +64,27 @@ def test_a_fingerprint_changes_with_a_token_an_id_or_a_special_id():
         make_tokenizer(special=("<s>",), plain=("</s>",)),  # the same tokens, one not special
     ]
     assert len({tokenizer_fingerprint(tokenizer) for tokenizer in different}) == len(different)
-    renamed = [
-        of_transformers(make_tokenizer(), bos_token="<s>"),
+    named = [
         of_transformers(make_tokenizer(), bos_token="<s>", eos_token="</s>"),
         of_transformers(make_tokenizer(), bos_token="<s>", eos_token="</s>", pad_token="<unk>"),
+        of_transformers(make_tokenizer(), bos_token="<s>", eos_token="</s>", pad_token="a"),
+        of_transformers(make_tokenizer(special=("<s>",), plain=("</s>",)), bos_token="<s>"),
     ]
-    assert len({tokenizer_fingerprint(tokenizer) for tokenizer in renamed}) == len(renamed)
+    assert len({tokenizer_fingerprint(tokenizer) for tokenizer in named}) == len(named)
+
+
+def test_a_word_of_the_vocabulary_that_is_given_a_special_name_becomes_special():
+    """transformers marks it as an added special token, in the tokenizer of tokenizers as well."""
+    theirs = of_transformers(make_tokenizer(), eos_token="a")
+    assert theirs.added_tokens_decoder[1].special
+    assert tokenizer_fingerprint(theirs) != tokenizer_fingerprint(make_tokenizer())
+    assert tokenizer_fingerprint(theirs) == tokenizer_fingerprint(theirs.backend_tokenizer)
+
+
+def test_which_name_a_special_token_has_does_not_matter():
+    ours = tokenizer_fingerprint(make_tokenizer())
+    for names in ({}, {"bos_token": "<s>"}, {"eos_token": "<s>", "pad_token": "</s>"}):
+        assert tokenizer_fingerprint(of_transformers(make_tokenizer(), **names)) == ours
 
 
 def test_how_text_is_split_is_not_part_of_the_fingerprint():

@@ -1,6 +1,7 @@
 """select against an oracle that normalises the whole row in float64 and sorts it stably."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -389,9 +390,46 @@ def test_a_temperature_that_is_not_positive_and_finite_is_refused(temperature):
         select(torch.zeros(1, 17), TopKSpec(1, realized=False), temperature=temperature)
 
 
-def test_the_realized_ids_are_needed_unless_the_spec_leaves_them_out():
-    with pytest.raises(ValueError, match="realized_ids is needed unless"):
-        select(torch.zeros(1, 17), TopKSpec(1))
+REALIZED_IDS = r"realized_ids must have shape \({},\) unless the spec says realized=0, got {}"
+
+
+@pytest.mark.parametrize("spec", [TopKSpec(1), DenseSpec()])
+def test_the_realized_ids_are_needed_unless_the_spec_leaves_them_out(spec):
+    for num_rows in (0, 1, 3):
+        with pytest.raises(ValueError, match=REALIZED_IDS.format(num_rows, "none")):
+            select(torch.zeros(num_rows, 17), spec)
+        targets = select(torch.zeros(num_rows, 17), replace(spec, realized=False))
+        assert targets.realized_logprob is None
+
+
+@pytest.mark.parametrize("spec", [TopKSpec(1), DenseSpec()])
+@pytest.mark.parametrize("num_rows", [0, 3])
+@pytest.mark.parametrize("shape", [(1,), (2,), (4,), (3, 1), (1, 3), ()])
+def test_realized_ids_of_another_shape_are_refused_with_both(spec, num_rows, shape):
+    message = REALIZED_IDS.format(num_rows, "shape " + re.escape(str(shape)))
+    with pytest.raises(ValueError, match=message):
+        select(torch.zeros(num_rows, 17), spec, realized_ids=torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "text", ["top_k:64", "top_k:min_p=1/256,max_k=128", "dense:f32", "dense:bf16"]
+)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_may_be_overwritten_give_the_same_targets(text, temperature, dtype):
+    spec = replace(parse_targets(text), entropy=True)
+    for kind, vocab_size in (("random", 1001), ("minus_inf", 1001), ("tied", 32003)):
+        logits = make_logits(kind, 5, vocab_size).to(dtype)
+        before = logits.clone()
+        options = {"temperature": temperature, "realized_ids": torch.arange(5)}
+        kept = select(logits, spec, **options)
+        assert torch.equal(logits, before)
+        scratch = select(logits, spec, overwrite=True, **options)
+        assert kept._tensors().keys() == scratch._tensors().keys()
+        for name, value in kept._tensors().items():
+            other = getattr(scratch, name)
+            assert value.dtype == other.dtype
+            assert torch.equal(value, other), (kind, name)
 
 
 def test_a_spec_of_no_kind_is_refused():
