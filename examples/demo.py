@@ -25,6 +25,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one comparison each")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each student")
+    parser.add_argument(
+        "--learning-rate", type=float, default=LEARNING_RATE, help="of each student"
+    )
     parser.add_argument("--targets", default=TARGETS, help="what to ask the teacher for")
     parser.add_argument("--standalone", action="store_true", help="serve one replica without Ray")
     options = parser.parse_args()
@@ -90,7 +93,7 @@ def compare(options: argparse.Namespace, address: str, seed: int) -> dict | None
         "sequence_length": demo_teacher.SEQUENCE,
         "batch_size": demo_teacher.BATCH,
         "steps": options.steps,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": options.learning_rate,
         "optimizer": "muon",
         "targets": options.targets,
         "seed": seed,
