@@ -335,6 +335,8 @@ class _Session:
                 answered = self.counters.rows
                 error = await self._converse()
                 await self._hang_up()
+                if not self._unanswered:
+                    return  # nobody waits; the next request opens a new stream
                 if error.code() not in RETRIED:
                     kind = BY_CODE.get(error.code().value[0], ProtocolError)
                     raise kind(f"{self._where()}: {_explain(error)}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import grpc
 import xxhash
+from torch import Tensor
 
 from logit_codec import CodecError, Targets, encode_parts
 from protos import teacher_pb2, teacher_pb2_grpc
@@ -177,7 +178,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         error: Exception,
         *,
         sequence: int | None = None,
-        rows: "object | None" = None,
+        rows: Tensor | None = None,
     ) -> None:
         """Ends a request with an error, once; its other sequences are dropped."""
         if answer.failed:
@@ -191,18 +192,18 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
 
 
 def _error_message(
-    error: Exception, sequence: int | None, rows: "object | None"
+    error: Exception, sequence: int | None, rows: Tensor | None
 ) -> teacher_pb2.RequestError:
     """What a client may know of an error: never a path, a pid or a traceback."""
     if isinstance(error, CodecError):
         row = None
         if error.row is not None and rows is not None:
-            row = int(rows[error.row])  # type: ignore[index]
+            row = int(rows[error.row])
         error = RequestRefused(
             grpc.StatusCode.DATA_LOSS,
             "BAD_ROW",
-            f"the teacher's output for sequence {sequence}, row {row} is not a distribution: "
-            f"{error}. It was not sent; ask again, and check the teacher if it stays.",
+            f"the teacher's output for sequence {sequence} is not a distribution at row {row} "
+            f"({error}). It was not sent; ask again, and check the teacher if it stays.",
             sequence=sequence,
             row=row,
         )
