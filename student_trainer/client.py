@@ -427,17 +427,19 @@ class _Session:
 
     async def _finish(self, pending: _Pending) -> None:
         """Checks and decodes a complete answer off the loop; asks again if it is damaged."""
-        loop = asyncio.get_running_loop()
         assert self._info is not None
         try:
-            targets = await loop.run_in_executor(
-                self._decoder, _assemble, pending, self._info.teacher_fingerprint
-            )
+            decoding = self._decoder.submit(_assemble, pending, self._info.teacher_fingerprint)
+        except RuntimeError:
+            return  # closed, or the interpreter is ending: nobody takes the answer any more
+        try:
+            targets = await asyncio.wrap_future(decoding)
         except (CodecError, TargetsCorrupt) as error:
             self.counters.corrupt += 1
             pending.attempts += 1
             if pending.attempts >= MAX_ATTEMPTS:
-                kind = TargetsCorrupt if "digest" in str(error) else ProtocolError
+                damaged = isinstance(error, TargetsCorrupt) or "digest" in str(error)
+                kind = TargetsCorrupt if damaged else ProtocolError
                 _fail(pending, kind(f"{error} ({pending.attempts} times, from {self._where()})"))
             else:
                 logger.warning("targets arrived damaged, asking again: %s", error)

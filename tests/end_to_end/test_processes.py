@@ -188,6 +188,24 @@ def test_ctrl_c_in_a_trainer_ends_it(gemma_service: Served):
     assert errors.strip().endswith("KeyboardInterrupt")
 
 
+def test_a_script_that_never_closes_its_teacher_ends_quietly(gemma_service: Served):
+    code = """
+import sys, torch
+from student_trainer import connect
+teacher = connect(sys.argv[1])
+pairs = teacher.stream(iter(lambda: torch.arange(200), None), ahead=64)
+for _ in range(3):
+    next(pairs)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code, gemma_service.address],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_connect_to_nobody_fails_soon_and_says_what_to_check():
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(TeacherUnavailable) as caught:
