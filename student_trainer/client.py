@@ -21,6 +21,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+# A forked child must get ForkedClient: gRPC's own fork handlers crash one in ten of them instead.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 import grpc
 import numpy as np
 import xxhash
