@@ -88,24 +88,14 @@ def stream_sequences(
     """`Teacher.stream` over a submit function."""
     if ahead < 1:
         raise InvalidRequest(f"ahead must be at least 1 sequence, got {ahead}")
-    waiting: deque[tuple[Tensor, Future[Targets]]] = deque()
-    source = enumerate(sequences)
-    position = 0
-    try:
-        while True:
-            while len(waiting) < ahead and (entry := next(source, None)) is not None:
-                token_ids = as_token_ids(entry[1], entry[0])
-                waiting.append((token_ids, submit(token_ids, None, wish)))
-            if not waiting:
-                return
-            token_ids, future = waiting[0]
-            targets = _result(future, f"stream item {position}")
-            waiting.popleft()
-            yield token_ids, targets
-            position += 1
-    finally:
-        for _, future in waiting:
-            future.cancel()
+
+    def submitted() -> Iterator[_Submitted]:
+        for number, sequence in enumerate(sequences):
+            token_ids = as_token_ids(sequence, number)
+            yield token_ids, {f"stream item {number}": submit(token_ids, None, wish)}
+
+    for token_ids, (targets,) in _in_order(submitted(), lambda: ahead):
+        yield token_ids, targets
 
 
 def stream_loader(
@@ -113,30 +103,45 @@ def stream_loader(
 ) -> Iterator[tuple[Any, Targets]]:
     """`Teacher.stream_batches` over a submit function."""
     window = _Window(ahead)
-    waiting: deque[tuple[Any, list[Future[Targets]]]] = deque()
-    source = enumerate(loader)
-    position = 0
+
+    def submitted() -> Iterator[_Submitted]:
+        for number, batch in enumerate(loader):
+            yield (
+                batch,
+                {
+                    f"batch {number}, piece {index}": submit(ids, rows, wish)
+                    for index, (ids, rows) in enumerate(split_batch(batch, number))
+                },
+            )
+
+    for batch, parts in _in_order(submitted(), lambda: window.size):
+        targets = Targets.cat(parts)
+        window.handed_out(targets)
+        yield batch, targets
+
+
+_Submitted = tuple[Any, dict[str, "Future[Targets]"]]
+"""An item of the caller, and its futures by the name that an error gives their place."""
+
+
+def _in_order(
+    submitted: Iterator[_Submitted], size: Callable[[], int]
+) -> Iterator[tuple[Any, list[Targets]]]:
+    """Each item with its results, in order, with `size()` items in flight."""
+    waiting: deque[_Submitted] = deque()
     try:
         while True:
-            while len(waiting) < window.size and (entry := next(source, None)) is not None:
-                number, batch = entry
-                futures = [submit(ids, rows, wish) for ids, rows in split_batch(batch, number)]
-                waiting.append((batch, futures))
+            while len(waiting) < size() and (entry := next(submitted, None)) is not None:
+                waiting.append(entry)
             if not waiting:
                 return
-            batch, futures = waiting[0]
-            parts = [
-                _result(future, f"batch {position}, piece {index}")
-                for index, future in enumerate(futures)
-            ]
+            item, futures = waiting[0]
+            results = [_result(future, where) for where, future in futures.items()]
             waiting.popleft()
-            targets = Targets.cat(parts)
-            window.handed_out(targets)
-            yield batch, targets
-            position += 1
+            yield item, results
     finally:
         for _, futures in waiting:
-            for future in futures:
+            for future in futures.values():
                 future.cancel()
 
 

@@ -52,6 +52,7 @@ class Replica:
         self._replica_id = secrets.token_hex(4)
         self._address = ""
         self._state = "ready"
+        self._fingerprint = model.teacher_fingerprint
         self._head = VocabularyHead(model, chunk_nbytes=head_chunk_nbytes)
         self._exactness = "bytes" if self._head.is_exact() else "tolerance"
         self._scheduler = Scheduler(
@@ -72,7 +73,7 @@ class Replica:
             bucket_length=self.model.bucket_length,
             score=self._score,
             encoder=self._encoder,
-            teacher_fingerprint=self.model.teacher_fingerprint,
+            teacher_fingerprint=self._fingerprint,
         )
         self._server = grpc.aio.server(options=server_options(self.limits))
         teacher_pb2_grpc.add_TeacherServicer_to_server(self._service, self._server)
@@ -112,7 +113,7 @@ class Replica:
             revision=model.revision,
             weights_fingerprint=model.weights_fingerprint,
             tokenizer_fingerprint=model.tokenizer_fingerprint,
-            teacher_fingerprint=model.teacher_fingerprint,
+            teacher_fingerprint=self._fingerprint,
             vocab_size=model.vocab_size,
             effective_vocab_size=model.effective_vocab_size,
             max_sequence_tokens=limits.max_sequence_tokens,
