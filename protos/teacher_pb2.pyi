@@ -144,7 +144,7 @@ class RequestError(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., reason: _Optional[str] = ..., sequence: _Optional[int] = ..., row: _Optional[int] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("service_id", "model", "revision", "weights_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint", "vocab_size", "effective_vocab_size", "max_sequence_tokens", "limits", "kinds", "exactness", "replicas", "team", "architecture", "dtype", "device", "attention", "format_versions", "server_version")
+    __slots__ = ("service_id", "model", "revision", "weights_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint", "vocab_size", "effective_vocab_size", "max_sequence_tokens", "limits", "kinds", "exactness", "replicas", "team", "architecture", "dtype", "device", "attention", "format_versions", "server_version", "replica_id")
     SERVICE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +165,7 @@ class TeacherInfo(_message.Message):
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     FORMAT_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     service_id: str
     model: str
     revision: str
@@ -185,10 +186,11 @@ class TeacherInfo(_message.Message):
     attention: str
     format_versions: _containers.RepeatedScalarFieldContainer[int]
     server_version: str
-    def __init__(self, service_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., teacher_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., effective_vocab_size: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kinds: _Optional[_Iterable[str]] = ..., exactness: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., team: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., format_versions: _Optional[_Iterable[int]] = ..., server_version: _Optional[str] = ...) -> None: ...
+    replica_id: str
+    def __init__(self, service_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., teacher_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., effective_vocab_size: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kinds: _Optional[_Iterable[str]] = ..., exactness: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., team: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., format_versions: _Optional[_Iterable[int]] = ..., server_version: _Optional[str] = ..., replica_id: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_request_tokens", "max_request_sequences", "max_request_bytes", "max_top_k", "max_reply_bytes", "max_stream_bytes", "max_queued_tokens", "max_part_bytes")
+    __slots__ = ("max_request_tokens", "max_request_sequences", "max_request_bytes", "max_top_k", "max_reply_bytes", "max_stream_bytes", "max_queued_tokens", "max_part_bytes", "max_answers_bytes")
     MAX_REQUEST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +199,7 @@ class Limits(_message.Message):
     MAX_STREAM_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_PART_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_ANSWERS_BYTES_FIELD_NUMBER: _ClassVar[int]
     max_request_tokens: int
     max_request_sequences: int
     max_request_bytes: int
@@ -205,14 +208,17 @@ class Limits(_message.Message):
     max_stream_bytes: int
     max_queued_tokens: int
     max_part_bytes: int
-    def __init__(self, max_request_tokens: _Optional[int] = ..., max_request_sequences: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ..., max_stream_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., max_part_bytes: _Optional[int] = ...) -> None: ...
+    max_answers_bytes: int
+    def __init__(self, max_request_tokens: _Optional[int] = ..., max_request_sequences: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_top_k: _Optional[int] = ..., max_reply_bytes: _Optional[int] = ..., max_stream_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., max_part_bytes: _Optional[int] = ..., max_answers_bytes: _Optional[int] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("id", "address", "state")
+    __slots__ = ("id", "address", "state", "busy_ms")
     ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    BUSY_MS_FIELD_NUMBER: _ClassVar[int]
     id: str
     address: str
     state: str
-    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...
+    busy_ms: int
+    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., busy_ms: _Optional[int] = ...) -> None: ...

@@ -34,6 +34,8 @@ class Limits:
     max_reply_nbytes: int
     max_stream_nbytes: int
     max_queued_tokens: int
+    max_answers_nbytes: int = 1 << 30
+    """Of unfinished answers of all streams of a replica."""
     max_part_nbytes: int = 1 << 20
 
 

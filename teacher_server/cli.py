@@ -64,7 +64,7 @@ def serve(config: ServeConfig) -> int:
         return 2
     try:
         check_port_free(config.host, config.port)
-        return asyncio.run(_serve(config))
+        return asyncio.run(_serve_standalone(config))
     except TeacherServerError as error:
         print(f"teacher-server: {error}", file=sys.stderr)
         return 1
@@ -73,53 +73,28 @@ def serve(config: ServeConfig) -> int:
         return 130
 
 
-async def _serve(config: ServeConfig) -> int:
-    # Fresh pages of a chunk of logits cost several times what is done with them, unless they are
-    # huge ones; torch reads this at its first large allocation (docs/log.md).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    import torch
+async def _serve_standalone(config: ServeConfig) -> int:
     import transformers
 
-    from teacher_server.admission import Limits
-    from teacher_server.model import load
+    from teacher_server.peers import watch_peers
     from teacher_server.replica import Replica
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    model = load(
-        config.model,
-        revision=config.revision,
-        device=config.device,
-        dtype=config.dtype,
-        attention=config.attention,
-        max_sequence_tokens=config.admission.max_sequence_tokens,
-    )
-    limits = Limits(
-        max_sequence_tokens=min(model.max_sequence_tokens, config.admission.max_request_tokens),
-        max_request_tokens=config.admission.max_request_tokens,
-        max_request_sequences=config.admission.max_request_sequences,
-        max_request_nbytes=config.admission.max_request_mib << 20,
-        max_top_k=config.targets.max_top_k,
-        max_reply_nbytes=config.targets.max_reply_mib << 20,
-        max_stream_nbytes=config.admission.max_stream_mib << 20,
-        max_queued_tokens=config.batch.max_queued_tokens,
-    )
-    replica = Replica(
-        model,
-        limits=limits,
-        max_batch_tokens=config.batch.max_tokens,
-        head_chunk_nbytes=config.head_chunk_mib << 20,
-    )
+    replica = Replica.from_config(config)
+    if config.metrics_port is not None:
+        port = replica.metrics.serve(config.host, config.metrics_port)
+        logger.info("metrics at http://%s:%d/metrics", config.host, port)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signal_number, _stop_or_exit, stop)
-    port = await replica.start(config.host, config.port)
+    port = await replica.start(config.host, config.port, advertise=config.advertised_host())
+    watching = asyncio.create_task(watch_peers(replica, config.peers))
     print(f"ready {config.host}:{port}", flush=True)
     await stop.wait()
     logger.info("draining seconds=%s (again to stop at once)", config.drain_s)
+    watching.cancel()
     await replica.drain(config.drain_s)
     logger.info("stopped")
     return 0

@@ -1,13 +1,14 @@
 """Everything an operator can set: as flags, or in a TOML file given as @teacher.toml."""
 
 import ipaddress
+import socket
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Section(BaseModel):
@@ -45,6 +46,8 @@ class AdmissionConfig(_Section):
     """Size of one serialised request, in MiB."""
     max_stream_mib: int = Field(default=16, ge=1)
     """Unfinished answers of one stream, in MiB; further requests of it wait unread."""
+    max_answers_mib: int = Field(default=1024, ge=1)
+    """Unfinished answers of all streams of a replica, in MiB; a stream may always have one."""
 
 
 class ServeConfig(_Section):
@@ -74,12 +77,48 @@ class ServeConfig(_Section):
     """Size of one chunk of logits in the model's dtype, in MiB."""
     drain_s: float = Field(default=10.0, ge=0.0)
     """How long unfinished answers may take after Ctrl-C or SIGTERM, in seconds."""
+    stuck_after_s: float = Field(default=120.0, gt=0.0)
+    """A forward that takes longer, and ten times as long as any before it, ends its process."""
+    peers: tuple[str, ...] = ()
+    """Standalone only: HOST:PORT of the other replicas of this service, or of a name that stands
+    for all of them, such as a headless Kubernetes Service. Needs --service-id."""
+    service_id: str = ""
+    """Standalone only: what the replicas of one service have in common; by default random."""
+    advertise: str = ""
+    """Host name or address that clients are told for this replica; by default --host, or this
+    machine's address if that is a wildcard."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Serve Prometheus metrics on this port of --host; 0 takes a free one and logs it."""
     allow_public: tyro.conf.FlagCreatePairsOff[bool] = False
     """Listen on an address that is not loopback. This version has neither TLS nor tokens: whoever
     reaches the port can use the teacher."""
     batch: BatchConfig = BatchConfig()
     targets: TargetsConfig = TargetsConfig()
     admission: AdmissionConfig = AdmissionConfig()
+
+    @model_validator(mode="after")
+    def _check_modes(self) -> "ServeConfig":
+        if self.peers and not self.service_id:
+            raise ValueError(
+                "peers need a --service-id that is the same for all of them, such as the name of "
+                "the teacher"
+            )
+        wrong = [peer for peer in self.peers if not peer.rpartition(":")[2].isdigit()]
+        if wrong:
+            raise ValueError(f"peers are HOST:PORT, got {', '.join(wrong)}")
+        return self
+
+    def advertised_host(self) -> str:
+        """The host part of a replica's address, for clients."""
+        if self.advertise or self.host not in ("0.0.0.0", "::", "[::]"):
+            return self.advertise or self.host
+        # No packet is sent: connecting a datagram socket only picks the outgoing address.
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(("192.0.2.1", 9))
+                return probe.getsockname()[0]
+            except OSError:
+                return socket.gethostname()
 
 
 class DescribeConfig(_Section):

@@ -1,16 +1,22 @@
-"""One replica: wires the stages together and owns its gRPC server. Knows nothing of Ray.
+"""One replica: wires the stages together and owns its gRPC servers. Knows nothing of Ray.
 
 Three kinds of thread: the event loop (messages), one compute thread (forward and head, one batch
 after the other), one encode thread (targets to bytes while the next batch is computed).
+
+A replica has a port of its own, and may share an entry port with the other replicas of its service
+on this host. Who the others are it is told from outside (`set_others`): by Ray, or by `peers`.
 """
 
 import asyncio
 import logging
+import os
 import secrets
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+from typing import Self
 
 import grpc
 import torch
@@ -21,21 +27,31 @@ from logit_codec import FORMAT_VERSION
 from logit_codec.spec import KINDS
 from protos import teacher_pb2, teacher_pb2_grpc
 from teacher_server.admission import Admission, Limits
+from teacher_server.config import ServeConfig
 from teacher_server.errors import RequestRefused, ServeError
 from teacher_server.head import VocabularyHead
-from teacher_server.model import TeacherModel
+from teacher_server.metrics import Metrics
+from teacher_server.model import TeacherModel, load
 from teacher_server.scheduler import Job, Scheduler
 from teacher_server.service import Scored, TeacherService
 
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"].full_name
+WATCH_S = 0.5
+"""How often the watchdog looks."""
+SLOW_FACTOR = 10
+"""A batch is not stuck before it has taken this many times as long as the longest one so far."""
+EXIT_S = 2.0
+"""How long a stuck replica lives on, so that its health checks and Describe can say so."""
+ENTRY_PROBE_S = 2.0
 
 
 class Replica:
-    """Serves one teacher on one port.
+    """Serves one teacher.
 
-    `await start()` returns the port; `await drain(seconds)` answers what was read and stops.
+    `await start()` returns the port; `await drain(seconds)` answers what was read and stops. A
+    forward that is stuck for `stuck_after_s` ends the process: nothing less frees the device.
     """
 
     def __init__(
@@ -45,13 +61,20 @@ class Replica:
         limits: Limits,
         max_batch_tokens: int,
         head_chunk_nbytes: int,
+        service_id: str = "",
+        stuck_after_s: float = 120.0,
     ) -> None:
         self.model = model
         self.limits = limits
-        self._service_id = secrets.token_hex(16)
-        self._replica_id = secrets.token_hex(4)
+        self.service_id = service_id or secrets.token_hex(16)
+        self.replica_id = secrets.token_hex(4)
+        self.metrics = Metrics()
+        self._stuck_after_s = stuck_after_s
         self._address = ""
-        self._state = "ready"
+        self._state = "starting"
+        self._others: list[teacher_pb2.Replica] = []
+        self._batch_since_s: float | None = None
+        self._longest_batch_s = 0.0
         self._fingerprint = model.teacher_fingerprint
         self._head = VocabularyHead(model, chunk_nbytes=head_chunk_nbytes)
         self._exactness = "bytes" if self._head.is_exact() else "tolerance"
@@ -64,8 +87,52 @@ class Replica:
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._compute = threading.Thread(target=self._compute_loop, name="compute", daemon=True)
 
-    async def start(self, host: str, port: int) -> int:
-        """Starts to listen and compute; port 0 takes a free one. Raises ServeError."""
+    @classmethod
+    def from_config(cls, config: ServeConfig, *, service_id: str = "") -> Self:
+        """Loads the teacher and makes a replica of it. Raises ModelError."""
+        # Fresh pages of a chunk of logits cost several times what is done with them, unless they
+        # are huge ones; torch reads this at its first large allocation (docs/log.md).
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        model = load(
+            config.model,
+            revision=config.revision,
+            device=config.device,
+            dtype=config.dtype,
+            attention=config.attention,
+            max_sequence_tokens=config.admission.max_sequence_tokens,
+        )
+        admission = config.admission
+        limits = Limits(
+            max_sequence_tokens=min(model.max_sequence_tokens, admission.max_request_tokens),
+            max_request_tokens=admission.max_request_tokens,
+            max_request_sequences=admission.max_request_sequences,
+            max_request_nbytes=admission.max_request_mib << 20,
+            max_top_k=config.targets.max_top_k,
+            max_reply_nbytes=config.targets.max_reply_mib << 20,
+            max_stream_nbytes=admission.max_stream_mib << 20,
+            max_answers_nbytes=admission.max_answers_mib << 20,
+            max_queued_tokens=config.batch.max_queued_tokens,
+        )
+        return cls(
+            model,
+            limits=limits,
+            max_batch_tokens=config.batch.max_tokens,
+            head_chunk_nbytes=config.head_chunk_mib << 20,
+            service_id=service_id or config.service_id,
+            stuck_after_s=config.stuck_after_s,
+        )
+
+    async def start(
+        self, host: str, port: int, *, entry_port: int | None = None, advertise: str = ""
+    ) -> int:
+        """Starts to listen and compute; returns the port, port 0 takes a free one.
+
+        The port is this replica's alone; `entry_port` is shared with the other replicas of the
+        service on this host. advertise: the host that clients are told, if it is not `host`.
+        Raises ServeError if a port is taken, the entry port: by another service.
+        """
         self._loop = asyncio.get_running_loop()
         self._service = TeacherService(
             describe=self.describe,
@@ -74,41 +141,120 @@ class Replica:
             score=self._score,
             encoder=self._encoder,
             teacher_fingerprint=self._fingerprint,
+            metrics=self.metrics,
         )
-        self._server = grpc.aio.server(options=server_options(self.limits))
-        teacher_pb2_grpc.add_TeacherServicer_to_server(self._service, self._server)
+        self.metrics.watch(
+            "teacher_queued_tokens", "Padded tokens that wait.", lambda: self.queued_tokens
+        )
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
-        try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise ServeError(f"cannot listen on {host}:{port}: {error}") from error
-        self._address = f"{host}:{bound}"
-        await self._server.start()
-        self._compute.start()
         for name in ("", SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        own, bound = self._server(host, port, shared=False)
+        self._servers = [own]
+        if entry_port is not None:
+            await self._check_entry(f"{host}:{entry_port}")
+            self._servers.append(self._server(host, entry_port, shared=True)[0])
+        self._address = f"{advertise or host}:{bound}"
+        self._state = "ready"
+        self._compute.start()
+        for server in self._servers:
+            await server.start()
+        self._watchdog = asyncio.create_task(self._watch())
         return bound
+
+    def _server(self, host: str, port: int, *, shared: bool) -> tuple[grpc.aio.Server, int]:
+        """A server of this replica's services on one port. Raises ServeError."""
+        server = grpc.aio.server(options=server_options(self.limits, shared=shared))
+        teacher_pb2_grpc.add_TeacherServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        try:
+            return server, server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise ServeError(f"cannot listen on {host}:{port}: {error}") from error
+
+    async def _check_entry(self, address: str) -> None:
+        """Raises ServeError if another service answers at the entry port.
+
+        The kernel would let both share the port and give each a part of the other's clients.
+        """
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = teacher_pb2_grpc.TeacherStub(channel)
+            try:
+                info = await stub.Describe(teacher_pb2.DescribeRequest(), timeout=ENTRY_PROBE_S)
+            except grpc.aio.AioRpcError:
+                return  # nobody, or a frozen replica
+        if info.service_id != self.service_id:
+            raise ServeError(
+                f"another service ({info.model}, {info.service_id}) answers at {address}. Give "
+                "every service an entry port of its own with --port."
+            )
 
     async def drain(self, seconds: float) -> None:
         """Reads no more requests, answers those it has within `seconds`, then stops for good."""
-        self._state = "draining"
+        if self._state == "ready":
+            self._state = "draining"
         await self._health.enter_graceful_shutdown()
         self._service.drain()
-        await self._server.stop(seconds)
+        self._watchdog.cancel()
+        await asyncio.gather(*(server.stop(seconds) for server in self._servers))
         for job in self._scheduler.close():
             self._resolve(job, RuntimeError("the replica was stopped"))
         # A forward cannot be interrupted; the process may end without it.
         await asyncio.get_running_loop().run_in_executor(None, self._compute.join, seconds)
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
+    @property
+    def queued_tokens(self) -> int:
+        """Padded tokens that wait to be scored."""
+        return self._scheduler.queued_tokens
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the forward in hand will never end, as far as one can tell."""
+        return self._state == "stuck"
+
+    def card(self) -> teacher_pb2.Replica:
+        """What the other replicas and the clients are told of this one."""
+        since = self._batch_since_s
+        busy_s = 0.0 if since is None else time.monotonic() - since
+        return teacher_pb2.Replica(
+            id=self.replica_id,
+            address=self._address,
+            state=self._state,
+            busy_ms=max(0, int(1000 * busy_s)),
+        )
+
+    def set_others(self, cards: Iterable[teacher_pb2.Replica]) -> None:
+        """Who else lives of this service; the replica's own card among them is left out."""
+        self._others = [card for card in cards if card.id != self.replica_id]
+
+    async def _watch(self) -> None:
+        """Ends the process when a forward is stuck; clients go to other replicas."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            since = self._batch_since_s
+            limit = max(self._stuck_after_s, SLOW_FACTOR * self._longest_batch_s)
+            if since is None or time.monotonic() - since <= limit:
+                continue
+            self._state = "stuck"
+            await self._health.enter_graceful_shutdown()
+            logger.critical(
+                "a forward is stuck seconds=%.0f; this process ends in %.0f s and has to be "
+                "started again (Ray does that)",
+                time.monotonic() - since,
+                EXIT_S,
+            )
+            await asyncio.sleep(EXIT_S)
+            os._exit(1)
+
     def describe(self) -> teacher_pb2.TeacherInfo:
         """Who answers here, for Describe."""
         model, limits = self.model, self.limits
         return teacher_pb2.TeacherInfo(
-            service_id=self._service_id,
+            service_id=self.service_id,
+            replica_id=self.replica_id,
             model=model.name,
             revision=model.revision,
             weights_fingerprint=model.weights_fingerprint,
@@ -126,12 +272,11 @@ class Replica:
                 max_stream_bytes=limits.max_stream_nbytes,
                 max_queued_tokens=limits.max_queued_tokens,
                 max_part_bytes=limits.max_part_nbytes,
+                max_answers_bytes=limits.max_answers_nbytes,
             ),
             kinds=KINDS,
             exactness=self._exactness,
-            replicas=[
-                teacher_pb2.Replica(id=self._replica_id, address=self._address, state=self._state)
-            ],
+            replicas=[self.card(), *self._others],
             team="default",
             architecture=model.architecture,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -163,11 +308,13 @@ class Replica:
 
     def _compute_loop(self) -> None:
         while batch := self._scheduler.next_batch():
-            started = time.monotonic()
+            started = self._batch_since_s = time.monotonic()
             for job, result in self._score_batch(batch, started):
                 self._loop.call_soon_threadsafe(self._resolve, job, result)
+            self._batch_since_s = None
             tokens = sum(job.bucket for job in batch)
             seconds = time.monotonic() - started
+            self._longest_batch_s = max(self._longest_batch_s, seconds)
             self._scheduler.record_speed(tokens, seconds)
             logger.debug(
                 "batch scored sequences=%d tokens=%d ms=%.0f", len(batch), tokens, 1e3 * seconds
@@ -189,6 +336,9 @@ class Replica:
                 *self._score_batch(batch[middle:], started),
             ]
         tokens = sum(job.bucket for job in batch)
+        self.metrics.batch_tokens.observe(tokens)
+        self.metrics.forward_s.observe(times.forward_s)
+        self.metrics.head_s.observe(times.head_s)
         return [
             (job, Scored(kept, times, len(batch), tokens, started))
             for job, kept in zip(batch, targets, strict=True)
@@ -207,11 +357,11 @@ def _refusal(error: Exception) -> Exception:
     return error
 
 
-def server_options(limits: Limits) -> list[tuple[str, int]]:
+def server_options(limits: Limits, *, shared: bool = False) -> list[tuple[str, int]]:
     """gRPC settings of a replica's server."""
     return [
         # Two services on one port would answer in turns; grpc shares ports unless told not to.
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(shared)),
         # Refused by a message up to here; beyond, the transport ends the stream.
         ("grpc.max_receive_message_length", 4 * limits.max_request_nbytes),
         ("grpc.max_send_message_length", 2 * max(limits.max_part_nbytes, limits.max_reply_nbytes)),

@@ -22,6 +22,8 @@ from protos import teacher_pb2, teacher_pb2_grpc
 from teacher_server.admission import Admission, Admitted
 from teacher_server.errors import RequestRefused, invalid
 from teacher_server.head import StageTimes
+from teacher_server.metrics import Metrics
+from teacher_server.room import ProcessRoom, StreamRoom
 from teacher_server.scheduler import Job
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,9 @@ class Scored:
     """time.monotonic() when its batch was taken."""
 
 
+TEAM = "default"
+"""Whose requests these are, until a service knows teams."""
+
 Score = Callable[[Job], Awaitable[Scored]]
 """Submits a job and waits for its result; cancelling it makes the job depart."""
 
@@ -64,6 +69,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         score: Score,
         encoder: Executor,
         teacher_fingerprint: str,
+        metrics: Metrics,
     ) -> None:
         self._describe = describe
         self._admission = admission
@@ -71,6 +77,19 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self._score = score
         self._encoder = encoder
         self._fingerprint = teacher_fingerprint
+        self._metrics = metrics
+        self._room = ProcessRoom(admission.limits.max_answers_nbytes)
+        metrics.watch("teacher_streams", "Open Score streams.", lambda: self._room.num_streams)
+        metrics.watch(
+            "teacher_answer_bytes",
+            "Bytes that unfinished answers may take, of all streams.",
+            lambda: self._room.taken_nbytes,
+        )
+        metrics.watch(
+            "teacher_stream_answer_bytes_max",
+            "Bytes that unfinished answers may take, of the stream that has most.",
+            lambda: self._room.fullest_nbytes,
+        )
         self._draining = asyncio.Event()
 
     def drain(self) -> None:
@@ -87,10 +106,11 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         request_iterator: AsyncIterator[teacher_pb2.ScoreRequest],
         context: grpc.aio.ServicerContext,
     ) -> None:
-        stream = _Stream(context, _Room(self._admission.limits.max_stream_nbytes))
-        async with asyncio.TaskGroup() as tasks:
-            async for request in _until(self._draining, request_iterator):
-                await self._start(request, stream, tasks)
+        with self._room.stream(self._admission.limits.max_stream_nbytes) as room:
+            stream = _Stream(context, room)
+            async with asyncio.TaskGroup() as tasks:
+                async for request in _until(self._draining, request_iterator):
+                    await self._start(request, stream, tasks)
         if self._draining.is_set():
             await context.abort(
                 grpc.StatusCode.UNAVAILABLE,
@@ -146,22 +166,26 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 batch_sequences=scored.batch_sequences,
                 batch_tokens=scored.batch_tokens,
             )
+            self._metrics.queue_s.observe(timing.queue_us / 1e6)
+            self._metrics.encode_s.observe(timing.encode_us / 1e6)
+            del scored  # a reader that stopped holds the bytes, not the tensors too
             digest = xxhash.xxh3_128_digest(item.ids_bytes)
             for position, (first_row, num_rows, payload) in enumerate(parts):
                 final = position == len(parts) - 1
                 if final:
                     answer.unfinished -= 1
-                part = teacher_pb2.TargetsPart(
-                    sequence=index,
-                    first_row=first_row,
-                    num_rows=num_rows,
-                    last=final and answer.unfinished == 0,
-                    ids_digest=digest,
-                    payload=payload,
-                    teacher_fingerprint=self._fingerprint,
-                    timing=timing,
-                )
-                await stream.write(answer, part)
+                response = teacher_pb2.ScoreResponse(request_id=answer.request_id)
+                part = response.part  # filled in place: a message passed in would be copied
+                part.sequence = index
+                part.first_row = first_row
+                part.num_rows = num_rows
+                part.last = final and answer.unfinished == 0
+                part.ids_digest = digest
+                part.payload = payload
+                part.teacher_fingerprint = self._fingerprint
+                part.timing.CopyFrom(timing)
+                await stream.write(answer, response)
+                self._metrics.bytes_sent.labels(TEAM).inc(len(payload))
         except Exception as error:
             await self._fail(answer, stream, error, sequence=index, rows=item.wanted.rows)
         finally:
@@ -184,7 +208,9 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         if answer.failed:
             return
         message = _error_message(error, sequence, rows)
-        await stream.write(answer, message)
+        self._metrics.rejected.labels(TEAM, message.reason).inc()
+        response = teacher_pb2.ScoreResponse(request_id=answer.request_id, error=message)
+        await stream.write(answer, response)
         current = asyncio.current_task()
         for task in answer.tasks:
             if task is not current:
@@ -243,49 +269,22 @@ class _Answer:
 class _Stream:
     """One client stream: its room, and one writer at a time."""
 
-    def __init__(self, context: grpc.aio.ServicerContext, room: "_Room") -> None:
+    def __init__(self, context: grpc.aio.ServicerContext, room: StreamRoom) -> None:
         self.room = room
         self.unanswered: dict[int, _Answer] = {}
         self._context = context
         self._lock = asyncio.Lock()
 
-    async def write(
-        self, answer: _Answer, content: teacher_pb2.TargetsPart | teacher_pb2.RequestError
-    ) -> None:
+    async def write(self, answer: _Answer, response: teacher_pb2.ScoreResponse) -> None:
         """Writes one part or error; nothing follows an error of the same request."""
         async with self._lock:
             if answer.failed:
                 return
-            response = teacher_pb2.ScoreResponse(request_id=answer.request_id)
-            if isinstance(content, teacher_pb2.RequestError):
-                answer.failed = True
-                response.error.CopyFrom(content)
-            else:
-                response.part.CopyFrom(content)
+            answer.failed = response.HasField("error")
             ended = answer.failed or response.part.last
             if ended and self.unanswered.get(answer.request_id) is answer:
                 del self.unanswered[answer.request_id]
             await self._context.write(response)
-
-
-class _Room:
-    """Bytes of unfinished answers that one stream may have; first come, first served."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._nbytes = nbytes
-        self._taken = 0
-        self._freed = asyncio.Event()
-
-    async def take(self, nbytes: int) -> None:
-        """Waits until `nbytes` fit; more than there is at all fits when nothing else is taken."""
-        while self._taken and self._taken + nbytes > self._nbytes:
-            self._freed.clear()
-            await self._freed.wait()
-        self._taken += nbytes
-
-    def give(self, nbytes: int) -> None:
-        self._taken -= nbytes
-        self._freed.set()
 
 
 async def _until(
