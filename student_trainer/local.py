@@ -3,7 +3,7 @@
 The one place where this package uses `teacher_server`, and only when a LocalTeacher is made.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -14,7 +14,7 @@ from logit_codec import FORMAT_VERSION, Targets, TargetSpec, decode, encode_part
 from logit_codec.spec import KINDS
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest
-from student_trainer.streaming import Wish, stream_loader, stream_sequences
+from student_trainer.streaming import TargetStream, Wish, stream_loader, stream_sequences
 
 PART_NBYTES = 1 << 20
 """As large as the service's parts; where a sequence is split does not change what is decoded."""
@@ -61,7 +61,7 @@ class LocalTeacher:
         seed: int = 0,
         epoch: int = 0,
         ahead: int = 1,
-    ) -> Iterator[tuple[Tensor, Targets]]:
+    ) -> TargetStream[Tensor]:
         """As `RemoteTeacher.stream`; `ahead` sequences are scored before the first is handed out."""
         wish = Wish.of(targets, temperature, seed, epoch)
         return stream_sequences(self._submit, sequences, wish, ahead)
@@ -75,7 +75,7 @@ class LocalTeacher:
         seed: int = 0,
         epoch: int = 0,
         ahead: int | str = 1,
-    ) -> Iterator[tuple[Any, Targets]]:
+    ) -> TargetStream[Any]:
         """As `RemoteTeacher.stream_batches`."""
         wish = Wish.of(targets, temperature, seed, epoch)
         return stream_loader(self._submit, loader, wish, ahead)

@@ -4,6 +4,7 @@ What a teacher is to this module is one function that submits a sequence and ret
 remote and the local teacher give it theirs and share everything else.
 """
 
+import itertools
 import math
 import re
 import time
@@ -11,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,34 +26,7 @@ MAX_AHEAD_NBYTES = 512 << 20
 MAX_AHEAD_BATCHES = 1024
 IGNORE_INDEX = -100
 
-
-class Teacher(Protocol):
-    """Where targets come from: a service, a model in this process."""
-
-    @property
-    def info(self) -> teacher_pb2.TeacherInfo: ...
-
-    def stream(
-        self,
-        sequences: Iterable[Any],
-        *,
-        targets: str | TargetSpec = ...,
-        temperature: float = ...,
-        seed: int = ...,
-        epoch: int = ...,
-        ahead: int = ...,
-    ) -> Iterator[tuple[Tensor, Targets]]: ...
-
-    def stream_batches(
-        self,
-        loader: Iterable[Mapping[str, Any]],
-        *,
-        targets: str | TargetSpec = ...,
-        temperature: float = ...,
-        seed: int = ...,
-        epoch: int = ...,
-        ahead: int | str = ...,
-    ) -> Iterator[tuple[Any, Targets]]: ...
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,34 +52,108 @@ class Wish:
         return cls(spec, float(temperature), seed, epoch)
 
 
+class TargetStream(Iterator[tuple[Item, Targets]]):
+    """What `stream` and `stream_batches` return: pairs in the caller's order, and a position.
+
+    The position counts items that were handed out, not those that are in flight: saved after the
+    optimizer step that used the last of them, it says where to go on.
+    """
+
+    def __init__(self, pairs: Callable[[int], Iterator[tuple[Item, Targets]]]) -> None:
+        self._make_pairs = pairs
+        self._pairs: Iterator[tuple[Item, Targets]] | None = None
+        self._handed_out = 0
+
+    def __next__(self) -> tuple[Item, Targets]:
+        if self._pairs is None:
+            self._pairs = self._make_pairs(self._handed_out)
+        pair = next(self._pairs)
+        self._handed_out += 1
+        return pair
+
+    def state_dict(self) -> dict[str, int]:
+        """How many items were handed out."""
+        return {"handed_out": self._handed_out}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on behind that many items of the same source; nothing is asked for those.
+
+        Raises TeacherError after the first item was taken, InvalidRequest for another dict.
+        """
+        if self._pairs is not None:
+            raise TeacherError("load_state_dict comes before the first item is taken")
+        handed_out = state.get("handed_out")
+        if not isinstance(handed_out, int) or handed_out < 0:
+            raise InvalidRequest(f"a state is {{'handed_out': number of items}}, got {state!r}")
+        self._handed_out = handed_out
+
+    def close(self) -> None:
+        """Gives up what is in flight."""
+        close = getattr(self._pairs, "close", None)
+        if close is not None:
+            close()
+
+
+class Teacher(Protocol):
+    """Where targets come from: a service, a model in this process."""
+
+    @property
+    def info(self) -> teacher_pb2.TeacherInfo: ...
+
+    def stream(
+        self,
+        sequences: Iterable[Any],
+        *,
+        targets: str | TargetSpec = ...,
+        temperature: float = ...,
+        seed: int = ...,
+        epoch: int = ...,
+        ahead: int = ...,
+    ) -> TargetStream[Tensor]: ...
+
+    def stream_batches(
+        self,
+        loader: Iterable[Mapping[str, Any]],
+        *,
+        targets: str | TargetSpec = ...,
+        temperature: float = ...,
+        seed: int = ...,
+        epoch: int = ...,
+        ahead: int | str = ...,
+    ) -> TargetStream[Any]: ...
+
+
 Submit = Callable[[Tensor, Tensor | None, Wish], "Future[Targets]"]
 """(L,) int64 ids and, if not all rows are wanted, the (N,) int64 wanted rows -> their targets."""
 
 
 def stream_sequences(
     submit: Submit, sequences: Iterable[Any], wish: Wish, ahead: int
-) -> Iterator[tuple[Tensor, Targets]]:
+) -> TargetStream[Tensor]:
     """`Teacher.stream` over a submit function."""
     if ahead < 1:
         raise InvalidRequest(f"ahead must be at least 1 sequence, got {ahead}")
 
-    def submitted() -> Iterator[_Submitted]:
-        for number, sequence in enumerate(sequences):
+    def submitted(skip: int) -> Iterator[_Submitted]:
+        for number, sequence in _numbered(sequences, skip):
             token_ids = as_token_ids(sequence, number)
             yield token_ids, {f"stream item {number}": submit(token_ids, None, wish)}
 
-    for token_ids, (targets,) in _in_order(submitted(), lambda: ahead):
-        yield token_ids, targets
+    def pairs(skip: int) -> Iterator[tuple[Tensor, Targets]]:
+        for token_ids, (targets,) in _in_order(submitted(skip), lambda: ahead):
+            yield token_ids, targets
+
+    return TargetStream(pairs)
 
 
 def stream_loader(
     submit: Submit, loader: Iterable[Mapping[str, Any]], wish: Wish, ahead: int | str
-) -> Iterator[tuple[Any, Targets]]:
+) -> TargetStream[Any]:
     """`Teacher.stream_batches` over a submit function."""
     window = _Window(ahead)
 
-    def submitted() -> Iterator[_Submitted]:
-        for number, batch in enumerate(loader):
+    def submitted(skip: int) -> Iterator[_Submitted]:
+        for number, batch in _numbered(loader, skip):
             yield (
                 batch,
                 {
@@ -114,10 +162,18 @@ def stream_loader(
                 },
             )
 
-    for batch, parts in _in_order(submitted(), lambda: window.size):
-        targets = Targets.cat(parts)
-        window.handed_out(targets)
-        yield batch, targets
+    def pairs(skip: int) -> Iterator[tuple[Any, Targets]]:
+        for batch, parts in _in_order(submitted(skip), lambda: window.size):
+            targets = Targets.cat(parts)
+            window.handed_out(targets)
+            yield batch, targets
+
+    return TargetStream(pairs)
+
+
+def _numbered(items: Iterable[Item], skip: int) -> Iterator[tuple[int, Item]]:
+    """The items with their numbers, without the first `skip`."""
+    return itertools.islice(enumerate(items), skip, None)
 
 
 _Submitted = tuple[Any, dict[str, "Future[Targets]"]]

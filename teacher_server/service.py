@@ -19,6 +19,7 @@ from torch import Tensor
 
 from logit_codec import CodecError, Targets, encode_parts
 from protos import teacher_pb2, teacher_pb2_grpc
+from protos.check import answer_check, request_digest
 from teacher_server.admission import Admission, Admitted
 from teacher_server.errors import RequestRefused, invalid
 from teacher_server.head import StageTimes
@@ -121,7 +122,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self, request: teacher_pb2.ScoreRequest, stream: "_Stream", tasks: asyncio.TaskGroup
     ) -> None:
         """Admits one request and submits its sequences as the stream has room for their answers."""
-        answer = _Answer(request.request_id)
+        answer = _Answer(request.request_id, request_digest(request))
         try:
             if request.request_id in stream.unanswered:
                 raise invalid(
@@ -260,6 +261,7 @@ class _Answer:
     """What is outstanding of one request."""
 
     request_id: int
+    request_digest: bytes
     unfinished: int = 0
     """Sequences whose final part has not been made."""
     failed: bool = False
@@ -284,6 +286,7 @@ class _Stream:
             ended = answer.failed or response.part.last
             if ended and self.unanswered.get(answer.request_id) is answer:
                 del self.unanswered[answer.request_id]
+            response.check = answer_check(answer.request_digest, response)
             await self._context.write(response)
 
 

@@ -1,0 +1,589 @@
+"""One client's links to the replicas of a service; lives in the io thread.
+
+A link is one channel with one Score stream to one replica. The keeper opens links to every replica
+that Describe names and that can be reached, notices the ones that fell silent, and waits, visibly
+and up to the patience, when nobody is left. What is asked of whom is decided in `resume.py`.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import secrets
+import time
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from logit_codec import CodecError, Targets
+from protos import teacher_pb2, teacher_pb2_grpc
+from student_trainer.errors import (
+    BY_CODE,
+    IncompatibleTeacher,
+    ProtocolError,
+    TargetsCorrupt,
+    TeacherError,
+    TeacherOverloaded,
+    TeacherUnavailable,
+)
+from student_trainer.resume import Dispatch, Fate, Pending, assemble
+
+logger = logging.getLogger(__name__)
+
+TRY_S = (2.0, 3.0, 5.0)
+"""How long one attempt to connect may take, the first, second and every later time.
+
+A frozen replica still gets connections from the kernel, so an attempt is given up soon; a slow link
+needs the longer ones.
+"""
+TICK_S = 0.25
+REFRESH_S = 3.0
+"""How often the list of replicas is asked for while requests are outstanding."""
+PROBE_AFTER_S = 4.0
+"""A link without a message for this long is asked whether it lives."""
+PROBE_S = 5.0
+STALL_S = 10.0
+"""A batch that takes longer than this, and four times as long as any seen, counts as stuck."""
+STALL_FACTOR = 4.0
+BACKOFF_S = (1.0, 2.0, 5.0, 15.0, 30.0)
+"""How long a replica is left alone after the first, second, ... failure to reach it."""
+TELL_S = 5.0
+"""How often a wait is logged."""
+MAX_ATTEMPTS = 3
+"""How often a request whose targets arrive damaged is sent before TargetsCorrupt."""
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 256 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+]
+RETRIED = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+"""Ends of a stream after which another one is used: transport, drain, restart."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a client has received and how often it had to ask again."""
+
+    requests: int = 0
+    rows: int = 0
+    payload_nbytes: int = 0
+    resent: int = 0
+    reconnects: int = 0
+    """Streams that were lost while answers were outstanding."""
+    stalled: int = 0
+    """Of these, streams to replicas that had fallen silent or were stuck."""
+    corrupt: int = 0
+
+
+@dataclass(eq=False)
+class _Link:
+    """One stream to one replica."""
+
+    replica_id: str
+    address: str
+    channel: grpc.aio.Channel
+    heard_s: float
+    outbox: "asyncio.Queue[int]" = field(default_factory=asyncio.Queue)
+    tasks: list["asyncio.Task[None]"] = field(default_factory=list)
+    probe: "asyncio.Task[None] | None" = None
+
+    @property
+    def stub(self) -> teacher_pb2_grpc.TeacherStub:
+        return teacher_pb2_grpc.TeacherStub(self.channel)
+
+
+@dataclass(slots=True)
+class _Failures:
+    """Why an address is left alone for a while."""
+
+    count: int = 0
+    until_s: float = 0.0
+
+
+class Session:
+    """Sends requests to whoever can answer them; every method runs in the io thread's loop."""
+
+    def __init__(self, addresses: list[str], patience_s: float) -> None:
+        self.counters = Counters()
+        self.session_id = secrets.token_bytes(16)
+        self._addresses = addresses
+        self._patience_s = patience_s
+        self._info: teacher_pb2.TeacherInfo | None = None
+        self._links: dict[str, _Link] = {}
+        self._members: dict[str, str] = {}
+        """Ready replicas by id, with their addresses."""
+        self._failures: dict[str, _Failures] = {}
+        self._opening: dict[str, asyncio.Task[None]] = {}
+        self._dispatch = Dispatch(lambda link, number: link.outbox.put_nowait(number))  # type: ignore[attr-defined]
+        self._wake = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self._quiet_since_s: float | None = None
+        """The first loss of a link since the last answer."""
+        self._last_error = ""
+        self._stuck = 0
+        self._longest_batch_s = 0.0
+
+    @property
+    def replicas(self) -> list[str]:
+        """The addresses of the replicas that this client has a stream to."""
+        return [link.address for link in self._links.values()]
+
+    async def open(self, patience_s: float) -> teacher_pb2.TeacherInfo:
+        """Finds the first address that answers within the time given, and checks the others."""
+        deadline = time.monotonic() + patience_s
+        while not await self._reach():
+            if time.monotonic() >= deadline:
+                raise self._nobody(patience_s)
+            await asyncio.sleep(0.1)
+        assert self._info is not None
+        if len(self._addresses) > 1:
+            await asyncio.gather(*(self._check_same_service(one) for one in self._addresses))
+        self._keeper = asyncio.create_task(self._keep())
+        return self._info
+
+    async def close(self) -> None:
+        tasks = [*self._tasks, *self._opening.values(), *([self._keeper] if self._keeper else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        links = list(self._links.values())
+        self._links.clear()
+        await asyncio.gather(*map(_hang_up, links))
+        self._fail_all(TeacherError("this teacher was closed while answers were outstanding"))
+        self._decoder.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, pending: Pending) -> None:
+        """Sends a request, now or as soon as there is a link."""
+        self.counters.requests += 1
+        self._dispatch.submit(pending)
+        if not self._links or self._dispatch.unanswered == 1:
+            self._wake.set()  # the keeper sleeps while nothing is outstanding
+
+    # Links: who is there, and whether it still answers.
+
+    async def _keep(self) -> None:
+        """Keeps links to all replicas while anything is outstanding."""
+        refreshed_s = time.monotonic()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(
+                    self._wake.wait(), TICK_S if self._dispatch.unanswered else None
+                )
+            self._wake.clear()
+            try:
+                if not self._dispatch.unanswered:
+                    continue
+                if not self._links:
+                    await self._wait_for_a_link()
+                now = time.monotonic()
+                if now - refreshed_s > REFRESH_S and self._links:
+                    refreshed_s = now
+                    self._spawn(self._refresh(random.choice(list(self._links.values()))))
+                self._open_missing()
+                for link in list(self._links.values()):
+                    self._watch(link)
+            except TeacherError as error:
+                self._fail_all(error)
+            except Exception as error:  # a bug of ours must not leave the trainer waiting for ever
+                logger.exception("the client failed")
+                self._fail_all(ProtocolError(f"the client failed: {error!r}"))
+
+    async def _wait_for_a_link(self) -> None:
+        """Reconnects to anybody. Raises TeacherUnavailable after the patience."""
+        started = told = time.monotonic()
+        self._quiet_since_s = self._quiet_since_s or started
+        delay = 0.05
+        while not await self._reach():
+            now = time.monotonic()
+            if now - self._quiet_since_s > self._patience_s:
+                raise self._nobody(now - self._quiet_since_s)
+            if now - told > TELL_S:
+                told = now
+                logger.warning(
+                    "waiting for the teacher at %s since %.0f s (up to %.0f s), %d requests: %s",
+                    self._where(),
+                    now - self._quiet_since_s,
+                    self._patience_s,
+                    self._dispatch.unanswered,
+                    self._last_error,
+                )
+            await asyncio.sleep(delay)
+            delay = min(1.0, 1.5 * delay)
+        if told != started:
+            logger.warning("the teacher is back at %s", ", ".join(self.replicas))
+
+    async def _reach(self) -> bool:
+        """Tries the given addresses, then those of replicas known from before, once each."""
+        known = [one for one in self._members.values() if one not in self._addresses]
+        for address in (*self._addresses, *known):
+            if await self._open(address, given=address in self._addresses):
+                return True
+        return False
+
+    async def _open(self, address: str, *, given: bool) -> bool:
+        """Opens a link to whoever answers at an address; False, with a backoff, if that fails.
+
+        Raises IncompatibleTeacher or AccessDenied where it makes no sense to try again.
+        """
+        failures = self._failures.setdefault(address, _Failures())
+        channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        link = None
+        try:
+            timeout_s = TRY_S[min(failures.count, len(TRY_S) - 1)]
+            info = await _describe(channel, timeout_s)
+            refusal = self._refusal(info, address, given)
+            if refusal and given and not self._links:
+                # Plain TCP delivers flipped bits: what ends a training run is asked twice.
+                info = await _describe(channel, timeout_s)
+                refusal = self._refusal(info, address, given)
+                if refusal:
+                    raise IncompatibleTeacher(refusal)
+            state = _own_card(info).state
+            refusal = refusal or ("" if state == "ready" else f"the replica is {state}")
+            if not refusal and info.replica_id not in self._links:
+                link = _Link(info.replica_id, address, channel, time.monotonic())
+        except grpc.aio.AioRpcError as error:
+            if given and error.code() not in RETRIED:
+                kind = BY_CODE.get(error.code().value[0], ProtocolError)
+                raise kind(f"{address}: {_explain(error)}") from None
+            return self._left_out(address, _explain(error))
+        finally:
+            if link is None:
+                await channel.close()
+        if refusal:
+            return self._left_out(address, refusal)
+        failures.count = 0
+        if link is None:
+            return True  # there is a link to this replica already
+        if self._info is None or info.service_id != self._info.service_id:
+            if self._info is not None:
+                logger.warning("the service at %s was started anew", address)
+            self._info = info
+        self._learn(info)
+        self._links[link.replica_id] = link
+        link.tasks.append(asyncio.create_task(self._converse(link)))
+        self._dispatch.open(link)
+        return True
+
+    def _refusal(self, info: teacher_pb2.TeacherInfo, address: str, given: bool) -> str:
+        """Why this is not the teacher that the run began with; empty if it is."""
+        if self._info is None:
+            return ""
+        if info.teacher_fingerprint != self._info.teacher_fingerprint:
+            return (
+                f"the teacher at {address} was changed: its fingerprint is "
+                f"{info.teacher_fingerprint}, this run began with "
+                f"{self._info.teacher_fingerprint}. Connect again to train with the new one."
+            )
+        restarted = given and not self._links  # a service that nobody else is left of
+        if info.service_id != self._info.service_id and not restarted:
+            return (
+                f"{address} is another service ({info.service_id}) than this client is connected "
+                f"to ({self._info.service_id}), with the same teacher. Give addresses of one "
+                "service, or start its replicas with one --service-id."
+            )
+        return ""
+
+    async def _check_same_service(self, address: str) -> None:
+        """Raises IncompatibleTeacher if another service answers at a given address."""
+        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            try:
+                info = await _describe(channel, TRY_S[0])
+            except grpc.aio.AioRpcError:
+                return  # it may come up later
+        if refusal := self._refusal(info, address, given=False):
+            raise IncompatibleTeacher(refusal)
+        self._learn(info)
+
+    def _learn(self, info: teacher_pb2.TeacherInfo) -> None:
+        """Takes over who is there; replicas that drain get no more requests."""
+        self._members = {card.id: card.address for card in info.replicas if card.state == "ready"}
+        for replica_id, link in self._links.items():
+            if replica_id not in self._members:
+                self._dispatch.pause(link)
+
+    async def _refresh(self, link: _Link) -> None:
+        """Asks one replica who else is there."""
+        try:
+            info = await _describe(link.channel, PROBE_S)
+        except grpc.aio.AioRpcError:
+            return  # the link itself will tell
+        if not self._refusal(info, link.address, given=False):
+            self._learn(info)
+
+    def _open_missing(self) -> None:
+        """Starts to connect to replicas that are listed and have no link."""
+        now = time.monotonic()
+        for replica_id, address in self._members.items():
+            failures = self._failures.get(address)
+            if (
+                replica_id in self._links
+                or address in self._opening
+                or (failures is not None and now < failures.until_s)
+            ):
+                continue
+            task = asyncio.create_task(self._open_listed(address))
+            self._opening[address] = task
+            task.add_done_callback(lambda _, address=address: self._opening.pop(address))
+
+    async def _open_listed(self, address: str) -> None:
+        try:
+            await self._open(address, given=False)
+        except Exception:
+            logger.exception("the client failed to connect to %s", address)
+
+    def _left_out(self, address: str, why: str) -> bool:
+        self._last_error = f"{address}: {why}"
+        self._leave_alone(address)
+        logger.debug("left out %s", self._last_error)
+        return False
+
+    def _leave_alone(self, address: str) -> None:
+        failures = self._failures.setdefault(address, _Failures())
+        backoff_s = BACKOFF_S[min(failures.count, len(BACKOFF_S) - 1)]
+        failures.count += 1
+        failures.until_s = time.monotonic() + backoff_s
+
+    def _watch(self, link: _Link) -> None:
+        """Asks a silent link whether it lives; asks again for a request that was passed over."""
+        now = time.monotonic()
+        oldest = next(iter(self._dispatch.outstanding(link).values()), None)
+        if oldest is None:
+            link.heard_s = now  # nobody asked it anything
+            return
+        if now - link.heard_s > PROBE_AFTER_S and (link.probe is None or link.probe.done()):
+            link.probe = self._spawn(self._probe(link))
+        if oldest.passed_s is not None and now - oldest.passed_s > self._stall_s():
+            logger.warning("no answer to one request while later ones are answered, asking again")
+            self.counters.resent += 1
+            self._dispatch.again(oldest)
+
+    async def _probe(self, link: _Link) -> None:
+        """Loses a link whose replica is frozen, or stuck in a forward while others are ready."""
+        asked_s = time.monotonic()
+        try:
+            info = await _describe(link.channel, PROBE_S)
+        except grpc.aio.AioRpcError as error:
+            if link.heard_s <= asked_s:  # nothing at all came meanwhile
+                silent_s = time.monotonic() - link.heard_s
+                self._lose(link, f"silent for {silent_s:.0f} s: {_explain(error)}", stalled=True)
+            return
+        link.heard_s = time.monotonic()
+        self._learn(info)
+        busy_s = _own_card(info).busy_ms / 1000
+        if busy_s > self._stall_s() and len(self._links) > 1:
+            self._stuck += 1
+            self._lose(link, f"its batch has taken {busy_s:.0f} s", stalled=True)
+
+    def _stall_s(self) -> float:
+        """After how long a batch counts as stuck; longer each time that one did."""
+        return max(STALL_S * 2**self._stuck, STALL_FACTOR * self._longest_batch_s)
+
+    def _lose(self, link: _Link, why: str, *, stalled: bool = False) -> None:
+        """Gives the link up; its unanswered requests go to the others."""
+        if self._links.get(link.replica_id) is not link:
+            return
+        del self._links[link.replica_id]
+        for address in {link.address, self._members.get(link.replica_id, link.address)}:
+            self._leave_alone(address)
+        count = self._dispatch.close(link)
+        self._spawn(_hang_up(link))
+        self._last_error = f"{link.address}: {why}"
+        if not count:
+            return  # nobody waits for it
+        now = time.monotonic()
+        self._quiet_since_s = self._quiet_since_s or now
+        self.counters.reconnects += 1
+        self.counters.stalled += stalled
+        self.counters.resent += count
+        others = f"{len(self._links)} others" if self._links else "nobody else yet"
+        logger.warning(
+            "lost the teacher at %s; %d requests go to %s", self._last_error, count, others
+        )
+        if now - self._quiet_since_s > self._patience_s:
+            self._fail_all(self._nobody(now - self._quiet_since_s))
+        self._wake.set()
+
+    # One link: requests out, answers in.
+
+    async def _converse(self, link: _Link) -> None:
+        """Sends and receives on one stream until it ends."""
+        call = link.stub.Score()
+        sending = asyncio.create_task(self._send(link, call))
+        link.tasks.append(sending)
+        try:
+            async for response in call:
+                link.heard_s = time.monotonic()
+                self._receive(link, response)
+            code, details = await call.code(), await call.details()
+        except grpc.aio.AioRpcError as error:
+            code, details = error.code(), error.details()
+        finally:
+            sending.cancel()
+            call.cancel()
+        why = f"{code.name}: {details or 'the service ended the stream'}"
+        self._lose(link, why)
+        if code not in RETRIED and code != grpc.StatusCode.OK:
+            kind = BY_CODE.get(code.value[0], ProtocolError)
+            self._fail_all(kind(f"{link.address}: {why}"))
+
+    async def _send(self, link: _Link, call: Any) -> None:
+        """Writes requests; a broken stream is left to the reader to report."""
+        while True:
+            request = self._dispatch.request(await link.outbox.get())
+            if request is None:
+                continue
+            try:
+                await call.write(request)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                return
+
+    def _receive(self, link: _Link, response: teacher_pb2.ScoreResponse) -> None:
+        ended = self._dispatch.receive(link, response)
+        if ended is None:
+            return
+        pending, fate = ended
+        oldest = next(iter(self._dispatch.outstanding(link).values()), None)
+        if oldest is not None and oldest.number < pending.number and oldest.passed_s is None:
+            oldest.passed_s = time.monotonic()
+        if fate is Fate.DAMAGED:
+            self._ask_again(pending, TargetsCorrupt("an answer is not what the teacher wrote"))
+            return
+        self._quiet_since_s = None
+        if fate is Fate.ANSWERED:
+            timing = response.part.timing
+            batch_s = (timing.forward_us + timing.head_us) / 1e6
+            self._longest_batch_s = min(600.0, max(self._longest_batch_s, batch_s))
+            self._spawn(self._finish(pending), pending)
+        else:
+            self._spawn(self._handle_error(pending, response.error), pending)
+
+    async def _finish(self, pending: Pending) -> None:
+        """Checks and decodes a whole answer off the loop; asks again if it is damaged."""
+        assert self._info is not None
+        loop = asyncio.get_running_loop()
+        try:
+            targets = await loop.run_in_executor(
+                self._decoder, assemble, pending, self._info.teacher_fingerprint
+            )
+        except (CodecError, TargetsCorrupt, IncompatibleTeacher) as error:
+            self._ask_again(pending, error)
+            return
+        except RuntimeError:
+            return  # closed, or the interpreter is ending: nobody takes the answer any more
+        self.counters.rows += targets.num_rows
+        self.counters.payload_nbytes += sum(len(part.payload) for part in pending.parts.values())
+        _resolve(pending, targets)
+
+    def _ask_again(self, pending: Pending, error: Exception) -> None:
+        """After a damaged answer, up to MAX_ATTEMPTS times."""
+        self.counters.corrupt += 1
+        pending.damaged += 1
+        if pending.damaged < MAX_ATTEMPTS:
+            logger.warning("targets arrived damaged, asking again: %s", error)
+            self.counters.resent += 1
+            self._dispatch.again(pending)
+            return
+        kind: type[TeacherError] = TargetsCorrupt
+        if isinstance(error, IncompatibleTeacher):
+            kind = IncompatibleTeacher
+        elif isinstance(error, CodecError) and "digest" not in str(error):
+            kind = ProtocolError
+        _resolve(pending, kind(f"{error} ({pending.damaged} times, from {self._where()})"))
+
+    async def _handle_error(self, pending: Pending, error: teacher_pb2.RequestError) -> None:
+        """Waits out RESOURCE_EXHAUSTED, asks once more after DATA_LOSS, raises everything else."""
+        kind = BY_CODE.get(error.code, ProtocolError)
+        now = time.monotonic()
+        if kind is TeacherOverloaded and error.reason != "OUT_OF_MEMORY":
+            pending.waited_since_s = pending.waited_since_s or now
+            delay = error.retry_after_ms / 1000 or random.uniform(0.5, 1.0)
+            if now + delay - pending.waited_since_s <= self._patience_s:
+                await asyncio.sleep(delay)
+                self.counters.resent += 1
+                self._dispatch.submit(pending)
+                return
+        elif kind is TeacherUnavailable or (kind is TargetsCorrupt and pending.damaged == 0):
+            pending.damaged += kind is TargetsCorrupt
+            self.counters.resent += 1
+            self._dispatch.again(pending)
+            return
+        _resolve(pending, kind(error.message))
+
+    # Endings.
+
+    def _spawn(
+        self, work: Coroutine[Any, Any, None], pending: Pending | None = None
+    ) -> "asyncio.Task[None]":
+        """Runs work on the side; a request whose work is cancelled fails instead of hanging."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+
+        def ended(task: "asyncio.Task[None]") -> None:
+            self._tasks.discard(task)
+            if pending is not None and task.cancelled():
+                _resolve(pending, TeacherError("this teacher was closed"))
+
+        task.add_done_callback(ended)
+        return task
+
+    def _fail_all(self, error: TeacherError) -> None:
+        self._quiet_since_s = None  # what is asked from now on has the whole patience again
+        for pending in self._dispatch.take_all():
+            _resolve(pending, type(error)(str(error)))
+
+    def _nobody(self, waited_s: float) -> TeacherUnavailable:
+        return TeacherUnavailable(
+            f"no teacher answers at {self._where()} after {waited_s:.0f} s: {self._last_error}. "
+            "Is the address right, and has the service said 'ready'?"
+        )
+
+    def _where(self) -> str:
+        return ", ".join(self._addresses)
+
+
+async def _describe(channel: grpc.aio.Channel, timeout_s: float) -> teacher_pb2.TeacherInfo:
+    stub = teacher_pb2_grpc.TeacherStub(channel)
+    return await stub.Describe(teacher_pb2.DescribeRequest(), timeout=timeout_s)
+
+
+def _own_card(info: teacher_pb2.TeacherInfo) -> teacher_pb2.Replica:
+    """The card of the replica that answered; one that says nothing of itself counts as ready."""
+    own = (card for card in info.replicas if card.id == info.replica_id)
+    return next(own, teacher_pb2.Replica(state="ready"))
+
+
+async def _hang_up(link: _Link) -> None:
+    for task in link.tasks:
+        task.cancel()
+    await asyncio.gather(*link.tasks, return_exceptions=True)
+    await link.channel.close()
+
+
+def _resolve(pending: Pending, result: Targets | TeacherError) -> None:
+    if pending.future.done() or not pending.future.set_running_or_notify_cancel():
+        return
+    if isinstance(result, TeacherError):
+        pending.future.set_exception(result)
+    else:
+        pending.future.set_result(result)
+
+
+def _explain(error: grpc.aio.AioRpcError) -> str:
+    return f"{error.code().name}: {error.details()}"
