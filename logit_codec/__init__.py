@@ -2,9 +2,10 @@
 
 from logit_codec.errors import CodecError
 from logit_codec.fingerprints import tokenizer_fingerprint
+from logit_codec.sampling import uniforms
 from logit_codec.selection import select
-from logit_codec.spec import DenseSpec, TargetSpec, TopKSpec, parse_targets
-from logit_codec.targets import DenseTargets, Targets, TopKTargets
+from logit_codec.spec import DenseSpec, SampledSpec, TargetSpec, TopKSpec, parse_targets
+from logit_codec.targets import DenseTargets, SampledTargets, Targets, TopKTargets
 from logit_codec.wire import FORMAT_VERSION, decode, encode, encode_parts
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "CodecError",
     "DenseSpec",
     "DenseTargets",
+    "SampledSpec",
+    "SampledTargets",
     "TargetSpec",
     "Targets",
     "TopKSpec",
@@ -22,4 +25,5 @@ __all__ = [
     "parse_targets",
     "select",
     "tokenizer_fingerprint",
+    "uniforms",
 ]
