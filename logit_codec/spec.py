@@ -63,9 +63,11 @@ class SampledSpec(TargetSpec):
 
     def max_row_nbytes(self, vocab_size: int) -> float:
         most = min(self.n, vocab_size)
-        entry_bits = max(1, (vocab_size - 1).bit_length()) + 2
-        count_bits = 2 * self.n.bit_length()
-        row_bits = most.bit_length() + most * entry_bits + count_bits
+        id_bits = most.bit_length() + most * max(1, (vocab_size - 1).bit_length())
+        # Of m counts above 1, each takes at most 2 * log2(n / m) bits on average; m = n / e is worst.
+        several = min(vocab_size, self.n / math.e)
+        row_bits = id_bits + most + 2 * several * math.log2(self.n / several)
+        row_bits = max(row_bits, 8 * most)
         return row_bits / 8 + TargetSpec.max_row_nbytes(self, vocab_size)
 
     def __str__(self) -> str:
