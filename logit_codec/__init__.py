@@ -7,7 +7,7 @@ from logit_codec.ids import IdTable, expected_inclusions, fit_id_table
 from logit_codec.sampling import uniforms
 from logit_codec.selection import select
 from logit_codec.spec import DenseSpec, SampledSpec, TargetSpec, TopKSpec, parse_targets
-from logit_codec.targets import DenseTargets, SampledTargets, Targets, TopKTargets
+from logit_codec.targets import DenseTargets, SampledTargets, SparseTargets, Targets, TopKTargets
 from logit_codec.wire import decode, encode, encode_parts
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "IdTable",
     "SampledSpec",
     "SampledTargets",
+    "SparseTargets",
     "TargetSpec",
     "Targets",
     "TopKSpec",
