@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 GROUP = 32
+PIECE = 1 << 18
+"""Numbers of `unpack_varying` and bytes of `find_ones` that are worked on at a time."""
 
 
 def num_words(count: int, width: int) -> int:
@@ -44,3 +46,62 @@ def _columns(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         raise ValueError(f"width must be 1 to 32, got {width}")
     bit = torch.arange(GROUP, device=device) * width
     return bit >> 5, bit & 31
+
+
+def pack_varying(values: Tensor, widths: Tensor) -> Tensor:
+    """(n,) int64 values, each of its own of the (n,) int64 widths, 0 to 32 -> int32 words.
+
+    Values must be below 2**width.
+    """
+    ends = widths.cumsum(0)
+    first = ends - widths
+    words = values.new_zeros((int(ends[-1:].sum()) + 31) // 32 + 1)
+    shifted = values << (first & 31)
+    # Each bit is set by one number only, so adding is the same as or-ing.
+    words.index_add_(0, first >> 5, shifted & 0xFFFFFFFF)
+    words.index_add_(0, ((first >> 5) + 1).clamp_(max=len(words) - 1), shifted >> 32)
+    return words[:-1].to(torch.int32)
+
+
+def unpack_varying(words: Tensor, first: Tensor, widths: Tensor) -> Tensor:
+    """The numbers of (n,) int64 widths, 0 to 32 bits each, that begin at the (n,) bits `first`."""
+    values = torch.empty_like(first)
+    pieces = zip(first.split(PIECE), widths.split(PIECE), values.split(PIECE), strict=True)
+    for piece, width, value in pieces:  # in pieces, so that a large plane takes little memory
+        word, shift = piece >> 5, piece & 31
+        low = _wide(words, word) >> shift
+        high = _wide(words, word + 1) << (32 - shift)
+        torch.bitwise_and(low | high, (1 << width) - 1, out=value)
+    return values
+
+
+def unpack_bits(words: Tensor, first: int, count: int) -> Tensor:
+    """(count,) bool: the bits from number `first` on, all of which must be there."""
+    masks = 1 << torch.arange(8, dtype=torch.uint8, device=words.device)
+    some = words.view(torch.uint8)[first >> 3 : (first + count + 7) >> 3]
+    return (some[:, None] & masks).bool().flatten()[first & 7 :][:count]
+
+
+def pack_ones(positions: Tensor, num_bits: int) -> Tensor:
+    """A string of `num_bits` bits with ones at (n,) distinct positions -> int32 words."""
+    words = positions.new_zeros((num_bits + 31) // 32)
+    words.index_add_(0, positions >> 5, 1 << (positions & 31))
+    return words.to(torch.int32)
+
+
+def find_ones(words: Tensor) -> Tensor:
+    """(n,) int64, ascending: where the ones of a string of bits are; the inverse of `pack_ones`."""
+    masks = 1 << torch.arange(8, dtype=torch.uint8, device=words.device)
+    found = [
+        (piece[:, None] & masks).flatten().nonzero()[:, 0].add_(8 * PIECE * number)
+        for number, piece in enumerate(words.view(torch.uint8).split(PIECE))
+    ]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _wide(words: Tensor, index: Tensor) -> Tensor:
+    """(n,) int64: the words at `index` as unsigned numbers, 0 beyond the last."""
+    if len(words) == 0:
+        return torch.zeros_like(index)
+    values = words[index.clamp(max=len(words) - 1)].to(torch.int64) & 0xFFFFFFFF
+    return values.masked_fill_(index >= len(words), 0)

@@ -1,7 +1,8 @@
 """Logits to targets: what a spec keeps of each row, on the logits' own device.
 
-Letters: R rows, V columns of the logits, K kept entries per row.
-Ties go to the lowest id, so that the same logits give the same targets on every device.
+Letters: R rows, V columns of the logits, B blocks of columns, K kept entries per row at most,
+E kept entries of all rows. Ties go to the lowest id, so that the same logits give the same targets
+on every device.
 """
 
 import math
@@ -10,8 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from logit_codec.spec import DenseSpec, TargetSpec, TopKSpec, parse_targets
-from logit_codec.targets import DenseTargets, Targets, TopKTargets, _splits
+from logit_codec.blocks import BLOCK, block_logits, block_masses, log_partition
+from logit_codec.sampling import systematic_counts
+from logit_codec.spec import DenseSpec, SampledSpec, TargetSpec, TopKSpec, parse_targets
+from logit_codec.targets import DenseTargets, SampledTargets, Targets, TopKTargets, _splits
+
+SMALLEST_MIN_P = 1 / 1024
+"""From here up, the blocks that can hold an entry of min_p are few: at most 1 / min_p of a row."""
 
 
 def select(
@@ -19,19 +25,22 @@ def select(
     spec: str | TargetSpec,
     *,
     temperature: float = 1.0,
+    uniforms: Tensor | None = None,
     realized_ids: Tensor | None = None,
     overwrite: bool = False,
 ) -> Targets:
     """What `spec` keeps of softmax(logits / temperature).
 
-    logits: (R, V) of a floating dtype; -inf gives an id probability 0. realized_ids: (R,) int64,
-    the tokens that really came next; needed if `spec.realized`. overwrite: the logits may be used
-    as scratch; without it they are not changed.
+    logits: (R, V) of a floating dtype; -inf gives an id probability 0. uniforms: (R,) float64 in
+    [0, 1), needed for sampled; `logit_codec.uniforms` makes them. realized_ids: (R,) int64, the
+    tokens that really came next; needed if `spec.realized`. overwrite: dense targets may take over
+    the memory of float32 logits; without it the logits are not changed.
 
-    Extra memory in a large vocabulary: one (R, V) float32 buffer, none with `overwrite` for top_k,
-    one more if the logits are not float32, and about R * sqrt(K * V) candidates. A row that is not
-    finite comes back as NaN; `encode` refuses it. Raises ValueError for a k above V and for
-    realized_ids that are missing or have another shape.
+    Extra memory in a large vocabulary is a small part of the logits for sampled and for top_k with
+    a min_p of 1/1024 or more; at most one (R, V) float32 buffer for other top_k; for dense its
+    result. A row that is not finite comes back so that `encode` refuses it, and leaves the others
+    alone. Raises ValueError for a k above V and for uniforms or realized_ids that are missing, have
+    another shape or are out of range.
     """
     spec = parse_targets(spec)
     num_rows, vocab_size = logits.shape
@@ -42,109 +51,167 @@ def select(
         raise ValueError(
             f"realized_ids must have shape ({num_rows},) unless the spec says realized=0, got {got}"
         )
+    if isinstance(spec, SampledSpec):
+        uniforms = _checked_uniforms(uniforms, num_rows)
     if num_rows == 0:  # reductions over no rows are not defined on every device
-        ids = None if realized_ids is None else realized_ids.new_zeros(1)
         row = logits.new_zeros(1, vocab_size)
-        return select(row, spec, temperature=temperature, realized_ids=ids)[:0]
-    overwrite = overwrite or logits.dtype != torch.float32  # then the float32 copy is ours
-    logits = logits.float()
+        ids = None if realized_ids is None else realized_ids.new_zeros(1)
+        draws = None if uniforms is None else uniforms.new_zeros(1)
+        return select(row, spec, temperature=temperature, uniforms=draws, realized_ids=ids)[:0]
     realized_R1 = None
     if spec.realized:
         assert realized_ids is not None
-        realized_R1 = logits.gather(1, realized_ids[:, None].long())
+        realized_R1 = logits.gather(1, realized_ids.long()[:, None]).double()
 
-    # The weights are probabilities but for the rounding of softmax's plain sum (1e-5 at V =
-    # 262,144), so they are divided by `mass`, which torch.sum adds up pairwise.
-    entropy_R = None
-    if isinstance(spec, TopKSpec):
-        top_RK = _top_ids(logits, _width(spec, vocab_size)).sort(1).values
-        logits_RK = logits.gather(1, top_RK)
-        weights_RV = _softmax(logits, temperature, overwrite)
-        weights_RK = weights_RV.gather(1, top_RK)
-        below_R = weights_RV.scatter_(1, top_RK, 0.0).sum(1)
-        mass_R1 = (below_R + weights_RK.sum(1))[:, None]
-        best_R1 = logits_RK.amax(1, keepdim=True)
-        log_best_R1 = (weights_RK.amax(1, keepdim=True) / mass_R1).log()
-        logprobs_RK = (logits_RK - best_R1) / temperature + log_best_R1
-        keep_RK = _kept(logprobs_RK, spec)
-        # Of 1 - kept and the sum of the rest, each is exact where the other one cancels.
-        kept_R = (logprobs_RK.exp() * keep_RK).sum(1)
-        rest_R = (below_R + weights_RK.masked_fill(keep_RK, 0.0).sum(1)) / mass_R1[:, 0]
-        tail_R = torch.where(kept_R < 0.5, torch.log1p(-kept_R), rest_R.log()).clamp_(max=0.0)
-        if spec.entropy:
-            top_R = torch.special.entr(logprobs_RK.exp()).sum(1)
-            entropy_R = top_R + _entropy(weights_RV, mass_R1)
+    shares_RB, entropy_R = block_masses(logits, temperature, entropy=spec.entropy)
+    log_z_R = log_partition(logits, shares_RB, temperature)
+    common = {"vocab_size": vocab_size, "temperature": temperature}
+    if isinstance(spec, SampledSpec):
+        assert uniforms is not None
+        splits, ids_E, counts_E = systematic_counts(
+            logits, shares_RB, uniforms, spec.n, temperature
+        )
+        targets: Targets = SampledTargets(
+            row_splits=splits, token_ids=ids_E, counts=counts_E, num_draws=spec.n, **common
+        )
+    elif isinstance(spec, TopKSpec):
+        if not spec.min_p and spec.k > vocab_size:
+            raise ValueError(
+                f"top_k must be at most the {vocab_size} ids of the vocabulary, got {spec.k}"
+            )
+        counts_R, ids_E, logprobs_E = _top(logits, shares_RB, log_z_R, spec, temperature)
+        most = min(spec.k, vocab_size)
+        counts_R, ids_E, logprobs_E = _top(logits, shares_RB, log_z_R, spec, temperature)
+        tail_R = _tail_logprob(logits, shares_RB, counts_R, ids_E, logprobs_E, most, temperature)
         targets = TopKTargets(
-            vocab_size=vocab_size,
-            temperature=temperature,
-            row_splits=_splits(keep_RK.sum(1)),
-            token_ids=top_RK[keep_RK],
-            logprobs=logprobs_RK[keep_RK],
+            row_splits=_splits(counts_R),
+            token_ids=ids_E,
+            logprobs=logprobs_E.float(),
             tail_logprob=tail_R,
+            **common,
         )
     elif isinstance(spec, DenseSpec):
-        weights_RV = _softmax(logits, temperature, False)
-        mass_R1 = weights_RV.sum(1, keepdim=True)
-        best_R1 = logits.amax(1, keepdim=True)
-        log_best_R1 = (weights_RV.amax(1, keepdim=True) / mass_R1).log()
-        if spec.entropy:
-            entropy_R = _entropy(weights_RV, mass_R1)
-        logprobs_RV = torch.sub(logits, best_R1, out=weights_RV)
-        if temperature != 1.0:
-            logprobs_RV.div_(temperature)
-        logprobs_RV.add_(log_best_R1)
+        best_R1 = logits.amax(1, keepdim=True).float()
+        own = overwrite and logits.dtype == torch.float32
+        logprobs_RV = torch.sub(logits, best_R1, out=logits) if own else logits.float() - best_R1
+        logprobs_RV.div_(temperature).add_(best_R1 / temperature - log_z_R[:, None])
         dtype = torch.float32 if spec.bits == 32 else torch.bfloat16
-        targets = DenseTargets(
-            vocab_size=vocab_size, temperature=temperature, logprobs=logprobs_RV.to(dtype)
-        )
+        targets = DenseTargets(logprobs=logprobs_RV.to(dtype), **common)
     else:
         raise ValueError(f"no selection for {type(spec).__name__}")
 
     per_row = {}
     if spec.log_z:
-        per_row["log_z"] = (best_R1 / temperature - log_best_R1)[:, 0]
+        per_row["log_z"] = log_z_R.float()
     if realized_R1 is not None:
-        per_row["realized_logprob"] = ((realized_R1 - best_R1) / temperature + log_best_R1)[:, 0]
+        per_row["realized_logprob"] = (realized_R1[:, 0] / temperature - log_z_R).float()
     if entropy_R is not None:
-        per_row["entropy"] = entropy_R
+        per_row["entropy"] = entropy_R.float()
     return replace(targets, **per_row)
 
 
-def _softmax(logits: Tensor, temperature: float, overwrite: bool) -> Tensor:
-    """softmax(logits / temperature), in the logits' own memory if that is allowed."""
-    if overwrite:
-        if temperature != 1.0:
-            logits.div_(temperature)
-        return torch.softmax(logits, 1, out=logits)
-    if temperature == 1.0:
-        return torch.softmax(logits, 1)
-    weights = logits / temperature
-    return torch.softmax(weights, 1, out=weights)
+def _checked_uniforms(uniforms: Tensor | None, num_rows: int) -> Tensor:
+    wanted = f"sampled targets need uniforms, ({num_rows},) float64 in [0, 1)"
+    if uniforms is None:
+        raise ValueError(f"{wanted}, got none; logit_codec.uniforms makes them")
+    if uniforms.shape != (num_rows,) or uniforms.dtype != torch.float64:
+        raise ValueError(f"{wanted}, got {uniforms.dtype} of shape {tuple(uniforms.shape)}")
+    if not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+        raise ValueError(f"{wanted}, got values outside")
+    return uniforms
 
 
-def _entropy(weights_RV: Tensor, mass_R1: Tensor) -> Tensor:
-    """(R,) -sum p log p over p = weights / mass. Overwrites the weights."""
-    share_R = weights_RV.sum(1) / mass_R1[:, 0]
-    plain_R = torch.special.entr(weights_RV, out=weights_RV).sum(1) / mass_R1[:, 0]
-    return plain_R + share_R * mass_R1[:, 0].log()
-
-
-def _width(spec: TopKSpec, num_columns: int) -> int:
-    if spec.min_p:
-        return min(spec.k, num_columns)
-    if spec.k > num_columns:
-        raise ValueError(
-            f"top_k must be at most the {num_columns} ids of the vocabulary, got {spec.k}"
-        )
-    return spec.k
-
-
-def _kept(logprobs_RK: Tensor, spec: TopKSpec) -> Tensor:
-    """(R, K) bool: which of the top entries stay; at least the best of each row."""
+def _top(
+    logits: Tensor, shares_RB: Tensor, log_z_R: Tensor, spec: TopKSpec, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What top_k keeps: entries per row (R,), ids (E,) ascending per row, float64 logprobs (E,)."""
+    num_rows, vocab_size = logits.shape
+    most = min(spec.k, vocab_size)
+    if spec.min_p >= SMALLEST_MIN_P:
+        rows_E, ids_E = _candidates(logits, shares_RB, log_z_R, spec.min_p, temperature)
+    else:
+        ids_RK = _top_ids(logits.float(), most).sort(1).values
+        ids_E = ids_RK.flatten()
+        rows_E = torch.arange(num_rows, device=logits.device).repeat_interleave(most)
+    logits_E = logits[rows_E, ids_E].float()
+    logprobs_E = logits_E.double() / temperature - log_z_R[rows_E]
+    # An id of probability 0 is no entry.
     floor = math.log(spec.min_p) if spec.min_p else torch.finfo(torch.float32).min
-    keep_RK = logprobs_RK >= floor
-    best_R1 = logprobs_RK.argmax(1, keepdim=True)
-    return keep_RK.scatter_(1, best_R1, True)
+    keep_E = logprobs_E.float() >= floor
+    counts_R = torch.zeros(num_rows, dtype=torch.int64, device=logits.device)
+    counts_R.index_add_(0, rows_E, keep_E.long())
+    if bool((counts_R > most).any()):
+        keep_E &= _rank_in_row(rows_E, logits_E.where(keep_E, -torch.inf)) < most
+        counts_R.clamp_(max=most)
+    empty = (counts_R == 0).nonzero()[:, 0]
+    if len(empty) == 0:
+        return counts_R, ids_E[keep_E], logprobs_E[keep_E]
+    # Rows in which no id reaches min_p, or that are not finite, keep their best id.
+    best_E = _top_ids(logits[empty].float(), 1)[:, 0]
+    rows_E = torch.cat([rows_E[keep_E], empty])
+    ids_E = torch.cat([ids_E[keep_E], best_E])
+    best_logprobs = logits[empty, best_E].double() / temperature - log_z_R[empty]
+    order = rows_E.sort(stable=True).indices
+    logprobs_E = torch.cat([logprobs_E[keep_E], best_logprobs])
+    return counts_R.clamp_(min=1), ids_E[order], logprobs_E[order]
+
+
+def _candidates(
+    logits: Tensor, shares_RB: Tensor, log_z_R: Tensor, min_p: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Rows and ids (E,), ascending: every id of probability min_p or more, and a few below.
+
+    Such an id stands in a block whose share is at least min_p too.
+    """
+    floor = 0.999 * min_p  # what float32 rounds off is less
+    rows_H, blocks_H = (shares_RB >= floor).nonzero(as_tuple=True)
+    least_R = (log_z_R + math.log(floor)) * temperature
+    least_R = (least_R - 1e-6 * least_R.abs()).float()
+    likely_HW = block_logits(logits, rows_H, blocks_H) >= least_R[rows_H, None]
+    hit_E, column_E = likely_HW.nonzero(as_tuple=True)
+    return rows_H[hit_E], blocks_H[hit_E] * BLOCK + column_E
+
+
+def _rank_in_row(rows_E: Tensor, values_E: Tensor) -> Tensor:
+    """(E,): how many entries of its row, which are together, stand before each by value, then id."""
+    by_value = values_E.sort(descending=True, stable=True).indices
+    order = by_value[rows_E[by_value].sort(stable=True).indices]
+    first_E = torch.searchsorted(rows_E, rows_E)
+    rank_E = torch.empty_like(rows_E)
+    rank_E[order] = torch.arange(len(rows_E), device=rows_E.device) - first_E
+    return rank_E
+
+
+def _tail_logprob(
+    logits: Tensor,
+    shares_RB: Tensor,
+    counts_R: Tensor,
+    ids_E: Tensor,
+    logprobs_E: Tensor,
+    most: int,
+    temperature: float,
+) -> Tensor:
+    """(R,) float32 log of what the kept entries leave. Overwrites the shares."""
+    num_rows, num_blocks = shares_RB.shape
+    rows_E = torch.repeat_interleave(
+        torch.arange(num_rows, device=ids_E.device), counts_R, output_size=len(ids_E)
+    )
+    slot_E = torch.arange(len(ids_E), device=ids_E.device) - (counts_R.cumsum(0) - counts_R)[rows_E]
+    kept_RK = shares_RB.new_zeros(num_rows, most)
+    kept_RK[rows_E, slot_E] = logprobs_E.exp()
+    kept_R = kept_RK.sum(1)
+
+    # In the blocks that hold entries, only what is not kept counts.
+    block_H, hit_E = (rows_E * num_blocks + ids_E // BLOCK).unique_consecutive(return_inverse=True)
+    rows_H, block_H = block_H // num_blocks, block_H % num_blocks
+    weights_HW = block_logits(logits, rows_H, block_H)
+    weights_HW.sub_(weights_HW.amax(1, keepdim=True)).div_(temperature).exp_()
+    total_H = weights_HW.sum(1)
+    weights_HW[hit_E, ids_E % BLOCK] = 0.0
+    shares_RB[rows_H, block_H] *= (weights_HW.sum(1) / total_H).double()
+    # Of 1 - kept and the sum of the rest, each is exact where the other one cancels.
+    tail_R = torch.where(kept_R < 0.5, torch.log1p(-kept_R), shares_RB.sum(1).log())
+    return tail_R.clamp_(max=0.0).float()
 
 
 def _top_ids(logits_RV: Tensor, k: int) -> Tensor:

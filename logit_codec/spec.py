@@ -4,11 +4,14 @@
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 CODE_BITS = (5, 6, 7, 8, 16)
 """Bits per logprob that `top_k` offers."""
+
+MAX_DRAWS = 65_536
+"""Draws per row that `sampled` offers at most."""
 
 OPTIONS = "realized=0|1, entropy=0|1, log_z=0|1"
 
@@ -31,13 +34,44 @@ class TargetSpec:
         return 2.0 * self.realized + 2.0 * self.entropy + 4.0 * self.log_z
 
     def _option_names(self) -> list[str]:
-        defaults = TargetSpec()
-        names = [field.name for field in fields(TargetSpec)]
+        common = {option.name for option in fields(TargetSpec)}
         return [
-            f"{name}={int(getattr(self, name))}"
-            for name in names
-            if getattr(self, name) != getattr(defaults, name)
+            f"{option.name}={int(getattr(self, option.name))}"
+            for option in fields(self)
+            if option.name in common and getattr(self, option.name) != option.default
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledSpec(TargetSpec):
+    """Systematic counts of n draws: unbiased for forward KL, and no floats to send.
+
+    `log_z` is off unless asked for: the one loss that takes sampled targets has no use for it.
+    Raises ValueError for values out of range.
+    """
+
+    kind: ClassVar[str] = "sampled"
+
+    n: int = 64
+    """Draws per row, 1 to MAX_DRAWS."""
+    log_z: bool = field(default=False, kw_only=True)
+    """The logsumexp of the raw logits / temperature."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= MAX_DRAWS:
+            raise ValueError(f"sampled must have between 1 and {MAX_DRAWS} draws, got {self.n}")
+
+    def max_row_nbytes(self, vocab_size: int) -> float:
+        most = min(self.n, vocab_size)
+        id_bits = most.bit_length() + most * max(1, (vocab_size - 1).bit_length())
+        # Of m counts above 1, each takes at most 2 * log2(n / m) bits on average; m = n / e is worst.
+        several = min(vocab_size, self.n / math.e)
+        row_bits = id_bits + most + 2 * several * math.log2(self.n / several)
+        row_bits = max(row_bits, 8 * most)
+        return row_bits / 8 + TargetSpec.max_row_nbytes(self, vocab_size)
+
+    def __str__(self) -> str:
+        return "sampled:" + ",".join([str(self.n), *self._option_names()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +133,16 @@ class DenseSpec(TargetSpec):
         return "dense:" + ",".join([dtype, *self._option_names()])
 
 
-KINDS = (TopKSpec.kind, DenseSpec.kind)
+KINDS = (SampledSpec.kind, TopKSpec.kind, DenseSpec.kind)
 """The kinds of target that this version selects, encodes and decodes."""
 
 
 def parse_targets(spec: str | TargetSpec) -> TargetSpec:
     """The spec that a string such as `"top_k:64"` stands for; a spec is returned as it is.
 
-    `top_k:64`, `top_k:64,bits=16`, `top_k:min_p=1/256,max_k=128,bits=7`, `dense:f32`, `dense:bf16`;
-    each may be followed by `realized=0`, `entropy=1`, `log_z=0`.
+    `sampled` (64 draws), `sampled:256`, `top_k:64`, `top_k:64,bits=16`,
+    `top_k:min_p=1/256,max_k=128,bits=7`, `dense:f32`, `dense:bf16`; each may be followed by
+    `realized=0`, `entropy=1`, `log_z=0` (`log_z=1` for sampled).
 
     Raises ValueError, naming what was got and what is allowed.
     """
@@ -138,8 +173,8 @@ def parse_targets(spec: str | TargetSpec) -> TargetSpec:
         for name in ("realized", "entropy", "log_z")
         if name in options
     }
-    made = _top_k if kind == TopKSpec.kind else _dense
-    result = made(first, options, common, spec)
+    made = {SampledSpec.kind: _sampled, TopKSpec.kind: _top_k, DenseSpec.kind: _dense}
+    result = made[kind](first, options, common, spec)
     if options:
         raise ValueError(
             f"unknown option {next(iter(options))!r} in {spec!r}; {kind} takes "
@@ -147,6 +182,10 @@ def parse_targets(spec: str | TargetSpec) -> TargetSpec:
             + OPTIONS
         )
     return result
+
+
+def _sampled(first: str | None, options: dict[str, str], common: dict, spec: str) -> SampledSpec:
+    return SampledSpec(n=_integer("n", first or "64", spec), **common)
 
 
 def _top_k(first: str | None, options: dict[str, str], common: dict, spec: str) -> TopKSpec:

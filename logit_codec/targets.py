@@ -11,6 +11,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from logit_codec.spec import MAX_DRAWS
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
 class Targets:
@@ -112,6 +114,7 @@ class Targets:
                 ("kind", first.kind, other.kind),
                 ("vocab_size", first.vocab_size, other.vocab_size),
                 ("temperature", first.temperature, other.temperature),
+                ("num_draws", *(getattr(part, "num_draws", None) for part in (first, other))),
                 ("fields", _dtypes(first), _dtypes(other)),
             ):
                 if mine != theirs:
@@ -121,34 +124,30 @@ class Targets:
             for name in first._tensors()
             if name != "row_splits"
         }
-        if isinstance(first, TopKTargets):
-            sizes = [part.row_splits.diff() for part in parts if isinstance(part, TopKTargets)]
+        if isinstance(first, SparseTargets):
+            sizes = [part.row_splits.diff() for part in parts if isinstance(part, SparseTargets)]
             joined["row_splits"] = _splits(torch.cat(sizes))
         return replace(first, **joined)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
-class TopKTargets(Targets):
-    """The most likely ids of each row, their logprobs, and the exact mass of all the others."""
+class SparseTargets(Targets):
+    """Targets that keep a few entries of each row."""
 
-    kind: ClassVar[str] = "top_k"
-    row_fields: ClassVar[tuple[str, ...]] = (*Targets.row_fields, "tail_logprob")
+    entry_fields: ClassVar[dict[str, torch.dtype]] = {"token_ids": torch.int64}
+    """Tensors with one element per entry, and their types."""
 
     row_splits: Tensor
     """(R+1,) int64: the entries of row r are row_splits[r] : row_splits[r+1]."""
     token_ids: Tensor
     """(E,) int64, ascending within a row."""
-    logprobs: Tensor
-    """(E,) float32."""
-    tail_logprob: Tensor
-    """(R,) float32: log of 1 - kept mass; -inf if every id is kept."""
 
     def __post_init__(self) -> None:
         _expect("row_splits", self.row_splits, torch.int64, _row(self.row_splits))
         if len(self.row_splits) == 0:
             raise ValueError("row_splits needs R+1 elements, got none")
-        _expect("token_ids", self.token_ids, torch.int64, _row(self.token_ids))
-        _expect("logprobs", self.logprobs, torch.float32, (len(self.token_ids),))
+        for name, dtype in self.entry_fields.items():
+            _expect(name, getattr(self, name), dtype, _row(self.token_ids))
         Targets.__post_init__(self)
 
     @property
@@ -166,22 +165,67 @@ class TopKTargets(Targets):
             rows, self.row_splits.diff(), output_size=len(self.token_ids)
         )
 
-    def to_dense(self) -> Tensor:
-        """(R, V) float32 probabilities: the kept entries; the tail is not spread over other ids."""
+    def _dense_of(self, values: Tensor) -> Tensor:
+        """(E,) float32 -> (R, V), 0 where there is no entry."""
         dense = torch.zeros(self.num_rows, self.vocab_size, device=self.device)
-        dense[self.entry_rows(), self.token_ids] = self.logprobs.exp()
+        dense[self.entry_rows(), self.token_ids] = values
         return dense
 
-    def _slice(self, start: int, stop: int) -> "TopKTargets":
+    def _slice(self, start: int, stop: int) -> Self:
         splits = self.row_splits[start : stop + 1]
         first, last = int(splits[0]), int(splits[-1])
-        return replace(
-            self,
-            row_splits=splits - first,
-            token_ids=self.token_ids[first:last],
-            logprobs=self.logprobs[first:last],
-            **self._sliced_rows(start, stop),
-        )
+        entries = {name: getattr(self, name)[first:last] for name in self.entry_fields}
+        return replace(self, row_splits=splits - first, **entries, **self._sliced_rows(start, stop))
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
+class SampledTargets(SparseTargets):
+    """How often each id was drawn; counts / num_draws is an unbiased estimate of the row.
+
+    The draws are systematic (logit_codec/sampling.py), so an id of probability p has a count within
+    1 of num_draws * p.
+    """
+
+    kind: ClassVar[str] = "sampled"
+    entry_fields: ClassVar[dict[str, torch.dtype]] = {
+        "token_ids": torch.int64,
+        "counts": torch.int64,
+    }
+
+    counts: Tensor
+    """(E,) int64, at least 1; those of a row add up to num_draws."""
+    num_draws: int
+    """Draws per row, N."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_draws <= MAX_DRAWS:
+            raise ValueError(f"num_draws must be 1 to {MAX_DRAWS}, got {self.num_draws}")
+        SparseTargets.__post_init__(self)
+
+    def to_dense(self) -> Tensor:
+        """(R, V) float32 probabilities: counts / num_draws."""
+        return self._dense_of(self.counts.float() / self.num_draws)
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
+class TopKTargets(SparseTargets):
+    """The most likely ids of each row, their logprobs, and the exact mass of all the others."""
+
+    kind: ClassVar[str] = "top_k"
+    row_fields: ClassVar[tuple[str, ...]] = (*Targets.row_fields, "tail_logprob")
+    entry_fields: ClassVar[dict[str, torch.dtype]] = {
+        "token_ids": torch.int64,
+        "logprobs": torch.float32,
+    }
+
+    logprobs: Tensor
+    """(E,) float32."""
+    tail_logprob: Tensor
+    """(R,) float32: log of 1 - kept mass; -inf if every id is kept."""
+
+    def to_dense(self) -> Tensor:
+        """(R, V) float32 probabilities: the kept entries; the tail is not spread over other ids."""
+        return self._dense_of(self.logprobs.exp())
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)

@@ -1,139 +1,104 @@
 """Targets to bytes and back, in the order of FORMAT.md.
 
 Letters: R rows, V vocabulary, E kept entries of all rows together.
-The decoder computes the exact size of a container from its checked header before it allocates
-anything, so its memory is at most 40 times the input; whatever is malformed raises CodecError.
+The decoder checks every size against the bytes that are there before it allocates anything, so its
+memory is at most 72 times the input; whatever is malformed raises CodecError.
 """
 
-import math
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import xxhash
 from torch import Tensor
 
 from logit_codec import bits as bitpack
+from logit_codec import planes as content
 from logit_codec.errors import CodecError
+from logit_codec.header import (
+    DENSE,
+    DIGEST_NBYTES,
+    ELIAS_FANO_IDS,
+    FIXED_WIDTH_IDS,
+    HAS_ENTROPY,
+    HAS_LOG_Z,
+    HAS_REALIZED,
+    HEADER,
+    KIND_NUMBERS,
+    NO_IDS,
+    OVERHEAD_NBYTES,
+    SAMPLED,
+    Header,
+    id_width,
+    parse_header,
+)
+from logit_codec.ids import IDENTITY_DIGEST, IdTable, code_ids, identity_shift, read_cells, read_ids
 from logit_codec.spec import CODE_BITS, TargetSpec
-from logit_codec.targets import DenseTargets, Targets, TopKTargets, _splits
-
-FORMAT_VERSION = 1
-MAGIC = b"LSTG"
-HEADER = struct.Struct("<4sBBBBIIIIQd16s")
-DIGEST_NBYTES = 16
-OVERHEAD_NBYTES = HEADER.size + DIGEST_NBYTES
-
-KIND_NUMBERS = {"dense": 1, "top_k": 2}
-NO_IDS, FIXED_WIDTH_IDS = 0, 1
-HAS_REALIZED, HAS_ENTROPY, HAS_LOG_Z = 1, 2, 4
-CODES_PER_NAT = 2048
-"""Scale of the 16-bit codes of realized logprob and entropy: steps of 1/2048 up to 31.9995."""
-RANGES_PER_NAT = 256
-"""Scale of the 16-bit range of a row's logprobs: steps of 1/256 up to 255.996."""
+from logit_codec.targets import (
+    DenseTargets,
+    SampledTargets,
+    SparseTargets,
+    Targets,
+    TopKTargets,
+    _splits,
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The fixed part of a container; see FORMAT.md for each field."""
+def encode(targets: Targets, *, bits: int = 7, id_table: IdTable | None = None) -> bytes:
+    """One container holding all rows of `targets`.
 
-    kind: int
-    id_coding: int
-    value_bits: int
-    flags: int
-    num_rows: int
-    vocab_size: int
-    max_entries: int
-    num_entries: int
-    temperature: float
-    id_table: bytes = bytes(16)
-
-    def pack(self) -> bytes:
-        return HEADER.pack(
-            MAGIC,
-            FORMAT_VERSION,
-            self.kind,
-            self.id_coding,
-            self.value_bits,
-            self.flags,
-            self.num_rows,
-            self.vocab_size,
-            self.max_entries,
-            self.num_entries,
-            self.temperature,
-            self.id_table,
-        )
-
-    def planes(self) -> list[tuple[str, int]]:
-        """Name and size in 32-bit words of each plane, in order."""
-        rows, entries = self.num_rows, self.num_entries
-        half_words = bitpack.num_words(rows, 16)
-        if self.kind == KIND_NUMBERS["dense"]:
-            planes = [
-                ("values", bitpack.num_words(rows * self.vocab_size, self.value_bits)),
-            ]
-        else:
-            planes = [
-                ("counts", bitpack.num_words(rows, self.max_entries.bit_length())),
-                ("ids", bitpack.num_words(entries, _id_width(self.vocab_size))),
-                ("ranges", half_words),
-                ("codes", bitpack.num_words(entries, self.value_bits)),
-                ("tail", rows),
-            ]
-        if self.flags & HAS_REALIZED:
-            planes.append(("realized", half_words))
-        if self.flags & HAS_ENTROPY:
-            planes.append(("entropy", half_words))
-        if self.flags & HAS_LOG_Z:
-            planes.append(("log_z", rows))
-        return planes
-
-
-def encode(targets: Targets, *, bits: int = 7) -> bytes:
-    """One container holding all rows of `targets`; `bits` per logprob applies to `top_k`.
-
-    The planes are made on the targets' device; only the packed words are copied from it.
-    Raises CodecError, with the row, for rows that are not finite, not normalised or not sorted.
+    bits: of each logprob of `top_k`. id_table: that of the teacher, None for the built-in identity;
+    ids are written with it unless a fixed width takes no more bytes. The planes are made on the
+    targets' device; only the packed words are copied from it. Raises CodecError, with the row, for
+    rows that are not finite, not normalised or not sorted, and ValueError for a table of another
+    vocabulary.
     """
-    return _encode(targets, bits, 0)
+    return _encode(targets, bits, id_table, 0)
 
 
-def _encode(targets: Targets, bits: int, first_row: int) -> bytes:
+def _encode(targets: Targets, bits: int, id_table: IdTable | None, first_row: int) -> bytes:
     """`encode`; `first_row` is the number of the first row in error messages."""
     _check_rows(targets, first_row)
     planes: list[Tensor] = []
+    id_coding, table_digest = NO_IDS, IDENTITY_DIGEST
     max_entries = num_entries = 0
+    if isinstance(targets, SparseTargets):
+        num_entries = len(targets.token_ids)
+        id_coding, table_digest, planes = _id_planes(targets, id_table)
     if isinstance(targets, TopKTargets):
         if bits not in CODE_BITS:
             raise ValueError(f"bits must be one of {CODE_BITS} for top_k, got {bits}")
-        counts = targets.row_splits.diff()
-        num_entries = len(targets.token_ids)
-        max_entries = int(counts.max()) if targets.num_rows else 1
-        ranges, codes = _quantise(targets, bits)
-        planes = [
-            bitpack.pack(counts, max_entries.bit_length()),
-            bitpack.pack(targets.token_ids, _id_width(targets.vocab_size)),
+        max_entries = int(targets.row_splits.diff().max()) if targets.num_rows else 1
+        ranges, codes = content.quantise(
+            targets.logprobs, targets.entry_rows(), targets.num_rows, bits
+        )
+        planes += [
             bitpack.pack(ranges, 16),
             bitpack.pack(codes, bits),
-            _words(targets.tail_logprob),
+            content.raw_words(targets.tail_logprob),
         ]
-        id_coding, value_bits = FIXED_WIDTH_IDS, bits
+        value_bits = bits
+    elif isinstance(targets, SampledTargets):
+        max_entries = targets.num_draws
+        id_words = sum(len(words) for words in planes)
+        rows = targets.entry_rows()
+        planes.append(content.pack_draws(targets.counts, rows, targets.num_draws, id_words))
+        value_bits = 0
     elif isinstance(targets, DenseTargets):
-        planes = [_words(targets.logprobs.reshape(-1))]
-        id_coding, value_bits = NO_IDS, targets.logprobs.element_size() * 8
+        planes += [content.raw_words(targets.logprobs.reshape(-1))]
+        value_bits = targets.logprobs.element_size() * 8
     else:
         raise ValueError(f"no encoding for {type(targets).__name__}")
     flags = 0
     if targets.realized_logprob is not None:
         flags |= HAS_REALIZED
-        planes.append(_to_codes16(-targets.realized_logprob))
+        planes.append(content.pack_codes16(-targets.realized_logprob))
     if targets.entropy is not None:
         flags |= HAS_ENTROPY
-        planes.append(_to_codes16(targets.entropy))
+        planes.append(content.pack_codes16(targets.entropy))
     if targets.log_z is not None:
         flags |= HAS_LOG_Z
-        planes.append(_words(targets.log_z))
+        planes.append(content.raw_words(targets.log_z))
     header = Header(
         kind=KIND_NUMBERS[targets.kind],
         id_coding=id_coding,
@@ -144,6 +109,7 @@ def _encode(targets: Targets, bits: int, first_row: int) -> bytes:
         max_entries=max_entries,
         num_entries=num_entries,
         temperature=targets.temperature,
+        id_table=table_digest,
     )
     body = torch.cat(planes).cpu().numpy()
     digest = xxhash.xxh3_128(head := header.pack())
@@ -151,8 +117,38 @@ def _encode(targets: Targets, bits: int, first_row: int) -> bytes:
     return b"".join((head, body.data, digest.digest()))
 
 
+def _id_planes(targets: SparseTargets, id_table: IdTable | None) -> tuple[int, bytes, list[Tensor]]:
+    """Coding, table digest and planes of the ids: the smaller of Elias-Fano and fixed width."""
+    num_rows, vocab_size = targets.num_rows, targets.vocab_size
+    if id_table is None:
+        device = targets.device
+        table = IdTable.identity(vocab_size, num_rows, len(targets.token_ids), device)
+    elif id_table.vocab_size != vocab_size:
+        raise ValueError(
+            f"the id table is for a vocabulary of {id_table.vocab_size} ids, the targets have "
+            f"{vocab_size}"
+        )
+    else:
+        table = id_table.to(targets.device)
+    coded = code_ids(table, targets.entry_rows(), targets.token_ids, num_rows)
+    counts = targets.row_splits.diff()
+    if isinstance(targets, SampledTargets):
+        most = min(targets.num_draws, vocab_size)
+    else:
+        most = int(counts.max()) if num_rows else 1
+    fixed_words = bitpack.num_words(num_rows, most.bit_length())
+    fixed_words += bitpack.num_words(len(targets.token_ids), id_width(vocab_size))
+    if coded.num_words < fixed_words:
+        return ELIAS_FANO_IDS, table.digest, coded.planes()
+    planes = [
+        bitpack.pack(counts, most.bit_length()),
+        bitpack.pack(targets.token_ids, id_width(vocab_size)),
+    ]
+    return FIXED_WIDTH_IDS, IDENTITY_DIGEST, planes
+
+
 def encode_parts(
-    targets: Targets, spec: TargetSpec, *, max_nbytes: int
+    targets: Targets, spec: TargetSpec, *, max_nbytes: int, id_table: IdTable | None = None
 ) -> Iterator[tuple[int, int, bytes]]:
     """`targets` in containers of at most `max_nbytes` each, unless one row alone is larger.
 
@@ -165,114 +161,189 @@ def encode_parts(
     _check_span(targets)  # slicing would hide entries that no row has
     for first in range(0, targets.num_rows, step):
         rows = targets[first : first + step]
-        yield first, rows.num_rows, _encode(rows, value_bits, first)
+        yield first, rows.num_rows, _encode(rows, value_bits, id_table, first)
 
 
-def decode(data: bytes | bytearray | memoryview) -> Targets:
+def decode(data: bytes | bytearray | memoryview, *, id_tables: Sequence[IdTable] = ()) -> Targets:
     """The targets of one container, on the CPU.
 
-    Raises CodecError for anything that is not exactly one well-formed container of this version.
+    id_tables: those that the container may name, beside the built-in identity. Raises CodecError
+    for anything that is not exactly one well-formed container of this version, and for one that
+    names another table.
     """
     view = memoryview(data).cast("B")
-    header = _parse_header(view)
-    planes = header.planes()
-    expected = OVERHEAD_NBYTES + 4 * sum(size for _, size in planes)
-    if len(view) != expected:
-        raise CodecError(f"the container has {len(view)} bytes, its header implies {expected}")
+    header = parse_header(view)
+    table = _find_table(header, id_tables)
+    num_buckets = 0
+    if header.id_coding == ELIAS_FANO_IDS:
+        num_buckets = len(table.shifts) if table else _identity_buckets(header)
+    planes = header.planes(num_buckets)
+    least = OVERHEAD_NBYTES + 4 * sum(size or 0 for size in planes.values())
+    if len(view) < least or (None not in planes.values() and len(view) > least):
+        at_least = "at least " if None in planes.values() else ""
+        raise CodecError(
+            f"the container has {len(view)} bytes, its header implies {at_least}{least}"
+        )
+    if len(view) % 4:
+        raise CodecError(f"a container is a whole number of words, got {len(view)} bytes")
     if xxhash.xxh3_128_digest(view[:-DIGEST_NBYTES]) != view[-DIGEST_NBYTES:]:
         raise CodecError("the digest does not match: the bytes were changed on the way; ask again")
     body = (
         torch.frombuffer(bytearray(view[HEADER.size : -DIGEST_NBYTES]), dtype=torch.int32)
-        if (expected > OVERHEAD_NBYTES)
+        if len(view) > OVERHEAD_NBYTES
         else torch.empty(0, dtype=torch.int32)
     )
-    sizes = [size for _, size in planes]
-    plane = dict(zip([name for name, _ in planes], body.split(sizes), strict=True))
-
-    rows, vocab_size = header.num_rows, header.vocab_size
-    common = {"vocab_size": vocab_size, "temperature": header.temperature}
-    if "realized" in plane:
-        common["realized_logprob"] = -_from_codes16(plane["realized"], rows)
-    if "entropy" in plane:
-        common["entropy"] = _from_codes16(plane["entropy"], rows)
-    if "log_z" in plane:
-        common["log_z"] = plane["log_z"].view(torch.float32)
-    if header.kind == KIND_NUMBERS["dense"]:
-        dtype = torch.float32 if header.value_bits == 32 else torch.bfloat16
-        values = plane["values"].view(dtype)
-        if values.view(torch.uint8)[rows * vocab_size * dtype.itemsize :].any():
-            raise CodecError("the padding of the values plane is not zero")
-        logprobs = values[: rows * vocab_size].view(rows, vocab_size)
-        targets: Targets = DenseTargets(logprobs=logprobs, **common)
+    plane = _PlaneReader(body, planes)
+    if header.kind == DENSE:
+        targets: Targets = _read_dense(plane, header)
+    elif header.kind == SAMPLED:
+        targets = _read_sampled(plane, header, table)
     else:
-        counts = _unpack(plane["counts"], rows, header.max_entries.bit_length(), "counts")
-        if int(counts.sum()) != header.num_entries or (rows and int(counts.min()) < 1):
-            raise CodecError("the entry counts of the rows do not add up to the header's")
-        if rows and int(counts.max()) != header.max_entries:
-            raise CodecError("no row has the header's largest number of entries")
-        ids = _unpack(plane["ids"], header.num_entries, _id_width(vocab_size), "ids")
-        ranges = _unpack(plane["ranges"], rows, 16, "ranges")
-        codes = _unpack(plane["codes"], header.num_entries, header.value_bits, "codes")
-        tail = plane["tail"].view(torch.float32)
-        row_splits = _splits(counts)
-        targets = TopKTargets(
-            row_splits=row_splits,
-            token_ids=ids,
-            logprobs=_dequantise(codes, ranges, counts, tail, header.value_bits),
-            tail_logprob=tail,
-            **common,
-        )
+        targets = _read_top_k(plane, header, table)
+    targets = replace(targets, **_read_per_row(plane, header.num_rows))
+    if plane.spare:
+        raise CodecError(f"the container has {4 * plane.spare} bytes more than its planes")
     _check_rows(targets)
     return targets
 
 
-def _parse_header(view: memoryview) -> Header:
-    if len(view) < OVERHEAD_NBYTES:
-        raise CodecError(
-            f"a container has at least {OVERHEAD_NBYTES} bytes, got {len(view)}: truncated?"
-        )
-    magic, version, *rest = HEADER.unpack_from(view)
-    if magic != MAGIC:
-        raise CodecError(f"not a targets container: it begins with {bytes(magic)!r}, not {MAGIC!r}")
-    if version != FORMAT_VERSION:
-        raise CodecError(
-            f"format version {version} is not supported; this logit_codec reads version "
-            f"{FORMAT_VERSION}. Upgrade the older of the two sides."
-        )
-    header = Header(*rest)
-    if header.kind not in KIND_NUMBERS.values():
-        raise CodecError(f"kind number {header.kind} is not known to this logit_codec")
-    if header.flags & ~(HAS_REALIZED | HAS_ENTROPY | HAS_LOG_Z):
-        raise CodecError(f"flags {header.flags:#x} are not known to this logit_codec")
-    if not 1 <= header.vocab_size <= 2**31 - 1:
-        raise CodecError(f"vocab_size must be 1 to 2**31-1, got {header.vocab_size}")
-    if not (math.isfinite(header.temperature) and header.temperature > 0):
-        raise CodecError(f"temperature must be positive and finite, got {header.temperature}")
-    if header.id_table != bytes(16):
-        raise CodecError(f"the id table {header.id_table.hex()} is needed to read this container")
-    if header.kind == KIND_NUMBERS["dense"]:
-        coding, widths = NO_IDS, (16, 32)
-        if header.max_entries or header.num_entries:
-            raise CodecError("a dense container has zeros where others count entries")
-    else:
-        coding, widths = FIXED_WIDTH_IDS, CODE_BITS
-        if not 1 <= header.max_entries <= header.vocab_size:
-            raise CodecError(
-                f"max_entries must be 1 to vocab_size ({header.vocab_size}), "
-                f"got {header.max_entries}"
-            )
-        if header.num_rows == 0 and header.max_entries != 1:
-            raise CodecError(f"max_entries must be 1 without rows, got {header.max_entries}")
-        if not header.num_rows <= header.num_entries <= header.num_rows * header.max_entries:
-            raise CodecError(
-                f"num_entries {header.num_entries} does not fit {header.num_rows} rows of 1 to "
-                f"{header.max_entries} entries"
-            )
-    if header.id_coding != coding:
-        raise CodecError(f"id coding {header.id_coding} is not known to this logit_codec")
-    if header.value_bits not in widths:
-        raise CodecError(f"{header.value_bits} bits per value are not known to this logit_codec")
-    return header
+class _PlaneReader:
+    """Hands out the planes of a body in order, none beyond its end."""
+
+    def __init__(self, body: Tensor, planes: dict[str, int | None]) -> None:
+        self._rest = body
+        self._sizes = planes
+        self.spare = len(body) - sum(size or 0 for size in planes.values())
+        """Words that no plane of known size needs."""
+        self.taken = 0
+        """Words handed out so far."""
+
+    def take(self, name: str, num_words: int | None = None) -> Tensor:
+        """The next plane. `num_words` is for one whose size does not follow from the header."""
+        size = self._sizes[name]
+        if size is None:
+            assert num_words is not None
+            if num_words > self.spare:
+                raise CodecError(f"the container ends in its {name} plane")
+            self.spare -= num_words
+            size = num_words
+        self.taken += size
+        words, self._rest = self._rest[:size], self._rest[size:]
+        return words
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sizes
+
+
+def _read_dense(plane: _PlaneReader, header: Header) -> DenseTargets:
+    num_rows, vocab_size = header.num_rows, header.vocab_size
+    dtype = torch.float32 if header.value_bits == 32 else torch.bfloat16
+    values = plane.take("values").view(dtype)
+    if values.view(torch.uint8)[num_rows * vocab_size * dtype.itemsize :].any():
+        raise CodecError("the padding of the values plane is not zero")
+    return DenseTargets(
+        vocab_size=vocab_size,
+        temperature=header.temperature,
+        logprobs=values[: num_rows * vocab_size].view(num_rows, vocab_size),
+    )
+
+
+def _read_sampled(plane: _PlaneReader, header: Header, table: IdTable | None) -> SampledTargets:
+    rows, sizes, ids = _read_ids(plane, header, table)
+    id_words = plane.taken
+    words = plane.take("draws", plane.spare)
+    counts = content.unpack_draws(words, rows, header.num_rows, header.max_entries, id_words)
+    return SampledTargets(
+        vocab_size=header.vocab_size,
+        temperature=header.temperature,
+        row_splits=_splits(sizes),
+        token_ids=ids,
+        counts=counts,
+        num_draws=header.max_entries,
+    )
+
+
+def _read_top_k(plane: _PlaneReader, header: Header, table: IdTable | None) -> TopKTargets:
+    rows, sizes, ids = _read_ids(plane, header, table)
+    if len(sizes) and int(sizes.max()) != header.max_entries:
+        raise CodecError("no row has the header's largest number of entries")
+    bits = header.value_bits
+    ranges = content.unpack_plane(plane.take("ranges"), header.num_rows, 16, "ranges")
+    codes = content.unpack_plane(plane.take("codes"), len(ids), bits, "codes")
+    tail = plane.take("tail").view(torch.float32)
+    return TopKTargets(
+        vocab_size=header.vocab_size,
+        temperature=header.temperature,
+        row_splits=_splits(sizes),
+        token_ids=ids,
+        logprobs=content.dequantise(codes, ranges, rows, tail, bits),
+        tail_logprob=tail,
+    )
+
+
+def _read_per_row(plane: _PlaneReader, num_rows: int) -> dict[str, Tensor]:
+    """The planes that every kind may end with."""
+    fields = {}
+    if "realized" in plane:
+        fields["realized_logprob"] = -content.unpack_codes16(plane.take("realized"), num_rows)
+    if "entropy" in plane:
+        fields["entropy"] = content.unpack_codes16(plane.take("entropy"), num_rows)
+    if "log_z" in plane:
+        fields["log_z"] = plane.take("log_z").view(torch.float32)
+    return fields
+
+
+def _find_table(header: Header, id_tables: Sequence[IdTable]) -> IdTable | None:
+    """The table that the header names; None for the built-in identity."""
+    if header.id_table == IDENTITY_DIGEST:
+        return None
+    for table in id_tables:
+        if table.digest == header.id_table:
+            if table.vocab_size != header.vocab_size:
+                raise CodecError(
+                    f"the id table {header.id_table.hex()} is for {table.vocab_size} ids, the "
+                    f"container has {header.vocab_size}"
+                )
+            return table.to("cpu")
+    raise CodecError(
+        f"the id table {header.id_table.hex()} is needed to read this container; fetch it from the "
+        "teacher that wrote it"
+    )
+
+
+def _identity_buckets(header: Header) -> int:
+    shift = identity_shift(header.vocab_size, header.num_rows, header.num_entries)
+    return ((header.vocab_size - 1) >> shift) + 1
+
+
+def _read_ids(
+    plane: _PlaneReader, header: Header, table: IdTable | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row of each entry (E,), entries of each row (R,), ids (E,)."""
+    num_rows, num_entries = header.num_rows, header.num_entries
+    if header.id_coding == FIXED_WIDTH_IDS:
+        width = header.most_entries.bit_length()
+        counts = content.unpack_plane(plane.take("counts"), num_rows, width, "counts")
+        if int(counts.sum()) != num_entries or (num_rows and int(counts.min()) < 1):
+            raise CodecError("the entry counts of the rows do not add up to the header's")
+        width = id_width(header.vocab_size)
+        ids = content.unpack_plane(plane.take("ids"), num_entries, width, "ids")
+        rows = torch.repeat_interleave(torch.arange(num_rows), counts, output_size=num_entries)
+        return rows, counts, ids
+    if table is None:
+        table = IdTable.identity(header.vocab_size, num_rows, num_entries)
+    rows, buckets = read_cells(table, plane.take("occupancy"), num_rows, num_entries)
+    counts = torch.bincount(rows, minlength=num_rows)
+    if num_rows and int(counts.min()) < 1:
+        raise CodecError("a row has no entry")
+    widths = table.shifts[buckets]
+    first = widths.cumsum(0)
+    num_bits = int(first[-1]) if num_entries else 0
+    words = plane.take("offsets", (num_bits + 31) // 32)
+    content.check_padding(words, num_bits, "offsets")
+    offsets = bitpack.unpack_varying(words, first.sub_(widths), widths)
+    del first, widths
+    return rows, counts, read_ids(table, rows, buckets, offsets)
 
 
 def _check_rows(targets: Targets, first_row: int = 0) -> None:
@@ -282,7 +353,8 @@ def _check_rows(targets: Targets, first_row: int = 0) -> None:
         _refuse_rows(bad, rows, why, first_row)
 
     tolerance = 1e-3
-    if isinstance(targets, TopKTargets):
+    mass = None
+    if isinstance(targets, SparseTargets):
         ids, splits = targets.token_ids, targets.row_splits
         _check_span(targets)
         refuse(splits.diff() < 1, None, "it has no entry")
@@ -293,12 +365,20 @@ def _check_rows(targets: Targets, first_row: int = 0) -> None:
         good[1:] = rising | first_of_row
         good &= (ids >= 0) & (ids < targets.vocab_size)
         refuse(~good, rows, "its ids are not ascending ids of the vocabulary")
+    if isinstance(targets, SampledTargets):
+        rows = targets.entry_rows()
+        refuse(targets.counts < 1, rows, "its counts are not all at least 1")
+        draws = targets.counts.new_zeros(targets.num_rows).index_add_(0, rows, targets.counts)
+        why = f"its counts do not add up to the {targets.num_draws} draws"
+        refuse(draws != targets.num_draws, None, why)
+    elif isinstance(targets, TopKTargets):
+        rows = targets.entry_rows()
         tail = targets.tail_logprob
         finite = torch.isfinite(targets.logprobs) & ~torch.isnan(tail)[rows]
         refuse(~finite, rows, "its logprobs are not finite numbers")
         refuse(tail >= 0, None, "its tail logprob is not below 0: nothing would be kept")
         mass = targets.logprobs.new_zeros(targets.num_rows, dtype=torch.float64)
-        mass.index_add_(0, rows, targets.logprobs.double().exp())
+        mass.index_add_(0, rows, targets.logprobs.double().exp_())
         mass += tail.double().exp()
     elif isinstance(targets, DenseTargets):
         if targets.logprobs.dtype == torch.bfloat16:
@@ -307,7 +387,8 @@ def _check_rows(targets: Targets, first_row: int = 0) -> None:
         refuse(~torch.isfinite(mass), None, "its logprobs are not finite numbers")
     else:
         raise ValueError(f"no encoding for {type(targets).__name__}")
-    refuse((mass - 1).abs() > tolerance, None, "its probabilities do not add up to 1")
+    if mass is not None:
+        refuse((mass - 1).abs() > tolerance, None, "its probabilities do not add up to 1")
     for name, bad in (
         ("log_z", None if targets.log_z is None else ~torch.isfinite(targets.log_z)),
         ("entropy", None if targets.entropy is None else ~torch.isfinite(targets.entropy)),
@@ -321,7 +402,7 @@ def _check_rows(targets: Targets, first_row: int = 0) -> None:
 
 
 def _check_span(targets: Targets) -> None:
-    if isinstance(targets, TopKTargets):
+    if isinstance(targets, SparseTargets):
         first, last = int(targets.row_splits[0]), int(targets.row_splits[-1])
         if first != 0 or last != len(targets.token_ids):
             raise CodecError(
@@ -336,60 +417,3 @@ def _refuse_rows(bad: Tensor, rows: Tensor | None, why: str, first_row: int) -> 
         index = int(bad.nonzero()[0, 0])
         row = first_row + (index if rows is None else int(rows[index]))
         raise CodecError(f"row {row} cannot be a target: {why}", row)
-
-
-def _quantise(targets: TopKTargets, bits: int) -> tuple[Tensor, Tensor]:
-    """(R,) ranges and (E,) codes of `bits` bits; see `_dequantise` for what they mean."""
-    rows = targets.entry_rows()
-    logprobs = targets.logprobs.double()
-    empty_R = logprobs.new_empty(targets.num_rows)
-    high_R = empty_R.scatter_reduce(0, rows, logprobs, "amax", include_self=False)
-    low_R = empty_R.scatter_reduce(0, rows, logprobs, "amin", include_self=False)
-    ranges = ((high_R - low_R) * RANGES_PER_NAT).ceil_().clamp_(0, 0xFFFF)
-    # A row whose entries are all equal has step 0; dividing by 1 gives it the codes 0.
-    step_R = (ranges / (RANGES_PER_NAT * ((1 << bits) - 1))).masked_fill_(ranges == 0, 1.0)
-    codes = ((high_R[rows] - logprobs) / step_R[rows]).round_().clamp_(0, (1 << bits) - 1)
-    return ranges.long(), codes.long()
-
-
-def _dequantise(codes: Tensor, ranges: Tensor, counts: Tensor, tail: Tensor, bits: int) -> Tensor:
-    """(E,) codes -> (E,) logprobs.
-
-    A code counts the steps of its row below the row's best entry; how high that one stands follows
-    from the tail: the entries of a row hold exactly 1 - tail.
-    """
-    num_rows = len(counts)
-    rows = torch.repeat_interleave(torch.arange(num_rows), counts, output_size=len(codes))
-    step_R = ranges.double() / (RANGES_PER_NAT * ((1 << bits) - 1))
-    below = codes.double() * step_R[rows]
-    mass_R = torch.zeros(num_rows, dtype=torch.float64).index_add_(0, rows, (-below).exp())
-    high_R = torch.log(-torch.expm1(tail.double())) - mass_R.log_()
-    return (high_R[rows] - below).to(torch.float32)
-
-
-def _to_codes16(nats: Tensor) -> Tensor:
-    """(R,) nats >= 0, +inf allowed -> packed 16-bit codes; the largest code means 'or more'."""
-    codes = (nats.double() * CODES_PER_NAT).round_().clamp_(0, 0xFFFF)
-    return bitpack.pack(codes.long(), 16)
-
-
-def _from_codes16(words: Tensor, count: int) -> Tensor:
-    codes = _unpack(words, count, 16, "16-bit codes")
-    return codes.to(torch.float32) / CODES_PER_NAT
-
-
-def _unpack(words: Tensor, count: int, width: int, name: str) -> Tensor:
-    used = count * width - 32 * (len(words) - 1)  # bits in use of the last word
-    if len(words) and used < 32 and int(words[-1]) & 0xFFFFFFFF & ~((1 << used) - 1):
-        raise CodecError(f"the padding of the {name} plane is not zero")
-    return bitpack.unpack(words, count, width)
-
-
-def _words(values: Tensor) -> Tensor:
-    """A contiguous float tensor as int32 words, padded with zero bytes."""
-    raw = values.contiguous().view(torch.uint8)
-    return torch.nn.functional.pad(raw, (0, -len(raw) % 4)).view(torch.int32)
-
-
-def _id_width(vocab_size: int) -> int:
-    return max(1, (vocab_size - 1).bit_length())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from logit_codec import DenseTargets, Targets, TopKTargets, encode
+from logit_codec import DenseTargets, IdTable, SampledTargets, Targets, TopKTargets, encode
 
 FOLDER = Path(__file__).parent
 INF = float("inf")
@@ -22,6 +22,36 @@ def top_k(**changed: torch.Tensor) -> TopKTargets:
     return TopKTargets(vocab_size=11, temperature=1.0, **tensors)
 
 
+def sampled(**changed: torch.Tensor) -> SampledTargets:
+    """8 draws: row 0 has the ids 3, 700 and 701 with 2, 5 and 1 of them, row 1 the id 9 with 8."""
+    tensors = {
+        "row_splits": torch.tensor([0, 3, 4]),
+        "token_ids": torch.tensor([3, 700, 701, 9]),
+        "counts": torch.tensor([2, 5, 1, 8]),
+        **changed,
+    }
+    return SampledTargets(vocab_size=1000, temperature=1.0, num_draws=8, **tensors)
+
+
+def sparse_top_k() -> TopKTargets:
+    """Two rows with the ids of `sampled`; an eighth is left in each."""
+    return TopKTargets(
+        vocab_size=1000,
+        temperature=1.0,
+        row_splits=torch.tensor([0, 3, 4]),
+        token_ids=torch.tensor([3, 700, 701, 9]),
+        logprobs=torch.tensor([-1.3862944, -0.6931472, -2.0794415, -0.1335314]),
+        tail_logprob=torch.tensor([-2.0794415, -2.0794415]),
+        realized_logprob=torch.tensor([-0.6931472, -INF]),
+    )
+
+
+def id_table() -> IdTable:
+    """1,000 ids, the ids from 700 first: 4 buckets of one rank, one of 4, and so on."""
+    shifts = torch.tensor([0, 0, 0, 0, 2, 3, 4, 5, 6, 7, 8, 9])
+    return IdTable(vocab_size=1000, shifts=shifts, ids=torch.arange(1000).roll(300))
+
+
 def dense(dtype: torch.dtype, **per_row: torch.Tensor) -> DenseTargets:
     """Three rows over 3 ids: an odd number of values, so that bfloat16 needs padding."""
     logprobs = [
@@ -34,7 +64,7 @@ def dense(dtype: torch.dtype, **per_row: torch.Tensor) -> DenseTargets:
     )
 
 
-CASES: dict[str, tuple[Targets, int]] = {
+CASES: dict[str, tuple[Targets, int, IdTable | None]] = {
     "top_k_v1.bin": (
         top_k(
             realized_logprob=torch.tensor([-0.6931472, -INF]),
@@ -42,9 +72,14 @@ CASES: dict[str, tuple[Targets, int]] = {
             log_z=torch.tensor([10.5, -0.25]),
         ),
         7,
+        None,
     ),
-    "top_k_16bit_v1.bin": (top_k(), 16),
-    "dense_f32_v1.bin": (dense(torch.float32, log_z=torch.tensor([1.5, 2.5, -3.0])), 7),
+    "top_k_16bit_v1.bin": (top_k(), 16, None),
+    "top_k_elias_fano_v1.bin": (sparse_top_k(), 7, None),
+    "top_k_table_v1.bin": (sparse_top_k(), 8, id_table()),
+    "sampled_v1.bin": (sampled(realized_logprob=torch.tensor([-0.6931472, -INF])), 7, None),
+    "sampled_table_v1.bin": (sampled(entropy=torch.tensor([1.25, 0.5])), 7, id_table()),
+    "dense_f32_v1.bin": (dense(torch.float32, log_z=torch.tensor([1.5, 2.5, -3.0])), 7, None),
     "dense_bf16_v1.bin": (
         dense(
             torch.bfloat16,
@@ -52,14 +87,18 @@ CASES: dict[str, tuple[Targets, int]] = {
             entropy=torch.tensor([1.0397208, 0.0, 0.3767702]),
         ),
         7,
+        None,
     ),
 }
-"""File name -> the targets, and the bits that encode is given (7 is its default)."""
+"""File name -> the targets, the bits that encode is given (7 is its default), and the id table."""
+
+ID_TABLE = "id_table_v1.bin"
 
 
 def main() -> None:
-    for name, (targets, bits) in CASES.items():
-        (FOLDER / name).write_bytes(encode(targets, bits=bits))
+    for name, (targets, bits, table) in CASES.items():
+        (FOLDER / name).write_bytes(encode(targets, bits=bits, id_table=table))
+    (FOLDER / ID_TABLE).write_bytes(id_table().to_bytes())
 
 
 if __name__ == "__main__":

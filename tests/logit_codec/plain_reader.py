@@ -24,6 +24,8 @@ class Plain:
     temperature: float
     value_bits: int
     ids: list[list[int]] = field(default_factory=list)
+    num_draws: int = 0
+    counts: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
     ranges: list[int] = field(default_factory=list)
     codes: list[list[int]] = field(default_factory=list)
@@ -33,54 +35,106 @@ class Plain:
     log_z: list[float] | None = None
 
 
-def read(data: bytes) -> Plain:
-    """The content of one container; raises Refused for what the page says is malformed."""
-    need(len(data) >= 72, "too short")
+@dataclass
+class Table:
+    """An id table as Python numbers."""
+
+    vocab_size: int
+    shifts: list[int]
+    ids: list[int] | range
+
+
+def read_table(data: bytes) -> Table:
+    """The content of an id table's file."""
+    need(len(data) >= 32, "too short")
+    magic, version, vocab_size, buckets = struct.unpack_from("<4sB3xII", data)
+    need(magic == b"LSTI" and version == 1 and data[5:8] == bytes(3), "table header")
+    need(1 <= vocab_size <= 2**31 - 1, "vocab_size")
+    width = max(1, (vocab_size - 1).bit_length())
+    first = 16 + (buckets + 3) // 4 * 4
+    last = first + (vocab_size * width + 31) // 32 * 4
+    need(len(data) == last + 16, "length")
+    need(
+        xxhash.xxh3_128_intdigest(data[:last], seed=0).to_bytes(16, "big") == data[last:], "digest"
+    )
+    need(not any(data[16 + buckets : first]), "padding of shifts")
+    need(int.from_bytes(data[first:last], "little") >> vocab_size * width == 0, "padding of ids")
+    shifts = list(data[16 : 16 + buckets])
+    ids = numbers(data[first:last], vocab_size, width)
+    need(sorted(ids) == list(range(vocab_size)), "permutation")
+    need(all(shift <= 31 for shift in shifts), "shifts")
+    sizes = [1 << shift for shift in shifts]
+    need(0 < vocab_size <= sum(sizes) and sum(sizes[:-1]) < vocab_size, "cover")
+    return Table(vocab_size, shifts, ids)
+
+
+def read(data: bytes, tables: dict[bytes, Table] | None = None) -> Plain:
+    """The content of one container; raises Refused for what the page says is malformed.
+
+    tables: id tables by digest.
+    """
+    need(len(data) >= 72 and len(data) % 4 == 0, "size")
     need(data[:4] == b"LSTG", "magic")
     version, kind, id_coding, value_bits = data[4:8]
     flags, rows, vocab_size, max_entries = struct.unpack_from("<IIII", data, 8)
     (num_entries,) = struct.unpack_from("<Q", data, 24)
     (temperature,) = struct.unpack_from("<d", data, 32)
     need(version == 1, "version")
-    need(kind in (1, 2), "kind")
+    need(kind in (1, 2, 3), "kind")
     need(flags < 8, "flags")
     need(1 <= vocab_size <= 2**31 - 1, "vocab_size")
     need(math.isfinite(temperature) and temperature > 0, "temperature")
-    need(data[40:56] == bytes(16), "id table")
+    need(id_coding in ((0,), (1, 2), (1, 2))[kind - 1], "coding")
+    need(value_bits in ((16, 32), (5, 6, 7, 8, 16), (0,))[kind - 1], "value_bits")
+    need(id_coding == 2 or data[40:56] == bytes(16), "id table")
     if kind == 1:
-        need(id_coding == 0 and value_bits in (16, 32), "coding")
         need(max_entries == 0 and num_entries == 0, "entries")
-        bits = {"values": rows * vocab_size * value_bits}
     else:
-        need(id_coding == 1 and value_bits in (5, 6, 7, 8, 16), "coding")
-        need(1 <= max_entries <= vocab_size, "max_entries")
-        need(rows > 0 or max_entries == 1, "max_entries of no rows")
-        need(rows <= num_entries <= rows * max_entries, "num_entries")
-        id_width = max(1, (vocab_size - 1).bit_length())
-        bits = {
-            "counts": rows * max_entries.bit_length(),
-            "ids": num_entries * id_width,
-            "ranges": rows * 16,
-            "codes": num_entries * value_bits,
-            "tail": rows * 32,
-        }
-    for number, name, width in ((1, "realized", 16), (2, "entropy", 16), (4, "log_z", 32)):
-        if flags & number:
-            bits[name] = rows * width
-    nbytes = {name: (count + 31) // 32 * 4 for name, count in bits.items()}
-    need(len(data) == 72 + sum(nbytes.values()), "length")
+        if kind == 2:
+            need(1 <= max_entries <= vocab_size, "max_entries")
+            need(rows > 0 or max_entries == 1, "max_entries of no rows")
+        else:
+            need(1 <= max_entries <= 65536, "draws")
+        most = min(max_entries, vocab_size)
+        need(rows <= num_entries <= rows * most, "num_entries")
     digest = xxhash.xxh3_128_intdigest(data[:-16], seed=0).to_bytes(16, "big")
     need(digest == data[-16:], "digest")
 
-    plane = {}
-    offset = 56
-    for name, size in nbytes.items():
-        plane[name] = data[offset : offset + size]
-        offset += size
-        # A plane is one long number whose bit b is bit b % 32 of word b // 32.
-        need(int.from_bytes(plane[name], "little") >> bits[name] == 0, f"padding of {name}")
-
-    plain = Plain("dense" if kind == 1 else "top_k", vocab_size, temperature, value_bits)
+    # What is known from the header alone has to be there before anything else is looked at.
+    end_bits = {}
+    for number, name, width in ((1, "realized", 16), (2, "entropy", 16), (4, "log_z", 32)):
+        if flags & number:
+            end_bits[name] = rows * width
+    body = Planes(data[56:-16], sum(map(nbytes, end_bits.values())))
+    plain = Plain(("dense", "top_k", "sampled")[kind - 1], vocab_size, temperature, value_bits)
+    if kind == 1:
+        read_dense(plain, body, rows)
+    else:
+        if id_coding == 1:
+            need(nbytes(rows * most.bit_length()) <= body.spare(), "counts")
+            counts = numbers(body.take(rows * most.bit_length(), "counts"), rows, most.bit_length())
+            need(sum(counts) == num_entries and all(counts), "counts")
+            width = max(1, (vocab_size - 1).bit_length())
+            ids = numbers(body.take(num_entries * width, "ids"), num_entries, width)
+            for count in counts:
+                plain.ids.append(ids[:count])
+                ids = ids[count:]
+        else:
+            plain.ids = read_elias_fano(
+                body, data[40:56], tables or {}, rows, vocab_size, num_entries
+            )
+        need(all(len(row) for row in plain.ids), "empty row")
+        need(all(a < b for row in plain.ids for a, b in pairwise(row)), "order of ids")
+        need(all(row[-1] < vocab_size for row in plain.ids), "id")
+        if kind == 2:
+            need(max(map(len, plain.ids), default=1) == max_entries, "max_entries")
+            read_top_k(plain, body)
+        else:
+            plain.num_draws = max_entries
+            read_draws(plain, body, len(data) - 72 - len(body.rest))
+    need(body.spare() == 0, "length")
+    body.reserved = 0
+    plane = {name: body.take(size, name) for name, size in end_bits.items()}
     if "realized" in plane:
         plain.realized = [-code / 2048 for code in numbers(plane["realized"], rows, 16)]
     if "entropy" in plane:
@@ -88,41 +142,147 @@ def read(data: bytes) -> Plain:
     if "log_z" in plane:
         plain.log_z = list(struct.unpack(f"<{rows}f", plane["log_z"]))
         need(all(math.isfinite(value) for value in plain.log_z), "log_z")
+    return plain
 
-    if kind == 1:
-        values = numbers(plane["values"], rows * vocab_size, value_bits)
-        for row in range(rows):
-            words = values[row * vocab_size : (row + 1) * vocab_size]
-            logprobs = [float_of_bits(word << (32 - value_bits)) for word in words]
-            need(all(value < math.inf for value in logprobs), "not finite")  # nor NaN
-            total = sum(exp(value) for value in logprobs)
-            need(abs(total - 1) <= (0.25 if value_bits == 16 else 0.001), "sum")
-            plain.logprobs.append(logprobs)
-        return plain
 
-    counts = numbers(plane["counts"], rows, max_entries.bit_length())
-    need(sum(counts) == num_entries and all(counts), "counts")
-    need(max(counts, default=1) == max_entries, "max_entries")
-    ids = numbers(plane["ids"], num_entries, id_width)
-    codes = numbers(plane["codes"], num_entries, value_bits)
-    plain.ranges = numbers(plane["ranges"], rows, 16)
-    plain.tail = list(struct.unpack(f"<{rows}f", plane["tail"]))
-    first = 0
-    for count, row_range, tail in zip(counts, plain.ranges, plain.tail, strict=True):
-        row_ids, row_codes = ids[first : first + count], codes[first : first + count]
-        first += count
-        need(all(a < b for a, b in pairwise(row_ids)), "order of ids")
-        need(row_ids[-1] < vocab_size, "id")
+@dataclass
+class Planes:
+    """The planes of a container, taken off one by one."""
+
+    rest: bytes
+    reserved: int
+    """Bytes at the end that the planes of numbers per row take."""
+
+    def spare(self) -> int:
+        return len(self.rest) - self.reserved
+
+    def take(self, num_bits: int, name: str) -> bytes:
+        """The next plane, of so many bits and the padding to whole words."""
+        need(nbytes(num_bits) <= self.spare(), f"{name} ends")
+        plane, self.rest = self.rest[: nbytes(num_bits)], self.rest[nbytes(num_bits) :]
+        # A plane is one long number whose bit b is bit b % 32 of word b // 32.
+        need(int.from_bytes(plane, "little") >> num_bits == 0, f"padding of {name}")
+        return plane
+
+
+def read_dense(plain: Plain, body: Planes, rows: int) -> None:
+    vocab_size, value_bits = plain.vocab_size, plain.value_bits
+    plane = body.take(rows * vocab_size * value_bits, "values")
+    values = numbers(plane, rows * vocab_size, value_bits)
+    for row in range(rows):
+        words = values[row * vocab_size : (row + 1) * vocab_size]
+        logprobs = [float_of_bits(word << (32 - value_bits)) for word in words]
+        need(all(value < math.inf for value in logprobs), "not finite")  # nor NaN
+        total = sum(exp(value) for value in logprobs)
+        need(abs(total - 1) <= (0.25 if value_bits == 16 else 0.001), "sum")
+        plain.logprobs.append(logprobs)
+
+
+def read_elias_fano(
+    body: Planes,
+    digest: bytes,
+    tables: dict[bytes, Table],
+    rows: int,
+    vocab_size: int,
+    entries: int,
+) -> list[list[int]]:
+    """The ids of each row, ascending."""
+    if digest == bytes(16):
+        shift = (vocab_size * rows // entries).bit_length() - 1 if rows else 0
+        size = 1 << shift
+        buckets = (vocab_size + size - 1) // size
+        need(nbytes(rows * buckets + entries) <= body.spare(), "occupancy ends")
+        table = Table(vocab_size, [shift] * buckets, range(vocab_size))
+    else:
+        need(digest in tables, "unknown table")
+        table = tables[digest]
+        need(table.vocab_size == vocab_size, "table of another vocabulary")
+        buckets = len(table.shifts)
+    num_bits = rows * buckets + entries
+    string = int.from_bytes(body.take(num_bits, "occupancy"), "little")
+    found = []  # row and bucket of each entry
+    cell = 0
+    for bit in range(num_bits):  # a one is an entry of this cell, a zero goes on to the next cell
+        if string >> bit & 1:
+            need(cell < rows * buckets, "beyond the last cell")
+            found.append((cell // buckets, cell % buckets))
+        else:
+            cell += 1
+    need(len(found) == entries, "entries")
+    widths = [table.shifts[bucket] for _, bucket in found]
+    offsets = int.from_bytes(body.take(sum(widths), "offsets"), "little")
+    ranks = [[] for _ in range(rows)]
+    for (row, bucket), width in zip(found, widths, strict=True):
+        start = sum(1 << shift for shift in table.shifts[:bucket])
+        ranks[row].append(start + (offsets & ((1 << width) - 1)))
+        offsets >>= width
+    for row in ranks:
+        need(all(a < b for a, b in pairwise(row)), "order of ranks")
+        need(all(rank < vocab_size for rank in row), "rank")
+    return [sorted(table.ids[rank] for rank in row) for row in ranks]
+
+
+def read_top_k(plain: Plain, body: Planes) -> None:
+    rows = len(plain.ids)
+    num_entries = sum(map(len, plain.ids))
+    value_bits = plain.value_bits
+    plain.ranges = numbers(body.take(rows * 16, "ranges"), rows, 16)
+    codes = numbers(body.take(num_entries * value_bits, "codes"), num_entries, value_bits)
+    plain.tail = list(struct.unpack(f"<{rows}f", body.take(rows * 32, "tail")))
+    for row_ids, row_range, tail in zip(plain.ids, plain.ranges, plain.tail, strict=True):
+        row_codes, codes = codes[: len(row_ids)], codes[len(row_ids) :]
         # At 0 nothing is kept, and the entries would be at -inf.
         need(tail < 0, "tail")
         step = row_range / (256 * (2**value_bits - 1))
         below = [code * step for code in row_codes]
         mass = sum(exp(-x) for x in below)
         logprobs = [math.log(-math.expm1(tail)) - math.log(mass) - x for x in below]
-        plain.ids.append(row_ids)
         plain.codes.append(row_codes)
         plain.logprobs.append([as_float32(value) for value in logprobs])
-    return plain
+
+
+def read_draws(plain: Plain, body: Planes, id_nbytes: int) -> None:
+    """Counts: a string of flags, level by level, and then the bits below each leading one."""
+    least = (sum(map(len, plain.ids)) + 3) // 4 * 4 - id_nbytes
+    num_bits = 8 * body.spare()
+    string = int.from_bytes(body.take(num_bits, "draws"), "little")
+    at = 0
+
+    def next_bits(count: int) -> int:
+        nonlocal at
+        at += count
+        need(at <= num_bits, "draws end")
+        return string >> (at - count) & ((1 << count) - 1)
+
+    counts = [[1 + next_bits(1) for _ in row] for row in plain.ids]  # 2 stands for "or more"
+    stated = [
+        (row, place)
+        for row, of_row in enumerate(counts)
+        for place in [i for i, count in enumerate(of_row) if count == 2][1:]
+    ]
+    length = dict.fromkeys(stated, 1)
+    alive = stated
+    for level in range(2, 17):
+        if 2**level <= plain.num_draws:
+            alive = [entry for entry in alive if next_bits(1)]
+            for entry in alive:
+                length[entry] = level
+    for row, place in stated:
+        counts[row][place] = 2 ** length[row, place] + next_bits(length[row, place])
+    need(max(nbytes(at), least) == num_bits // 8 and string >> at == 0, "length of draws")
+    for of_row in counts:
+        several = [place for place, count in enumerate(of_row) if count > 1]
+        if several:
+            first = several[0]
+            of_row[first] = plain.num_draws - (sum(of_row) - 2)
+            need(of_row[first] >= 2, "implied count")
+        need(sum(of_row) == plain.num_draws, "sum of counts")
+    plain.counts = counts
+
+
+def nbytes(num_bits: int) -> int:
+    """Bytes of the whole words that so many bits take."""
+    return (num_bits + 31) // 32 * 4
 
 
 def need(fine: bool, what: str) -> None:

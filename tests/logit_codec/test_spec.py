@@ -183,5 +183,5 @@ def test_a_spec_is_a_frozen_value():
 
 
 def test_the_kinds_are_those_of_the_specs():
-    assert KINDS == ("top_k", "dense")
+    assert KINDS == ("sampled", "top_k", "dense")
     assert {kind.kind for kind in TargetSpec.__subclasses__()} == set(KINDS)

@@ -23,6 +23,10 @@ from logit_codec import (
     CodecError,
     DenseSpec,
     DenseTargets,
+    IdTable,
+    SampledSpec,
+    SampledTargets,
+    SparseTargets,
     Targets,
     TargetSpec,
     TopKSpec,
@@ -30,6 +34,7 @@ from logit_codec import (
     decode,
     encode,
     encode_parts,
+    fit_id_table,
     parse_targets,
     select,
 )
@@ -59,7 +64,13 @@ def random_targets(
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(num_rows, vocab_size, generator=generator) * scale
     realized = torch.randint(vocab_size, (num_rows,), generator=generator)
-    return select(logits, spec, temperature=temperature, realized_ids=realized)
+    uniforms = torch.rand(num_rows, generator=generator, dtype=torch.float64)
+    return select(logits, spec, temperature=temperature, uniforms=uniforms, realized_ids=realized)
+
+
+def random_table(vocab_size: int, seed: int = 0) -> IdTable:
+    generator = torch.Generator().manual_seed(seed)
+    return fit_id_table(torch.rand(vocab_size, generator=generator) ** 9 * 10, 10)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -71,9 +82,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 # Round trip
 
 
-def check_round_trip(targets: Targets, bits: int) -> Targets:
+def check_round_trip(targets: Targets, bits: int, table: IdTable | None = None) -> Targets:
     """Everything that FORMAT.md promises about decode(encode(targets))."""
-    decoded = decode(encode(targets, bits=bits))
+    data = encode(targets, bits=bits, id_table=table)
+    decoded = decode(data, id_tables=[] if table is None else [table])
     assert type(decoded) is type(targets)
     assert (decoded.vocab_size, decoded.temperature) == (targets.vocab_size, targets.temperature)
     assert decoded._tensors().keys() == targets._tensors().keys()
@@ -89,6 +101,10 @@ def check_round_trip(targets: Targets, bits: int) -> Targets:
         return decoded
     assert torch.equal(decoded.token_ids, targets.token_ids)
     assert torch.equal(decoded.row_splits, targets.row_splits)
+    if isinstance(targets, SampledTargets):
+        assert decoded.num_draws == targets.num_draws
+        assert torch.equal(decoded.counts, targets.counts)
+        return decoded
     assert same_bits(decoded.tail_logprob, targets.tail_logprob)
     rows = zip(
         oracle.row_logprobs(decoded),
@@ -121,19 +137,23 @@ FLAGS = {"realized": st.booleans(), "entropy": st.booleans(), "log_z": st.boolea
 )
 @settings(deadline=None, max_examples=200)
 def test_what_is_encoded_is_decoded(data, vocab_size, num_rows, temperature, scale, flags, seed):
-    kind = data.draw(st.sampled_from(("top_k", "min_p", "dense")))
+    kind = data.draw(st.sampled_from(("top_k", "min_p", "sampled", "dense")))
+    table = data.draw(st.sampled_from((None, random_table(vocab_size, seed))))
+    bits = data.draw(st.sampled_from(CODE_BITS))
     if kind == "dense":
         spec = DenseSpec(data.draw(st.sampled_from((16, 32))), **flags)
+    elif kind == "sampled":
+        spec = SampledSpec(data.draw(st.integers(1, 20) | st.sampled_from((64, 1000))), **flags)
     else:
         k = data.draw(st.integers(1, vocab_size))
         min_p = 0.0 if kind == "top_k" else data.draw(st.sampled_from((1e-6, 0.01, 0.3)))
-        spec = TopKSpec(k, min_p=min_p, bits=data.draw(st.sampled_from(CODE_BITS)), **flags)
+        spec = TopKSpec(k, min_p=min_p, bits=bits, **flags)
     targets = random_targets(
         spec, num_rows, vocab_size, seed=seed, scale=scale * temperature, temperature=temperature
     )
-    decoded = check_round_trip(targets, spec.bits)
-    check_round_trip(decoded, spec.bits)
-    assert_agrees_with_the_plain_reader(encode(targets, bits=spec.bits))
+    decoded = check_round_trip(targets, bits, table)
+    check_round_trip(decoded, bits, table)
+    assert_agrees_with_the_plain_reader(encode(targets, bits=bits, id_table=table), table)
 
 
 @pytest.mark.parametrize("bits", CODE_BITS)
@@ -197,7 +217,7 @@ def test_a_tail_of_minus_inf_stays_and_the_entries_hold_everything():
 
 
 def test_no_rows_take_the_overhead_only():
-    for text in ("top_k:3,entropy=1", "dense:f32,entropy=1", "dense:bf16"):
+    for text in ("top_k:3,entropy=1", "sampled:5", "dense:f32,entropy=1", "dense:bf16"):
         targets = random_targets(parse_targets(text), 3, 11)[:0]
         data = encode(targets)
         assert len(data) == OVERHEAD
@@ -244,13 +264,12 @@ def test_a_container_is_read_from_anything_that_holds_bytes():
 
 
 def test_decoded_targets_do_not_hang_on_the_bytes_they_came_from():
-    for spec in (TopKSpec(4), DenseSpec(32)):
+    for spec in (TopKSpec(4), DenseSpec(32), SampledSpec(4, log_z=True)):
         data = bytearray(encode(random_targets(spec, 3, 11)))
         decoded = decode(data)
-        before = decoded.logprobs.clone(), decoded.log_z.clone()
+        before = {name: value.clone() for name, value in decoded._tensors().items()}
         data[:] = bytes(len(data))
-        assert torch.equal(decoded.logprobs, before[0])
-        assert torch.equal(decoded.log_z, before[1])
+        assert all(torch.equal(getattr(decoded, name), before[name]) for name in before)
 
 
 def test_strided_tensors_are_encoded_by_their_values():
@@ -263,15 +282,19 @@ def test_strided_tensors_are_encoded_by_their_values():
 # Golden bytes and the second reader
 
 
-def assert_agrees_with_the_plain_reader(data: bytes) -> None:
+def assert_agrees_with_the_plain_reader(data: bytes, table: IdTable | None = None) -> None:
     """Both read the same, or both refuse."""
+    tables, plain_tables = [], {}
+    if table is not None:
+        tables = [table]
+        plain_tables = {table.digest: plain_reader.read_table(table.to_bytes())}
     try:
-        plain = plain_reader.read(data)
+        plain = plain_reader.read(data, plain_tables)
     except plain_reader.Refused:
         with pytest.raises(CodecError):
-            decode(data)
+            decode(data, id_tables=tables)
         return
-    targets = decode(data)
+    targets = decode(data, id_tables=tables)
     assert (targets.kind, targets.vocab_size) == (plain.kind, plain.vocab_size)
     assert targets.temperature == plain.temperature
     for name, value in (
@@ -281,8 +304,13 @@ def assert_agrees_with_the_plain_reader(data: bytes) -> None:
     ):
         got = getattr(targets, name)
         assert (None if got is None else got.tolist()) == value
-    if isinstance(targets, TopKTargets):
+    if isinstance(targets, SparseTargets):
         assert oracle.kept_ids(targets) == plain.ids
+    if isinstance(targets, SampledTargets):
+        assert targets.num_draws == plain.num_draws
+        assert targets.counts.tolist() == [count for row in plain.counts for count in row]
+        return
+    if isinstance(targets, TopKTargets):
         assert targets.tail_logprob.tolist() == plain.tail
         got = [row.tolist() for row in oracle.row_logprobs(targets)]
     else:
@@ -296,22 +324,22 @@ def assert_agrees_with_the_plain_reader(data: bytes) -> None:
 
 @pytest.mark.parametrize("name", make.CASES)
 def test_encode_writes_the_golden_bytes(name):
-    targets, bits = make.CASES[name]
-    assert encode(targets, bits=bits) == (make.FOLDER / name).read_bytes()
+    targets, bits, table = make.CASES[name]
+    assert encode(targets, bits=bits, id_table=table) == (make.FOLDER / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", make.CASES)
 def test_decode_reads_the_golden_bytes(name):
     data = (make.FOLDER / name).read_bytes()
-    targets, bits = make.CASES[name]
-    decoded = decode(data)
+    targets, bits, table = make.CASES[name]
+    decoded = decode(data, id_tables=[make.id_table()])
     assert decoded._tensors().keys() == targets._tensors().keys()
-    check_round_trip(targets, bits)
-    assert_agrees_with_the_plain_reader(data)
+    check_round_trip(targets, bits, table)
+    assert_agrees_with_the_plain_reader(data, table)
 
 
 def test_every_golden_file_has_its_case():
-    assert {path.name for path in make.FOLDER.glob("*.bin")} == set(make.CASES)
+    assert {path.name for path in make.FOLDER.glob("*.bin")} == {*make.CASES, make.ID_TABLE}
     assert all(f"_v{FORMAT_VERSION}.bin" in name for name in make.CASES)
 
 
@@ -326,18 +354,28 @@ def test_the_example_reads_as_its_page_says():
     assert plain.logprobs[1] == pytest.approx([-0.13353139], abs=1e-7)
 
 
+def test_the_example_of_draws_reads_as_its_page_says():
+    data = (make.FOLDER / "sampled_v1.bin").read_bytes()
+    plain = plain_reader.read(data)
+    assert (len(data), plain.vocab_size, plain.num_draws) == (88, 1000, 8)
+    assert (plain.ids, plain.counts) == ([[3, 700, 701], [9]], [[2, 5, 1], [8]])
+
+
 FORMAT = Path(logit_codec.__file__).parent / "FORMAT.md"
 
 
 @pytest.mark.parametrize(
-    ("page", "heading"),
+    ("page", "heading", "name"),
     [
-        pytest.param(FORMAT, "## Example", id="FORMAT.md"),
-        pytest.param(make.FOLDER / "README.md", "## `top_k_v1.bin`", id="golden/README.md"),
+        pytest.param(FORMAT, "## Example of top_k", "top_k_v1.bin", id="top_k in FORMAT.md"),
+        pytest.param(FORMAT, "## Example of sampled", "sampled_v1.bin", id="sampled in FORMAT.md"),
+        pytest.param(
+            make.FOLDER / "README.md", "## `top_k_v1.bin`", "top_k_v1.bin", id="golden/README.md"
+        ),
     ],
 )
-def test_the_bytes_that_a_page_spells_out_are_those_of_the_example(page, heading):
-    section = page.read_text().split(heading)[1]
+def test_the_bytes_that_a_page_spells_out_are_those_of_the_example(page, heading, name):
+    section = page.read_text().split(heading)[1].split("## ")[0]
     cells = [line.split("|")[1:3] for line in section.splitlines() if line.count("|") == 5]
     spelled = {int(offset): text.strip(" `") for offset, text in cells if offset.strip().isdigit()}
     assert spelled[40] == "sixteen `00"
@@ -346,7 +384,7 @@ def test_the_bytes_that_a_page_spells_out_are_those_of_the_example(page, heading
     for offset in sorted(spelled):
         assert offset == len(joined)
         joined += bytes.fromhex(spelled[offset])
-    assert joined == (make.FOLDER / "top_k_v1.bin").read_bytes()
+    assert joined == (make.FOLDER / name).read_bytes()
 
 
 # Malformed bytes
@@ -354,9 +392,13 @@ def test_the_bytes_that_a_page_spells_out_are_those_of_the_example(page, heading
 
 def hostile_cases() -> dict[str, bytes]:
     cases = {name: (make.FOLDER / name).read_bytes() for name in make.CASES}
+    bare = {"realized": False, "log_z": False}
     cases["no rows"] = encode(random_targets(TopKSpec(3), 3, 11)[:0])
     cases["no dense rows"] = encode(random_targets(DenseSpec(32), 3, 11)[:0])
-    bare = {"realized": False, "log_z": False}
+    cases["no sampled rows"] = encode(random_targets(SampledSpec(3), 3, 11)[:0])
+    cases["draws of fixed width"] = encode(random_targets(SampledSpec(5, **bare), 3, 4))
+    cases["draws of a vocabulary of one"] = encode(random_targets(SampledSpec(9, **bare), 2, 1))
+    cases["many draws"] = encode(random_targets(SampledSpec(300, **bare), 2, 400, scale=2.0))
     cases["three rows of three"] = encode(random_targets(TopKSpec(3, **bare), 3, 6), bits=5)
     cases["a vocabulary of one"] = encode(random_targets(TopKSpec(1, **bare), 2, 1), bits=8)
     return cases
@@ -393,16 +435,17 @@ def test_decode_rejects_every_flipped_bit(data):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         with pytest.raises(CodecError):
-            decode(changed)
+            decode(changed, id_tables=[make.id_table()])
 
 
 @HOSTILE
 def test_a_flipped_bit_under_a_fitting_digest_is_refused_or_read_as_the_format_says(data):
     """Never any other exception, and never a value that the second reader does not see."""
+    table = make.id_table()
     for bit in range(8 * (len(data) - 16)):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
-        assert_agrees_with_the_plain_reader(with_digest(changed))
+        assert_agrees_with_the_plain_reader(with_digest(changed), table)
 
 
 def test_a_bfloat16_padding_of_minus_zero_is_refused():
@@ -428,7 +471,7 @@ def test_any_edits_under_a_fitting_digest_are_refused_or_read_as_the_format_says
     )
     for offset, value in data.draw(st.lists(edits, min_size=1, max_size=8)):
         changed[offset] = value
-    assert_agrees_with_the_plain_reader(with_digest(changed))
+    assert_agrees_with_the_plain_reader(with_digest(changed), make.id_table())
 
 
 @given(
@@ -516,6 +559,8 @@ def test_random_bytes_are_refused(data, with_magic):
 
 
 TOP_K = (make.FOLDER / "top_k_v1.bin").read_bytes()
+SAMPLED = (make.FOLDER / "sampled_v1.bin").read_bytes()
+SAMPLED_TABLE = (make.FOLDER / "sampled_table_v1.bin").read_bytes()
 DENSE = (make.FOLDER / "dense_f32_v1.bin").read_bytes()
 NAN = math.nan
 
@@ -527,9 +572,10 @@ NAN = math.nan
         (TOP_K, 4, "B", 0, "version 0 is not supported"),
         (TOP_K, 4, "B", 2, "version 2 is not supported.*reads version 1.*[Uu]pgrade"),
         (TOP_K, 5, "B", 0, "kind number 0"),
-        (TOP_K, 5, "B", 3, "kind number 3"),
+        (TOP_K, 5, "B", 4, "kind number 4"),
         (TOP_K, 6, "B", 0, "id coding 0"),
-        (TOP_K, 6, "B", 2, "id coding 2"),
+        (TOP_K, 6, "B", 2, "occupancy plane has 2 entries, not 3"),
+        (TOP_K, 6, "B", 3, "id coding 3"),
         (DENSE, 6, "B", 1, "id coding 1"),
         (TOP_K, 7, "B", 9, "9 bits per value"),
         (TOP_K, 7, "B", 32, "32 bits per value"),
@@ -554,8 +600,8 @@ NAN = math.nan
         (TOP_K, 32, "d", -1.0, "temperature must be positive and finite, got -1.0"),
         (TOP_K, 32, "d", INF, "temperature must be positive and finite, got inf"),
         (TOP_K, 32, "d", NAN, "temperature must be positive and finite, got nan"),
-        (TOP_K, 40, "B", 1, "id table 0100"),
-        (TOP_K, 55, "B", 1, "id table .*01 is needed"),
+        (TOP_K, 40, "B", 1, "id table 0100.* is named, but id coding 1 takes none"),
+        (TOP_K, 55, "B", 1, "id table .*01 is named, but id coding 1 takes none"),
         (TOP_K, 56, "I", 0b1111, "do not add up"),
         (TOP_K, 56, "I", 0b0011, "do not add up"),
         (TOP_K, 56, "I", 0b10110, "padding of the counts plane"),
@@ -570,6 +616,24 @@ NAN = math.nan
         (TOP_K, 76, "f", 1e-6, "row 1 cannot be a target: its logprobs are not finite"),
         (TOP_K, 88, "f", NAN, "row 0 cannot be a target: its log_z is not a finite"),
         (TOP_K, 92, "f", -INF, "row 1 cannot be a target: its log_z is not a finite"),
+        (SAMPLED, 6, "B", 0, "id coding 0"),
+        (SAMPLED, 7, "B", 7, "7 bits per value"),
+        (SAMPLED, 8, "I", 7, "has 88 bytes, its header implies at least 92"),
+        (SAMPLED, 16, "I", 701, "rank is not below the vocabulary's 701"),
+        (SAMPLED, 20, "I", 0, "draws must be 1 to 65536, got 0"),
+        (SAMPLED, 20, "I", 65537, "draws must be 1 to 65536, got 65537"),
+        (SAMPLED, 20, "I", 7, "counts of a row add up to more than its 7 draws"),
+        (SAMPLED, 24, "Q", 17, "num_entries 17 does not fit 2 rows of 1 to 8"),
+        (SAMPLED, 24, "Q", 3, "occupancy plane has 4 entries, not 3"),
+        (SAMPLED, 56, "I", 0b110011001, "occupancy plane has 5 entries, not 4"),
+        (SAMPLED, 56, "I", 0b1000000011001, "beyond its last cell"),
+        (SAMPLED, 56, "I", 0b100000011001, "beyond its last cell"),
+        (SAMPLED, 56, "I", 0b10111, "a row has no entry"),
+        (SAMPLED, 60, "I", 0x09BDBD03, "ranks of a row do not ascend"),
+        (SAMPLED, 60, "I", 0x09BCBD03, "ranks of a row do not ascend"),
+        (SAMPLED, 64, "I", 0x15B, "padding of the draws plane"),
+        (SAMPLED, 64, "I", 0x59, "padding of the draws plane"),
+        (SAMPLED, 64, "I", 0x7B, "counts of a row add up to more than its 8 draws"),
         (DENSE, 56, "f", NAN, "row 0 cannot be a target: its logprobs are not finite"),
         (DENSE, 68, "f", INF, "row 1 cannot be a target: its logprobs are not finite"),
         (DENSE, 68, "f", -INF, "row 1 cannot be a target: its probabilities do not add up"),
@@ -579,6 +643,58 @@ NAN = math.nan
 def test_what_a_reader_refuses_is_refused_by_name(data, offset, layout, value, message):
     with pytest.raises(CodecError, match=message):
         decode(with_field(data, offset, layout, value))
+
+
+def test_an_unknown_id_table_is_named():
+    digest = make.id_table().digest.hex()
+    with pytest.raises(CodecError, match=f"the id table {digest} is needed"):
+        decode(SAMPLED_TABLE)
+    other = random_table(1000)
+    with pytest.raises(CodecError, match=digest):
+        decode(SAMPLED_TABLE, id_tables=[other])
+    assert len(decode(SAMPLED_TABLE, id_tables=[other, make.id_table()])) == 2
+
+
+def test_an_id_table_of_another_vocabulary_is_refused():
+    with pytest.raises(CodecError, match="is for 1000 ids, the container has 999"):
+        decode(with_field(SAMPLED_TABLE, 16, "I", 999), id_tables=[make.id_table()])
+    with pytest.raises(ValueError, match="vocabulary of 1000 ids, the targets have 11"):
+        encode(GOOD, id_table=make.id_table())
+
+
+def test_draws_in_more_words_than_they_take_are_refused():
+    longer = SAMPLED[:68] + bytes(4) + SAMPLED[68:]
+    with pytest.raises(CodecError, match="draws plane has 2 words, its counts take 8 bits"):
+        decode(with_digest(longer))
+
+
+def test_a_container_of_no_whole_words_is_refused():
+    with pytest.raises(CodecError, match="whole number of words"):
+        decode(with_digest(SAMPLED[:-16] + b"\0" + bytes(16)))
+
+
+@given(
+    counts=st.lists(
+        st.lists(st.integers(1, 9) | st.sampled_from((63, 64, 65, 5000)), min_size=1, max_size=12),
+        min_size=1,
+        max_size=6,
+    )
+)
+@settings(deadline=None, max_examples=150)
+def test_any_counts_are_decoded(counts):
+    num_draws = max(sum(row) for row in counts)
+    counts = [[row[0] + num_draws - sum(row), *row[1:]] for row in counts]
+    sizes = torch.tensor([len(row) for row in counts])
+    targets = SampledTargets(
+        vocab_size=100,
+        temperature=1.0,
+        row_splits=torch.nn.functional.pad(sizes.cumsum(0), (1, 0)),
+        token_ids=torch.cat([torch.arange(len(row)) * 7 for row in counts]),
+        counts=torch.tensor([count for row in counts for count in row]),
+        num_draws=num_draws,
+    )
+    check_round_trip(targets, 7)
+    assert_agrees_with_the_plain_reader(encode(targets))
 
 
 def test_bytes_changed_on_the_way_are_told_from_malformed_ones():
@@ -598,6 +714,7 @@ def test_a_codec_error_survives_a_pickle_with_its_row():
 
 GOOD = make.CASES["top_k_v1.bin"][0]
 GOOD_DENSE = make.CASES["dense_f32_v1.bin"][0]
+GOOD_SAMPLED = make.CASES["sampled_v1.bin"][0]
 
 
 @pytest.mark.parametrize(
@@ -621,6 +738,13 @@ GOOD_DENSE = make.CASES["dense_f32_v1.bin"][0]
         (GOOD, {"entropy": torch.tensor([INF, 0.0])}, 0, "entropy is not a finite"),
         (GOOD, {"entropy": torch.tensor([0.0, NAN])}, 1, "entropy is not a finite"),
         (GOOD, {"realized_logprob": torch.tensor([0.0, NAN])}, 1, "realized_logprob is not"),
+        (GOOD_SAMPLED, {"counts": torch.tensor([2, 5, 2, 8])}, 0, "do not add up to the 8 draws"),
+        (GOOD_SAMPLED, {"counts": torch.tensor([3, 5, 0, 8])}, 0, "not all at least 1"),
+        (GOOD_SAMPLED, {"counts": torch.tensor([2, 5, 1, 7])}, 1, "do not add up to the 8 draws"),
+        (GOOD_SAMPLED, {"num_draws": 9}, 0, "do not add up to the 9 draws"),
+        (GOOD_SAMPLED, {"token_ids": torch.tensor([3, 701, 700, 9])}, 0, "ascending ids"),
+        (GOOD_SAMPLED, {"token_ids": torch.tensor([3, 700, 701, 1000])}, 1, "ascending ids"),
+        (GOOD_SAMPLED, {"row_splits": torch.tensor([0, 4, 4])}, 1, "no entry"),
         (GOOD_DENSE, {"logprobs": torch.full((3, 3), -1.0)}, 0, "do not add up"),
         (GOOD_DENSE, {"logprobs": torch.full((3, 3), -INF)}, 0, "do not add up|not finite"),
         (GOOD_DENSE, {"logprobs": torch.full((3, 3), NAN)}, 0, "not finite"),
@@ -689,6 +813,7 @@ def test_encode_writes_nothing_that_decode_refuses(changed, why):
         "top_k:5",
         "top_k:5,bits=16,realized=0,entropy=1",
         "top_k:min_p=1/16,max_k=40,bits=5",
+        "sampled:20,entropy=1",
         "dense:f32",
         "dense:bf16,realized=0,log_z=0",
     ],
@@ -697,13 +822,14 @@ def test_encode_writes_nothing_that_decode_refuses(changed, why):
 def test_parts_join_to_the_same_targets(text, max_nbytes):
     spec = parse_targets(text)
     targets = random_targets(spec, 43, 37)
-    whole = decode(encode(targets, bits=spec.bits))
+    bits = getattr(spec, "bits", 7)
+    whole = decode(encode(targets, bits=bits))
     parts = list(encode_parts(targets, spec, max_nbytes=max_nbytes))
     edges = [first for first, _, _ in parts] + [43]
     assert edges[0] == 0
     assert [count for _, count, _ in parts] == [b - a for a, b in itertools.pairwise(edges)]
     for first, count, data in parts:
-        assert data == encode(targets[first : first + count], bits=spec.bits)
+        assert data == encode(targets[first : first + count], bits=bits)
         assert len(decode(data)) == count
     joined = Targets.cat([decode(data) for _, _, data in parts])
     assert joined._tensors().keys() == whole._tensors().keys()
@@ -722,6 +848,9 @@ def test_parts_join_to_the_same_targets(text, max_nbytes):
         "top_k:5",
         "top_k:37,bits=16,entropy=1",
         "top_k:min_p=1e-9,max_k=40,bits=5",
+        "sampled:1,realized=0",
+        "sampled:20",
+        "sampled:2000,entropy=1",
         "dense:f32",
         "dense:bf16,realized=0,log_z=0",
         "dense:bf16,entropy=1",
@@ -741,6 +870,9 @@ def test_a_part_is_never_larger_than_asked_unless_it_is_one_row(text):
         "top_k:1,bits=5,realized=0,log_z=0",
         "top_k:5,entropy=1",
         "top_k:min_p=1e-9,max_k=40,bits=5",
+        "sampled:1,realized=0",
+        "sampled:20",
+        "sampled:2000,entropy=1",
         "dense:f32",
         "dense:bf16,entropy=1",
     ],
@@ -748,8 +880,12 @@ def test_a_part_is_never_larger_than_asked_unless_it_is_one_row(text):
 def test_max_row_nbytes_is_an_upper_bound_of_what_a_row_takes(text):
     """With 32 rows every plane fills its words, so there is no padding to count."""
     spec = parse_targets(text)
-    data = encode(random_targets(spec, 32, 37, scale=0.1), bits=spec.bits)
-    assert (len(data) - OVERHEAD) / 32 <= spec.max_row_nbytes(37)
+    for scale in (0.1, 4.0):
+        targets = random_targets(spec, 32, 37, scale=scale)
+        for table in (None, random_table(37)):
+            data = encode(targets, bits=getattr(spec, "bits", 7), id_table=table)
+            # The string of draws may end in the middle of its last word.
+            assert (len(data) - OVERHEAD - 4) / 32 <= spec.max_row_nbytes(37)
 
 
 def test_where_a_sequence_is_split_does_not_depend_on_its_values():
@@ -863,7 +999,7 @@ def test_huge_stated_counts_are_refused_without_allocating_for_them():
 DECODE_MEMORY = """
 import gc
 import torch
-from logit_codec import DenseTargets, TopKTargets, decode, encode
+from logit_codec import DenseTargets, SampledTargets, TopKTargets, decode, encode
 
 for line in sys.stdin.read().split():
     kind, bits, vocab_size, per_row, num_rows = line.split(",")
@@ -875,11 +1011,17 @@ for line in sys.stdin.read().split():
             logprobs = torch.full((num_rows, vocab_size), fill)
             logprobs = logprobs.to(torch.float32 if bits == 32 else torch.bfloat16)
             return encode(DenseTargets(vocab_size=vocab_size, temperature=1.0, logprobs=logprobs))
-        targets = TopKTargets(
+        common = dict(
             vocab_size=vocab_size,
             temperature=1.0,
             row_splits=torch.arange(num_rows + 1) * per_row,
             token_ids=torch.arange(per_row).repeat(num_rows),
+        )
+        if kind == "sampled":
+            counts = torch.ones(per_row * num_rows, dtype=torch.int64)
+            return encode(SampledTargets(counts=counts, num_draws=per_row, **common))
+        targets = TopKTargets(
+            **common,
             logprobs=torch.full((per_row * num_rows,), fill),
             tail_logprob=torch.full((num_rows,), -float("inf")),
         )
@@ -891,20 +1033,26 @@ for line in sys.stdin.read().split():
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
     before = proc("VmRSS")
     decode(data)
-    assert len(data) > 1 << 20, len(data)
+    assert len(data) > 700_000, len(data)
     print(line, (proc("VmHWM") - before) / len(data))
 """
 
 DECODED = {
     "the default spec": "top_k,7,32003,64,8000",
     "the smallest ids and codes of one entry per row": "top_k,5,1,1,200000",
-    "few rows of many entries": "top_k,5,32003,8000,60",
+    "few rows of many entries": "top_k,5,32003,8000,160",
     "wide codes": "top_k,16,262144,128,2500",
     "dense in f32": "dense,32,1000,1000,300",
     "dense in bf16": "dense,16,1000,1000,600",
     "dense in bf16 of one id": "dense,16,1,1,600000",
     "every id of a vocabulary of 32 in 5 bits": "top_k,5,32,32,25000",
     "every id of a vocabulary of 16 in 5 bits": "top_k,5,16,16,50000",
+    "draws from a real vocabulary": "sampled,0,262144,64,8000",
+    "one draw per row": "sampled,0,262144,1,350000",
+    "draws from 4,096 ids": "sampled,0,4096,16,45000",
+    "one draw from 4,096 ids": "sampled,0,4096,1,450000",
+    "every id of a vocabulary of 32 drawn": "sampled,0,32,32,25000",
+    "one draw from one id": "sampled,0,1,1,800000",
 }
 
 
@@ -918,8 +1066,16 @@ def decode_memory() -> dict[str, float]:
 
 @needs_proc
 @pytest.mark.parametrize("name", DECODED)
-def test_decode_needs_at_most_40_times_the_container(decode_memory, name):
-    assert decode_memory[name] <= 40
+def test_decode_needs_at_most_72_times_the_container(decode_memory, name):
+    assert decode_memory[name] <= 72
+
+
+@needs_proc
+def test_decode_needs_at_most_40_times_a_container_of_the_usual_kinds(decode_memory):
+    """Large vocabularies with entries of 10 bits or more, that is."""
+    usual = ("the default spec", "wide codes", "draws from a real vocabulary", "one draw per row")
+    for name in usual:
+        assert decode_memory[name] <= 40, name
 
 
 # Imports

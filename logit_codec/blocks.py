@@ -1,0 +1,86 @@
+"""Where the mass of a row lies: softmax, summed over blocks of 256 columns.
+
+Letters: R rows, V columns of the logits, B blocks of a row, H blocks picked from all rows together.
+
+A vocabulary has a thousand times more columns than entries that matter. So the (R, V) work is one
+softmax into a scratch buffer that stays in the cache, a few rows at a time; what comes later reads
+the sums of blocks and the logits of the few blocks that they point to. A row's numbers do not
+depend on the rows beside it.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+"""Columns of a block; the last block of a row may have fewer."""
+
+SCRATCH_NBYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+"""Size of the scratch buffer: on a CPU it should stay in the cache (4 MiB: 64 rows of 262,144
+columns take 11 ms, against 37 ms in a fresh buffer of all rows); on a GPU it should be a few launches."""
+
+
+def block_masses(
+    logits: Tensor, temperature: float, *, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(R, V) logits -> (R, B) float64 shares of softmax(logits / temperature), and the entropies.
+
+    The shares of a row sum to 1; the (R,) float64 entropies, in nats, are None unless asked for. A
+    row whose softmax is not finite has NaN shares.
+    """
+    num_rows, num_columns = logits.shape
+    nbytes = SCRATCH_NBYTES.get(logits.device.type, SCRATCH_NBYTES["cuda"])
+    step = max(1, nbytes // (4 * num_columns))
+    scratch = logits.new_empty(min(step, num_rows), num_columns, dtype=torch.float32)
+    sums_RB = logits.new_empty(num_rows, num_blocks(num_columns), dtype=torch.float64)
+    plogp_RB = torch.empty_like(sums_RB) if entropy else None
+    for first in range(0, num_rows, step):
+        chunk = logits[first : first + step]
+        weights = scratch[: len(chunk)]
+        if temperature != 1.0 or chunk.dtype != torch.float32:
+            chunk = torch.div(chunk.float(), temperature, out=weights)
+        torch.softmax(chunk, 1, out=weights)
+        sums_RB[first : first + step] = _block_sums(weights)
+        if plogp_RB is not None:
+            plogp_RB[first : first + step] = _block_sums(torch.special.entr(weights, out=weights))
+    # The weights are probabilities but for the rounding of softmax's plain sum (1e-5 at V =
+    # 262,144); the blocks are added up pairwise and then in float64.
+    mass_R1 = sums_RB.sum(1, keepdim=True)
+    entropy_R = None
+    if plogp_RB is not None:
+        entropy_R = plogp_RB.sum(1) / mass_R1[:, 0] + mass_R1[:, 0].log()
+    return sums_RB.div_(mass_R1), entropy_R
+
+
+def block_logits(logits: Tensor, rows: Tensor, blocks: Tensor) -> Tensor:
+    """(H,) rows and block numbers -> (H, BLOCK) float32 logits, -inf beyond the last column."""
+    whole = logits.shape[1] // BLOCK
+    rest = logits[:, whole * BLOCK :]
+    rest = torch.nn.functional.pad(rest, (0, BLOCK - rest.shape[1]), value=-torch.inf)
+    if whole == 0:
+        return rest[rows].float()
+    grouped = logits[:, : whole * BLOCK].unflatten(1, (whole, BLOCK))
+    values = grouped[rows, blocks.clamp(max=whole - 1)].float()
+    last = (blocks == whole).nonzero()[:, 0]
+    values[last] = rest[rows[last]].float()
+    return values
+
+
+def log_partition(logits: Tensor, shares_RB: Tensor, temperature: float) -> Tensor:
+    """(R,) float64 logsumexp(logits / temperature), from the heaviest block and its share."""
+    share_R, heaviest_R = shares_RB.max(1)
+    rows = torch.arange(len(logits), device=logits.device)
+    heaviest_RW = block_logits(logits, rows, heaviest_R).double() / temperature
+    return heaviest_RW.logsumexp(1) - share_R.log()
+
+
+def num_blocks(num_columns: int) -> int:
+    return (num_columns + BLOCK - 1) // BLOCK
+
+
+def _block_sums(weights: Tensor) -> Tensor:
+    """(R, V) float32 -> (R, B) float32."""
+    whole = weights.shape[1] // BLOCK * BLOCK
+    sums = weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(2) if whole else weights[:, :0]
+    if whole == weights.shape[1]:
+        return sums
+    return torch.cat([sums, weights[:, whole:].sum(1, keepdim=True)], 1)
