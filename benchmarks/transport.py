@@ -54,7 +54,7 @@ def score_server(pipe: Connection) -> None:
         max_queued_tokens=1 << 20,
     )
     teacher = SimpleNamespace(
-        vocab_size=VOCAB, effective_vocab_size=VOCAB, teacher_fingerprint="ab" * 32
+        vocab_size=VOCAB, effective_vocab_size=VOCAB, teacher_fingerprint="ab" * 32, id_table=None
     )
     logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(0))
     spec = DenseSpec(realized=False, log_z=False)
@@ -71,6 +71,7 @@ def score_server(pipe: Connection) -> None:
             score=ready,
             encoder=ThreadPoolExecutor(1),
             teacher_fingerprint=teacher.teacher_fingerprint,
+            id_table=None,
             metrics=Metrics(),
         )
         server = grpc.aio.server(options=server_options(limits))
@@ -176,7 +177,7 @@ async def read_bare(port: int, sizes: list[int]) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="CPU of Score beside a bare stream")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mib", type=int, default=512, help="MiB of one round of each")
     options = parser.parse_args()

@@ -21,6 +21,18 @@ class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class FetchIdTableRequest(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    def __init__(self, digest: _Optional[bytes] = ...) -> None: ...
+
+class FetchIdTableResponse(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
 class ScoreRequest(_message.Message):
     __slots__ = ("session_id", "request_id", "token_ids", "lengths", "first_rows", "row_mask", "targets", "temperature", "seed", "epoch", "level", "teacher_fingerprint")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -50,18 +62,28 @@ class ScoreRequest(_message.Message):
     def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., lengths: _Optional[_Iterable[int]] = ..., first_rows: _Optional[_Iterable[int]] = ..., row_mask: _Optional[bytes] = ..., targets: _Optional[_Union[TargetSpec, _Mapping]] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., epoch: _Optional[int] = ..., level: _Optional[_Union[Level, str]] = ..., teacher_fingerprint: _Optional[str] = ...) -> None: ...
 
 class TargetSpec(_message.Message):
-    __slots__ = ("top_k", "dense", "omit_realized_logprob", "entropy", "omit_log_z")
+    __slots__ = ("top_k", "dense", "sampled", "omit_realized_logprob", "entropy", "omit_log_z", "id_table")
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_FIELD_NUMBER: _ClassVar[int]
     OMIT_REALIZED_LOGPROB_FIELD_NUMBER: _ClassVar[int]
     ENTROPY_FIELD_NUMBER: _ClassVar[int]
     OMIT_LOG_Z_FIELD_NUMBER: _ClassVar[int]
+    ID_TABLE_FIELD_NUMBER: _ClassVar[int]
     top_k: TopK
     dense: Dense
+    sampled: Sampled
     omit_realized_logprob: bool
     entropy: bool
     omit_log_z: bool
-    def __init__(self, top_k: _Optional[_Union[TopK, _Mapping]] = ..., dense: _Optional[_Union[Dense, _Mapping]] = ..., omit_realized_logprob: bool = ..., entropy: bool = ..., omit_log_z: bool = ...) -> None: ...
+    id_table: bytes
+    def __init__(self, top_k: _Optional[_Union[TopK, _Mapping]] = ..., dense: _Optional[_Union[Dense, _Mapping]] = ..., sampled: _Optional[_Union[Sampled, _Mapping]] = ..., omit_realized_logprob: bool = ..., entropy: bool = ..., omit_log_z: bool = ..., id_table: _Optional[bytes] = ...) -> None: ...
+
+class Sampled(_message.Message):
+    __slots__ = ("n",)
+    N_FIELD_NUMBER: _ClassVar[int]
+    n: int
+    def __init__(self, n: _Optional[int] = ...) -> None: ...
 
 class TopK(_message.Message):
     __slots__ = ("k", "min_p", "bits")
@@ -146,7 +168,7 @@ class RequestError(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., reason: _Optional[str] = ..., sequence: _Optional[int] = ..., row: _Optional[int] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("service_id", "model", "revision", "weights_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint", "vocab_size", "effective_vocab_size", "max_sequence_tokens", "limits", "kinds", "exactness", "replicas", "team", "architecture", "dtype", "device", "attention", "format_versions", "server_version", "replica_id")
+    __slots__ = ("service_id", "model", "revision", "weights_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint", "vocab_size", "effective_vocab_size", "max_sequence_tokens", "limits", "kinds", "exactness", "replicas", "team", "architecture", "dtype", "device", "attention", "format_versions", "server_version", "replica_id", "id_tables")
     SERVICE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +190,7 @@ class TeacherInfo(_message.Message):
     FORMAT_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    ID_TABLES_FIELD_NUMBER: _ClassVar[int]
     service_id: str
     model: str
     revision: str
@@ -189,7 +212,8 @@ class TeacherInfo(_message.Message):
     format_versions: _containers.RepeatedScalarFieldContainer[int]
     server_version: str
     replica_id: str
-    def __init__(self, service_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., teacher_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., effective_vocab_size: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kinds: _Optional[_Iterable[str]] = ..., exactness: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., team: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., format_versions: _Optional[_Iterable[int]] = ..., server_version: _Optional[str] = ..., replica_id: _Optional[str] = ...) -> None: ...
+    id_tables: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, service_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., teacher_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., effective_vocab_size: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kinds: _Optional[_Iterable[str]] = ..., exactness: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., team: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., format_versions: _Optional[_Iterable[int]] = ..., server_version: _Optional[str] = ..., replica_id: _Optional[str] = ..., id_tables: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_request_tokens", "max_request_sequences", "max_request_bytes", "max_top_k", "max_reply_bytes", "max_stream_bytes", "max_queued_tokens", "max_part_bytes", "max_answers_bytes")

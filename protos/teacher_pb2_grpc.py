@@ -44,6 +44,11 @@ class TeacherStub(object):
                 request_serializer=protos_dot_teacher__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=protos_dot_teacher__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.FetchIdTable = channel.unary_unary(
+                '/logitstream.v1.Teacher/FetchIdTable',
+                request_serializer=protos_dot_teacher__pb2.FetchIdTableRequest.SerializeToString,
+                response_deserializer=protos_dot_teacher__pb2.FetchIdTableResponse.FromString,
+                _registered_method=True)
 
 
 class TeacherServicer(object):
@@ -71,6 +76,14 @@ class TeacherServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchIdTable(self, request, context):
+        """A table that shortens the ids of targets; its digest is one of TeacherInfo.id_tables. Tables
+        never change under their digest: fetch each once and keep it. NOT_FOUND (5) for another digest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TeacherServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -83,6 +96,11 @@ def add_TeacherServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=protos_dot_teacher__pb2.ScoreRequest.FromString,
                     response_serializer=protos_dot_teacher__pb2.ScoreResponse.SerializeToString,
+            ),
+            'FetchIdTable': grpc.unary_unary_rpc_method_handler(
+                    servicer.FetchIdTable,
+                    request_deserializer=protos_dot_teacher__pb2.FetchIdTableRequest.FromString,
+                    response_serializer=protos_dot_teacher__pb2.FetchIdTableResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -139,6 +157,33 @@ class Teacher(object):
             '/logitstream.v1.Teacher/Score',
             protos_dot_teacher__pb2.ScoreRequest.SerializeToString,
             protos_dot_teacher__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchIdTable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/logitstream.v1.Teacher/FetchIdTable',
+            protos_dot_teacher__pb2.FetchIdTableRequest.SerializeToString,
+            protos_dot_teacher__pb2.FetchIdTableResponse.FromString,
             options,
             channel_credentials,
             insecure,

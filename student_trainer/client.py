@@ -21,6 +21,7 @@ from torch import Tensor
 from logit_codec import (
     FORMAT_VERSION,
     DenseSpec,
+    SampledSpec,
     Targets,
     TargetSpec,
     TopKSpec,
@@ -88,7 +89,7 @@ class RemoteTeacher:
         self,
         sequences: Iterable[Any],
         *,
-        targets: str | TargetSpec = "top_k:64",
+        targets: str | TargetSpec = "sampled",
         temperature: float = 1.0,
         seed: int = 0,
         epoch: int = 0,
@@ -107,7 +108,7 @@ class RemoteTeacher:
         self,
         loader: Iterable[Mapping[str, Any]],
         *,
-        targets: str | TargetSpec = "top_k:64",
+        targets: str | TargetSpec = "sampled",
         temperature: float = 1.0,
         seed: int = 0,
         epoch: int = 0,
@@ -147,6 +148,8 @@ class RemoteTeacher:
         request, num_rows = _request(token_ids, rows, wish)
         request.session_id = self._session.session_id
         request.teacher_fingerprint = self._info.teacher_fingerprint
+        if self._session.id_tables:
+            request.targets.id_table = self._session.id_tables[0].digest
         pending = Pending(request, num_rows)
         self._io.call(self._session.submit, pending)
         return pending.future
@@ -177,6 +180,8 @@ def _request(
         message.top_k.k, message.top_k.min_p, message.top_k.bits = spec.k, spec.min_p, spec.bits
     elif isinstance(spec, DenseSpec):
         message.dense.bits = spec.bits
+    elif isinstance(spec, SampledSpec):
+        message.sampled.n = spec.n
     else:
         raise ProtocolError(f"no message for {type(spec).__name__}")
     request = teacher_pb2.ScoreRequest(

@@ -8,9 +8,18 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
-from logit_codec import FORMAT_VERSION, Targets, TargetSpec, decode, encode_parts
+from logit_codec import (
+    FORMAT_VERSION,
+    SampledSpec,
+    Targets,
+    TargetSpec,
+    decode,
+    encode_parts,
+    uniforms,
+)
 from logit_codec.spec import KINDS
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest
@@ -56,7 +65,7 @@ class LocalTeacher:
         self,
         sequences: Iterable[Any],
         *,
-        targets: str | TargetSpec = "top_k:64",
+        targets: str | TargetSpec = "sampled",
         temperature: float = 1.0,
         seed: int = 0,
         epoch: int = 0,
@@ -70,7 +79,7 @@ class LocalTeacher:
         self,
         loader: Iterable[Mapping[str, Any]],
         *,
-        targets: str | TargetSpec = "top_k:64",
+        targets: str | TargetSpec = "sampled",
         temperature: float = 1.0,
         seed: int = 0,
         epoch: int = 0,
@@ -91,7 +100,11 @@ class LocalTeacher:
             raise InvalidRequest(f"ids are 0 to {largest - 1}, got {int(token_ids.max())}")
         if rows is None:
             rows = torch.arange(len(token_ids) - 1)
-        wanted = WantedRows(token_ids, rows, wish.spec, wish.temperature)
+        draws = None
+        if isinstance(wish.spec, SampledSpec):
+            digest = xxhash.xxh3_128_digest(token_ids.numpy().astype("<i4").tobytes())
+            draws = uniforms(wish.seed, wish.epoch, digest, rows)
+        wanted = WantedRows(token_ids, rows, wish.spec, wish.temperature, draws)
         try:
             (scored,), _ = self._head.score([wanted])
         except ValueError as error:

@@ -9,14 +9,14 @@ of two attempts. Scoring is a pure function, so asking twice gives the same byte
 
 import heapq
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 import xxhash
 
-from logit_codec import Targets, decode
+from logit_codec import IdTable, Targets, decode
 from protos import teacher_pb2
 from protos.check import answer_check, request_digest
 from student_trainer.errors import IncompatibleTeacher, TargetsCorrupt
@@ -210,7 +210,7 @@ class Dispatch:
         self._tokens[pending.link] -= pending.num_tokens
 
 
-def assemble(pending: Pending, fingerprint: str) -> Targets:
+def assemble(pending: Pending, fingerprint: str, id_tables: Sequence[IdTable] = ()) -> Targets:
     """The targets of a whole answer. Raises CodecError, TargetsCorrupt or IncompatibleTeacher."""
     digest = xxhash.xxh3_128_digest(pending.request.token_ids)
     row = 0
@@ -223,7 +223,7 @@ def assemble(pending: Pending, fingerprint: str) -> Targets:
             )
         if part.ids_digest != digest:
             raise TargetsCorrupt("the digest of the scored ids is not that of the ids sent")
-        targets = decode(part.payload)
+        targets = decode(part.payload, id_tables=id_tables)
         if part.first_row != row or part.num_rows != targets.num_rows:
             raise TargetsCorrupt(f"row {row} was expected, rows from {part.first_row} came")
         row += targets.num_rows

@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from logit_codec import CodecError, Targets
+from logit_codec import CodecError, IdTable, Targets
 from protos import teacher_pb2, teacher_pb2_grpc
 from student_trainer.errors import (
     BY_CODE,
@@ -29,6 +29,7 @@ from student_trainer.errors import (
     TeacherOverloaded,
     TeacherUnavailable,
 )
+from student_trainer.id_tables import cache_id_table, cached_id_table
 from student_trainer.resume import Dispatch, Fate, Pending, assemble
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ REFRESH_S = 3.0
 PROBE_AFTER_S = 4.0
 """A link without a message for this long is asked whether it lives."""
 PROBE_S = 5.0
+FETCH_S = 60.0
+"""How long an id table may take; it has about 2.3 bytes per id of the vocabulary."""
 STALL_S = 10.0
 """A batch that takes longer than this, and four times as long as any seen, counts as stuck."""
 STALL_FACTOR = 4.0
@@ -120,6 +123,8 @@ class Session:
     def __init__(self, addresses: list[str], patience_s: float) -> None:
         self.counters = Counters()
         self.session_id = secrets.token_bytes(16)
+        self.id_tables: list[IdTable] = []
+        """What answers may be coded with, beside the built-in identity."""
         self._addresses = addresses
         self._patience_s = patience_s
         self._info: teacher_pb2.TeacherInfo | None = None
@@ -154,8 +159,26 @@ class Session:
         assert self._info is not None
         if len(self._addresses) > 1:
             await asyncio.gather(*(self._check_same_service(one) for one in self._addresses))
+        if self._info.id_tables:
+            self.id_tables = [await self._id_table(self._info.id_tables[0])]
         self._keeper = asyncio.create_task(self._keep())
         return self._info
+
+    async def _id_table(self, digest: bytes) -> IdTable:
+        """The table with this digest, from the cache or from the teacher."""
+        if (table := cached_id_table(digest)) is not None:
+            return table
+        link = next(iter(self._links.values()))
+        request = teacher_pb2.FetchIdTableRequest(digest=digest)
+        try:
+            response = await link.stub.FetchIdTable(request, timeout=FETCH_S)
+            table = IdTable.from_bytes(response.data)
+        except (grpc.aio.AioRpcError, CodecError) as error:
+            raise ProtocolError(f"the id table of {self._where()} did not come: {error}") from None
+        if table.digest != digest:
+            raise ProtocolError(f"{self._where()} sent another id table than {digest.hex()}")
+        cache_id_table(table)
+        return table
 
     async def close(self) -> None:
         tasks = [*self._tasks, *self._opening.values(), *([self._keeper] if self._keeper else [])]
@@ -481,7 +504,7 @@ class Session:
         loop = asyncio.get_running_loop()
         try:
             targets = await loop.run_in_executor(
-                self._decoder, assemble, pending, self._info.teacher_fingerprint
+                self._decoder, assemble, pending, self._info.teacher_fingerprint, self.id_tables
             )
         except (CodecError, TargetsCorrupt, IncompatibleTeacher) as error:
             self._ask_again(pending, error)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import grpc
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
-from logit_codec import DenseSpec, TargetSpec, TopKSpec
+from logit_codec import DenseSpec, IdTable, SampledSpec, TargetSpec, TopKSpec, uniforms
+from logit_codec.spec import KINDS
 from protos import teacher_pb2
 from teacher_server.errors import RequestRefused, invalid
 from teacher_server.head import WantedRows
@@ -48,6 +50,8 @@ class Admitted:
     """The sequence's own bytes of `token_ids`."""
     reply_nbytes: int
     """Upper bound of its answer."""
+    id_table: IdTable | None = None
+    """What its ids may be coded with."""
 
 
 class Admission:
@@ -58,6 +62,7 @@ class Admission:
         self._vocab_size = model.vocab_size
         self._effective = model.effective_vocab_size
         self._fingerprint = model.teacher_fingerprint
+        self._id_table = model.id_table
 
     def admit(self, request: teacher_pb2.ScoreRequest) -> list[Admitted]:
         """The sequences to score, in order. Raises RequestRefused."""
@@ -91,6 +96,7 @@ class Admission:
                 field="level",
             )
         spec = self._spec(request)
+        id_table = self._table(request.targets.id_table)
         temperature = request.temperature or 1.0
         if not (math.isfinite(temperature) and 1e-3 <= temperature <= 1e3):
             raise invalid(
@@ -123,12 +129,29 @@ class Admission:
             first += length
             if len(wanted):
                 token_ids = torch.from_numpy(part.astype(np.int64))
-                item = WantedRows(token_ids, wanted, spec, temperature)
-                admitted.append(Admitted(item, part.tobytes(), size))
+                draws = None
+                if isinstance(spec, SampledSpec):
+                    digest = xxhash.xxh3_128_digest(part.tobytes())
+                    draws = uniforms(request.seed, request.epoch, digest, wanted)
+                item = WantedRows(token_ids, wanted, spec, temperature, draws)
+                admitted.append(Admitted(item, part.tobytes(), size, id_table))
             else:  # its place keeps the numbers of the others right
                 item = WantedRows(torch.empty(0, dtype=torch.int64), wanted, spec, temperature)
                 admitted.append(Admitted(item, b"", 0))
         return admitted
+
+    def _table(self, digest: bytes) -> IdTable | None:
+        if not digest:
+            return None
+        if self._id_table is None or digest != self._id_table.digest:
+            have = "none" if self._id_table is None else self._id_table.digest.hex()
+            raise invalid(
+                "UNKNOWN_ID_TABLE",
+                f"this teacher has no id table {digest.hex()}; it has {have}. Leave the field "
+                "empty for the built-in one.",
+                field="targets.id_table",
+            )
+        return self._id_table
 
     def _spec(self, request: teacher_pb2.ScoreRequest) -> TargetSpec:
         message = request.targets
@@ -141,12 +164,14 @@ class Admission:
         if kind is None:
             raise invalid(
                 "KIND_MISSING",
-                "targets names no kind that this service knows; it has top_k and dense.",
+                f"targets names no kind that this service knows; it has {', '.join(KINDS)}.",
                 field="targets",
             )
         try:
             if kind == "dense":
                 return DenseSpec(bits=message.dense.bits, **common)
+            if kind == "sampled":
+                return SampledSpec(n=message.sampled.n, **common)
             largest = min(self.limits.max_top_k, self._effective)
             if not 1 <= message.top_k.k <= largest:
                 raise invalid(

@@ -30,6 +30,8 @@ class WantedRows:
     """(N,) int64, ascending, below L - 1: row i is the distribution of token i + 1."""
     spec: TargetSpec
     temperature: float = 1.0
+    uniforms: Tensor | None = None
+    """(N,) float64 in [0, 1), for a spec that draws."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +58,39 @@ class VocabularyHead:
 
     @torch.inference_mode()
     def project(
-        self, hidden: Tensor, spec: TargetSpec, *, temperature: float, realized_ids: Tensor
+        self,
+        hidden: Tensor,
+        spec: TargetSpec,
+        *,
+        temperature: float,
+        realized_ids: Tensor,
+        uniforms: Tensor | None = None,
     ) -> Targets:
-        """(N, D) hidden states and the (N,) tokens that came next -> targets of N rows."""
+        """(N, D) hidden states and the (N,) tokens that came next -> targets of N rows.
+
+        uniforms: (N,) float64, for a spec that draws.
+        """
         parts = []
-        for hidden_CD, realized_C in zip(
-            hidden.split(self.chunk_rows), realized_ids.split(self.chunk_rows), strict=True
-        ):
+        for first in range(0, len(hidden), self.chunk_rows):
+            chunk = slice(first, first + self.chunk_rows)
+            hidden_CD, realized_C = hidden[chunk], realized_ids[chunk]
+            uniforms_C = None if uniforms is None else uniforms[chunk]
             num_rows = len(hidden_CD)
             missing = -num_rows % ROW_MULTIPLE
             if missing:
                 hidden_CD = torch.nn.functional.pad(hidden_CD, (0, 0, 0, missing))
                 realized_C = torch.nn.functional.pad(realized_C, (0, missing))
+                if uniforms_C is not None:
+                    uniforms_C = torch.nn.functional.pad(uniforms_C, (0, missing))
             logits_CV = self.model.logits(hidden_CD).float()
             logits_CV[:, self.model.effective_vocab_size :] = -torch.inf
             targets = select(
-                logits_CV, spec, temperature=temperature, realized_ids=realized_C, overwrite=True
+                logits_CV,
+                spec,
+                temperature=temperature,
+                uniforms=uniforms_C,
+                realized_ids=realized_C,
+                overwrite=True,
             )
             del logits_CV
             parts.append(targets[:num_rows])
@@ -99,11 +118,13 @@ class VocabularyHead:
             sequence = torch.repeat_interleave(torch.tensor(members), torch.tensor(sizes))
             rows = torch.cat([batch[index].rows for index in members])
             realized = torch.cat([batch[i].token_ids[batch[i].rows + 1] for i in members])
+            drawn = [item for index in members if (item := batch[index].uniforms) is not None]
             targets = self.project(
                 hidden_BLD[sequence.to(device), rows.to(device)],
                 spec,
                 temperature=temperature,
                 realized_ids=realized.to(device),
+                uniforms=torch.cat(drawn).to(device) if drawn else None,
             )
             first = 0
             for index, size in zip(members, sizes, strict=True):

@@ -23,7 +23,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from logit_codec import FORMAT_VERSION, tokenizer_fingerprint
+from logit_codec import FORMAT_VERSION, CodecError, IdTable, tokenizer_fingerprint
 from teacher_server.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ MIN_BUCKET = 32
 """Shortest padded length: products of fewer rows round differently."""
 HEAD_ARITHMETIC = "model-forward-1"
 """Name of how logits are made from hidden states; part of the fingerprint."""
+ID_TABLE_NAME = "id_table.bin"
+"""Beside the weights of a model, if it was fitted."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -61,6 +63,8 @@ class TeacherModel:
     max_sequence_tokens: int
     head: nn.Module = field(repr=False)
     """The causal LM with its base model taken out: hidden states in, logits out."""
+    id_table: IdTable | None = None
+    """Fitted to this teacher by `teacher-server fit-ids`; shortens the ids of targets."""
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +111,7 @@ class TeacherModel:
             "buckets": [bucket_length(n, 2**20) for n in (2, 300, 5000)],
             "max_sequence_tokens": self.max_sequence_tokens,  # caps the buckets
             "format": FORMAT_VERSION,
+            "id_table": "" if self.id_table is None else self.id_table.digest.hex(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
@@ -198,7 +203,21 @@ def load(
         revision=revision,
         weights_fingerprint=_folder_fingerprint(folder, revision),
         max_sequence_tokens=max_sequence_tokens,
+        id_table=load_id_table(folder),
     )
+
+
+def load_id_table(folder: Path) -> IdTable | None:
+    """The table beside a model, if there is one. Raises ModelError if it cannot be read."""
+    path = folder / ID_TABLE_NAME
+    if not path.is_file():
+        return None
+    try:
+        return IdTable.from_bytes(path.read_bytes())
+    except (CodecError, OSError) as error:
+        raise ModelError(
+            f"cannot read {path}: {error}. Fit it again with teacher-server fit-ids, or delete it."
+        ) from error
 
 
 def prepare(
@@ -209,6 +228,7 @@ def prepare(
     revision: str = "",
     weights_fingerprint: str | None = None,
     max_sequence_tokens: int | None = None,
+    id_table: IdTable | None = None,
 ) -> TeacherModel:
     """A causal LM that is in memory, checked and ready to score.
 
@@ -239,7 +259,13 @@ def prepare(
         effective_vocab_size=effective,
         max_sequence_tokens=longest,
         head=_headed(causal_lm),
+        id_table=id_table,
     )
+    if id_table is not None and id_table.vocab_size != vocab_size:
+        raise ModelError(
+            f"{ID_TABLE_NAME} is for a vocabulary of {id_table.vocab_size} ids, the model has "
+            f"{vocab_size}. Fit it again with teacher-server fit-ids, or delete it."
+        )
     _check_head(model)
     return model
 

@@ -145,6 +145,7 @@ class Replica:
             score=self._score,
             encoder=self._encoder,
             teacher_fingerprint=self._fingerprint,
+            id_table=self.model.id_table,
             metrics=self.metrics,
         )
         self.metrics.watch(
@@ -287,6 +288,7 @@ class Replica:
             device=str(model.device),
             attention=model.attention,
             format_versions=[FORMAT_VERSION],
+            id_tables=[] if model.id_table is None else [model.id_table.digest],
             server_version=metadata.version("logitstream"),
         )
 

@@ -17,7 +17,7 @@ import grpc
 import xxhash
 from torch import Tensor
 
-from logit_codec import CodecError, Targets, encode_parts
+from logit_codec import CodecError, IdTable, Targets, encode_parts
 from protos import teacher_pb2, teacher_pb2_grpc
 from protos.check import answer_check, request_digest
 from teacher_server.admission import Admission, Admitted
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 PART_SLACK_NBYTES = 1024
 """Room in a part for everything beside its payload."""
+ERROR_METADATA = "logitstream-error-bin"
 LEVELS = {
     teacher_pb2.LEVEL_UNSPECIFIED: 1,
     teacher_pb2.LEVEL_INTERACTIVE: 0,
@@ -70,6 +71,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         score: Score,
         encoder: Executor,
         teacher_fingerprint: str,
+        id_table: IdTable | None,
         metrics: Metrics,
     ) -> None:
         self._describe = describe
@@ -78,6 +80,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self._score = score
         self._encoder = encoder
         self._fingerprint = teacher_fingerprint
+        self._id_table = id_table
         self._metrics = metrics
         self._room = ProcessRoom(admission.limits.max_answers_nbytes)
         metrics.watch("teacher_streams", "Open Score streams.", lambda: self._room.num_streams)
@@ -101,6 +104,26 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self, request: teacher_pb2.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> teacher_pb2.TeacherInfo:
         return self._describe()
+
+    async def FetchIdTable(
+        self, request: teacher_pb2.FetchIdTableRequest, context: grpc.aio.ServicerContext
+    ) -> teacher_pb2.FetchIdTableResponse:
+        table = self._id_table
+        if table is None or request.digest != table.digest:
+            refused = RequestRefused(
+                grpc.StatusCode.NOT_FOUND,
+                "UNKNOWN_ID_TABLE",
+                f"there is no id table {request.digest.hex() or '(empty)'} here; Describe names "
+                "those that are.",
+                field="digest",
+            )
+            error = _error_message(refused, None, None)
+            await context.abort(
+                refused.code,
+                error.message,
+                ((ERROR_METADATA, error.SerializeToString()),),
+            )
+        return teacher_pb2.FetchIdTableResponse(data=table.to_bytes())
 
     async def Score(
         self,
@@ -194,7 +217,9 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
 
     def _encode(self, item: Admitted, scored: Scored) -> list[tuple[int, int, bytes]]:
         limit = self._admission.limits.max_part_nbytes - PART_SLACK_NBYTES
-        return list(encode_parts(scored.targets, item.wanted.spec, max_nbytes=limit))
+        return list(
+            encode_parts(scored.targets, item.wanted.spec, max_nbytes=limit, id_table=item.id_table)
+        )
 
     async def _fail(
         self,
