@@ -13,6 +13,7 @@ from student_trainer.errors import (
     TeacherOverloaded,
     TeacherTimeout,
     TeacherUnavailable,
+    UnsuitableTargets,
 )
 from student_trainer.local import LocalTeacher
 from student_trainer.losses import distillation_loss
@@ -34,6 +35,7 @@ __all__ = [
     "TeacherOverloaded",
     "TeacherTimeout",
     "TeacherUnavailable",
+    "UnsuitableTargets",
     "connect",
     "distillation_loss",
     "prefetch",

@@ -7,6 +7,7 @@
     |-- AccessDenied(PermissionError)          UNAUTHENTICATED, PERMISSION_DENIED: not retried
     |-- InvalidRequest(ValueError)             INVALID_ARGUMENT: not retried
     |-- IncompatibleTeacher(ValueError)        at connect, FAILED_PRECONDITION: not retried
+    |-- UnsuitableTargets(ValueError)          the kind of targets cannot express the loss
     |-- TargetsCorrupt                         DATA_LOSS, a digest that differs: retried, then raised
     |-- TeacherInternalError                   INTERNAL: not retried
     |-- ForkedClient(RuntimeError)             the client was made in another process
@@ -42,6 +43,10 @@ class InvalidRequest(TeacherError, ValueError):
 
 class IncompatibleTeacher(TeacherError, ValueError):
     """Another teacher, tokenizer or format version than this trainer needs."""
+
+
+class UnsuitableTargets(TeacherError, ValueError):
+    """The kind of targets cannot express the loss; the message says which kind can."""
 
 
 class TargetsCorrupt(TeacherError):

@@ -7,10 +7,13 @@ the temperature of the targets.
 import torch
 from torch import Tensor
 
-from logit_codec import DenseTargets, Targets, TopKTargets
+from logit_codec import DenseTargets, SampledTargets, Targets, TopKTargets
+from student_trainer.errors import UnsuitableTargets
 
 IGNORE_INDEX = -100
 DIVERGENCES = ("forward_kl",)
+NOT_LINEAR = ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation")
+"""Divergences that are not linear in p, which an unbiased estimate of p says nothing unbiased about."""
 
 
 def distillation_loss(
@@ -31,13 +34,18 @@ def distillation_loss(
     logits: (R, V) of the student for exactly the target rows, before any temperature. `dense`
     targets give the exact KL(p || q). `top_k` targets give the KL over their entries and one
     bucket for everything else on both sides, a lower bound of the full KL with gradient q - p on
-    the entries. labels: (R,) int64, -100 to leave the cross-entropy of a row out. mask: (R,) bool,
+    the entries. `sampled` targets give an unbiased estimate of the full KL, with gradient
+    q - counts / N, if they carry the teacher's entropy; without it the entropy is left out, and the
+    value is the cross-entropy of the draws: larger by what does not depend on the student, with the
+    same gradient. (The entropy of the draws themselves would be a biased one.) labels: (R,) int64, -100 to leave the cross-entropy of a row out. mask: (R,) bool,
     rows that count. temperature_scaling multiplies the divergence by T^2 (Hinton et al. 2015,
     section 2), which keeps its gradient in proportion to the cross-entropy's. reduction: "mean"
     divides by the counted rows, or by `num_items` if given (trained tokens of the whole
     accumulation window); "sum"; "none" gives (R,).
 
-    Raises ValueError for shapes that do not fit and for a divergence the targets cannot express.
+    Raises ValueError for shapes that do not fit and for an unknown divergence, and UnsuitableTargets
+    (also a ValueError) for one that the kind of targets cannot express. The temperature is that of
+    the targets; for another one, ask the teacher for it.
     """
     _check(logits, targets, divergence, reduction)
     num_rows = targets.num_rows
@@ -76,6 +84,12 @@ def distillation_loss(
 
 
 def _check(logits: Tensor, targets: Targets, divergence: str, reduction: str) -> None:
+    if isinstance(targets, SampledTargets) and divergence in NOT_LINEAR:
+        raise UnsuitableTargets(
+            f"{divergence} cannot be estimated from sampled targets: it is not linear in the "
+            "teacher's probabilities. Use divergence='forward_kl', or ask the teacher for "
+            "targets='top_k:min_p=1/256,max_k=128'."
+        )
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
     if reduction not in ("mean", "sum", "none"):
@@ -94,6 +108,13 @@ def _check(logits: Tensor, targets: Targets, divergence: str, reduction: str) ->
 
 def _forward_kl(scaled: Tensor, targets: Targets) -> Tensor:
     """(R, V) logits / T and targets -> (R,) KL(p || q)."""
+    if isinstance(targets, SampledTargets):
+        rows = targets.entry_rows()
+        share_E = targets.counts.to(scaled.dtype) / targets.num_draws
+        mean_R = scaled.new_zeros(targets.num_rows)
+        mean_R = mean_R.index_add(0, rows, share_E * scaled[rows, targets.token_ids])
+        cross_entropy_R = scaled.logsumexp(1) - mean_R
+        return cross_entropy_R if targets.entropy is None else cross_entropy_R - targets.entropy
     logq_RV = scaled.log_softmax(1)
     if isinstance(targets, DenseTargets):
         logp_RV = targets.logprobs.to(scaled.dtype)

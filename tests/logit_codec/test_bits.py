@@ -56,3 +56,47 @@ def test_a_width_outside_1_to_32_is_refused(width):
         bits.pack(torch.tensor([1]), width)
     with pytest.raises(ValueError, match=f"width must be 1 to 32, got {width}"):
         bits.unpack(torch.zeros(2, dtype=torch.int32), 1, width)
+
+
+@given(
+    numbers=st.lists(
+        st.integers(0, 32).flatmap(lambda w: st.tuples(st.just(w), st.integers(0, (1 << w) - 1))),
+        max_size=80,
+    )
+)
+@settings(deadline=None, max_examples=150)
+def test_numbers_of_any_widths_are_one_string_of_bits(numbers):
+    widths = torch.tensor([width for width, _ in numbers], dtype=torch.int64)
+    values = torch.tensor([value for _, value in numbers], dtype=torch.int64)
+    words = bits.pack_varying(values, widths)
+    string, at = 0, 0
+    for width, value in numbers:
+        string |= value << at
+        at += width
+    assert len(words) == -(-at // 32)
+    assert little_endian(words) == string
+    first = widths.cumsum(0) - widths
+    assert bits.unpack_varying(words, first, widths).tolist() == values.tolist()
+
+
+@given(st.lists(st.booleans(), max_size=200), st.data())
+@settings(deadline=None, max_examples=100)
+def test_ones_are_found_where_they_were_put(string, data):
+    positions = torch.tensor([i for i, bit in enumerate(string) if bit], dtype=torch.int64)
+    words = bits.pack_ones(positions, len(string))
+    assert len(words) == -(-len(string) // 32)
+    assert bits.find_ones(words).tolist() == positions.tolist()
+    first = data.draw(st.integers(0, len(string)))
+    count = data.draw(st.integers(0, len(string) - first))
+    assert bits.unpack_bits(words, first, count).tolist() == string[first : first + count]
+
+
+def test_long_planes_are_read_in_pieces(monkeypatch):
+    values = torch.arange(1000) % 17
+    widths = torch.full((1000,), 5)
+    words = bits.pack_varying(values, widths)
+    ones = bits.pack_ones(values.cumsum(0) + torch.arange(1000), 10_000)
+    whole = bits.find_ones(ones)
+    monkeypatch.setattr(bits, "PIECE", 64)
+    assert torch.equal(bits.unpack_varying(words, widths.cumsum(0) - widths, widths), values)
+    assert torch.equal(bits.find_ones(ones), whole)

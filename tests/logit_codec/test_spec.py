@@ -5,13 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logit_codec import DenseSpec, TargetSpec, TopKSpec, parse_targets
+from logit_codec import DenseSpec, SampledSpec, TargetSpec, TopKSpec, parse_targets
 from logit_codec.spec import CODE_BITS, KINDS
 
 DOCUMENTED = {
     "top_k:64": TopKSpec(64),
     "top_k:64,bits=16": TopKSpec(64, bits=16),
     "top_k:min_p=1/256,max_k=128,bits=7": TopKSpec(128, min_p=1 / 256, bits=7),
+    "sampled": SampledSpec(64),
+    "sampled:256": SampledSpec(256),
+    "sampled:16,realized=0,log_z=1": SampledSpec(16, realized=False, log_z=True),
     "dense:f32": DenseSpec(32),
     "dense:bf16": DenseSpec(16),
     "top_k:64,realized=0": TopKSpec(64, realized=False),
@@ -33,6 +36,8 @@ def test_what_is_left_out_of_a_string_is_the_default_of_the_spec():
     spec = parse_targets("top_k:64")
     assert (spec.k, spec.min_p, spec.bits) == (64, 0.0, 7)
     assert (spec.realized, spec.entropy, spec.log_z) == (True, False, True)
+    spec = parse_targets("sampled")
+    assert (spec.n, spec.realized, spec.entropy, spec.log_z) == (64, True, False, False)
 
 
 def test_spaces_and_the_order_of_options_do_not_matter():
@@ -61,6 +66,7 @@ SPECS = st.one_of(
         bits=st.sampled_from(CODE_BITS),
         **FLAGS,
     ),
+    st.builds(SampledSpec, n=st.integers(1, 65_536), **FLAGS),
     st.builds(DenseSpec, bits=st.sampled_from((16, 32)), **FLAGS),
 )
 
@@ -77,6 +83,8 @@ def test_a_string_names_only_the_flags_that_differ_from_the_default():
     assert str(TopKSpec(64, entropy=True, log_z=False)) == "top_k:64,bits=7,entropy=1,log_z=0"
     assert str(TopKSpec(9, min_p=0.25, bits=5)) == "top_k:min_p=0.25,max_k=9,bits=5"
     assert str(DenseSpec(16, realized=False)) == "dense:bf16,realized=0"
+    assert str(SampledSpec()) == "sampled:64"
+    assert str(SampledSpec(16, log_z=True)) == "sampled:16,log_z=1"
 
 
 BITS = "5, 6, 7, 8, 16"
@@ -87,10 +95,14 @@ OPTIONS = "realized=0|1, entropy=0|1, log_z=0|1"
 @pytest.mark.parametrize(
     ("text", "got", "allowed"),
     [
-        ("", "''", "top_k, dense"),
-        ("topk:64", "'topk'", "top_k, dense"),
-        ("64", "'64'", "top_k, dense"),
-        ("TOP_K:64", "'TOP_K'", "top_k, dense"),
+        ("", "''", "sampled, top_k, dense"),
+        ("topk:64", "'topk'", "sampled, top_k, dense"),
+        ("64", "'64'", "sampled, top_k, dense"),
+        ("TOP_K:64", "'TOP_K'", "sampled, top_k, dense"),
+        ("sampled:x", "'x'", "whole number"),
+        ("sampled:0", "got 0", "between 1 and 65536"),
+        ("sampled:65537", "got 65537", "between 1 and 65536"),
+        ("sampled:64,bits=7", "'bits'", OPTIONS),
         ("top_k:x", "'x'", "whole number"),
         ("top_k:6.5", "'6.5'", "whole number"),
         ("top_k:0", "got 0", TOP_K_RANGE),
@@ -139,7 +151,21 @@ def test_a_bad_string_is_refused_with_what_was_got_and_what_is_allowed(text, got
     st.text(max_size=40)
     | st.lists(
         st.sampled_from(
-            ["top_k", "dense", ":", ",", "=", "64", "f32", "bits", "7", "min_p", "1/4", "max_k"]
+            [
+                "top_k",
+                "sampled",
+                "dense",
+                ":",
+                ",",
+                "=",
+                "64",
+                "f32",
+                "bits",
+                "7",
+                "min_p",
+                "1/4",
+                "max_k",
+            ]
         ),
         max_size=9,
     ).map("".join)
@@ -168,6 +194,7 @@ def test_a_k_that_is_too_large_is_refused_with_the_bound_it_breaks():
         (lambda: TopKSpec(4, min_p=1.1), "between 0 and 1, got 1.1"),
         (lambda: TopKSpec(4, min_p=float("nan")), "between 0 and 1, got nan"),
         (lambda: TopKSpec(4, bits=4), f"one of {BITS} for top_k, got 4"),
+        (lambda: SampledSpec(0), "between 1 and 65536 draws, got 0"),
         (lambda: DenseSpec(8), r"32 \(float32\) or 16 \(bfloat16\) for dense, got 8"),
     ],
 )

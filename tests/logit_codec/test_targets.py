@@ -5,7 +5,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from logit_codec import DenseSpec, DenseTargets, Targets, TopKSpec, TopKTargets, select
+from logit_codec import (
+    DenseSpec,
+    DenseTargets,
+    SampledTargets,
+    Targets,
+    TopKSpec,
+    TopKTargets,
+    select,
+)
 
 
 def top_k(**changed) -> TopKTargets:
@@ -25,6 +33,21 @@ def top_k(**changed) -> TopKTargets:
     return TopKTargets(**fields)
 
 
+def sampled(**changed) -> SampledTargets:
+    """Three rows of 8 draws over 5 ids, with 2, 1 and 3 entries."""
+    fields = {
+        "vocab_size": 5,
+        "temperature": 1.0,
+        "num_draws": 8,
+        "row_splits": torch.tensor([0, 2, 3, 6]),
+        "token_ids": torch.tensor([0, 4, 2, 1, 2, 3]),
+        "counts": torch.tensor([6, 2, 8, 1, 4, 3]),
+        "log_z": torch.tensor([7.0, 8.0, 9.0]),
+        **changed,
+    }
+    return SampledTargets(**fields)
+
+
 def dense(**changed) -> DenseTargets:
     """Three rows over 4 ids."""
     logits = torch.arange(12.0).view(3, 4).sin()
@@ -38,7 +61,7 @@ def dense(**changed) -> DenseTargets:
     return DenseTargets(**fields)
 
 
-BOTH = pytest.mark.parametrize("make", [top_k, dense])
+EACH = pytest.mark.parametrize("make", [top_k, sampled, dense])
 
 
 def same(a: Targets, b: Targets) -> bool:
@@ -54,13 +77,13 @@ def same(a: Targets, b: Targets) -> bool:
     )
 
 
-@BOTH
+@EACH
 def test_len_is_the_number_of_rows(make):
     targets = make()
     assert len(targets) == targets.num_rows == 3
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("rows", [slice(a, b) for a in range(-4, 5) for b in (*range(-4, 5), None)])
 def test_a_slice_has_the_rows_that_a_list_would_have(make, rows):
     targets = make()
@@ -90,7 +113,7 @@ def test_a_slice_shares_the_values_of_what_it_was_cut_from():
         assert targets[1:].logprobs.untyped_storage().data_ptr() == storage
 
 
-@BOTH
+@EACH
 def test_only_slices_in_steps_of_one_are_rows(make):
     targets = make()
     with pytest.raises(TypeError, match=r"targets\[2:5\], got 1"):
@@ -101,7 +124,7 @@ def test_only_slices_in_steps_of_one_are_rows(make):
         targets[::-1]
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2), (0, 3), (0, 0, 1, 1, 3)])
 def test_cat_puts_the_slices_together_again(make, cuts):
     targets = make()
@@ -141,7 +164,7 @@ def test_cat_refuses_dense_parts_of_different_width():
             Targets.cat(parts)
 
 
-@BOTH
+@EACH
 def test_to_moves_every_tensor(make):
     moved = make().to("meta")
     assert moved.device.type == "meta"
@@ -254,10 +277,34 @@ def test_a_tensor_without_dimensions_is_a_value_error_too(make, name):
         make(**{name: value})
 
 
-@BOTH
+@EACH
 def test_targets_without_rows_are_targets(make):
     empty = make()[:0]
     assert len(empty) == 0
     assert empty.to_dense().shape == (0, empty.vocab_size)
     assert same(Targets.cat([empty, make(), empty]), make())
     assert repr(empty).startswith(f"{type(empty).__name__}(0 rows")
+
+
+def test_to_dense_of_draws_is_counts_over_draws():
+    expected = [[0.75, 0, 0, 0, 0.25], [0, 0, 1, 0, 0], [0, 0.125, 0.5, 0.375, 0]]
+    assert sampled().to_dense().tolist() == expected
+
+
+def test_cat_refuses_different_numbers_of_draws():
+    with pytest.raises(ValueError, match="different num_draws: 8, 9"):
+        Targets.cat([sampled(), sampled(num_draws=9)])
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"num_draws": 0}, "num_draws must be 1 to 65536, got 0"),
+        ({"num_draws": 65_537}, "got 65537"),
+        ({"counts": torch.ones(6)}, "counts must be torch.int64"),
+        ({"counts": torch.ones(5, dtype=torch.int64)}, r"of shape \(6,\)"),
+    ],
+)
+def test_draws_that_do_not_fit_are_refused(changed, why):
+    with pytest.raises(ValueError, match=why):
+        sampled(**changed)

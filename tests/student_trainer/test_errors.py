@@ -28,6 +28,7 @@ def test_errors_survive_pickling(kind):
         (errors.AccessDenied, PermissionError),
         (errors.InvalidRequest, ValueError),
         (errors.IncompatibleTeacher, ValueError),
+        (errors.UnsuitableTargets, ValueError),
         (errors.ForkedClient, RuntimeError),
     ],
 )

@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from logit_codec import DenseTargets, Targets, TopKTargets, parse_targets, select
-from student_trainer import distillation_loss
+from logit_codec import (
+    DenseTargets,
+    SampledTargets,
+    Targets,
+    TopKTargets,
+    parse_targets,
+    select,
+)
+from student_trainer import UnsuitableTargets, distillation_loss
 
 ROWS, VOCAB = 23, 61
 
@@ -16,7 +23,13 @@ def make(spec: str, temperature: float = 1.0, seed: int = 0) -> tuple[Tensor, Ta
     teacher = torch.randn(ROWS, VOCAB) * 3
     student = (torch.randn(ROWS, VOCAB, dtype=torch.float64) * 2).requires_grad_()
     realized = torch.randint(VOCAB, (ROWS,))
-    targets = select(teacher, parse_targets(spec), temperature=temperature, realized_ids=realized)
+    targets = select(
+        teacher,
+        parse_targets(spec),
+        temperature=temperature,
+        uniforms=torch.rand(ROWS, dtype=torch.float64),
+        realized_ids=realized,
+    )
     return student, targets, (teacher.double() / temperature).softmax(1)
 
 
@@ -77,6 +90,53 @@ def test_top_k_targets_give_the_kl_with_one_tail_bucket(spec, temperature):
         rtol=1e-9,
         atol=1e-12,
     )
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+@pytest.mark.parametrize("scaling", [True, False])
+def test_sampled_targets_give_the_cross_entropy_of_the_draws_and_its_gradient(temperature, scaling):
+    student, targets, _ = make("sampled:16", temperature)
+    scale = temperature**2 if scaling else 1.0
+    drawn = targets.to_dense().double()
+    loss = distillation_loss(student, targets, temperature_scaling=scaling)
+    logq = (student / temperature).log_softmax(1)
+    assert torch.allclose(loss, -scale * (drawn * logq).sum(1).mean(), rtol=1e-6)
+    wanted = scale / temperature * (logq.exp() - drawn) / ROWS
+    assert torch.allclose(gradient(loss, student), wanted, atol=1e-8)
+
+
+def test_sampled_targets_with_the_entropy_estimate_the_full_kl_without_bias():
+    """The mean over a grid of u is the dense KL and its gradient."""
+    student, _, p = make("dense:f32")
+    torch.manual_seed(0)
+    teacher = p.log().float()
+    repeats = 400
+    losses, gradients = [], []
+    for step in range(repeats):
+        u = torch.full((ROWS,), (step + 0.5) / repeats, dtype=torch.float64)
+        targets = select(teacher, "sampled:16,entropy=1,realized=0", uniforms=u)
+        loss = distillation_loss(student, targets)
+        losses.append(loss.detach())
+        gradients.append(gradient(loss, student))
+    full = dense_kl(student, p, 1.0).mean()
+    assert torch.allclose(torch.stack(losses).mean(), full, atol=1e-3)
+    mean = torch.stack(gradients).mean(0)
+    assert torch.allclose(mean, gradient(full, student), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "divergence", ["reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"]
+)
+def test_sampled_targets_refuse_other_divergences_and_say_what_to_use(divergence):
+    student, targets, _ = make("sampled:16")
+    with pytest.raises(UnsuitableTargets, match=rf"{divergence} .*forward_kl.*targets='top_k:"):
+        distillation_loss(student, targets, divergence=divergence)
+
+
+def test_sampled_targets_are_never_made_dense(monkeypatch):
+    student, targets, _ = make("sampled:16")
+    monkeypatch.setattr(SampledTargets, "to_dense", None)
+    gradient(distillation_loss(student, targets), student)
 
 
 def test_loss_is_a_lower_bound_of_full_kl_that_rises_with_k():
