@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logit_codec import Targets, TopKTargets
+from logit_codec import SampledTargets, Targets, TopKTargets
 from student_trainer.client import connect
 from student_trainer.streaming import Teacher
 
@@ -41,22 +41,27 @@ class CheckResult:
 def nll_by_shift(token_ids: Tensor, targets: Targets) -> dict[int, float]:
     """Mean over rows i of -log p_i(token i + shift), in nats, for each of SHIFTS.
 
-    token_ids: (L,) int64, targets: the L-1 `top_k` rows of this sequence. An id that is not kept
-    counts with an equal share of the tail.
+    token_ids: (L,) int64, targets: the L-1 rows of this sequence, of a sparse kind. An id that is
+    not kept counts with an equal share of the tail; of draws, with one of a single draw.
     """
-    if not isinstance(targets, TopKTargets):
-        raise ValueError(f"alignment is measured on top_k targets, got {targets.kind}")
+    if isinstance(targets, SampledTargets):
+        entries = (targets.counts / targets.num_draws).log()
+        tail = torch.tensor(1 / targets.num_draws).log()
+    elif isinstance(targets, TopKTargets):
+        entries, tail = targets.logprobs, targets.tail_logprob
+    else:
+        raise ValueError(f"alignment is measured on sparse targets, got {targets.kind}")
     rows = targets.entry_rows()
     kept = targets.row_splits.diff()
     others = (targets.vocab_size - kept).clamp(min=1)
-    share = (targets.tail_logprob - others.log()).clamp(min=-30.0)
+    share = (tail - others.log()).clamp(min=-30.0)
     result = {}
     for shift in SHIFTS:
         last = len(token_ids) - max(SHIFTS)
         wanted = token_ids[shift : shift + last]
         logprobs = share[:last].clone()
         hit = (rows < last) & (targets.token_ids == wanted[rows.clamp(max=last - 1)])
-        logprobs[rows[hit]] = targets.logprobs[hit]
+        logprobs[rows[hit]] = entries[hit]
         result[shift] = float(-logprobs.mean())
     return result
 
@@ -81,7 +86,7 @@ def written_by(teacher: Teacher, num_tokens: int = 24) -> Tensor:
 
 
 def check(
-    address: str, *, tokenizer: Any = None, targets: str = "top_k:64", seconds: float = 5.0
+    address: str, *, tokenizer: Any = None, targets: str = "sampled", seconds: float = 5.0
 ) -> CheckResult:
     """Connects, compares, measures for about `seconds`. Raises a TeacherError that says what is wrong."""
     with connect(address, tokenizer=tokenizer, patience_s=10.0) as teacher:

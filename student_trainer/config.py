@@ -38,7 +38,7 @@ class TrainConfig(_Section):
     """muon: Muon for the matrices of the layers, AdamW for everything else."""
     seed: int = Field(default=0, ge=0)
     """Of the student's random weights and the order of the data."""
-    targets: str = "top_k:64"
+    targets: str = "sampled"
     """What to ask the teacher for."""
     temperature: float = Field(default=1.0, gt=0)
     """Of the teacher's and the student's distributions in the distillation loss."""
@@ -65,7 +65,7 @@ class CheckConfig(_Section):
     """Folder of the student: its tokenizer is compared with the teacher's."""
     tokens: str | None = None
     """Estimate hours, bytes and disk for this many tokens, such as 1B or 300M."""
-    targets: str = "top_k:64"
+    targets: str = "sampled"
     """What to ask for."""
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON."""

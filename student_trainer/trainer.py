@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from logit_codec import Targets
+from logit_codec import SparseTargets, Targets
 from student_trainer.check import nll_by_shift
 from student_trainer.errors import ProtocolError
 from student_trainer.losses import distillation_loss
@@ -134,9 +134,9 @@ def check_alignment(input_ids: Tensor, targets: Targets) -> None:
     """Raises ProtocolError if the first sequence's targets clearly belong to other tokens.
 
     The teacher's mean NLL of token i + shift at row i must not be better for another shift than
-    for 1. Only `top_k` targets can tell.
+    for 1. Only sparse kinds can tell.
     """
-    if targets.kind != "top_k":
+    if not isinstance(targets, SparseTargets):
         return
     length = input_ids.shape[1]
     by_shift = nll_by_shift(input_ids[0].cpu(), targets[: length - 1].to("cpu"))

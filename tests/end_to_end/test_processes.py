@@ -130,7 +130,7 @@ def test_a_trainer_goes_on_after_the_service_was_killed_and_restarted(serve, mod
     for (ids, targets), sequence, wanted in zip(got, sequences, expected, strict=True):
         assert torch.equal(ids, sequence)
         assert torch.equal(targets.token_ids, wanted.token_ids)
-        assert torch.equal(targets.logprobs, wanted.logprobs)
+        assert torch.equal(targets.counts, wanted.counts)
 
 
 def test_another_teacher_on_the_same_address_is_refused(serve, model_folder, tmp_path: Path):
@@ -251,12 +251,12 @@ def test_a_poisoned_sequence_fails_alone(serve, model_folder):
             ([5, 666, 7], TeacherInternalError, ["incident"]),
         ):
             pairs = teacher.stream([good[0], bad, good[1]], ahead=3)
-            assert torch.equal(next(pairs)[1].logprobs, expected[0].logprobs)
+            assert torch.equal(next(pairs)[1].counts, expected[0].counts)
             with pytest.raises(kind) as caught:
                 next(pairs)
             assert all(word in str(caught.value) for word in words)
             assert "secret" not in str(caught.value)
-            assert torch.equal(next(teacher.stream([good[1]]))[1].logprobs, expected[1].logprobs)
+            assert torch.equal(next(teacher.stream([good[1]]))[1].counts, expected[1].counts)
     assert "planted /secret/path" in service.output()  # the operator finds the whole story
     assert service.stop() == 0
 
