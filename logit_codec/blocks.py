@@ -51,14 +51,14 @@ def block_masses(
     return sums_RB.div_(mass_R1), entropy_R
 
 
-def block_logits(logits: Tensor, rows: Tensor, blocks: Tensor) -> Tensor:
-    """(H,) rows and block numbers -> (H, BLOCK) float32 logits, -inf beyond the last column."""
-    whole = logits.shape[1] // BLOCK
-    rest = logits[:, whole * BLOCK :]
-    rest = torch.nn.functional.pad(rest, (0, BLOCK - rest.shape[1]), value=-torch.inf)
+def block_logits(logits: Tensor, rows: Tensor, blocks: Tensor, size: int = BLOCK) -> Tensor:
+    """(H,) rows and block numbers -> (H, size) float32 logits, -inf beyond the last column."""
+    whole = logits.shape[1] // size
+    rest = logits[:, whole * size :]
+    rest = torch.nn.functional.pad(rest, (0, size - rest.shape[1]), value=-torch.inf)
     if whole == 0:
         return rest[rows].float()
-    grouped = logits[:, : whole * BLOCK].unflatten(1, (whole, BLOCK))
+    grouped = logits[:, : whole * size].unflatten(1, (whole, size))
     values = grouped[rows, blocks.clamp(max=whole - 1)].float()
     last = (blocks == whole).nonzero()[:, 0]
     values[last] = rest[rows[last]].float()

@@ -130,9 +130,7 @@ def _top(
     if spec.min_p >= SMALLEST_MIN_P:
         rows_E, ids_E = _candidates(logits, shares_RB, log_z_R, spec.min_p, temperature)
     else:
-        ids_RK = _top_ids(logits.float(), most).sort(1).values
-        ids_E = ids_RK.flatten()
-        rows_E = torch.arange(num_rows, device=logits.device).repeat_interleave(most)
+        rows_E, ids_E = _likeliest(logits, most)
     logits_E = logits[rows_E, ids_E].float()
     logprobs_E = logits_E.double() / temperature - log_z_R[rows_E]
     # An id of probability 0 is no entry.
@@ -172,9 +170,34 @@ def _candidates(
     return rows_H[hit_E], blocks_H[hit_E] * BLOCK + column_E
 
 
+def _likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Rows and ids (E,), ascending: the k largest logits of each row, equal ones by lowest id.
+
+    There may be a few more. At least k logits are no smaller than the k-th largest maximum of a
+    block, so no smaller one is among the k largest.
+    """
+    num_rows, num_columns = logits.shape
+    block = 1 << max(4, round(math.log2(math.sqrt(num_columns / k))))
+    if 2 * k * block < num_columns:
+        whole = num_columns // block * block
+        maxima = logits[:, :whole].unflatten(1, (-1, block)).amax(2)
+        if whole < num_columns:
+            maxima = torch.cat([maxima, logits[:, whole:].amax(1, keepdim=True)], 1)
+        least_R1 = maxima.topk(k).values[:, -1:]
+        rows_H, blocks_H = (maxima >= least_R1).nonzero(as_tuple=True)
+        # With many equal logits that would be most of the vocabulary.
+        if len(rows_H) <= 2 * k * num_rows:
+            values_HW = block_logits(logits, rows_H, blocks_H, block)
+            hit_E, column_E = (values_HW >= least_R1.float()[rows_H]).nonzero(as_tuple=True)
+            return rows_H[hit_E], blocks_H[hit_E] * block + column_E
+    ids_RK = _top_ids(logits.float(), k).sort(1).values
+    return torch.arange(num_rows, device=logits.device).repeat_interleave(k), ids_RK.flatten()
+
+
 def _rank_in_row(rows_E: Tensor, values_E: Tensor) -> Tensor:
     """(E,): how many entries of its row, which are together, stand before each by value, then id."""
-    by_value = values_E.sort(descending=True, stable=True).indices
+    # + 0.0 makes -0.0 equal to 0.0.
+    by_value = (values_E + 0.0).sort(descending=True, stable=True).indices
     order = by_value[rows_E[by_value].sort(stable=True).indices]
     first_E = torch.searchsorted(rows_E, rows_E)
     rank_E = torch.empty_like(rows_E)

@@ -1,0 +1,290 @@
+"""What each way to keep a distribution costs, and what it does to the gradient.
+
+Run `python -m benchmarks.codec` (about 5 minutes on one core; --quick takes one) or with
+`--device cuda`. The distributions are those of benchmarks/distributions.py.
+
+    bytes     per token: a container of 1,024 rows, header and digest included
+    error     root mean square over tokens of |g^ - g|, over that of |g|, g = q - p the gradient of
+              the full KL on the student's logits and g^ what the targets give
+    angle     between the sums of g^ and of g over all tokens, degrees
+    bias      the error of the mean of R draws of the same tokens
+    encode    tokens/s, logits to bytes, one thread on the CPU; `topk` is torch.topk(64) of them
+    decode    tokens/s, bytes to targets, on the CPU
+    id bits   per kept id; `floor`: over what the ids' average frequencies alone would allow, each id
+              kept independently with its frequency in the rows that the table was fitted to
+
+`published` rows are our reimplementation of a published format, from its public description; they
+have no encoder here, so no speed.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.distributions import Chunk, Distributions, entropies
+from logit_codec import (
+    IdTable,
+    SparseTargets,
+    Targets,
+    TopKTargets,
+    decode,
+    encode,
+    expected_inclusions,
+    fit_id_table,
+    parse_targets,
+    select,
+)
+from logit_codec.ids import code_ids
+
+SETTINGS = ((32_768, 1.5, 2.0), (262_144, 2.4, 1.5))  # vocabulary, entropy in nats, noise
+OURS = (
+    "dense:f32,log_z=0",
+    "top_k:64,log_z=0",
+    "top_k:min_p=1/256,max_k=128,log_z=0",
+    "sampled:16",
+    "sampled:64",
+    "sampled:256",
+)
+
+
+@dataclass(eq=False)
+class Row:
+    """One line of the table, and what was added up for it."""
+
+    name: str
+    gradient: Callable[[Chunk, Tensor, Tensor], tuple[Tensor, float]]
+    """Chunk, student's probabilities, uniforms -> (C, V) gradient; bytes of all rows, if known."""
+    spec: str | None = None
+    table: IdTable | None = None
+    random: bool = False
+    nbytes: float = 0.0
+    squared: float = 0.0
+    total: Tensor | float = 0.0
+    bias: float = 0.0
+    kept: list[Targets] = field(default_factory=list)
+
+
+def main() -> None:
+    """Measures and prints a table for each vocabulary."""
+    parser = argparse.ArgumentParser(description="What each way to keep a distribution costs.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="the small vocabulary and few rows")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for setting in SETTINGS[:1] if args.quick else SETTINGS:
+        measure(*setting, args.device, *((256, 512, 16) if args.quick else (1024, 4096, 256)))
+
+
+@torch.inference_mode()
+def measure(
+    vocab_size: int,
+    entropy: float,
+    noise: float,
+    device: str,
+    num_rows: int,
+    fit_rows: int,
+    draws: int,
+) -> None:
+    """One table. The id table is fitted to rows that are not measured."""
+    source = Distributions(vocab_size, entropy, noise, device)
+    frequency = torch.zeros(vocab_size, dtype=torch.float64)
+    inclusions = torch.zeros(vocab_size, dtype=torch.float64)
+    for chunk in source.chunks(2048, fit_rows):
+        inclusions += expected_inclusions(chunk.logits)
+        frequency += chunk.logits.softmax(1).sum(0).cpu() / fit_rows
+    table = fit_id_table(inclusions, fit_rows)
+
+    rows = [Row("published: top-k 64, ids and f32, zero", partial(raw, normalise=False))]
+    rows += [Row("published: top-k 64, renormalised", partial(raw, normalise=True))]
+    rows += [Row("published: RS-KD, 50 draws, 25 bits", rs_kd, random=True)]
+    rows += [Row("published: DistillKit k=128, zero", partial(distillkit, tail_bucket=False))]
+    rows += [Row("published: DistillKit k=128, tail", partial(distillkit, tail_bucket=True))]
+    for text in OURS:
+        for with_table in (None, table) if "dense" not in text else (None,):
+            name = text + (" +table" if with_table else "")
+            rows.append(Row(name, ours(text), text, with_table, random="sampled" in text))
+
+    squared = kl = mean_entropy = 0.0
+    total = torch.zeros(vocab_size, dtype=torch.float64, device=device)
+    generator = torch.Generator().manual_seed(0)
+    for number, chunk in enumerate(source.chunks(0, num_rows)):
+        p, q = chunk.logits.softmax(1), chunk.student.softmax(1)
+        g = q - p
+        squared += float(g.square().sum())
+        total += g.sum(0)
+        kl += float((p * (chunk.logits.log_softmax(1) - chunk.student.log_softmax(1))).sum())
+        mean_entropy += float(entropies(chunk.logits).sum())
+        u = torch.rand(len(g), generator=generator, dtype=torch.float64)
+        for row in rows:
+            found, nbytes = row.gradient(chunk, q, u.to(device))
+            row.nbytes += nbytes
+            row.squared += float((found - g).square().sum())
+            row.total += found.sum(0, dtype=torch.float64)
+            if row.spec and (number == 0 or "dense" not in row.spec):
+                row.kept.append(kept(chunk, row.spec, u.to(device)).to("cpu"))
+        if number == 0:
+            few = Chunk(chunk.logits[:8], chunk.student[:8], chunk.realized[:8])
+            for row in rows:
+                row.bias = bias(row, few, draws if row.random else 1)
+
+    unigram = float(torch.special.entr(frequency).sum()) / math.log(2)
+    topk, encoders = speeds(source, rows)
+    print(
+        f"\nV = {vocab_size:,}, {num_rows:,} tokens, mean entropy {mean_entropy / num_rows:.2f} nats, "
+        f"KL to the student {kl / num_rows:.2f} nats; average frequencies have {unigram:.1f} bits; "
+        f"table of {len(table.shifts)} buckets from {fit_rows:,} other rows; R = {draws}; {device}"
+    )
+    print(f"torch.topk(64): {topk:,.0f} tokens/s")
+    print(
+        f"{'':<46}{'bytes':>10}{'error':>8}{'angle':>8}{'bias':>8}{'encode':>10}{'of topk':>9}"
+        f"{'decode':>11}{'id bits':>9}{'floor':>7}"
+    )
+    for row in rows:
+        found = row.total
+        assert isinstance(found, Tensor)
+        cosine = float(found @ total / (found.norm() * total.norm()))
+        line = f"{row.name:<46}"
+        cells = [f"{row.nbytes / num_rows:10.1f}"]
+        speed = ""
+        if row.spec:
+            whole = Targets.cat(row.kept)
+            data = encode(whole, id_table=row.table)
+            cells = [f"{len(data) / len(whole):10.1f}"]
+            decoded = rate(lambda data=data: decode(data, id_tables=[table]), len(whole))
+            encoded = encoders[row.name]
+            speed = f"{encoded:10,.0f}{encoded / topk:8.2f}x{decoded:11,.0f}"
+            if isinstance(whole, SparseTargets):
+                bits, floor = id_bits(whole, row.table, inclusions)
+                speed += f"{bits:9.2f}{bits / floor:6.2f}x"
+        error = math.sqrt(row.squared / squared)
+        cells += [f"{error:8.3f}", f"{math.degrees(math.acos(min(1.0, cosine))):8.2f}"]
+        print(line + "".join(cells) + f"{row.bias:8.4f}" + speed)
+
+
+def ours(text: str) -> Callable[[Chunk, Tensor, Tensor], tuple[Tensor, float]]:
+    def gradient(chunk: Chunk, q: Tensor, u: Tensor) -> tuple[Tensor, float]:
+        targets = kept(chunk, text, u)
+        targets = decode(encode(targets)).to(q.device)
+        p = targets.to_dense()
+        if isinstance(targets, TopKTargets):
+            p = with_tail(p, q, targets.tail_logprob.exp())
+        return q - p, 0.0
+
+    return gradient
+
+
+def kept(chunk: Chunk, text: str, u: Tensor) -> Targets:
+    return select(chunk.logits, text, uniforms=u, realized_ids=chunk.realized)
+
+
+def with_tail(p: Tensor, q: Tensor, tail: Tensor) -> Tensor:
+    """The target that a tail bucket stands for: what is not kept has the student's own shape."""
+    others = q.masked_fill(p > 0, 0.0)
+    return p + others * (tail / others.sum(1).clamp(min=1e-30))[:, None]
+
+
+def raw(chunk: Chunk, q: Tensor, _: Tensor, *, normalise: bool) -> tuple[Tensor, float]:
+    """64 ids and float32 logprobs; what is not kept counts as 0, or the kept is made to sum to 1."""
+    best = chunk.logits.softmax(1).topk(64)
+    p = torch.zeros_like(q).scatter_(1, best.indices, best.values)
+    mass = p.sum(1, keepdim=True)
+    if normalise:
+        p, mass = p / mass, torch.ones_like(mass)
+    return mass * q - p, 64 * 8.0 * len(q)
+
+
+def rs_kd(chunk: Chunk, q: Tensor, _: Tensor) -> tuple[Tensor, float]:
+    """Random sampling KD (arXiv:2503.16870): N independent draws, 25 bits for each distinct id."""
+    drawn = torch.multinomial(chunk.logits.softmax(1), 50, replacement=True)
+    p = torch.zeros_like(q).scatter_add_(1, drawn, torch.full_like(drawn, 1 / 50, dtype=q.dtype))
+    return q - p, int((p > 0).sum()) * 25 / 8
+
+
+def distillkit(chunk: Chunk, q: Tensor, _: Tensor, *, tail_bucket: bool) -> tuple[Tensor, float]:
+    """The README's recommended setting of arcee-ai/DistillKit, with its default `zero` or a bucket.
+
+    k=128: ids of bits(V - 1) bits; the 16 best logprobs as bfloat16; the others by a least-squares
+    polynomial in their place, terms 0 to 4 and the square root, six float32.
+    """
+    best = chunk.logits.log_softmax(1).topk(128)
+    place = torch.arange(16, 128, dtype=torch.float64, device=q.device) / 128
+    terms = torch.stack([place**power for power in (0, 1, 2, 3, 4, 0.5)], 1)
+    curve = best.values[:, 16:].double()
+    fitted = curve @ torch.linalg.pinv(terms).T @ terms.T
+    logprobs = torch.cat([best.values[:, :16].bfloat16().float(), fitted.float()], 1)
+    p = torch.zeros_like(q).scatter_(1, best.indices, logprobs.exp())
+    mass = p.sum(1, keepdim=True)
+    width = (q.shape[1] - 1).bit_length()
+    nbytes = (math.ceil(128 * width / 8) + 16 * 2 + 6 * 4) * len(q)
+    if tail_bucket:
+        return q - with_tail(p, q, (1 - mass[:, 0]).clamp(min=0.0)), nbytes
+    return mass * q - p, nbytes
+
+
+def bias(row: Row, chunk: Chunk, draws: int) -> float:
+    """|mean of g^ - g| over |g| for a few tokens; the draws have independent u."""
+    p, q = chunk.logits.softmax(1), chunk.student.softmax(1)
+    generator = torch.Generator().manual_seed(1)
+    mean = torch.zeros_like(q)
+    for _ in range(draws):
+        u = torch.rand(len(q), generator=generator, dtype=torch.float64).to(q.device)
+        mean += row.gradient(chunk, q, u)[0] / draws
+    return float((mean - (q - p)).norm() / (q - p).norm())
+
+
+def speeds(source: Distributions, rows: list[Row]) -> tuple[float, dict[str, float]]:
+    """Tokens/s of torch.topk(64) and of each of our encoders, on the same logits."""
+    chunk = source.chunk(0, (64 << 20) // (4 * source.vocab_size))
+    size = len(chunk.logits)
+    u = torch.rand(size, dtype=torch.float64, device=source.device)
+    topk = rate(lambda: chunk.logits.topk(64), size)
+    found = {}
+    for row in rows:
+        if row.spec:
+            spec = parse_targets(row.spec)
+            table = row.table.to(source.device) if row.table else None
+
+            def work(spec=spec, table=table) -> bytes:
+                targets = select(chunk.logits, spec, uniforms=u, realized_ids=chunk.realized)
+                return encode(targets, id_table=table)
+
+            found[row.name] = rate(work, size)
+            topk = max(topk, rate(lambda: chunk.logits.topk(64), size))
+    return topk, found
+
+
+def rate(work: Callable[[], object], num_tokens: int, repeats: int = 5) -> float:
+    """Tokens/s, from the median of a few runs."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return num_tokens / sorted(times[1:])[repeats // 2]
+
+
+def id_bits(
+    targets: SparseTargets, table: IdTable | None, inclusions: Tensor
+) -> tuple[float, float]:
+    """Bits per id as written, and by the ids' average frequencies alone."""
+    num_rows, num_ids = targets.num_rows, len(targets.token_ids)
+    if table is None:
+        table = IdTable.identity(targets.vocab_size, num_rows, num_ids)
+    coded = code_ids(table, targets.entry_rows(), targets.token_ids, num_rows)
+    written = (coded.num_cells + num_ids + int(coded.widths.sum())) / num_ids
+    chance = (inclusions * (num_ids / num_rows / inclusions.sum())).clamp(1e-12, 1 - 1e-9)
+    odds = chance.log() - (-chance).log1p()
+    floor = -float(odds[targets.token_ids].sum() + num_rows * (-chance).log1p().sum())
+    return written, floor / num_ids / math.log(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Distributions of a trained teacher over vocabularies of the usual sizes, for the benchmarks.
+
+Letters: C rows of a chunk, V vocabulary, M parts of a token.
+
+The demo's teacher has 1,024 ids. To get V of them each id is split into M = V / 1024 parts: part j
+has a share like 1 / (j + 1) of its id, times log-normal noise of its own in each row, for which part
+comes next depends on the text. Ids are shuffled, then the temperature is set so that the mean
+entropy is the stated one. With the noise below an id's average frequency has an entropy of 10.5 bits
+(V = 32,768) and 11 bits (V = 262,144), about that of ordinary text under tokenizers of those sizes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+from examples import demo_teacher
+from student_trainer import data
+
+TEACHER = Path("runs/codec-teacher")
+STUDENT_SHARPNESS, STUDENT_NOISE = 0.7, 0.7
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Some rows of the teacher and what a student makes of them."""
+
+    logits: Tensor
+    """(C, V) float32 of the teacher, at the calibrated temperature."""
+    student: Tensor
+    """(C, V) float32: the teacher's logits flattened, with noise."""
+    realized: Tensor
+    """(C,) int64 ids drawn from the teacher."""
+
+
+class Distributions:
+    """Rows of a trained teacher, split to a vocabulary and calibrated to an entropy."""
+
+    def __init__(
+        self, vocab_size: int, entropy: float, noise: float, device: torch.device | str = "cpu"
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.noise = noise
+        self.device = torch.device(device)
+        self.source = teacher_logits()
+        self.parts = vocab_size // self.source.shape[1]
+        shuffle = torch.Generator().manual_seed(0)
+        self.order = torch.randperm(vocab_size, generator=shuffle).to(self.device)
+        self.temperature = 1.0
+        # Rows from all over the text; the mean entropy of a few dozen is within a few percent.
+        sample = torch.cat([self.chunk(first, 8).logits for first in range(0, 2048, 256)])
+        low, high = 0.05, 5.0
+        for _ in range(20):
+            self.temperature = math.sqrt(low * high)
+            if float(entropies(sample / self.temperature).mean()) < entropy:
+                low = self.temperature
+            else:
+                high = self.temperature
+
+    def chunk(self, first: int, num_rows: int) -> Chunk:
+        """The rows from number `first` on."""
+        generator = torch.Generator(self.device).manual_seed(1 + first)
+        coarse = self.source[first : first + num_rows].to(self.device)
+        share = -torch.arange(1, self.parts + 1, device=self.device).log()
+        split = torch.randn(*coarse.shape, self.parts, generator=generator, device=self.device)
+        split = split.mul_(self.noise).add_(share).add_(coarse[:, :, None]).flatten(1)
+        logits = torch.empty_like(split)
+        logits[:, self.order] = split.div_(self.temperature)
+        student = torch.randn(logits.shape, generator=generator, device=self.device)
+        student.mul_(STUDENT_NOISE).add_(logits, alpha=STUDENT_SHARPNESS)
+        realized = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+        return Chunk(logits, student, realized)
+
+    def chunks(self, first: int, num_rows: int) -> Iterator[Chunk]:
+        """The rows from `first` to first + num_rows, in chunks of about 32 MiB."""
+        size = max(1, min(num_rows, (32 << 20) // (4 * self.vocab_size)))
+        for start in range(first, first + num_rows, size):
+            yield self.chunk(start, min(size, first + num_rows - start))
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """(C, V) -> (C,) nats."""
+    return torch.special.entr(logits.softmax(1)).sum(1)
+
+
+def teacher_logits(num_rows: int = 8192) -> Tensor:
+    """(num_rows, 1024) logits of the demo's teacher on held-out text; trained if need be (1 min)."""
+    demo_teacher.build_teacher(TEACHER)
+    model = Gemma2ForCausalLM.from_pretrained(TEACHER).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(TEACHER)
+    _, held_out = demo_teacher.corpus_files()
+    sequences = data.pack(held_out, tokenizer, demo_teacher.SEQUENCE, label="held-out data")
+    needed = -(-num_rows // (demo_teacher.SEQUENCE - 1))
+    with torch.inference_mode():
+        logits = model(sequences[:needed]).logits[:, :-1].flatten(0, 1)
+    return logits[:num_rows].float().clone()
