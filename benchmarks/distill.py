@@ -1,0 +1,178 @@
+"""The demo's student trained with each kind of target, at equal steps: what each kind is worth.
+
+For every seed the demo's teacher scores each batch once, densely; every kind is then selected from
+those rows, encoded and decoded as the service and the client do, and trains a student of its own
+from the same initial weights on the same batches. Loss is held-out cross-entropy in nats per token;
+"from dense" is the distance to the student trained on the whole distribution.
+
+    python -m benchmarks.distill [--seeds 0 1 2] [--steps 150] [--picture docs/distill.png]
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from examples import demo_teacher
+from logit_codec import Targets, TopKTargets, decode, encode, parse_targets, select, uniforms
+from student_trainer import LocalTeacher, data, trainer
+from student_trainer.trainer import make_student
+
+LEARNING_RATE = 3e-2
+WARMUP = 10
+KINDS: dict[str, tuple[str | None, bool]] = {
+    "labels": (None, False),
+    "dense": ("dense:f32", False),
+    "sampled N=16": ("sampled:16", False),
+    "sampled N=64": ("sampled:64", False),
+    "sampled N=256": ("sampled:256", False),
+    "top_k 32 + tail": ("top_k:32", False),
+    "top_k p>=1/256 + tail": ("top_k:min_p=1/256,max_k=128", False),
+    "top_k 32 renormalised": ("top_k:32", True),
+}
+"""Name -> targets, and whether the tail is thrown away and the rest scaled up to 1."""
+
+
+def renormalised(targets: TopKTargets) -> TopKTargets:
+    """The usual truncation: the kept entries scaled to sum to 1, as if there were no others."""
+    kept_R = torch.log1p(-targets.tail_logprob.double().exp()).float()
+    return replace(
+        targets,
+        logprobs=targets.logprobs - kept_R[targets.entry_rows()],
+        tail_logprob=torch.full_like(targets.tail_logprob, -torch.inf),
+    )
+
+
+def targets_of(batch_BL: Tensor, dense_RV: Tensor, kind: str, seed: int) -> tuple[Targets, int]:
+    """One batch's targets of a kind, through bytes, and the size of those."""
+    wanted, drop_tail = KINDS[kind]
+    assert wanted is not None
+    spec = parse_targets(wanted)
+    positions = torch.arange(batch_BL.shape[1] - 1)
+    draws = torch.cat(
+        [
+            uniforms(
+                seed, 0, xxhash.xxh3_128_digest(ids.numpy().astype("<i4").tobytes()), positions
+            )
+            for ids in batch_BL
+        ]
+    )
+    picked = select(dense_RV, spec, uniforms=draws, realized_ids=batch_BL[:, 1:].flatten())
+    data_bytes = encode(picked, bits=getattr(spec, "bits", 7))
+    targets = decode(data_bytes)
+    if drop_tail:
+        assert isinstance(targets, TopKTargets)
+        targets = renormalised(targets)
+    return targets, len(data_bytes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What each kind of target is worth.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--teacher", type=Path, default=Path("runs/demo/teacher"))
+    parser.add_argument("--picture", type=Path, help="where a picture of the curves goes")
+    options = parser.parse_args()
+
+    import transformers
+
+    demo_teacher.build_teacher(options.teacher)
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.teacher)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.teacher)
+    teacher = LocalTeacher(model, tokenizer)
+    train_files, held_out_files = demo_teacher.corpus_files()
+    sequences = data.pack(train_files, tokenizer, demo_teacher.SEQUENCE, label="data")
+    held_out = data.pack(held_out_files, tokenizer, demo_teacher.SEQUENCE, label="held-out data")
+    runs: dict[str, list[trainer.Run]] = {kind: [] for kind in options.kinds}
+    nbytes: dict[str, float] = {}
+    for seed in options.seeds:
+        batches = list(
+            data.batches(sequences, batch_size=demo_teacher.BATCH, steps=options.steps, seed=seed)
+        )
+        dense = [
+            targets.logprobs  # type: ignore[attr-defined]
+            for _, targets in teacher.stream_batches(
+                batches, targets="dense:f32,realized=0,log_z=0"
+            )
+        ]
+        for kind in options.kinds:
+            sent = [0, 0]
+
+            def pairs(kind: str = kind, sent: list[int] = sent) -> Iterator:
+                for batch, dense_RV in zip(batches, dense, strict=True):
+                    if KINDS[kind][0] is None:
+                        yield batch, None
+                        continue
+                    targets, size = targets_of(batch["input_ids"], dense_RV, kind, seed)
+                    sent[0] += size
+                    sent[1] += targets.num_rows
+                    yield batch, targets
+
+            distils = KINDS[kind][0] is not None
+            run = trainer.train(
+                make_student(demo_teacher.student_folder(options.teacher), seed=seed, device="cpu"),
+                pairs(),
+                steps=options.steps,
+                learning_rate=LEARNING_RATE,
+                warmup_steps=WARMUP,
+                optimizer="muon",
+                kd_weight=float(distils),
+                ce_weight=float(not distils),
+                measure=lambda student: trainer.held_out_loss(student, held_out[:256]),
+                label=f"{kind}, seed {seed}",
+            )
+            runs[kind].append(run)
+            nbytes[kind] = sent[0] / max(1, sent[1])
+            print(f"{kind:24} seed {seed}  {run.held_out_loss:.3f}", flush=True)
+
+    dense_losses = [run.held_out_loss for run in runs.get("dense", [])]
+    print(f"\n{options.steps} steps, held-out loss of seeds {', '.join(map(str, options.seeds))}")
+    print(f"{'targets':24}{'bytes/token':>12}{'loss':>8}{'from dense':>12}   each seed")
+    for kind, found in runs.items():
+        losses = [run.held_out_loss for run in found]
+        distance = ""
+        if dense_losses:
+            gaps = [ours - base for ours, base in zip(losses, dense_losses, strict=True)]
+            distance = f"{statistics.mean(gaps):+.3f}"
+        size = f"{nbytes[kind]:.1f}" if nbytes[kind] else "-"
+        print(
+            f"{kind:24}{size:>12}{statistics.mean(losses):8.3f}{distance:>12}   "
+            + " ".join(f"{loss:.3f}" for loss in losses)
+        )
+    if options.picture:
+        draw(runs, options.picture)
+
+
+def draw(runs: dict[str, list[trainer.Run]], path: Path) -> None:
+    """Held-out loss against steps, the mean of the seeds, one line per kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for kind, found in runs.items():
+        steps = [step for step, _ in found[0].curve]
+        means = [
+            statistics.mean(values)
+            for values in zip(*([loss for _, loss in run.curve] for run in found), strict=True)
+        ]
+        style = "--" if kind == "labels" or "renormalised" in kind else "-"
+        axes.plot(steps, means, style, label=kind)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("held-out loss, nats per token")
+    axes.set_ylim(top=min(5.5, axes.get_ylim()[1]))
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
