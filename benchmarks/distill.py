@@ -71,6 +71,20 @@ def targets_of(batch_BL: Tensor, dense_RV: Tensor, kind: str, seed: int) -> tupl
     return targets, len(data_bytes)
 
 
+def pairs(
+    batches: list[dict[str, Tensor]], dense: list[Tensor], kind: str, seed: int, sent: list[int]
+) -> Iterator[tuple[dict[str, Tensor], Targets | None]]:
+    """The batches with their targets; adds bytes and rows to `sent`."""
+    for batch, dense_RV in zip(batches, dense, strict=True):
+        if KINDS[kind][0] is None:
+            yield batch, None
+            continue
+        targets, size = targets_of(batch["input_ids"], dense_RV, kind, seed)
+        sent[0] += size
+        sent[1] += targets.num_rows
+        yield batch, targets
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What each kind of target is worth.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -104,20 +118,10 @@ def main() -> None:
         for kind in options.kinds:
             sent = [0, 0]
 
-            def pairs(kind: str = kind, sent: list[int] = sent) -> Iterator:
-                for batch, dense_RV in zip(batches, dense, strict=True):
-                    if KINDS[kind][0] is None:
-                        yield batch, None
-                        continue
-                    targets, size = targets_of(batch["input_ids"], dense_RV, kind, seed)
-                    sent[0] += size
-                    sent[1] += targets.num_rows
-                    yield batch, targets
-
             distils = KINDS[kind][0] is not None
             run = trainer.train(
                 make_student(demo_teacher.student_folder(options.teacher), seed=seed, device="cpu"),
-                pairs(),
+                pairs(batches, dense, kind, seed, sent),
                 steps=options.steps,
                 learning_rate=LEARNING_RATE,
                 warmup_steps=WARMUP,
