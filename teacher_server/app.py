@@ -79,24 +79,28 @@ class TeacherReplica:
         self._node = ray.get_runtime_context().get_node_id()
         self._heard: dict[str, tuple[float, teacher_pb2.Replica]] = {}
         self._interval_s = TELL_S
+        self._replica: Replica | None = None
+        # It hears of the others while it loads: whom it greets as a client shall know of all.
+        self._telling = asyncio.create_task(self._tell_for_ever())
         replica = await asyncio.to_thread(
             Replica.from_config, config, service_id=service_id(self._application)
         )
+        replica.set_others(card for _, card in self._heard.values())
         await replica.start(
             config.host, 0, entry_port=config.port, advertise=config.advertised_host()
         )
+        self._replica = replica
+        await self._tell()
         if config.metrics_port is not None:
             port = _serve_metrics(replica, config.host, config.metrics_port)
             logger.info("metrics at http://%s:%d/metrics", config.host, port)
-        self._replica = replica
-        self._telling = asyncio.create_task(self._tell_for_ever())
         card = replica.card()
         logger.info("replica ready id=%s address=%s", card.id, card.address)
 
-    async def meet(self, data: bytes, node: str) -> bytes:
-        """Hears the card of another replica, and answers with its own."""
+    async def meet(self, data: bytes, node: str) -> tuple[bytes, str]:
+        """Hears the card of another replica, if it has one yet, and answers with its own."""
         self._hear(data, node)
-        return self._card()
+        return self._card(), self._node
 
     async def card(self) -> bytes:
         """The card of this replica, for the launcher."""
@@ -104,16 +108,17 @@ class TeacherReplica:
 
     async def check_health(self) -> None:
         """Called by Serve every few seconds; waits for nothing."""
-        if self._replica.is_stuck:
+        if self._replica is not None and self._replica.is_stuck:
             raise RuntimeError("a forward is stuck; this replica has to be replaced")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve: how many replicas this one's queue is worth."""
-        return {"load": self._replica.queued_tokens / self._config.target_queued_tokens}
+        queued_tokens = self._replica.queued_tokens if self._replica is not None else 0
+        return {"load": queued_tokens / self._config.target_queued_tokens}
 
     async def __del__(self) -> None:
         # Awaited by Serve when it stops a replica, for at most graceful_shutdown_timeout_s.
-        replica = getattr(self, "_replica", None)
+        replica = self._replica
         if replica is None:
             return  # still loading, or failed to
         logger.info("draining id=%s seconds=%s", replica.replica_id, self._config.drain_s)
@@ -125,19 +130,21 @@ class TeacherReplica:
         logger.info("stopped id=%s", replica.replica_id)
 
     def _card(self) -> bytes:
-        return self._replica.card().SerializeToString()
+        return b"" if self._replica is None else self._replica.card().SerializeToString()
 
     def _hear(self, data: bytes, node: str) -> None:
         card = teacher_pb2.Replica.FromString(data)
         host = card.address.rpartition(":")[0]
-        if node == self._node or not is_loopback(host):  # else: nobody here can reach it
+        # A loopback address of another machine is of no use to anybody here.
+        if card.id and (node == self._node or not is_loopback(host)):
             self._heard[card.id] = time.monotonic(), card
         self._remember()
 
     def _remember(self) -> None:
         oldest = time.monotonic() - FORGET_AFTER * self._interval_s
         self._heard = {i: heard for i, heard in self._heard.items() if heard[0] >= oldest}
-        self._replica.set_others(card for _, card in self._heard.values())
+        if self._replica is not None:
+            self._replica.set_others(card for _, card in self._heard.values())
 
     async def _tell_for_ever(self) -> None:
         while True:
@@ -153,9 +160,12 @@ class TeacherReplica:
         """
         handle = ray_serve.get_deployment_handle(DEPLOYMENT, self._application)
         with contextlib.suppress(TimeoutError, RayError, RayServeException):
-            await handle.broadcast("meet", self._card(), self._node).results_async(
+            answers = await handle.broadcast("meet", self._card(), self._node).results_async(
                 timeout_s=self._interval_s, return_exceptions=True
             )
+            for answer in answers:
+                if not isinstance(answer, BaseException):
+                    self._hear(*answer)
         self._remember()
 
 
@@ -180,7 +190,7 @@ def _serve_metrics(replica, host: str, port: int) -> int:
 
 def _log_to_stderr() -> None:
     """Ray hands the stderr of a replica to the launcher, or keeps it in a file of the cluster."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     ours = logging.getLogger("teacher_server")
     ours.handlers = [handler]
@@ -198,11 +208,16 @@ def _keep_serve_on_loopback() -> None:
 
     Serve would open it on all addresses. It is for handles that use gRPC; here there are none.
     """
-    bind = vars(serve_replica).get("add_port_to_grpc_server")
-    if bind is not None and is_loopback(ray.util.get_node_ip_address()):
-        serve_replica.add_port_to_grpc_server = lambda server, address: bind(
+    bind = serve_replica.__dict__.get("add_port_to_grpc_server")
+    if bind is not None and _on_loopback():
+        serve_replica.__dict__["add_port_to_grpc_server"] = lambda server, address: bind(
             server, address.replace("[::]", "127.0.0.1")
         )
+
+
+def _on_loopback() -> bool:
+    """Whether this Ray is of one machine, as the one is that `serve` starts."""
+    return ray.is_initialized() and is_loopback(ray.util.get_node_ip_address())
 
 
 def replicas_for_load(context: AutoscalingContext) -> tuple[int, dict]:
@@ -220,7 +235,7 @@ def build(config: ServeConfig) -> ray_serve.Application:
     threads = config.threads or _cores_per_machine(gpus, most)
     make = ray_serve.deployment(
         name=DEPLOYMENT,
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": 0 if _on_loopback() else 1, "num_gpus": gpus},
         max_ongoing_requests=1000,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
@@ -338,13 +353,13 @@ def _ray(config: ServeConfig) -> Iterator[None]:
             folder = tempfile.mkdtemp(prefix="teacher-", dir="/tmp")
             ray.init(
                 "local",
-                # Replicas take one each; Ray starts as many processes before they are needed.
-                num_cpus=(config.max_replicas or config.replicas or 1) + 1,
+                num_cpus=(config.replicas or 1) + 1,  # so many processes it starts in advance
                 object_store_memory=STORE_NBYTES,
                 include_dashboard=False,
                 logging_level=logging.WARNING,
                 _temp_dir=folder,
             )
+            logger.info("ray started address=%s", ray.get_runtime_context().gcs_address)
     except (OSError, RuntimeError, ValueError) as error:
         where = f"cannot reach Ray at {config.ray_address}" if config.ray_address else "no Ray"
         shutil.rmtree(folder, ignore_errors=True)
@@ -439,12 +454,17 @@ def _host(data: bytes) -> str:
 
 def _wait_for_the_end(name: str, stop: threading.Event) -> None:
     """Returns after a signal. Raises ServeError if the service or its cluster goes away."""
-    answered = time.monotonic()
+    answered, before = time.monotonic(), ""
     while not stop.wait(WATCH_S):
         try:
-            if name not in ray_serve.status().applications:
+            application = ray_serve.status().applications.get(name)
+            if application is None:
                 raise ServeError(f'somebody removed the service "{name}" from the cluster')
-            answered = time.monotonic()
+            states = application.deployments[DEPLOYMENT].replica_states.items()
+            now = " ".join(f"{str(state).lower()}={number}" for state, number in states if number)
+            if now != before:
+                logger.info("replicas %s", now)
+            answered, before = time.monotonic(), now
         except (RayError, RayServeException) as error:
             if time.monotonic() - answered > LOST_AFTER_S:
                 raise ServeError(f"the Ray cluster is lost: {_first_line(error)}") from error

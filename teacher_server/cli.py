@@ -21,7 +21,7 @@ import tyro
 from google.protobuf import json_format
 
 from protos import teacher_pb2, teacher_pb2_grpc
-from teacher_server.config import DescribeConfig, ServeConfig, expand_files
+from teacher_server.config import DescribeConfig, ServeConfig, expand_files, is_loopback
 from teacher_server.errors import ServeError, TeacherServerError
 
 logger = logging.getLogger(__name__)
@@ -82,21 +82,28 @@ def _serve_on_ray(config: ServeConfig) -> int:
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
     if not config.ray_address:
         os.environ.update(own_ray_environment())
+    elif is_loopback(config.ray_address.rpartition(":")[0]):
+        os.environ.update(ONE_MACHINE)
     from teacher_server import app
 
     return app.serve(config)
 
 
+# All sockets of Ray are on loopback then. It has no other switch for that: a --node-ip-address of
+# 127.0.0.1 it replaces by the machine's address.
+ONE_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
 def own_ray_environment() -> dict[str, str]:
     """How a Ray that is started here behaves; its processes inherit this."""
     return {
+        **ONE_MACHINE,
         # Without the token nobody can make this Ray run anything. It is in no argument and no file.
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # "This is one machine": all its sockets are on loopback. Ray has no other switch for it,
-        # --node-ip-address 127.0.0.1 is replaced by the machine's address.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Of all logs, only those of the replicas come to the launcher.
+        "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_DEDUP_LOGS": "0",
         "RAY_COLOR_PREFIX": "0",
         # A frozen replica keeps its GPU until it is killed.
