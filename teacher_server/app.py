@@ -76,7 +76,7 @@ class TeacherReplica:
         context = ray_serve.get_replica_context()
         self._config = config
         self._application = context.app_name
-        self._node = ray.get_runtime_context().get_node_id()
+        self._machine = ray.util.get_node_ip_address()
         self._heard: dict[str, tuple[float, teacher_pb2.Replica]] = {}
         self._interval_s = TELL_S
         self._replica: Replica | None = None
@@ -97,14 +97,17 @@ class TeacherReplica:
         card = replica.card()
         logger.info("replica ready id=%s address=%s", card.id, card.address)
 
-    async def meet(self, data: bytes, node: str) -> tuple[bytes, str]:
+    async def meet(self, data: bytes, machine: str) -> tuple[bytes, str]:
         """Hears the card of another replica, if it has one yet, and answers with its own."""
-        self._hear(data, node)
-        return self._card(), self._node
+        self._hear(data, machine)
+        return self._card(), self._machine
 
-    async def card(self) -> bytes:
-        """The card of this replica, for the launcher."""
-        return self._card()
+    async def known(self) -> list[str]:
+        """The addresses of the replicas that this one knows of, its own first: for the launcher."""
+        if self._replica is None:
+            return []
+        own = self._replica.card().address
+        return [own, *(card.address for _, card in self._heard.values() if card.address != own)]
 
     async def check_health(self) -> None:
         """Called by Serve every few seconds; waits for nothing."""
@@ -132,11 +135,11 @@ class TeacherReplica:
     def _card(self) -> bytes:
         return b"" if self._replica is None else self._replica.card().SerializeToString()
 
-    def _hear(self, data: bytes, node: str) -> None:
+    def _hear(self, data: bytes, machine: str) -> None:
         card = teacher_pb2.Replica.FromString(data)
         host = card.address.rpartition(":")[0]
         # A loopback address of another machine is of no use to anybody here.
-        if card.id and (node == self._node or not is_loopback(host)):
+        if card.id and (machine == self._machine or not is_loopback(host)):
             self._heard[card.id] = time.monotonic(), card
         self._remember()
 
@@ -160,7 +163,7 @@ class TeacherReplica:
         """
         handle = ray_serve.get_deployment_handle(DEPLOYMENT, self._application)
         with contextlib.suppress(TimeoutError, RayError, RayServeException):
-            answers = await handle.broadcast("meet", self._card(), self._node).results_async(
+            answers = await handle.broadcast("meet", self._card(), self._machine).results_async(
                 timeout_s=self._interval_s, return_exceptions=True
             )
             for answer in answers:
@@ -440,16 +443,12 @@ def _wait_until_ready(name: str, config: ServeConfig, stop: threading.Event) -> 
         if application.status == ApplicationStatus.RUNNING:
             handle = ray_serve.get_deployment_handle(DEPLOYMENT, name)
             with contextlib.suppress(TimeoutError, RayError, RayServeException):
-                cards = handle.broadcast("card").results(timeout_s=5.0)
-                if len(cards) >= (config.replicas or 1):
-                    return min(map(_host, cards))
+                known = handle.broadcast("known").results(timeout_s=5.0)
+                if min(len(known), *map(len, known)) >= (config.replicas or 1):
+                    return min(own.rpartition(":")[0] for own, *_ in known)
         if time.monotonic() - told > TELL_WAITING_S:
             told = time.monotonic()
             logger.info("waiting for replicas: %s", " ".join(filter(None, messages)) or "loading")
-
-
-def _host(data: bytes) -> str:
-    return teacher_pb2.Replica.FromString(data).address.rpartition(":")[0]
 
 
 def _wait_for_the_end(name: str, stop: threading.Event) -> None:

@@ -5,15 +5,19 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import pytest
+import torch
 
 from protos import teacher_pb2, teacher_pb2_grpc
+from student_trainer import connect
 
 VOCAB = 1001
 
@@ -41,6 +45,38 @@ def wait_for(what: Callable[[], object], seconds: float, *, step_s: float = 0.1)
         assert time.monotonic() - began < seconds, "it did not happen in time"
         time.sleep(step_s)
     return time.monotonic() - began
+
+
+@contextmanager
+def trainer(address: str, *, ahead: int = 16) -> Iterator[list[int]]:
+    """A stream that runs meanwhile; its list grows by one with each answer, errors are raised."""
+    answered: list[int] = []
+    errors: list[BaseException] = []
+    stop = threading.Event()
+
+    def train() -> None:
+        try:
+            with connect(address) as teacher:
+                sequences = iter(lambda: torch.arange(200), None)
+                for number, _ in enumerate(teacher.stream(sequences, ahead=ahead)):
+                    answered.append(number)
+                    if stop.is_set():
+                        return
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        wait_for(lambda: answered or errors, 30)
+        yield answered
+        seen = len(answered)
+        wait_for(lambda: len(answered) > seen or errors, 30)  # it still gets answers
+    finally:
+        stop.set()
+        thread.join(60)
+    assert not errors, errors[0]
+    assert answered == list(range(len(answered)))
 
 
 @dataclass

@@ -1,54 +1,18 @@
 """A service on Ray, as operators start it and as trainers see it."""
 
 import os
+import shutil
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
-from student_trainer import connect
-from tests.ray.conftest import VOCAB, Launched, describe, members, wait_for
+from tests.ray.conftest import VOCAB, Launched, describe, members, trainer, wait_for
 
 AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
 
 pytestmark = pytest.mark.ray
-
-
-@contextmanager
-def trainer(address: str, *, ahead: int = 16) -> Iterator[list[int]]:
-    """A stream that runs meanwhile; its list grows by one with each answer, errors are raised."""
-    answered: list[int] = []
-    errors: list[BaseException] = []
-    stop = threading.Event()
-
-    def train() -> None:
-        try:
-            with connect(address) as teacher:
-                sequences = iter(lambda: torch.arange(200), None)
-                for number, _ in enumerate(teacher.stream(sequences, ahead=ahead)):
-                    answered.append(number)
-                    if stop.is_set():
-                        return
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    try:
-        wait_for(lambda: answered or errors, 30)
-        yield answered
-        seen = len(answered)
-        wait_for(lambda: len(answered) > seen or errors, 30)  # it still gets answers
-    finally:
-        stop.set()
-        thread.join(60)
-    assert not errors, errors[0]
-    assert answered == list(range(len(answered)))
 
 
 def test_replicas_know_each_other_and_have_ports_of_their_own(pair: Launched) -> None:
@@ -189,6 +153,8 @@ def test_a_killed_launcher_takes_its_ray_along(launch, model_folder) -> None:
         time.sleep(seconds)
         launched.process.kill()
         launched.process.wait()
+        for folder in Path("/tmp").glob(f"teacher-*/session_*_{launched.process.pid}"):
+            shutil.rmtree(folder.parent)
         # Two agents of Ray give up after a minute only; they hold no port of ours and no device.
         wait_for(lambda one=launched: set(one.processes().values()) <= AGENTS, 15)
         wait_for(lambda one=launched: not one.processes(), 90)
