@@ -48,8 +48,8 @@ FORGET_AFTER = 5
 """Rounds after which a replica that was not heard of is no member any more."""
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 4.0
 STOP_MARGIN_S = 5.0
-LOOK_BACK_S = 10.0
-"""Autoscaling looks at the mean of so long."""
+LOOK_BACK_S = 15.0
+"""Autoscaling looks at the mean of so long; replicas report every 10 s unless told otherwise."""
 METRICS_PORTS = 64
 STORE_NBYTES = 100 << 20
 """Ray's object store, of which nothing is used here."""

@@ -147,6 +147,22 @@ def test_a_frozen_replica_is_forgotten_and_replaced(pair: Launched) -> None:
 
 
 @pytest.mark.slow
+def test_serving_goes_on_while_serves_controller_is_killed(pair: Launched) -> None:
+    before = members(pair.address)
+    title = "ray::ServeController"
+    (controller,) = (p for p, command in pair.processes().items() if command.startswith(title))
+    with trainer(pair.address) as answered:
+        os.kill(controller, signal.SIGKILL)
+        seen = len(answered)
+        wait_for(lambda: len(answered) > seen + 100, 30)
+        assert members(pair.address) == before
+        # The next one watches over the replicas as the one before did.
+        os.kill(pair.replica_pids()[0], signal.SIGKILL)
+        wait_for(lambda: len(before.keys() & members(pair.address).keys()) == 1, 30)
+        wait_for(lambda: len(members(pair.address)) == 2, 90)
+
+
+@pytest.mark.slow
 def test_a_killed_launcher_takes_its_ray_along(launch, model_folder) -> None:
     for seconds in (2.0, 6.0):
         launched = launch(model_folder("Gemma2", VOCAB), ready=False)
