@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -41,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Serve a teacher model for knowledge distillation.",
             args=arguments,
         )
-    except (ValueError, pydantic.ValidationError) as error:
+    except pydantic.ValidationError as error:
+        wrong = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
+        print(f"teacher-server: {wrong}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"teacher-server: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(
@@ -54,23 +59,57 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(config: ServeConfig) -> int:
     """Loads the teacher and serves it until a signal; returns the exit code."""
-    if not is_loopback(config.host) and not config.allow_public:
-        print(
-            f"teacher-server: {config.host} can be reached from other machines, and this version "
-            "has neither TLS nor tokens. Listen on 127.0.0.1 and use a tunnel (ssh -L), or pass "
-            "--allow-public if everyone who can reach the port may use the teacher.",
-            file=sys.stderr,
-        )
+    if problem := config.exposure():
+        print(f"teacher-server: {problem}", file=sys.stderr)
         return 2
     try:
-        check_port_free(config.host, config.port)
-        return asyncio.run(_serve_standalone(config))
+        if not config.ray_address:
+            check_port_free(config.host, config.port)
+        if config.standalone:
+            return asyncio.run(_serve_standalone(config))
+        return _serve_on_ray(config)
     except TeacherServerError as error:
         print(f"teacher-server: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("teacher-server: interrupted before it was ready", file=sys.stderr)
         return 130
+
+
+def _serve_on_ray(config: ServeConfig) -> int:
+    # Ray reads these when it is imported. The first: a thread that outlives the connection must not
+    # start another Ray, as any use of Ray does otherwise.
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+    if not config.ray_address:
+        os.environ.update(own_ray_environment())
+    elif is_loopback(config.ray_address.rpartition(":")[0]):
+        os.environ.update(ONE_MACHINE)
+    from teacher_server import app
+
+    return app.serve(config)
+
+
+# All sockets of Ray are on loopback then. It has no other switch for that: a --node-ip-address of
+# 127.0.0.1 it replaces by the machine's address.
+ONE_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+def own_ray_environment() -> dict[str, str]:
+    """How a Ray that is started here behaves; its processes inherit this."""
+    return {
+        **ONE_MACHINE,
+        # Without the token nobody can make this Ray run anything. It is in no argument and no file.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Of all logs, only those of the replicas come to the launcher.
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_COLOR_PREFIX": "0",
+        # A frozen replica keeps its GPU until it is killed.
+        "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+    }
 
 
 async def _serve_standalone(config: ServeConfig) -> int:

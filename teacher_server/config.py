@@ -60,10 +60,32 @@ class ServeConfig(_Section):
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(default=50051, ge=0, le=65535)
-    """Port to listen on; 0 takes a free one and prints it."""
+    """Port to listen on; 0 takes a free one and prints it. On Ray all replicas of a host share it,
+    and each has a port of its own beside it."""
     standalone: tyro.conf.FlagCreatePairsOff[bool] = False
-    """One replica in this process, without Ray. The only mode of this version, so it may be left
-    out."""
+    """One replica in this process, without Ray."""
+    replicas: int | None = Field(default=None, ge=1)
+    """Replicas of the teacher, one by default; with --max-replicas the least."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """What the service is called on its Ray cluster, "teacher" by default: one cluster can have
+    several."""
+    ray_address: str | None = None
+    """Ray cluster to serve on: auto for the one of this machine, or HOST:PORT of its GCS. By
+    default a Ray of its own is started here, and stopped at the end."""
+    update: tyro.conf.FlagCreatePairsOff[bool] = False
+    """With --ray-address: replace the service of this name, one replica after the other, and exit
+    when that is done; whoever started the service still owns it."""
+    gpus_per_replica: float | None = Field(default=None, ge=0.0)
+    """GPUs of one replica, parts of one too (0.5); by default 1 where the cluster has any and
+    --device allows it, else 0."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Replicas are added up to this number while requests wait, and taken away again."""
+    target_queued_tokens: int = Field(default=1 << 14, ge=1)
+    """With --max-replicas: how many tokens may wait per replica before another one is started."""
+    scale_up_after_s: float = Field(default=10.0, ge=0.0)
+    """With --max-replicas: how long too much has to wait before a replica is added."""
+    scale_down_after_s: float = Field(default=300.0, ge=0.0)
+    """With --max-replicas: how long too little has to wait before a replica is taken away."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -72,7 +94,8 @@ class ServeConfig(_Section):
     """Attention implementation of transformers; by default eager for models with an attention
     softcap and sdpa for others."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of the forward pass; by default one per core."""
+    """CPU threads of the forward pass; by default one per core, and on Ray an equal share of the
+    cores for each replica of a machine."""
     head_chunk_mib: int = Field(default=128, ge=1)
     """Size of one chunk of logits in the model's dtype, in MiB."""
     drain_s: float = Field(default=10.0, ge=0.0)
@@ -88,7 +111,8 @@ class ServeConfig(_Section):
     """Host name or address that clients are told for this replica; by default --host, or this
     machine's address if that is a wildcard."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    """Serve Prometheus metrics on this port of --host; 0 takes a free one and logs it."""
+    """Serve Prometheus metrics on this port of --host; 0 takes a free one and logs it. Replicas
+    that share a host take the next free ones."""
     allow_public: tyro.conf.FlagCreatePairsOff[bool] = False
     """Listen on an address that is not loopback. This version has neither TLS nor tokens: whoever
     reaches the port can use the teacher."""
@@ -98,6 +122,32 @@ class ServeConfig(_Section):
 
     @model_validator(mode="after")
     def _check_modes(self) -> "ServeConfig":
+        on_ray = {
+            "--replicas": self.replicas,
+            "--name": self.name,
+            "--ray-address": self.ray_address,
+            "--gpus-per-replica": self.gpus_per_replica,
+            "--max-replicas": self.max_replicas,
+        }
+        given = [flag for flag, value in on_ray.items() if value is not None]
+        if self.standalone and given:
+            raise ValueError(f"--standalone is one replica without Ray, not with {given[0]}")
+        if not self.standalone and (self.peers or self.service_id):
+            flag = "--peers" if self.peers else "--service-id"
+            raise ValueError(
+                f"{flag} is for --standalone: replicas on Ray find each other by themselves"
+            )
+        if self.update and not self.ray_address:
+            raise ValueError("--update needs the --ray-address of the cluster that has the service")
+        if self.max_replicas is not None and self.max_replicas < (self.replicas or 1):
+            raise ValueError(
+                f"--max-replicas {self.max_replicas} is less than --replicas {self.replicas}"
+            )
+        if not self.standalone and self.device.startswith("cuda:"):
+            raise ValueError(
+                f"--device {self.device} is for --standalone: Ray chooses which GPUs a replica "
+                "gets. Use --device cuda"
+            )
         if self.peers and not self.service_id:
             raise ValueError(
                 "peers need a --service-id that is the same for all of them, such as the name of "
@@ -107,6 +157,16 @@ class ServeConfig(_Section):
         if wrong:
             raise ValueError(f"peers are HOST:PORT, got {', '.join(wrong)}")
         return self
+
+    def exposure(self) -> str | None:
+        """What is wrong with where this listens, if something is."""
+        if is_loopback(self.host) or self.allow_public:
+            return None
+        return (
+            f"{self.host} can be reached from other machines, and this version has neither TLS nor "
+            "tokens. Listen on 127.0.0.1 and use a tunnel (ssh -L), or pass --allow-public if "
+            "everyone who can reach the port may use the teacher."
+        )
 
     def advertised_host(self) -> str:
         """The host part of a replica's address, for clients."""

@@ -130,3 +130,25 @@ def test_loopback_addresses_are_known(host: str) -> None:
 )
 def test_everything_else_counts_as_reachable(host: str) -> None:
     assert not is_loopback(host)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--standalone", "--replicas", "2"], "--replicas"),
+        (["--standalone", "--name", "a"], "--name"),
+        (["--standalone", "--ray-address", "auto"], "--ray-address"),
+        (["--standalone", "--max-replicas", "2"], "--max-replicas"),
+        (["--peers", "a:1", "--service-id", "x"], "--standalone"),
+        (["--service-id", "x"], "--standalone"),
+        (["--update"], "--ray-address"),
+        (["--replicas", "3", "--max-replicas", "2"], "--max-replicas"),
+        (["--device", "cuda:1"], "--device cuda"),
+        (["--name", "two words"], "name"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, words: str, capsys) -> None:
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        tyro.cli(ServeConfig, args=["--model", "m", *flags])
+    printed = capsys.readouterr()
+    assert words in str(caught.value) + printed.out + printed.err

@@ -1,0 +1,141 @@
+"""What app.py makes of a configuration, without a cluster; tests/ray has it run."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from ray import serve
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call_builder
+from ray.serve.schema import ServeDeploySchema
+
+from teacher_server import app
+from teacher_server.app import TeacherReplica, build, replicas_for_load
+from teacher_server.config import ServeConfig
+
+YAML = Path(__file__).parents[2] / "deploy" / "serve.yaml"
+
+
+def deployment(**fields) -> serve.Deployment:
+    return build(ServeConfig(model="m", **fields))._bound_deployment
+
+
+def given(application: serve.Application) -> ServeConfig:
+    (config,) = application._bound_deployment.init_args
+    return config
+
+
+def test_the_yaml_in_deploy_is_an_application_that_serve_accepts():
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(YAML.read_text()))
+    assert schema.proxy_location == "Disabled"
+    (application,) = schema.applications
+    assert application.import_path == f"{build.__module__}:{build.__name__}"
+    assert application.route_prefix is None
+    made = call_builder(build, application.args)
+    config = given(made)
+    assert isinstance(config, ServeConfig)  # not a dict, which Ray hands over if it can
+    assert (config.port, config.replicas, config.batch.max_tokens) == (50051, 2, 8192)
+    assert made._bound_deployment.num_replicas == 2
+    assert made._bound_deployment.ray_actor_options["num_gpus"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"modle": "m"}, "modle"),
+        ({"model": "m", "port": 0}, "port"),
+        ({"model": "m", "name": "x"}, "name"),
+        ({"model": "m", "standalone": True}, "standalone"),
+        ({"model": "m", "host": "0.0.0.0"}, "allow-public"),
+    ],
+)
+def test_arguments_that_make_no_application_are_refused(arguments, words: str):
+    with pytest.raises(ValueError, match=words):
+        call_builder(build, arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "gpus"),
+    [
+        ({"device": "cpu"}, 0),
+        ({"device": "auto"}, 0),  # no cluster, so none with a GPU
+        ({"device": "cuda"}, 1),
+        ({"device": "cuda", "gpus_per_replica": 0.5}, 0.5),
+        ({"gpus_per_replica": 2}, 2),
+    ],
+)
+def test_gpus_of_a_replica(fields, gpus: float):
+    assert deployment(**fields).ray_actor_options["num_gpus"] == gpus
+
+
+def test_replicas_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+
+    def threads(**fields) -> int | None:
+        return given(build(ServeConfig(model="m", **fields))).threads
+
+    assert threads() == 16
+    assert threads(replicas=3) == 5
+    assert threads(replicas=2, max_replicas=8) == 2
+    assert threads(replicas=40) == 1
+    assert threads(replicas=4, threads=7) == 7
+
+
+def test_serve_waits_for_the_drain_before_it_kills():
+    assert deployment(drain_s=30.0)._deployment_config.graceful_shutdown_timeout_s > 60
+
+
+def test_with_max_replicas_serve_scales_by_queued_tokens():
+    scaling = deployment(
+        replicas=2, max_replicas=5, scale_up_after_s=1, scale_down_after_s=2
+    )._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
+    assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (1, 2)
+    policy = scaling.policy.get_policy()  # as the controller gets it, out of its pickle
+    for loads, wanted in [({}, 0), ({"a": 0.0}, 0), ({"a": 0.2, "b": 0.3}, 1), ({"a": 3.1}, 4)]:
+        context = SimpleNamespace(aggregated_metrics={"load": loads} if loads else None)
+        assert policy(context) == replicas_for_load(context) == (wanted, {})
+
+
+def replica(**fields) -> TeacherReplica:
+    made = object.__new__(TeacherReplica)
+    made._replica = SimpleNamespace(**fields)
+    made._config = ServeConfig(model="m", target_queued_tokens=1000)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _no_destructor(monkeypatch):
+    """Serve awaits it; the garbage collector would not."""
+    monkeypatch.delattr(TeacherReplica, "__del__")
+
+
+def run(coroutine):
+    """Runs what never waits."""
+    with pytest.raises(StopIteration) as ended:
+        coroutine.send(None)
+    return ended.value.value
+
+
+def test_a_stuck_replica_is_unhealthy():
+    run(replica(is_stuck=False).check_health())
+    with pytest.raises(RuntimeError, match="stuck"):
+        replica(is_stuck=True).check_health().send(None)
+
+
+def test_the_load_of_a_replica_is_its_queue_in_targets():
+    assert run(replica(queued_tokens=2500).record_autoscaling_stats()) == {"load": 2.5}
+
+
+def test_metrics_of_replicas_on_one_host_take_ports_in_a_row():
+    taken = {9400, 9401}
+
+    def bind(host: str, port: int) -> int:
+        if port in taken:
+            raise OSError
+        taken.add(port)
+        return port
+
+    made = SimpleNamespace(metrics=SimpleNamespace(serve=bind))
+    assert [app._serve_metrics(made, "127.0.0.1", 9400) for _ in range(2)] == [9402, 9403]
+    assert app._serve_metrics(made, "127.0.0.1", 0) == 0
