@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import grpc
@@ -21,14 +22,21 @@ import tyro
 from google.protobuf import json_format
 
 from protos import teacher_pb2, teacher_pb2_grpc
-from teacher_server.config import DescribeConfig, ServeConfig, expand_files, is_loopback
-from teacher_server.errors import ServeError, TeacherServerError
+from teacher_server.config import (
+    DescribeConfig,
+    FitIdsConfig,
+    ServeConfig,
+    expand_files,
+    is_loopback,
+)
+from teacher_server.errors import ModelError, ServeError, TeacherServerError
 
 logger = logging.getLogger(__name__)
 
 Command = (
     Annotated[ServeConfig, tyro.conf.subcommand("serve", prefix_name=False)]
     | Annotated[DescribeConfig, tyro.conf.subcommand("describe", prefix_name=False)]
+    | Annotated[FitIdsConfig, tyro.conf.subcommand("fit-ids", prefix_name=False)]
 )
 
 
@@ -54,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if isinstance(command, ServeConfig):
         return serve(command)
+    if isinstance(command, FitIdsConfig):
+        return fit_ids(command)
     return describe(command)
 
 
@@ -162,6 +172,39 @@ def check_port_free(host: str, port: int) -> None:
                 f"cannot listen on {host}:{port}: {error.strerror}. Another service may be "
                 "running there; choose another port with --port, or 0 for a free one."
             ) from error
+
+
+def fit_ids(config: FitIdsConfig) -> int:
+    """Fits and writes an id table, and prints what it gained; returns the exit code."""
+    import transformers
+
+    from teacher_server import fit
+    from teacher_server.model import ID_TABLE_NAME, load
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        if not Path(config.model).is_dir():
+            raise ModelError(f"{config.model} is not a folder; the table is written into it")
+        text = config.text.read_text(encoding="utf-8", errors="replace")
+        model = load(config.model, device=config.device, dtype=config.dtype)
+        found = fit.fit_ids(model, text, max_tokens=config.max_tokens)
+        path = Path(config.model) / ID_TABLE_NAME
+        fit.save(found.table, path)
+    except TeacherServerError as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"teacher-server: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(
+        f"{path}: fitted on {found.fitted_rows} positions; {fit.SPEC} takes "
+        f"{found.fitted_nbytes:.1f} bytes per token instead of {found.identity_nbytes:.1f} on "
+        f"{found.measured_rows} others. Start the service anew to use it."
+    )
+    return 0
 
 
 def describe(config: DescribeConfig) -> int:

@@ -181,6 +181,24 @@ class ServeConfig(_Section):
                 return socket.gethostname()
 
 
+class FitIdsConfig(_Section):
+    """Fit an id table to a teacher and put it beside its weights: ids take fewer bytes with it.
+
+    The fingerprint of the teacher changes with it: services are to be started anew, and what was
+    recorded before keeps its own table."""
+
+    model: str
+    """Folder written by save_pretrained (safetensors)."""
+    text: Path
+    """Text like that which students are trained on; a few thousand tokens are enough."""
+    max_tokens: int = Field(default=4096, ge=64)
+    """How much of the text is read; half of it is fitted on, the other half measures the gain."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights and the forward pass; auto is what the model was saved in."""
+
+
 class DescribeConfig(_Section):
     """Ask a running service who it is."""
 
