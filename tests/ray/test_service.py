@@ -171,6 +171,12 @@ def test_a_killed_launcher_takes_its_ray_along(launch, model_folder) -> None:
         launched.process.wait()
         for folder in Path("/tmp").glob(f"teacher-*/session_*_{launched.process.pid}"):
             shutil.rmtree(folder.parent)
+        # Two agents of Ray would give up after a minute; they hold no port of ours and no device.
+        wait_for(lambda one=launched: set(one.processes().values()) <= AGENTS, 15)
+        for pid in launched.processes():
+            os.kill(pid, signal.SIGKILL)
+        for folder in Path("/tmp").glob(f"teacher-*/session_*_{launched.process.pid}"):
+            shutil.rmtree(folder.parent)
         # Two agents of Ray give up after a minute only; they hold no port of ours and no device.
         wait_for(lambda one=launched: set(one.processes().values()) <= AGENTS, 15)
         wait_for(lambda one=launched: not one.processes(), 90)
