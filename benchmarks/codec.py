@@ -1,6 +1,6 @@
 """What each way to keep a distribution costs, and what it does to the gradient.
 
-Run `python -m benchmarks.codec` (about 5 minutes on one core; --quick takes one) or with
+Run `python -m benchmarks.codec` (about 6 minutes on one core; --quick takes half a minute) or with
 `--device cuda`. The distributions are those of benchmarks/distributions.py.
 
     bytes     per token: a container of 1,024 rows, header and digest included
