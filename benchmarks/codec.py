@@ -1,6 +1,6 @@
 """What each way to keep a distribution costs, and what it does to the gradient.
 
-Run `python -m benchmarks.codec` (about 5 minutes on one core; --quick takes one) or with
+Run `python -m benchmarks.codec` (about 6 minutes on one core; --quick takes half a minute) or with
 `--device cuda`. The distributions are those of benchmarks/distributions.py.
 
     bytes     per token: a container of 1,024 rows, header and digest included
@@ -8,8 +8,9 @@ Run `python -m benchmarks.codec` (about 5 minutes on one core; --quick takes one
               the full KL on the student's logits and g^ what the targets give
     angle     between the sums of g^ and of g over all tokens, degrees
     bias      the error of the mean of R draws of the same tokens
-    encode    tokens/s, logits to bytes, one thread on the CPU; `topk` is torch.topk(64) of them
-    decode    tokens/s, bytes to targets, on the CPU
+    encode    tokens/s, logits (64 MiB of them) to bytes; `of topk`: over torch.topk(64) of the same
+              logits. One thread; CPU time, which busy neighbours change less than the clock
+    decode    tokens/s, bytes of 1,024 rows to targets, on the CPU
     id bits   per kept id; `floor`: over what the ids' average frequencies alone would allow, each id
               kept independently with its frequency in the rows that the table was fitted to
 
@@ -61,7 +62,6 @@ class Row:
     gradient: Callable[[Chunk, Tensor, Tensor], tuple[Tensor, float]]
     """Chunk, student's probabilities, uniforms -> (C, V) gradient; bytes of all rows, if known."""
     spec: str | None = None
-    table: IdTable | None = None
     random: bool = False
     nbytes: float = 0.0
     squared: float = 0.0
@@ -105,10 +105,7 @@ def measure(
     rows += [Row("published: RS-KD, 50 draws, 25 bits", rs_kd, random=True)]
     rows += [Row("published: DistillKit k=128, zero", partial(distillkit, tail_bucket=False))]
     rows += [Row("published: DistillKit k=128, tail", partial(distillkit, tail_bucket=True))]
-    for text in OURS:
-        for with_table in (None, table) if "dense" not in text else (None,):
-            name = text + (" +table" if with_table else "")
-            rows.append(Row(name, ours(text), text, with_table, random="sampled" in text))
+    rows += [Row(text, ours(text), text, random="sampled" in text) for text in OURS]
 
     squared = kl = mean_entropy = 0.0
     total = torch.zeros(vocab_size, dtype=torch.float64, device=device)
@@ -134,37 +131,40 @@ def measure(
                 row.bias = bias(row, few, draws if row.random else 1)
 
     unigram = float(torch.special.entr(frequency).sum()) / math.log(2)
-    topk, encoders = speeds(source, rows)
     print(
         f"\nV = {vocab_size:,}, {num_rows:,} tokens, mean entropy {mean_entropy / num_rows:.2f} nats, "
         f"KL to the student {kl / num_rows:.2f} nats; average frequencies have {unigram:.1f} bits; "
         f"table of {len(table.shifts)} buckets from {fit_rows:,} other rows; R = {draws}; {device}"
     )
-    print(f"torch.topk(64): {topk:,.0f} tokens/s")
     print(
         f"{'':<46}{'bytes':>10}{'error':>8}{'angle':>8}{'bias':>8}{'encode':>10}{'of topk':>9}"
         f"{'decode':>11}{'id bits':>9}{'floor':>7}"
     )
+    speed_chunk = source.chunk(0, (64 << 20) // (4 * vocab_size))
     for row in rows:
         found = row.total
         assert isinstance(found, Tensor)
         cosine = float(found @ total / (found.norm() * total.norm()))
-        line = f"{row.name:<46}"
-        cells = [f"{row.nbytes / num_rows:10.1f}"]
-        speed = ""
-        if row.spec:
-            whole = Targets.cat(row.kept)
-            data = encode(whole, id_table=row.table)
-            cells = [f"{len(data) / len(whole):10.1f}"]
+        quality = (
+            f"{math.sqrt(row.squared / squared):8.3f}"
+            f"{math.degrees(math.acos(min(1.0, cosine))):8.2f}{row.bias:8.4f}"
+        )
+        if row.spec is None:
+            print(f"{row.name:<46}{row.nbytes / num_rows:10.1f}{quality}")
+            continue
+        whole = Targets.cat(row.kept)
+        for used in (None, table) if isinstance(whole, SparseTargets) else (None,):
+            data = encode(whole, id_table=used)
+            encoded, topk = encode_rate(speed_chunk, row.spec, used)
             decoded = rate(lambda data=data: decode(data, id_tables=[table]), len(whole))
-            encoded = encoders[row.name]
-            speed = f"{encoded:10,.0f}{encoded / topk:8.2f}x{decoded:11,.0f}"
+            line = (
+                f"{row.name + (' +table' if used else ''):<46}{len(data) / len(whole):10.1f}"
+                f"{quality}{encoded:10,.0f}{encoded / topk:8.2f}x{decoded:11,.0f}"
+            )
             if isinstance(whole, SparseTargets):
-                bits, floor = id_bits(whole, row.table, inclusions)
-                speed += f"{bits:9.2f}{bits / floor:6.2f}x"
-        error = math.sqrt(row.squared / squared)
-        cells += [f"{error:8.3f}", f"{math.degrees(math.acos(min(1.0, cosine))):8.2f}"]
-        print(line + "".join(cells) + f"{row.bias:8.4f}" + speed)
+                bits, floor = id_bits(whole, used, inclusions)
+                line += f"{bits:9.2f}{bits / floor:6.2f}x"
+            print(line, flush=True)
 
 
 def ours(text: str) -> Callable[[Chunk, Tensor, Tensor], tuple[Tensor, float]]:
@@ -238,36 +238,29 @@ def bias(row: Row, chunk: Chunk, draws: int) -> float:
     return float((mean - (q - p)).norm() / (q - p).norm())
 
 
-def speeds(source: Distributions, rows: list[Row]) -> tuple[float, dict[str, float]]:
-    """Tokens/s of torch.topk(64) and of each of our encoders, on the same logits."""
-    chunk = source.chunk(0, (64 << 20) // (4 * source.vocab_size))
-    size = len(chunk.logits)
-    u = torch.rand(size, dtype=torch.float64, device=source.device)
-    topk = rate(lambda: chunk.logits.topk(64), size)
-    found = {}
-    for row in rows:
-        if row.spec:
-            spec = parse_targets(row.spec)
-            table = row.table.to(source.device) if row.table else None
+def encode_rate(chunk: Chunk, text: str, table: IdTable | None) -> tuple[float, float]:
+    """Tokens/s of logits to bytes, and of torch.topk(64) of the same logits just before."""
+    spec = parse_targets(text)
+    u = torch.rand(len(chunk.logits), dtype=torch.float64, device=chunk.logits.device)
+    table = table.to(chunk.logits.device) if table else None
 
-            def work(spec=spec, table=table) -> bytes:
-                targets = select(chunk.logits, spec, uniforms=u, realized_ids=chunk.realized)
-                return encode(targets, id_table=table)
+    def work() -> None:
+        encode(select(chunk.logits, spec, uniforms=u, realized_ids=chunk.realized), id_table=table)
 
-            found[row.name] = rate(work, size)
-            topk = max(topk, rate(lambda: chunk.logits.topk(64), size))
-    return topk, found
+    topk = rate(lambda: chunk.logits.topk(64), len(chunk.logits))
+    return rate(work, len(chunk.logits)), topk
 
 
 def rate(work: Callable[[], object], num_tokens: int, repeats: int = 5) -> float:
-    """Tokens/s, from the median of a few runs."""
+    """Tokens/s, from the median of a few runs: of CPU time, or of the clock where there is a GPU."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.thread_time
     times = []
     for _ in range(repeats + 1):
-        started = time.perf_counter()
+        started = clock()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return num_tokens / sorted(times[1:])[repeats // 2]
 
 
