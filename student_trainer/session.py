@@ -8,6 +8,7 @@ and up to the patience, when nobody is left. What is asked of whom is decided in
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import secrets
 import time
@@ -146,6 +147,8 @@ class Session:
     async def open(self, patience_s: float) -> teacher_pb2.TeacherInfo:
         """Finds the first address that answers within the time given, and checks the others."""
         deadline = time.monotonic() + patience_s
+        self._stuck_s = math.inf
+        """The shortest time for which a batch counted as stuck: until it ends, others are asked."""
         while not await self._reach():
             if time.monotonic() >= deadline:
                 raise self._nobody(patience_s)
@@ -253,8 +256,11 @@ class Session:
                 refusal = self._refusal(info, address, given)
                 if refusal:
                     raise IncompatibleTeacher(refusal)
-            state = _own_card(info).state
-            refusal = refusal or ("" if state == "ready" else f"the replica is {state}")
+            card = _own_card(info)
+            if card.state != "ready":
+                refusal = refusal or f"the replica is {card.state}"
+            elif self._links and card.busy_ms / 1000 > self._stuck_s:
+                refusal = refusal or f"its batch has taken {card.busy_ms / 1000:.0f} s"
             if not refusal and info.replica_id not in self._links:
                 link = _Link(info.replica_id, address, channel, time.monotonic())
         except grpc.aio.AioRpcError as error:
@@ -420,6 +426,7 @@ class Session:
         self._wake.set()
 
     # One link: requests out, answers in.
+            self._stuck_s = min(self._stuck_s, busy_s)
 
     async def _converse(self, link: _Link) -> None:
         """Sends and receives on one stream until it ends."""
