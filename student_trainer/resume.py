@@ -102,13 +102,15 @@ class Dispatch:
         """A link can take requests, first those that wait."""
         self._sent[link] = {}
         self._tokens[link] = 0
-        waiting, self._waiting = self._waiting, []
-        while waiting:
-            self._place(heapq.heappop(waiting)[1], avoid=None)
+        self._place_waiting()
 
-    def pause(self, link: Link) -> None:
-        """The link takes no further requests, but may still answer."""
-        self._paused.add(link)
+    def pause(self, link: Link, paused: bool = True) -> None:
+        """The link takes no further requests, but may still answer; False: it takes them again."""
+        if paused:
+            self._paused.add(link)
+        elif link in self._paused:
+            self._paused.discard(link)
+            self._place_waiting()
 
     def close(self, link: Link) -> int:
         """The link is lost: its unanswered requests go to others; returns how many there were."""
@@ -173,6 +175,11 @@ class Dispatch:
             sent.clear()
             self._tokens[link] = 0
         return [pending for pending in everything if not pending.future.cancelled()]
+
+    def _place_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        while waiting:
+            self._place(heapq.heappop(waiting)[1], avoid=None)
 
     def _place(self, pending: Pending, *, avoid: Link | None) -> None:
         """Gives a request to the link with the fewest outstanding tokens."""

@@ -319,9 +319,9 @@ class Session:
     def _learn(self, info: teacher_pb2.TeacherInfo) -> None:
         """Takes over who is there; replicas that drain get no more requests."""
         self._members = {card.id: card.address for card in info.replicas if card.state == "ready"}
-        for replica_id, link in self._links.items():
-            if replica_id not in self._members:
-                self._dispatch.pause(link)
+        for card in info.replicas:
+            if link := self._links.get(card.id):
+                self._dispatch.pause(link, card.state != "ready")
 
     async def _refresh(self, link: _Link) -> None:
         """Asks one replica who else is there."""
