@@ -49,6 +49,8 @@ PROBE_S = 5.0
 STALL_S = 10.0
 """A batch that takes longer than this, and four times as long as any seen, counts as stuck."""
 STALL_FACTOR = 4.0
+BUSY_FACTOR = 6.0
+"""A link without an answer is asked again after STALL_S, so many times that while it has work."""
 BACKOFF_S = (1.0, 2.0, 5.0, 15.0, 30.0)
 """How long a replica is left alone after the first, second, ... failure to reach it."""
 TELL_S = 5.0
@@ -98,6 +100,13 @@ class _Link:
     channel: grpc.aio.Channel
     heard_s: float
     outbox: "asyncio.Queue[int]" = field(default_factory=asyncio.Queue)
+    """When it last gave any sign of life."""
+    answered_s: float
+    """When its stream last brought a message, or nothing was outstanding."""
+    idle: bool = False
+    """Whether the replica said since then that it has nothing in hand."""
+    asked_again: int = 0
+    """How often it left its requests unanswered although it lives."""
     tasks: list["asyncio.Task[None]"] = field(default_factory=list)
     probe: "asyncio.Task[None] | None" = None
 
@@ -262,7 +271,8 @@ class Session:
             elif self._links and card.busy_ms / 1000 > self._stuck_s:
                 refusal = refusal or f"its batch has taken {card.busy_ms / 1000:.0f} s"
             if not refusal and info.replica_id not in self._links:
-                link = _Link(info.replica_id, address, channel, time.monotonic())
+                now = time.monotonic()
+                link = _Link(info.replica_id, address, channel, now, now)
         except grpc.aio.AioRpcError as error:
             if given and error.code() not in RETRIED:
                 kind = BY_CODE.get(error.code().value[0], ProtocolError)
@@ -370,7 +380,7 @@ class Session:
         now = time.monotonic()
         oldest = next(iter(self._dispatch.outstanding(link).values()), None)
         if oldest is None:
-            link.heard_s = now  # nobody asked it anything
+            link.heard_s = link.answered_s = now  # nobody asked it anything
             return
         if now - link.heard_s > PROBE_AFTER_S and (link.probe is None or link.probe.done()):
             link.probe = self._spawn(self._probe(link))
@@ -384,6 +394,21 @@ class Session:
         asked_s = time.monotonic()
         try:
             info = await _describe(link.channel, PROBE_S)
+        patience_s = self._stall_s() * 2**link.asked_again * (1 if link.idle else BUSY_FACTOR)
+        if now - link.answered_s > patience_s:
+            # Their requests or answers were lost on the way: a flipped bit in a number is enough.
+            unanswered = list(self._dispatch.outstanding(link).values())
+            logger.warning(
+                "%s lives and left %d requests without an answer for %.0f s, asking again",
+                link.address,
+                len(unanswered),
+                now - link.answered_s,
+            )
+            link.answered_s = now
+            link.asked_again += 1
+            self.counters.resent += len(unanswered)
+            for pending in unanswered:
+                self._dispatch.again(pending)
         except grpc.aio.AioRpcError as error:
             if link.heard_s <= asked_s:  # nothing at all came meanwhile
                 silent_s = time.monotonic() - link.heard_s
@@ -398,6 +423,7 @@ class Session:
 
     def _stall_s(self) -> float:
         """After how long a batch counts as stuck; longer each time that one did."""
+        link.idle = busy_s == 0
         return max(STALL_S * 2**self._stuck, STALL_FACTOR * self._longest_batch_s)
 
     def _lose(self, link: _Link, why: str, *, stalled: bool = False) -> None:
