@@ -74,6 +74,7 @@ RETRIED = {
     grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 """Ends of a stream after which another one is used: transport, drain, restart."""
+NO_MESSAGE = "an answer that is no message"
 
 
 @dataclass(slots=True)
@@ -99,7 +100,6 @@ class _Link:
     address: str
     channel: grpc.aio.Channel
     heard_s: float
-    outbox: "asyncio.Queue[int]" = field(default_factory=asyncio.Queue)
     """When it last gave any sign of life."""
     answered_s: float
     """When its stream last brought a message, or nothing was outstanding."""
@@ -107,6 +107,7 @@ class _Link:
     """Whether the replica said since then that it has nothing in hand."""
     asked_again: int = 0
     """How often it left its requests unanswered although it lives."""
+    outbox: "asyncio.Queue[int]" = field(default_factory=asyncio.Queue)
     tasks: list["asyncio.Task[None]"] = field(default_factory=list)
     probe: "asyncio.Task[None] | None" = None
 
@@ -146,7 +147,11 @@ class Session:
         """The first loss of a link since the last answer."""
         self._last_error = ""
         self._stuck = 0
+        self._stuck_s = math.inf
+        """The shortest time for which a batch counted as stuck: until it ends, others are asked."""
         self._longest_batch_s = 0.0
+        self._refused = 0
+        """Streams since the last answer that ended with a status that is not retried."""
 
     @property
     def replicas(self) -> list[str]:
@@ -156,8 +161,6 @@ class Session:
     async def open(self, patience_s: float) -> teacher_pb2.TeacherInfo:
         """Finds the first address that answers within the time given, and checks the others."""
         deadline = time.monotonic() + patience_s
-        self._stuck_s = math.inf
-        """The shortest time for which a batch counted as stuck: until it ends, others are asked."""
         while not await self._reach():
             if time.monotonic() >= deadline:
                 raise self._nobody(patience_s)
@@ -327,7 +330,10 @@ class Session:
         self._learn(info)
 
     def _learn(self, info: teacher_pb2.TeacherInfo) -> None:
-        """Takes over who is there; replicas that drain get no more requests."""
+        """Takes over who is there; replicas that drain get no more requests.
+
+        One that is not listed may only be out of sight of the one that was asked.
+        """
         self._members = {card.id: card.address for card in info.replicas if card.state == "ready"}
         for card in info.replicas:
             if link := self._links.get(card.id):
@@ -388,12 +394,6 @@ class Session:
             logger.warning("no answer to one request while later ones are answered, asking again")
             self.counters.resent += 1
             self._dispatch.again(oldest)
-
-    async def _probe(self, link: _Link) -> None:
-        """Loses a link whose replica is frozen, or stuck in a forward while others are ready."""
-        asked_s = time.monotonic()
-        try:
-            info = await _describe(link.channel, PROBE_S)
         patience_s = self._stall_s() * 2**link.asked_again * (1 if link.idle else BUSY_FACTOR)
         if now - link.answered_s > patience_s:
             # Their requests or answers were lost on the way: a flipped bit in a number is enough.
@@ -409,6 +409,12 @@ class Session:
             self.counters.resent += len(unanswered)
             for pending in unanswered:
                 self._dispatch.again(pending)
+
+    async def _probe(self, link: _Link) -> None:
+        """Loses a link whose replica is frozen, or stuck in a forward while others are ready."""
+        asked_s = time.monotonic()
+        try:
+            info = await _describe(link.channel, PROBE_S)
         except grpc.aio.AioRpcError as error:
             if link.heard_s <= asked_s:  # nothing at all came meanwhile
                 silent_s = time.monotonic() - link.heard_s
@@ -417,13 +423,14 @@ class Session:
         link.heard_s = time.monotonic()
         self._learn(info)
         busy_s = _own_card(info).busy_ms / 1000
+        link.idle = busy_s == 0
         if busy_s > self._stall_s() and len(self._links) > 1:
             self._stuck += 1
+            self._stuck_s = min(self._stuck_s, busy_s)
             self._lose(link, f"its batch has taken {busy_s:.0f} s", stalled=True)
 
     def _stall_s(self) -> float:
         """After how long a batch counts as stuck; longer each time that one did."""
-        link.idle = busy_s == 0
         return max(STALL_S * 2**self._stuck, STALL_FACTOR * self._longest_batch_s)
 
     def _lose(self, link: _Link, why: str, *, stalled: bool = False) -> None:
@@ -452,7 +459,6 @@ class Session:
         self._wake.set()
 
     # One link: requests out, answers in.
-            self._stuck_s = min(self._stuck_s, busy_s)
 
     async def _converse(self, link: _Link) -> None:
         """Sends and receives on one stream until it ends."""
@@ -461,9 +467,15 @@ class Session:
         link.tasks.append(sending)
         try:
             async for response in call:
-                link.heard_s = time.monotonic()
+                link.heard_s = link.answered_s = time.monotonic()
+                link.idle = False
+                if response is None:  # gRPC's way to hand out bytes that are no message
+                    self.counters.corrupt += 1
+                    code, details = grpc.StatusCode.UNKNOWN, NO_MESSAGE
+                    break
                 self._receive(link, response)
-            code, details = await call.code(), await call.details()
+            else:
+                code, details = await call.code(), await call.details()
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details()
         finally:
@@ -471,7 +483,10 @@ class Session:
             call.cancel()
         why = f"{code.name}: {details or 'the service ended the stream'}"
         self._lose(link, why)
-        if code not in RETRIED and code != grpc.StatusCode.OK:
+        if code in RETRIED or code == grpc.StatusCode.OK:
+            return
+        self._refused += 1
+        if self._refused > 1:  # once may be a flipped bit
             kind = BY_CODE.get(code.value[0], ProtocolError)
             self._fail_all(kind(f"{link.address}: {why}"))
 
@@ -498,6 +513,7 @@ class Session:
             self._ask_again(pending, TargetsCorrupt("an answer is not what the teacher wrote"))
             return
         self._quiet_since_s = None
+        self._refused = 0
         if fate is Fate.ANSWERED:
             timing = response.part.timing
             batch_s = (timing.forward_us + timing.head_us) / 1e6
@@ -591,8 +607,19 @@ class Session:
 
 
 async def _describe(channel: grpc.aio.Channel, timeout_s: float) -> teacher_pb2.TeacherInfo:
+    """Asks twice before an error that ends a training run: plain TCP delivers flipped bits."""
     stub = teacher_pb2_grpc.TeacherStub(channel)
-    return await stub.Describe(teacher_pb2.DescribeRequest(), timeout=timeout_s)
+    for attempt in (1, 2):
+        try:
+            info = await stub.Describe(teacher_pb2.DescribeRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            if attempt == 2 or error.code() in RETRIED:
+                raise
+            continue
+        if info is not None:  # gRPC's way to hand out bytes that are no message
+            return info
+    nothing = grpc.aio.Metadata()
+    raise grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, nothing, nothing, NO_MESSAGE)
 
 
 def _own_card(info: teacher_pb2.TeacherInfo) -> teacher_pb2.Replica:
