@@ -161,6 +161,10 @@ class Fleet(AbstractContextManager["Fleet"]):
 
             wait_until(idle, lambda found=found: json.dumps({k: found[k] for k in HELD}), seconds)
 
+    def wait_streams(self, count: int, seconds: float = 60.0) -> None:
+        """Until replica 0 has no more than so many streams."""
+        wait_until(lambda: self.gauge(0, "teacher_streams") <= count, "streams end", seconds)
+
     def __exit__(self, *_: object) -> None:
         for replica in self.replicas:
             if replica.process.is_alive():

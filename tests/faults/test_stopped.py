@@ -15,8 +15,8 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def test_a_rolling_update_is_no_error_at_any_trainer(serve, folder, fault_free, tmp_path: Path):
-    plan = Plan()
-    with Fleet(serve, folder, flags=SMALL_BATCHES, batch_s=0.1) as fleet:
+    plan = Plan(ahead=4)
+    with Fleet(serve, folder, flags=SMALL_BATCHES, batch_s=0.5) as fleet:
         fleet.wait_known()
         training = Training(fleet.addresses[:1], plan, tmp_path / "run")
         training.wait_steps(5)
@@ -39,7 +39,7 @@ def test_a_rolling_update_is_no_error_at_any_trainer(serve, folder, fault_free, 
 
 
 def _watch_health(address: str, states: list[int]) -> threading.Thread:
-    """Collects what a replica says of its health until it is gone."""
+    """Collects what a replica says of its health until it serves no more."""
     started = threading.Event()
 
     def watch() -> None:
@@ -49,6 +49,8 @@ def _watch_health(address: str, states: list[int]) -> threading.Thread:
                 for answer in stub.Watch(health_pb2.HealthCheckRequest(), timeout=60):
                     states.append(answer.status)
                     started.set()
+                    if answer.status == NOT_SERVING:
+                        return
             except grpc.RpcError:
                 pass
 
