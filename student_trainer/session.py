@@ -53,7 +53,7 @@ STALL_S = 10.0
 """A batch that takes longer than this, and four times as long as any seen, counts as stuck."""
 STALL_FACTOR = 4.0
 BUSY_FACTOR = 6.0
-"""A link without an answer is asked again after STALL_S, so many times that while it has work."""
+"""A link without any answer is given up after STALL_S, so many times that while it has work."""
 BACKOFF_S = (1.0, 2.0, 5.0, 15.0, 30.0)
 """How long a replica is left alone after the first, second, ... failure to reach it."""
 TELL_S = 5.0
@@ -108,8 +108,6 @@ class _Link:
     """When its stream last brought a message, or nothing was outstanding."""
     idle: bool = False
     """Whether the replica said since then that it has nothing in hand."""
-    asked_again: int = 0
-    """How often it left its requests unanswered although it lives."""
     outbox: "asyncio.Queue[int]" = field(default_factory=asyncio.Queue)
     tasks: list["asyncio.Task[None]"] = field(default_factory=list)
     probe: "asyncio.Task[None] | None" = None
@@ -154,6 +152,8 @@ class Session:
         self._stuck = 0
         self._stuck_s = math.inf
         """The shortest time for which a batch counted as stuck: until it ends, others are asked."""
+        self._left_waiting = 0
+        """How often a replica that lives left all its requests without an answer."""
         self._longest_batch_s = 0.0
         self._refused = 0
         """Streams since the last answer that ended with a status that is not retried."""
@@ -417,21 +417,15 @@ class Session:
             logger.warning("no answer to one request while later ones are answered, asking again")
             self.counters.resent += 1
             self._dispatch.again(oldest)
-        patience_s = self._stall_s() * 2**link.asked_again * (1 if link.idle else BUSY_FACTOR)
-        if now - link.answered_s > patience_s:
-            # Their requests or answers were lost on the way: a flipped bit in a number is enough.
-            unanswered = list(self._dispatch.outstanding(link).values())
-            logger.warning(
-                "%s lives and left %d requests without an answer for %.0f s, asking again",
-                link.address,
-                len(unanswered),
-                now - link.answered_s,
+        factor = 1.0 if link.idle else BUSY_FACTOR
+        if now - link.answered_s > self._stall_s() * factor * 2**self._left_waiting:
+            # Requests or answers were lost on the way: a flipped bit in a number is enough. With
+            # the stream the replica forgets those that it may still have.
+            self._left_waiting += 1
+            silent_s = now - link.answered_s
+            self._lose(
+                link, f"it lives and has answered nothing for {silent_s:.0f} s", stalled=True
             )
-            link.answered_s = now
-            link.asked_again += 1
-            self.counters.resent += len(unanswered)
-            for pending in unanswered:
-                self._dispatch.again(pending)
 
     async def _probe(self, link: _Link) -> None:
         """Loses a link whose replica is frozen, or stuck in a forward while others are ready."""
