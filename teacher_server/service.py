@@ -220,6 +220,8 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 part.timing.CopyFrom(timing)
                 await stream.write(answer, response)
                 self._metrics.bytes_sent.labels(TEAM).inc(len(payload))
+        except grpc.aio.InternalError:
+            answer.failed = True  # nobody takes it: the client has gone
         except Exception as error:
             await self._fail(answer, stream, error, sequence=index, rows=item.wanted.rows)
         finally:

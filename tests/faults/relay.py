@@ -66,7 +66,8 @@ class Relay(AbstractContextManager["Relay"]):
         if self.refuse:
             context.abort(self.refuse.pop(), "refused on the way")
         call = self._stub.Score(request_iterator)
-        context.add_callback(call.cancel)
+        if not context.add_callback(call.cancel):
+            call.cancel()  # the client has gone already
         try:
             for response in call:
                 yield from self.change(response)
@@ -74,5 +75,5 @@ class Relay(AbstractContextManager["Relay"]):
             context.abort(grpc.StatusCode.UNAVAILABLE, "the replica is gone")
 
     def __exit__(self, *_: object) -> None:
-        self._server.stop(None).wait(5)
+        self._server.stop(0.2).wait(5)
         self._channel.close()

@@ -16,6 +16,7 @@ NOTICED_S = 15.0
 STALL_S = session.STALL_S
 
 
+@pytest.mark.slow
 def test_a_frozen_replica_is_noticed_and_its_late_answers_are_dropped(
     serve, folder, fault_free, tmp_path: Path
 ):
@@ -33,6 +34,26 @@ def test_a_frozen_replica_is_noticed_and_its_late_answers_are_dropped(
         assert all(one.counters["reconnects"] == 1 for one in left)
         assert all(one.longest_wait_s < NOTICED_S for one in left), "O6"
         fleet.assert_nothing_left()
+
+
+def test_a_frozen_replica_is_left_and_taken_back_when_it_thaws(
+    serve, folder, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(session, "PROBE_AFTER_S", 1.0)
+    monkeypatch.setattr(session, "PROBE_S", 1.0)
+    sequences = tiny.random_sequences(100, VOCAB, seed=5)
+    with Fleet(serve, folder, flags=SMALL_BATCHES) as fleet, connect(fleet.addresses) as teacher:
+        fleet.wait_known()
+        wanted = [digest(targets) for _, targets in teacher.stream(sequences)]
+        wait_until(lambda: bool(list(teacher.stream([[1, 2]]))) and len(teacher.replicas) == 2, "2")
+        pairs = teacher.stream(sequences, ahead=100)
+        got = [digest(next(pairs)[1])]
+        fleet.freeze(0)
+        assert got + within(NOTICED_S, lambda: [digest(targets) for _, targets in pairs]) == wanted
+        assert teacher.counters.reconnects == 1
+        fleet.thaw(0)  # what it had read is answered now, to nobody
+        wait_until(lambda: bool(list(teacher.stream([[1, 2]]))) and len(teacher.replicas) == 2, "2")
+        assert [digest(targets) for _, targets in teacher.stream(sequences)] == wanted
 
 
 def test_connect_passes_over_a_frozen_replica(serve, folder):
@@ -77,6 +98,7 @@ def test_a_forward_without_end_is_left_and_its_late_answer_dropped(
         assert got == wanted * 2
 
 
+@pytest.mark.slow
 def test_the_watchdog_ends_a_replica_whose_forward_is_stuck(
     serve, folder, fault_free, tmp_path: Path
 ):

@@ -49,6 +49,7 @@ def test_killed_replicas_leave_no_trace_in_the_student(
         fleet.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_a_run_outlives_a_moment_without_any_replica(serve, folder, fault_free, tmp_path: Path):
     plan = Plan()
     with Fleet(serve, folder, flags=SMALL_BATCHES, batch_s=0.15) as fleet:

@@ -1,5 +1,6 @@
 """The network between a trainer and its replicas: cut, slow, reset, silent, damaged (rows 6 to 9)."""
 
+import logging
 import random
 import resource
 import threading
@@ -87,6 +88,7 @@ def test_a_cut_is_survived(one: Fleet, sequences, wanted, seconds: float):
         assert time.monotonic() - began < seconds + 5 * SPARE_S
 
 
+@pytest.mark.slow
 def test_a_cut_of_one_replica_is_bridged_by_the_other(fleet: Fleet, sequences, wanted):
     with connect(fleet.addresses) as teacher:
         both(fleet, teacher)
@@ -97,8 +99,12 @@ def test_a_cut_of_one_replica_is_bridged_by_the_other(fleet: Fleet, sequences, w
         assert teacher.counters.reconnects == 1
 
 
-def test_a_cut_for_ever_is_an_error_that_names_the_address_and_the_place(one: Fleet, sequences):
-    with connect(one.addresses[0], patience_s=3.0) as teacher:
+def test_a_cut_for_ever_is_an_error_that_names_the_address_and_the_place(
+    one: Fleet, sequences, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(session, "PROBE_AFTER_S", 1.0)
+    monkeypatch.setattr(session, "PROBE_S", 1.0)
+    with connect(one.addresses[0], patience_s=2.0) as teacher:
         pairs = teacher.stream(sequences, ahead=30)
         for _ in range(40):
             next(pairs)
@@ -120,7 +126,7 @@ def shaped(way: Direction, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["delay", "rate", "1-byte writes"])
 def test_a_slow_link_is_no_error_while_there_is_progress(one: Fleet, sequences, wanted, kind):
-    count = {"delay": 150, "rate": 25, "1-byte writes": 25}[kind]
+    count = {"delay": 150, "rate": 12, "1-byte writes": 25}[kind]
     with connect(one.addresses[0]) as teacher:
         list(teacher.stream(sequences[:20]))
         shaped(one.proxies[0].up, kind)
@@ -138,6 +144,7 @@ def test_a_slow_link_is_no_error_while_there_is_progress(one: Fleet, sequences, 
             assert rest(second.stream(sequences[:5]), 30) == wanted[:5]
 
 
+@pytest.mark.slow
 def test_a_slow_link_that_takes_longer_than_every_time_out_is_no_error(
     one: Fleet, sequences, wanted, monkeypatch: pytest.MonkeyPatch
 ):
@@ -148,7 +155,13 @@ def test_a_slow_link_that_takes_longer_than_every_time_out_is_no_error(
         assert teacher.counters.reconnects == 0
 
 
-@pytest.mark.parametrize("spare", [True, False], ids=["spare", "alone"])
+@pytest.mark.parametrize(
+    "spare",
+    [
+        pytest.param(True, id="spare"),
+        pytest.param(False, id="alone", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("kind", ["reset", "half-close up", "half-close down"])
 def test_a_message_that_is_cut_in_two_is_never_used(
     fleet: Fleet, sequences, wanted, kind: str, spare: bool
@@ -157,7 +170,7 @@ def test_a_message_that_is_cut_in_two_is_never_used(
     with connect(fleet.addresses if spare else fleet.addresses[0]) as teacher:
         both(fleet, teacher)
         broken = fleet.proxies[0]
-        for _ in range(3):
+        for _ in range(2):
             pairs = teacher.stream(sequences, ahead=30)
             got = [digest(next(pairs)[1]) for _ in range(10)]
             way = broken.up if kind == "half-close up" else broken.down
@@ -189,9 +202,9 @@ DAMAGES = {"flips": flips, "losses": losses, "repeats": repeats}
 @pytest.mark.parametrize(
     ("kind", "seeds"),
     [
-        pytest.param("flips", range(6), id="flips"),
-        pytest.param("losses", range(2), id="losses"),
-        pytest.param("repeats", range(2), id="repeats"),
+        pytest.param("flips", range(2), id="flips"),
+        pytest.param("losses", range(1), id="losses"),
+        pytest.param("repeats", range(1), id="repeats"),
         pytest.param("flips", range(100, 160), id="many flips", marks=pytest.mark.slow),
         pytest.param("losses", range(100, 120), id="many losses", marks=pytest.mark.slow),
         pytest.param("repeats", range(100, 120), id="many repeats", marks=pytest.mark.slow),
@@ -203,7 +216,8 @@ def test_damaged_bytes_are_never_trained_on(
     monkeypatch.setattr(session, "STALL_S", 2.0)
     monkeypatch.setattr(session, "PROBE_AFTER_S", 1.0)
     monkeypatch.setattr(session, "MAX_ATTEMPTS", 20)  # there are more flips than a network has
-    corrupt = reconnects = 0
+    # Its log records would keep the streams open for as long as pytest keeps the records.
+    monkeypatch.setattr(logging.getLogger("grpc._common"), "disabled", True)
     with connect(fleet.addresses) as teacher:
         for seed in seeds:
             print(f"{kind} seed {seed}")
@@ -220,3 +234,5 @@ def test_damaged_bytes_are_never_trained_on(
     assert corrupt + reconnects >= len(seeds)
     if kind == "flips":
         assert corrupt
+    # A client that is lost in the middle of an answer is no failure of the service.
+    assert not any("request failed" in replica.output() for replica in fleet.replicas)

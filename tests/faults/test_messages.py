@@ -120,6 +120,7 @@ def test_a_wrong_message_is_counted_and_asked_for_again(
         assert counters.reconnects == 0
 
 
+@pytest.mark.slow
 def test_an_answer_with_a_flipped_number_is_asked_for_again_within_15_s(relay: Relay, wanted):
     seen = 0
 

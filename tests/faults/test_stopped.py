@@ -16,7 +16,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 def test_a_rolling_update_is_no_error_at_any_trainer(serve, folder, fault_free, tmp_path: Path):
     plan = Plan(ahead=4)
-    with Fleet(serve, folder, flags=SMALL_BATCHES, batch_s=0.5) as fleet:
+    with Fleet(serve, folder, flags=SMALL_BATCHES, batch_s=0.4) as fleet:
         fleet.wait_known()
         training = Training(fleet.addresses[:1], plan, tmp_path / "run")
         training.wait_steps(5)

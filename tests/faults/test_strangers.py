@@ -38,7 +38,7 @@ def test_two_teachers_in_one_list_of_addresses_are_refused(serve, folder, other_
             each.assert_nothing_left()
 
 
-@pytest.mark.parametrize("service_id", ["fleet", "second"])
+@pytest.mark.parametrize("service_id", ["fleet", pytest.param("second", marks=pytest.mark.slow)])
 def test_a_peer_that_is_another_teacher_or_service_is_left_out(
     serve, folder, other_folder, service_id: str
 ):
