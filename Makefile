@@ -26,6 +26,7 @@ protos: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.select
+	$(BIN)/python -m benchmarks.faults
 
 # torch goes first and by its exact version: that is how a CPU build is found where there is one.
 $(VENV)/ready: pyproject.toml constraints.txt
