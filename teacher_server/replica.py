@@ -46,6 +46,8 @@ SLOW_FACTOR = 10
 EXIT_S = 2.0
 """How long a stuck replica lives on, so that its health checks and Describe can say so."""
 ENTRY_PROBE_S = 2.0
+DRAIN_POLL_S = 0.05
+STOP_GRACE_S = 0.5
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 
@@ -203,7 +205,11 @@ class Replica:
         await self._health.enter_graceful_shutdown()
         self._service.drain()
         self._watchdog.cancel()
-        await asyncio.gather(*(server.stop(seconds) for server in self._servers))
+        deadline = time.monotonic() + seconds
+        while self._service.num_streams and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_POLL_S)
+        # What is left are calls without an end of their own, such as health's Watch.
+        await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
         for job in self._scheduler.close():
             self._resolve(job, RuntimeError("the replica was stopped"))
         # A forward cannot be interrupted; the process may end without it.
@@ -386,6 +392,8 @@ def server_options(limits: Limits, *, shared: bool = False) -> list[tuple[str, i
         # A peer that sends nothing at all after a ping is gone: noticed after about 10 + 5 s.
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),
+        # Also one that sends, but cannot be understood any more; slow links answer a ping in time.
+        ("grpc.http2.ping_timeout_ms", 25_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

@@ -97,6 +97,11 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         )
         self._draining = asyncio.Event()
 
+    @property
+    def num_streams(self) -> int:
+        """Open Score streams."""
+        return self._room.num_streams
+
     def drain(self) -> None:
         """Streams finish what they have read, then end with UNAVAILABLE."""
         self._draining.set()
