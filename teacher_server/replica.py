@@ -8,6 +8,7 @@ on this host. Who the others are it is told from outside (`set_others`): by Ray,
 """
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
@@ -46,7 +47,6 @@ SLOW_FACTOR = 10
 EXIT_S = 2.0
 """How long a stuck replica lives on, so that its health checks and Describe can say so."""
 ENTRY_PROBE_S = 2.0
-DRAIN_POLL_S = 0.05
 STOP_GRACE_S = 0.5
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
@@ -205,9 +205,8 @@ class Replica:
         await self._health.enter_graceful_shutdown()
         self._service.drain()
         self._watchdog.cancel()
-        deadline = time.monotonic() + seconds
-        while self._service.num_streams and time.monotonic() < deadline:
-            await asyncio.sleep(DRAIN_POLL_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._service.streams_ended(), seconds)
         # What is left are calls without an end of their own, such as health's Watch.
         await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
         for job in self._scheduler.close():

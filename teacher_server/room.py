@@ -15,6 +15,9 @@ class ProcessRoom:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self.taken_nbytes = 0
+        self.empty = asyncio.Event()
+        """Set while there is no stream."""
+        self.empty.set()
         self._streams: set[StreamRoom] = set()
         self._freed: list[asyncio.Event] = []
 
@@ -52,10 +55,13 @@ class StreamRoom:
 
     def __enter__(self) -> Self:
         self._process._streams.add(self)
+        self._process.empty.clear()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._process._streams.discard(self)
+        if not self._process._streams:
+            self._process.empty.set()
 
     async def take(self, nbytes: int) -> None:
         """Waits until `nbytes` fit, or until this stream holds nothing else."""

@@ -97,10 +97,9 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         )
         self._draining = asyncio.Event()
 
-    @property
-    def num_streams(self) -> int:
-        """Open Score streams."""
-        return self._room.num_streams
+    async def streams_ended(self) -> None:
+        """Returns when no Score stream is open."""
+        await self._room.empty.wait()
 
     def drain(self) -> None:
         """Streams finish what they have read, then end with UNAVAILABLE."""
