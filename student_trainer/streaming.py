@@ -339,14 +339,17 @@ class Layout:
     """int64: equal within a document of a row."""
     trained: Tensor
     """bool: position t is trained on predicting token t+1."""
+    labels: Tensor
+    """int64: the batch's own, or its ids."""
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any], number: int) -> "Layout":
+    def of(cls, batch: Mapping[str, Any], number: int = 0) -> "Layout":
         """Of a padded or packed batch, input_ids (B, T) or (T,).
 
         Position t is trained on predicting token t+1 if both are real (attention_mask, where
         given), belong to one document (position_ids, where given, start again at 0) and
-        labels[t+1] is not -100 (where given). Raises InvalidRequest if nothing is trained.
+        labels[t+1] is not -100 (where given). Raises InvalidRequest for shapes that do not fit;
+        `number` is the batch's, for that message.
         """
         if "input_ids" not in batch:
             raise InvalidRequest(f"batch {number} has no input_ids; it has {', '.join(batch)}")
@@ -367,12 +370,16 @@ class Layout:
             document = starts.cumsum(1)
         trained = torch.zeros_like(real)
         trained[:, :-1] = real[:, :-1] & real[:, 1:] & (document[:, :-1] == document[:, 1:])
+        labels = ids
         if batch.get("labels") is not None:
             labels = torch.atleast_2d(torch.as_tensor(batch["labels"])).cpu()
+            if labels.shape != ids.shape:
+                raise InvalidRequest(
+                    f"batch {number}: labels must have the shape of input_ids "
+                    f"{tuple(ids.shape)}, got {tuple(labels.shape)}"
+                )
             trained[:, :-1] &= labels[:, 1:] != IGNORE_INDEX
-        if not trained.any():
-            raise InvalidRequest(f"batch {number} has no position to train on")
-        return cls(ids, real, document, trained)
+        return cls(ids, real, document, trained, labels)
 
     def pieces(self) -> list[tuple[Tensor, Tensor]]:
         """The sequences with something to train, each (L,) ids and its (N,) trained rows."""
@@ -398,7 +405,10 @@ def split_batch(batch: Mapping[str, Any], number: int) -> list[tuple[Tensor, Ten
 
     Raises InvalidRequest if nothing is trained; `Layout.of` has the rules.
     """
-    return Layout.of(batch, number).pieces()
+    pieces = Layout.of(batch, number).pieces()
+    if not pieces:
+        raise InvalidRequest(f"batch {number} has no position to train on")
+    return pieces
 
 
 def _result(future: "Future[Targets]", where: str) -> Targets:
