@@ -30,6 +30,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher_folder(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher that has learnt the text a little."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second one waits longer than it helps
     folder = tmp_path_factory.mktemp("teacher")
     tokenizer = tiny.make_tokenizer(WORDS)
     model = tiny.make_model("Gemma2", len(tokenizer)).train()
@@ -39,6 +41,7 @@ def teacher_folder(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         optimizer.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
+    torch.set_num_threads(threads)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
