@@ -82,7 +82,8 @@ def check_alignment(batch: Mapping[str, Any], targets: Targets) -> None:
     """
     if not isinstance(targets, SparseTargets):
         return
-    sums, count, first = dict.fromkeys(SHIFTS, 0.0), 0, 0
+    sums: dict[int, float] = dict.fromkeys(SHIFTS, 0.0)
+    count, first = 0, 0
     for token_ids, rows in split_batch(batch, 0):
         of_piece = targets[first : first + len(rows)].to("cpu")
         first += len(rows)

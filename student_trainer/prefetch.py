@@ -118,6 +118,7 @@ class _OnItsWay:
     """An item that is copied to the GPU on a side stream; calling it hands it to the trainer's."""
 
     def __init__(self, item: Any, device: torch.device, side: torch.cuda.Stream) -> None:
+        self._device = device
         self._tensors: list[Tensor] = []
 
         def copy(tensor: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ class _OnItsWay:
             self._copied = side.record_event()
 
     def __call__(self) -> Any:
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self._device)
         current.wait_event(self._copied)
         for tensor in self._tensors:
             # Else the side stream might reuse the memory while the trainer's still reads it.

@@ -1,6 +1,7 @@
 """transformers' Trainer with a teacher: the loss however batches are cut, resume, what is logged."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import transformers
 from torch import nn
 
 from student_trainer import (
+    ForkedClient,
     IncompatibleTeacher,
     InvalidRequest,
     LocalTeacher,
@@ -404,6 +406,24 @@ def test_loader_workers_and_a_list_of_addresses(trained_service, rows, tmp_path:
         assert torch.equal(weights(other), weights(alone))
     alone.close()
     listed.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_loader_worker_that_touches_the_client_gets_an_error_at_once(
+    trained_service, rows, tmp_path: Path
+):
+    with connect(trained_service.address) as teacher:
+
+        class Asking(list):
+            def __getitem__(self, index):
+                next(teacher.stream([[1, 2, 3]]))
+                return super().__getitem__(index)
+
+        trainer = make_trainer(tmp_path, Asking(rows), teacher, dataloader_num_workers=1)
+        began = time.monotonic()
+        with pytest.raises(ForkedClient, match="around the DataLoader"):
+            trainer.train()
+        assert time.monotonic() - began < 5  # of which most is the start of the worker
 
 
 def test_mistakes_are_told_when_the_trainer_is_made(trained_service, rows, tmp_path: Path):

@@ -72,6 +72,29 @@ def test_tensors_and_targets_are_moved_wherever_they_are():
     assert moved.token_ids.is_meta
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_copies_on_the_side_stream_are_whole_and_not_reused_too_early():
+    def items():
+        for seed in range(40):
+            generator = torch.Generator().manual_seed(seed)
+            logits = torch.randn(256, 1000, generator=generator)
+            yield (
+                {"input_ids": torch.randint(1000, (8, 512), generator=generator)},
+                select(logits, parse_targets("top_k:64,realized=0")),
+            )
+
+    work = torch.randn(4096, 4096, device="cuda")
+    copies = []
+    for batch, targets in prefetch(items(), ahead=4, device="cuda"):
+        for _ in range(20):  # the trainer's stream is far behind when the next copy begins
+            work = (work @ work).clamp(-1, 1)
+        copies.append((batch["input_ids"] * 1, targets.logprobs * 1))
+        del batch, targets
+    for (ids, logprobs), (batch, targets) in zip(copies, items(), strict=True):
+        assert torch.equal(ids.cpu(), batch["input_ids"])
+        assert torch.equal(logprobs.cpu(), targets.logprobs)
+
+
 def test_ahead_must_be_positive():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         prefetch([], ahead=0)
