@@ -2,18 +2,22 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from logit_codec import SampledTargets, Targets, TopKTargets
+from logit_codec import SampledTargets, SparseTargets, Targets, TopKTargets
 from student_trainer.client import connect
-from student_trainer.streaming import Teacher
+from student_trainer.errors import ProtocolError
+from student_trainer.streaming import Teacher, split_batch
 
 SHIFTS = (0, 1, 2)
 """Which token of a row the teacher is asked about: 1 is the row rule, the others are mistakes."""
+ENOUGH_ROWS = 1024
+"""Of a batch, to tell whether its targets are in the right place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +42,15 @@ class CheckResult:
     bytes_per_token: float
 
 
-def nll_by_shift(token_ids: Tensor, targets: Targets) -> dict[int, float]:
+def nll_by_shift(
+    token_ids: Tensor, targets: Targets, rows: Tensor | None = None
+) -> dict[int, float]:
     """Mean over rows i of -log p_i(token i + shift), in nats, for each of SHIFTS.
 
-    token_ids: (L,) int64, targets: the L-1 rows of this sequence, of a sparse kind. An id that is
-    not kept counts with an equal share of the tail; of draws, with one of a single draw.
+    token_ids: (L,) int64; targets of a sparse kind: the L-1 rows of this sequence, or those of the
+    (N,) int64 positions `rows`. Rows whose last token would lie behind the sequence are left out.
+    An id that is not kept counts with an equal share of the tail; of draws, with one of a single
+    draw.
     """
     if isinstance(targets, SampledTargets):
         entries = (targets.counts / targets.num_draws).log()
@@ -51,19 +59,50 @@ def nll_by_shift(token_ids: Tensor, targets: Targets) -> dict[int, float]:
         entries, tail = targets.logprobs, targets.tail_logprob
     else:
         raise ValueError(f"alignment is measured on sparse targets, got {targets.kind}")
-    rows = targets.entry_rows()
-    kept = targets.row_splits.diff()
-    others = (targets.vocab_size - kept).clamp(min=1)
+    positions = torch.arange(len(token_ids) - 1) if rows is None else rows
+    inside = positions < len(token_ids) - max(SHIFTS)
+    row_of_entry = targets.entry_rows()
+    others = (targets.vocab_size - targets.row_splits.diff()).clamp(min=1)
     share = (tail - others.log()).clamp(min=-30.0)
     result = {}
     for shift in SHIFTS:
-        last = len(token_ids) - max(SHIFTS)
-        wanted = token_ids[shift : shift + last]
-        logprobs = share[:last].clone()
-        hit = (rows < last) & (targets.token_ids == wanted[rows.clamp(max=last - 1)])
-        logprobs[rows[hit]] = entries[hit]
-        result[shift] = float(-logprobs.mean())
+        wanted = token_ids[(positions + shift).clamp(max=len(token_ids) - 1)]
+        logprobs = share.clone()
+        hit = targets.token_ids == wanted[row_of_entry]
+        logprobs[row_of_entry[hit]] = entries[hit]
+        result[shift] = float(-logprobs[inside].mean())
     return result
+
+
+def check_alignment(batch: Mapping[str, Any], targets: Targets) -> None:
+    """Raises ProtocolError if the targets of a batch clearly belong to other tokens.
+
+    The teacher's mean NLL of token i + shift at row i must not be better for another shift than
+    for 1. Only sparse kinds can tell.
+    """
+    if not isinstance(targets, SparseTargets):
+        return
+    sums: dict[int, float] = dict.fromkeys(SHIFTS, 0.0)
+    count, first = 0, 0
+    for token_ids, rows in split_batch(batch, 0):
+        of_piece = targets[first : first + len(rows)].to("cpu")
+        first += len(rows)
+        inside = int((rows < len(token_ids) - max(SHIFTS)).sum())
+        if inside:
+            for shift, nll in nll_by_shift(token_ids, of_piece, rows).items():
+                sums[shift] += nll * inside
+        count += inside
+        if count >= ENOUGH_ROWS:
+            break
+    if count == 0:
+        return
+    by_shift = {shift: total / count for shift, total in sums.items()}
+    if by_shift[1] > min(nll for shift, nll in by_shift.items() if shift != 1) + 0.1:
+        raise ProtocolError(
+            "the teacher's targets do not belong to these tokens: its NLL by shift is "
+            f"{ {shift: round(nll, 2) for shift, nll in by_shift.items()} }, and 1 should be the "
+            "lowest. Is the student's tokenizer the teacher's?"
+        )
 
 
 def written_by(teacher: Teacher, num_tokens: int = 24) -> Tensor:

@@ -23,6 +23,12 @@ Command = (
     | Annotated[CheckConfig, tyro.conf.subcommand("check", prefix_name=False)]
 )
 
+MAY_CHANGE = {
+    *("teacher", "output", "ahead", "control", "device"),
+    *("checkpoint_every", "keep_checkpoints", "start_over"),
+}
+"""What a run that goes on from a checkpoint may set otherwise."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
@@ -56,7 +62,8 @@ def run_train(config: TrainConfig) -> int:
     import torch
     import transformers
 
-    from student_trainer import connect, data, report, trainer
+    from student_trainer import connect, data, prefetch, report, trainer
+    from student_trainer.checkpoint import Checkpoints
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -86,7 +93,21 @@ def run_train(config: TrainConfig) -> int:
                 sequences, batch_size=config.batch_size, steps=config.steps, seed=config.seed
             )
 
-        def run(pairs: Any, label: str) -> tuple[Any, trainer.Run]:
+        identity = {
+            **config.model_dump(mode="json", exclude=MAY_CHANGE),
+            "data_digest": data.digest(sequences),
+            "held_out_digest": data.digest(held_out),
+        }
+
+        def run(pairs: Any, label: str, folder: Path, **more: str) -> tuple[Any, trainer.Run]:
+            checkpoints = Checkpoints(
+                folder,
+                every=config.checkpoint_every,
+                identity=identity | more,
+                keep=config.keep_checkpoints,
+            )
+            if config.start_over:
+                checkpoints.clear()
             student = trainer.make_student(config.student, seed=config.seed, device=device)
             return student, trainer.train(
                 student,
@@ -99,12 +120,15 @@ def run_train(config: TrainConfig) -> int:
                 ce_weight=config.ce_weight,
                 measure=lambda model: trainer.held_out_loss(model, held_out),
                 label=label,
+                checkpoints=checkpoints,
             )
 
         reached = trainer.teacher_loss(teacher, held_out)
+        folder = config.output / "checkpoints"
         control = None
         if config.control:
-            _, control = run(((batch, None) for batch in batches()), "student on labels")
+            pairs = prefetch(((batch, None) for batch in batches()), ahead=1)
+            _, control = run(pairs, "student on labels", folder / "control")
         nbytes, rows = teacher.counters.payload_nbytes, teacher.counters.rows
         pairs = teacher.stream_batches(
             batches(),
@@ -113,8 +137,10 @@ def run_train(config: TrainConfig) -> int:
             seed=config.seed,
             ahead=int(config.ahead) if config.ahead.isdigit() else config.ahead,
         )
-        student, distilled = run(pairs, "student distilled")
         counters, info = teacher.counters, teacher.info
+        student, distilled = run(
+            pairs, "student distilled", folder, teacher_fingerprint=info.teacher_fingerprint
+        )
         nbytes, rows = counters.payload_nbytes - nbytes, counters.rows - rows
     student.save_pretrained(config.output / "student")
     tokenizer.save_pretrained(config.output / "student")
@@ -133,7 +159,7 @@ def run_train(config: TrainConfig) -> int:
         "held_out_tokens": held_out.numel(),
         "waiting_fraction": distilled.waiting_s / distilled.seconds,
         "tokens_per_s": distilled.tokens / distilled.seconds,
-        "bytes_per_token": nbytes / max(1, rows),
+        "bytes_per_token": nbytes / rows if rows else None,
         "distilled_seconds": distilled.seconds,
         "control_seconds": None if control is None else control.seconds,
         "student_parameters": sum(parameter.numel() for parameter in student.parameters()),

@@ -102,7 +102,7 @@ class RemoteTeacher:
         """
         self._check_usable()
         wish = Wish.of(targets, temperature, seed, epoch)
-        return stream_sequences(self._submit, sequences, wish, ahead)
+        return stream_sequences(self._submit, sequences, wish, ahead, self._check_usable)
 
     def stream_batches(
         self,
@@ -123,7 +123,7 @@ class RemoteTeacher:
         """
         self._check_usable()
         wish = Wish.of(targets, temperature, seed, epoch)
-        return stream_loader(self._submit, loader, wish, ahead)
+        return stream_loader(self._submit, loader, wish, ahead, self._check_usable)
 
     def close(self) -> None:
         """Ends the stream and the connection; requests in flight are dropped."""

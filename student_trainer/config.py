@@ -52,6 +52,12 @@ class TrainConfig(_Section):
     """Also train a second student on labels alone: same seed, data order and steps."""
     held_out_sequences: int = Field(default=256, ge=1)
     """At most this many held-out sequences are measured on."""
+    checkpoint_every: int = Field(default=0, ge=0)
+    """Steps between two checkpoints in output/checkpoints; 0 writes none."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """How many of the newest to keep."""
+    start_over: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Delete the checkpoints in output and begin at step 0, instead of going on from the newest."""
     device: str = "auto"
     """auto, cpu or cuda."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
@@ -68,6 +69,11 @@ def pack(files: Sequence[Path], tokenizer: Any, sequence_length: int, *, label: 
             f"{label} has {len(tokens)} tokens; at least one sequence of {sequence_length} is needed"
         )
     return tokens[: count * sequence_length].view(count, sequence_length)
+
+
+def digest(sequences: Tensor) -> str:
+    """A short name of these (N, L) ids: another corpus or tokenizer has another."""
+    return xxhash.xxh3_128_hexdigest(sequences.numpy().tobytes())
 
 
 def batches(

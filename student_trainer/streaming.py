@@ -56,42 +56,88 @@ class TargetStream(Iterator[tuple[Item, Targets]]):
     """What `stream` and `stream_batches` return: pairs in the caller's order, and a position.
 
     The position counts items that were handed out, not those that are in flight: saved after the
-    optimizer step that used the last of them, it says where to go on.
+    optimizer step that used the last of them, it says where to go on. A source with a state of its
+    own, such as torchdata's StatefulDataLoader, is put back there; of others, as many items are
+    skipped.
     """
 
-    def __init__(self, pairs: Callable[[int], Iterator[tuple[Item, Targets]]]) -> None:
+    def __init__(
+        self,
+        source: Iterable[Any],
+        pairs: Callable[[Iterator[tuple[int, Any]]], Iterator[tuple[Item, Targets]]],
+        check_usable: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._source = source
         self._make_pairs = pairs
+        self._check_usable = check_usable
         self._pairs: Iterator[tuple[Item, Targets]] | None = None
         self._handed_out = 0
+        self._source_state: Any = None
+        self._pulled_states: deque[Any] = deque()
+        """Of the items in flight: the state of the source when each was pulled, or None."""
 
     def __next__(self) -> tuple[Item, Targets]:
+        self._check_usable()  # a fork would wait for ever for what its parent asked for
         if self._pairs is None:
-            self._pairs = self._make_pairs(self._handed_out)
+            restored = self._source_state is not None and is_stateful(self._source)
+            skip = 0 if restored else self._handed_out
+            numbered = _numbered(self._source, skip)
+            if restored:
+                numbered = ((self._handed_out + number, item) for number, item in numbered)
+            self._pairs = self._make_pairs(_noted(numbered, self._source, self._pulled_states))
         pair = next(self._pairs)
         self._handed_out += 1
+        self._source_state = self._pulled_states.popleft()
         return pair
 
-    def state_dict(self) -> dict[str, int]:
-        """How many items were handed out."""
-        return {"handed_out": self._handed_out}
+    @property
+    def in_flight(self) -> int:
+        """Items that were asked for and not handed out yet."""
+        return len(self._pulled_states)
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """How many items were handed out, and where a stateful source was at the last of them."""
+        state: dict[str, Any] = {"handed_out": self._handed_out}
+        if self._source_state is not None:
+            state["source"] = self._source_state
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on behind that many items of the same source; nothing is asked for those.
 
         Raises TeacherError after the first item was taken, InvalidRequest for another dict.
         """
         if self._pairs is not None:
             raise TeacherError("load_state_dict comes before the first item is taken")
-        handed_out = state.get("handed_out")
-        if not isinstance(handed_out, int) or handed_out < 0:
-            raise InvalidRequest(f"a state is {{'handed_out': number of items}}, got {state!r}")
-        self._handed_out = handed_out
+        self._handed_out = position_in(state)
+        self._source_state = state.get("source")
+        if self._source_state is not None and is_stateful(self._source):
+            self._source.load_state_dict(self._source_state)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Gives up what is in flight."""
         close = getattr(self._pairs, "close", None)
         if close is not None:
             close()
+        self._pulled_states.clear()
+
+
+def position_in(state: Mapping[str, Any]) -> int:
+    """How many items a state says were handed out. Raises InvalidRequest."""
+    handed_out = state.get("handed_out")
+    if not isinstance(handed_out, int) or handed_out < 0:
+        raise InvalidRequest(f"a state is {{'handed_out': number of items}}, got {dict(state)!r}")
+    return handed_out
+
+
+def is_stateful(source: Any) -> bool:
+    """Whether the source can say where it is and be put back there."""
+    # accelerate's loaders have the methods in any case, and this to say whether they work.
+    return (
+        hasattr(source, "state_dict")
+        and hasattr(source, "load_state_dict")
+        and getattr(source, "use_stateful_dataloader", True)
+    )
 
 
 class Teacher(Protocol):
@@ -128,32 +174,40 @@ Submit = Callable[[Tensor, Tensor | None, Wish], "Future[Targets]"]
 
 
 def stream_sequences(
-    submit: Submit, sequences: Iterable[Any], wish: Wish, ahead: int
+    submit: Submit,
+    sequences: Iterable[Any],
+    wish: Wish,
+    ahead: int,
+    check_usable: Callable[[], None] = lambda: None,
 ) -> TargetStream[Tensor]:
     """`Teacher.stream` over a submit function."""
     if ahead < 1:
         raise InvalidRequest(f"ahead must be at least 1 sequence, got {ahead}")
 
-    def submitted(skip: int) -> Iterator[_Submitted]:
-        for number, sequence in _numbered(sequences, skip):
+    def submitted(numbered: Iterator[tuple[int, Any]]) -> Iterator[_Submitted]:
+        for number, sequence in numbered:
             token_ids = as_token_ids(sequence, number)
             yield token_ids, {f"stream item {number}": submit(token_ids, None, wish)}
 
-    def pairs(skip: int) -> Iterator[tuple[Tensor, Targets]]:
-        for token_ids, (targets,) in _in_order(submitted(skip), lambda: ahead):
+    def pairs(numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Tensor, Targets]]:
+        for token_ids, (targets,) in _in_order(submitted(numbered), lambda: ahead):
             yield token_ids, targets
 
-    return TargetStream(pairs)
+    return TargetStream(sequences, pairs, check_usable)
 
 
 def stream_loader(
-    submit: Submit, loader: Iterable[Mapping[str, Any]], wish: Wish, ahead: int | str
+    submit: Submit,
+    loader: Iterable[Mapping[str, Any]],
+    wish: Wish,
+    ahead: int | str,
+    check_usable: Callable[[], None] = lambda: None,
 ) -> TargetStream[Any]:
     """`Teacher.stream_batches` over a submit function."""
     window = _Window(ahead)
 
-    def submitted(skip: int) -> Iterator[_Submitted]:
-        for number, batch in _numbered(loader, skip):
+    def submitted(numbered: Iterator[tuple[int, Any]]) -> Iterator[_Submitted]:
+        for number, batch in numbered:
             yield (
                 batch,
                 {
@@ -162,18 +216,28 @@ def stream_loader(
                 },
             )
 
-    def pairs(skip: int) -> Iterator[tuple[Any, Targets]]:
-        for batch, parts in _in_order(submitted(skip), lambda: window.size):
+    def pairs(numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Any, Targets]]:
+        for batch, parts in _in_order(submitted(numbered), lambda: window.size):
             targets = Targets.cat(parts)
             window.handed_out(targets)
             yield batch, targets
 
-    return TargetStream(pairs)
+    return TargetStream(loader, pairs, check_usable)
 
 
 def _numbered(items: Iterable[Item], skip: int) -> Iterator[tuple[int, Item]]:
     """The items with their numbers, without the first `skip`."""
     return itertools.islice(enumerate(items), skip, None)
+
+
+def _noted(
+    numbered: Iterator[tuple[int, Item]], source: Any, states: deque[Any]
+) -> Iterator[tuple[int, Item]]:
+    """The same items, with the state of the source after each appended to `states`."""
+    snapshot = source.state_dict if is_stateful(source) else lambda: None
+    for entry in numbered:
+        states.append(snapshot())
+        yield entry
 
 
 _Submitted = tuple[Any, dict[str, "Future[Targets]"]]
@@ -263,51 +327,87 @@ def as_token_ids(sequence: Any, position: int) -> Tensor:
     return ids
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Which positions of a batch are trained, and which belong together; all (B, T), on the CPU."""
+
+    ids: Tensor
+    """int64."""
+    real: Tensor
+    """bool: not padding."""
+    document: Tensor
+    """int64: equal within a document of a row."""
+    trained: Tensor
+    """bool: position t is trained on predicting token t+1."""
+    labels: Tensor
+    """int64: the batch's own, or its ids."""
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], number: int = 0) -> "Layout":
+        """Of a padded or packed batch, input_ids (B, T) or (T,).
+
+        Position t is trained on predicting token t+1 if both are real (attention_mask, where
+        given), belong to one document (position_ids, where given, start again at 0) and
+        labels[t+1] is not -100 (where given). Raises InvalidRequest for shapes that do not fit;
+        `number` is the batch's, for that message.
+        """
+        if "input_ids" not in batch:
+            raise InvalidRequest(f"batch {number} has no input_ids; it has {', '.join(batch)}")
+        ids = torch.atleast_2d(torch.as_tensor(batch["input_ids"])).to("cpu", torch.int64)
+        real = torch.ones_like(ids, dtype=torch.bool)
+        if batch.get("attention_mask") is not None:
+            mask = torch.atleast_2d(torch.as_tensor(batch["attention_mask"])).cpu()
+            if mask.shape != ids.shape:
+                raise InvalidRequest(
+                    f"batch {number}: attention_mask must have the shape of input_ids "
+                    f"{tuple(ids.shape)}, got {tuple(mask.shape)}"
+                )
+            real = mask.bool()
+        document = torch.zeros_like(ids)
+        if batch.get("position_ids") is not None:
+            positions = torch.atleast_2d(torch.as_tensor(batch["position_ids"])).cpu()
+            starts = (positions == 0).expand_as(ids)
+            document = starts.cumsum(1)
+        trained = torch.zeros_like(real)
+        trained[:, :-1] = real[:, :-1] & real[:, 1:] & (document[:, :-1] == document[:, 1:])
+        labels = ids
+        if batch.get("labels") is not None:
+            labels = torch.atleast_2d(torch.as_tensor(batch["labels"])).cpu()
+            if labels.shape != ids.shape:
+                raise InvalidRequest(
+                    f"batch {number}: labels must have the shape of input_ids "
+                    f"{tuple(ids.shape)}, got {tuple(labels.shape)}"
+                )
+            trained[:, :-1] &= labels[:, 1:] != IGNORE_INDEX
+        return cls(ids, real, document, trained, labels)
+
+    def pieces(self) -> list[tuple[Tensor, Tensor]]:
+        """The sequences with something to train, each (L,) ids and its (N,) trained rows."""
+        num_rows, num_tokens = self.ids.shape
+        # One run per (row, document): where either changes, and where padding begins or ends.
+        run = self.document + torch.arange(num_rows)[:, None] * (num_tokens + 1)
+        edges = torch.ones_like(self.real)
+        edges[:, 1:] = (run[:, 1:] != run[:, :-1]) | (self.real[:, 1:] != self.real[:, :-1])
+        first = edges.flatten().nonzero()[:, 0]
+        lengths = torch.diff(first, append=torch.tensor([self.ids.numel()]))
+        flat_ids, flat_trained = self.ids.flatten(), self.trained.flatten()
+        flat_real = self.real.flatten()
+        pieces = []
+        for start, length in zip(first.tolist(), lengths.tolist(), strict=True):
+            rows = flat_trained[start : start + length].nonzero()[:, 0]
+            if flat_real[start] and len(rows):
+                pieces.append((flat_ids[start : start + length], rows))
+        return pieces
+
+
 def split_batch(batch: Mapping[str, Any], number: int) -> list[tuple[Tensor, Tensor]]:
     """The sequences of a padded or packed batch, each with the rows that are trained.
 
-    input_ids (B, T) or (T,). Position t is trained on predicting token t+1 if both are real
-    (attention_mask, where given), belong to one document (position_ids, where given, start again
-    at 0) and labels[t+1] is not -100 (where given). Raises InvalidRequest if nothing is trained.
+    Raises InvalidRequest if nothing is trained; `Layout.of` has the rules.
     """
-    if "input_ids" not in batch:
-        raise InvalidRequest(f"batch {number} has no input_ids; it has {', '.join(batch)}")
-    ids = torch.atleast_2d(torch.as_tensor(batch["input_ids"])).to("cpu", torch.int64)
-    num_rows, num_tokens = ids.shape
-    real = torch.ones_like(ids, dtype=torch.bool)
-    if batch.get("attention_mask") is not None:
-        mask = torch.atleast_2d(torch.as_tensor(batch["attention_mask"])).cpu()
-        if mask.shape != ids.shape:
-            raise InvalidRequest(
-                f"batch {number}: attention_mask must have the shape of input_ids "
-                f"{tuple(ids.shape)}, got {tuple(mask.shape)}"
-            )
-        real = mask.bool()
-    document = torch.zeros_like(ids)
-    if batch.get("position_ids") is not None:
-        positions = torch.atleast_2d(torch.as_tensor(batch["position_ids"])).cpu()
-        starts = (positions == 0).expand_as(ids)
-        document = starts.cumsum(1)
-    trained = torch.zeros_like(real)
-    trained[:, :-1] = real[:, :-1] & real[:, 1:] & (document[:, :-1] == document[:, 1:])
-    if batch.get("labels") is not None:
-        labels = torch.atleast_2d(torch.as_tensor(batch["labels"])).cpu()
-        trained[:, :-1] &= labels[:, 1:] != IGNORE_INDEX
-    if not trained.any():
+    pieces = Layout.of(batch, number).pieces()
+    if not pieces:
         raise InvalidRequest(f"batch {number} has no position to train on")
-
-    # One run per (row, document): where either changes, and where padding begins or ends.
-    run = document + torch.arange(num_rows)[:, None] * (num_tokens + 1)
-    edges = torch.ones_like(real)
-    edges[:, 1:] = (run[:, 1:] != run[:, :-1]) | (real[:, 1:] != real[:, :-1])
-    first = edges.flatten().nonzero()[:, 0]
-    lengths = torch.diff(first, append=torch.tensor([ids.numel()]))
-    flat_ids, flat_trained, flat_real = ids.flatten(), trained.flatten(), real.flatten()
-    pieces = []
-    for start, length in zip(first.tolist(), lengths.tolist(), strict=True):
-        rows = flat_trained[start : start + length].nonzero()[:, 0]
-        if flat_real[start] and len(rows):
-            pieces.append((flat_ids[start : start + length], rows))
     return pieces
 
 

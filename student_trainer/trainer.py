@@ -3,21 +3,24 @@
 Letters: B sequences, L tokens of each, V vocabulary.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from logit_codec import SparseTargets, Targets
-from student_trainer.check import nll_by_shift
-from student_trainer.errors import ProtocolError
+from logit_codec import Targets
+from student_trainer.check import check_alignment
+from student_trainer.checkpoint import Checkpoints, restore_random_states
 from student_trainer.losses import distillation_loss
 from student_trainer.streaming import Teacher
+
+logger = logging.getLogger(__name__)
 
 MUON_MOMENTUM = 0.85
 """Muon's usual 0.95 remembers too long for runs of a few hundred steps."""
@@ -53,13 +56,16 @@ def train(
     ce_weight: float,
     measure: Callable[[nn.Module], float],
     label: str,
+    checkpoints: Checkpoints | None = None,
 ) -> Run:
     """Trains `student` on (batch, targets) pairs; targets None trains on the labels alone.
 
     batch["input_ids"]: (B, L) without padding; targets: B * (L-1) rows in reading order. `measure`
-    gives the held-out loss, called about ten times.
+    gives the held-out loss, called about ten times. With `checkpoints`, goes on from the newest and
+    writes new ones; `pairs` then has a state, as streams and `prefetch` do.
     """
     run = Run()
+    start, saved = 0, None
     optimizers = make_optimizers(student, optimizer, learning_rate)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(
@@ -69,21 +75,35 @@ def train(
     ]
     every = max(1, steps // 10)
     device = next(student.parameters()).device
+    if checkpoints is not None:
+        if not hasattr(pairs, "load_state_dict"):
+            raise ValueError("checkpoints need pairs with a state, as prefetch(pairs) has one")
+        saved = checkpoints.load(student)
+        if saved is not None:
+            start, run = saved["step"], Run(**saved["run"])
+            for one, state in zip(optimizers, saved["optimizers"], strict=True):
+                one.load_state_dict(state)
+            for schedule, state in zip(schedules, saved["schedules"], strict=True):
+                schedule.load_state_dict(state)
+            pairs.load_state_dict(saved["position"])  # type: ignore[attr-defined]
+            logger.info("%s: going on from %s", label, checkpoints.newest())
     source: Iterator[tuple[dict[str, Tensor], Targets | None]] = iter(pairs)
     student.train()
-    with tqdm(total=steps, desc=label, unit=" steps") as progress:
-        for step in range(steps):
+    with tqdm(total=steps, initial=start, desc=label, unit=" steps") as progress:
+        for step in range(start, steps):
             asked = time.perf_counter()
             batch, targets = next(source)
             began = time.perf_counter()
+            if saved is not None and step == start:
+                restore_random_states(saved["random"])
             ids = batch["input_ids"].to(device)
             logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
             labels = ids[:, 1:].flatten()
             if targets is None:
                 loss = nn.functional.cross_entropy(logits.float(), labels)
             else:
-                if step == 0:
-                    check_alignment(batch["input_ids"], targets)
+                if step == start:
+                    check_alignment(batch, targets)
                 loss = distillation_loss(
                     logits, targets, labels=labels, kd_weight=kd_weight, ce_weight=ce_weight
                 )
@@ -105,6 +125,15 @@ def train(
             if (step + 1) % every == 0 or step + 1 == steps:
                 run.curve.append((step + 1, measure(student)))
                 student.train()
+            if checkpoints is not None and checkpoints.is_due(step + 1, steps):
+                state = {
+                    "step": step + 1,
+                    "optimizers": [one.state_dict() for one in optimizers],
+                    "schedules": [schedule.state_dict() for schedule in schedules],
+                    "position": pairs.state_dict(),  # type: ignore[attr-defined]
+                    "run": asdict(run),
+                }
+                checkpoints.save(step + 1, student, state)
     return run
 
 
@@ -128,25 +157,6 @@ def make_optimizers(
         ),
         torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-
-
-def check_alignment(input_ids: Tensor, targets: Targets) -> None:
-    """Raises ProtocolError if the first sequence's targets clearly belong to other tokens.
-
-    The teacher's mean NLL of token i + shift at row i must not be better for another shift than
-    for 1. Only sparse kinds can tell.
-    """
-    if not isinstance(targets, SparseTargets):
-        return
-    length = input_ids.shape[1]
-    by_shift = nll_by_shift(input_ids[0].cpu(), targets[: length - 1].to("cpu"))
-    wrong = min(nll for shift, nll in by_shift.items() if shift != 1)
-    if by_shift[1] > wrong + 0.1:
-        raise ProtocolError(
-            "the teacher's targets do not belong to these tokens: its NLL by shift is "
-            f"{ {shift: round(nll, 2) for shift, nll in by_shift.items()} }, and 1 should be the "
-            "lowest. Is the student's tokenizer the teacher's?"
-        )
 
 
 @torch.inference_mode()

@@ -1,7 +1,6 @@
 """`student-trainer train` and `check` against a live service."""
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,57 +10,9 @@ import torch
 import transformers
 
 from student_trainer import LocalTeacher, ProtocolError, distillation_loss, prefetch
-from student_trainer.trainer import check_alignment
+from student_trainer.check import check_alignment
 from tests import tiny
-from tests.conftest import Served
-
-WORDS = [f"w{number}" for number in range(62)]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text in which each word is followed by one of two: easy to learn, not trivial."""
-    chance = random.Random(0)
-    word, words = 0, []
-    for _ in range(20_000):
-        words.append(WORDS[word])
-        word = (word * 5 + chance.choice((1, 1, 1, 7))) % len(WORDS)
-    path = tmp_path_factory.mktemp("text") / "corpus.txt"
-    path.write_text(" ".join(words))
-    return path
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher that has learnt the text a little."""
-    folder = tmp_path_factory.mktemp("teacher")
-    tokenizer = tiny.make_tokenizer(WORDS)
-    model = tiny.make_model("Gemma2", len(tokenizer)).train()
-    ids = torch.tensor(tokenizer(text.read_text()).input_ids)[: 64 * 300].view(-1, 64)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for batch in ids.repeat(3, 1).split(16):
-        optimizer.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def service(serve, teacher_folder: Path) -> Served:
-    return serve(teacher_folder)
-
-
-@pytest.fixture(scope="module")
-def student_folder(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config and a tokenizer, no weights."""
-    folder = tmp_path_factory.mktemp("student")
-    config = transformers.AutoConfig.from_pretrained(teacher_folder)
-    config.hidden_size, config.intermediate_size = 32, 64
-    config.save_pretrained(folder)
-    tiny.make_tokenizer(WORDS).save_pretrained(folder)
-    return folder
+from tests.end_to_end.conftest import WORDS, write_config
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -73,12 +24,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def write_config(path: Path, **settings) -> str:
-    path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
-    return f"@{path}"
-
-
-def test_train_writes_a_student_and_a_report(service, student_folder, text, tmp_path: Path):
+def test_train_writes_a_student_and_a_report(trained_service, student_folder, text, tmp_path: Path):
     config = write_config(
         tmp_path / "train.toml",
         student=str(student_folder),
@@ -93,7 +39,7 @@ def test_train_writes_a_student_and_a_report(service, student_folder, text, tmp_
         control=True,
         ce_weight=0.1,
     )
-    ended = run("train", config, "--teacher", service.address)
+    ended = run("train", config, "--teacher", trained_service.address)
     assert ended.returncode == 0, ended.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["steps"] == 30
@@ -110,12 +56,12 @@ def test_train_writes_a_student_and_a_report(service, student_folder, text, tmp_
     assert "distilled" in ended.stdout
 
 
-def test_train_refuses_another_tokenizer(service, student_folder, text, tmp_path: Path):
+def test_train_refuses_another_tokenizer(trained_service, student_folder, text, tmp_path: Path):
     other = tmp_path / "student"
     transformers.AutoConfig.from_pretrained(student_folder).save_pretrained(other)
     tiny.make_tokenizer([*WORDS[1:], "other"]).save_pretrained(other)
     ended = run(
-        *("train", "--teacher", service.address, "--student", str(other)),
+        *("train", "--teacher", trained_service.address, "--student", str(other)),
         *("--data", str(text), "--output", str(tmp_path / "out")),
     )
     assert ended.returncode == 1
@@ -140,9 +86,9 @@ def test_errors_are_clear_and_have_their_exit_code(arguments, code, words):
     assert all(word in ended.stderr + ended.stdout for word in words)
 
 
-def test_check_compares_measures_and_estimates(service, student_folder):
+def test_check_compares_measures_and_estimates(trained_service, student_folder):
     ended = run(
-        *("check", service.address, "--student", str(student_folder)),
+        *("check", trained_service.address, "--student", str(student_folder)),
         *("--tokens", "1.5B", "--json", "--targets", "top_k:16"),
     )
     assert ended.returncode == 0, ended.stderr
@@ -161,16 +107,16 @@ def test_targets_of_other_tokens_are_noticed_on_the_first_batch(teacher_folder, 
     ids = torch.tensor(tokenizer(text.read_text()[:1000]).input_ids)[:101]
     teacher = LocalTeacher(model, tokenizer)
     ((_, targets),) = teacher.stream([ids[:100]])
-    check_alignment(ids[None, :100], targets)
+    check_alignment({"input_ids": ids[None, :100]}, targets)
     # The same targets one token off in either direction, as a wrong slice would give them.
     with pytest.raises(ProtocolError, match="do not belong"):
-        check_alignment(ids[None, 1:100], targets[:98])
+        check_alignment({"input_ids": ids[None, 1:100]}, targets[:98])
     with pytest.raises(ProtocolError, match="do not belong"):
-        check_alignment(ids[None, :99], targets[1:])
+        check_alignment({"input_ids": ids[None, :99]}, targets[1:])
 
 
 def test_the_readme_loop_trains_and_the_local_teacher_gives_the_same_student(
-    service, teacher_folder, student_folder, text
+    trained_service, teacher_folder, student_folder, text
 ):
     from student_trainer import connect
 
@@ -197,6 +143,6 @@ def test_the_readme_loop_trains_and_the_local_teacher_gives_the_same_student(
         assert sum(losses[-20:]) < 0.95 * sum(losses[:20])
         return [parameter.detach() for parameter in student.parameters()]
 
-    with connect(service.address, tokenizer=tokenizer) as teacher:
+    with connect(trained_service.address, tokenizer=tokenizer) as teacher:
         remote = trained(teacher)
     assert all(torch.equal(a, b) for a, b in zip(remote, trained(local), strict=True))

@@ -1,0 +1,158 @@
+"""Checkpoints of the reference loop: each is whole, or it is not there.
+
+    step-N/student.safetensors    the weights
+    step-N/state.pt               optimizers, schedules, random generators, position, curve
+    step-N/run.json               what must be the same in a run that goes on from here
+
+A folder is written under a hidden name, forced to the disk and then renamed, so that a process
+that is killed at any time leaves the checkpoint before it as the newest.
+"""
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+UNREADABLE = (
+    *(OSError, RuntimeError, EOFError, SafetensorError),
+    *(pickle.UnpicklingError, json.JSONDecodeError),
+)
+"""What files can raise that are cut off or damaged."""
+
+
+class Checkpoints:
+    """The checkpoints of one run in one folder."""
+
+    def __init__(
+        self, folder: Path, *, every: int, identity: Mapping[str, Any], keep: int = 2
+    ) -> None:
+        """every: steps between two, 0 for none. identity: what JSON can hold, see run.json."""
+        self.folder = folder
+        self.every = every
+        self._keep = keep
+        self._identity = json.loads(json.dumps(dict(identity)))
+
+    def newest(self) -> Path | None:
+        """The one with the highest step."""
+        found = self._all()
+        return found[-1] if found else None
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to save behind `step` of `steps`; the last is always saved."""
+        return self.every > 0 and (step % self.every == 0 or step == steps)
+
+    def save(self, step: int, student: nn.Module, state: Mapping[str, Any]) -> Path:
+        """Writes step-N and removes all but the newest few. The random generators are added."""
+        partial = self.folder / f".step-{step}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_model(student, str(partial / "student.safetensors"))
+        torch.save({**state, "random": _random_states()}, partial / "state.pt")
+        (partial / "run.json").write_text(json.dumps(self._identity, indent=2) + "\n")
+        for path in (*partial.iterdir(), partial):
+            _force_to_disk(path)
+        whole = self.folder / f"step-{step}"
+        if whole.exists():
+            self._remove(whole)
+        partial.rename(whole)
+        _force_to_disk(self.folder)
+        for old in self._all()[: -self._keep]:
+            self._remove(old)
+        return whole
+
+    def load(self, student: nn.Module) -> dict[str, Any] | None:
+        """Puts the newest weights in place and returns the state that was saved with them.
+
+        "random" in it is for `restore_random_states`. None if there is no checkpoint. Raises ValueError if it belongs to another run or cannot be
+        read.
+        """
+        for leftover in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(leftover)
+        newest = self.newest()
+        if newest is None:
+            return None
+        try:
+            self._compare(newest, json.loads((newest / "run.json").read_text()))
+            # Only tensors and plain values are read back: a file cannot run code here.
+            state = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
+            load_model(student, newest / "student.safetensors")
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{newest} cannot be read ({error}). Delete it to go on from the one before it."
+            ) from error
+        return state
+
+    def clear(self) -> None:
+        """Removes every checkpoint of the folder."""
+        for path in (*self._all(), *self.folder.glob(".step-*.partial")):
+            shutil.rmtree(path)
+
+    def _all(self) -> list[Path]:
+        steps = {
+            int(match.group(1)): path
+            for path in self.folder.glob("step-*")
+            if (match := re.fullmatch(r"step-(\d+)", path.name))
+        }
+        return [steps[step] for step in sorted(steps)]
+
+    def _remove(self, checkpoint: Path) -> None:
+        """Renamed first: what is killed while it deletes must not leave half a checkpoint."""
+        condemned = checkpoint.with_name(f".{checkpoint.name}.partial")
+        checkpoint.rename(condemned)
+        shutil.rmtree(condemned)
+
+    def _compare(self, newest: Path, saved: dict[str, Any]) -> None:
+        names = [*self._identity, *(name for name in saved if name not in self._identity)]
+        different = [
+            f"{name} was {saved.get(name)!r} and is {self._identity.get(name)!r}"
+            for name in names
+            if saved.get(name) != self._identity.get(name)
+        ]
+        if different:
+            raise ValueError(
+                f"{newest} belongs to another run: {'; '.join(different)}. Give what it had, "
+                "another --output, or --start-over to delete it and begin again."
+            )
+
+
+def _random_states() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],  # type: ignore[union-attr]
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Puts the random generators back where they were when the checkpoint was written.
+
+    To be called behind the first batch of the run that goes on: a loader draws a seed from them
+    when it starts.
+    """
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+def _force_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

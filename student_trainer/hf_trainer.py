@@ -1,0 +1,518 @@
+"""A transformers.Trainer whose loss comes from a teacher, and a mixin for every other Trainer.
+
+Letters: B sequences, T tokens, R trained rows, V vocabulary.
+
+The teacher is asked in `get_batch_samples`: what the Trainer skips when it goes on from a checkpoint
+never gets there, and so is never asked for. What was asked for travels inside the batch.
+"""
+
+import itertools
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.trainer_utils import get_last_checkpoint
+
+from logit_codec import DenseTargets, SampledTargets, Targets, TopKTargets
+from student_trainer.check import check_alignment
+from student_trainer.client import RemoteTeacher, connect
+from student_trainer.errors import IncompatibleTeacher, ProtocolError
+from student_trainer.local import LocalTeacher
+from student_trainer.losses import distillation_loss
+from student_trainer.streaming import Layout, TargetStream, Teacher, Wish
+
+logger = logging.getLogger(__name__)
+
+ATTACHED = "distillation_targets"
+"""The key in a batch under which its targets travel to the loss."""
+IDENTITY_FILE = "distillation.json"
+"""In a checkpoint: the teacher and the settings it was trained with."""
+METRIC_ROWS = 1024
+"""Rows whose logits are looked at together for the metrics."""
+
+
+@dataclass
+class DistillationArguments:
+    """How to learn from the teacher; `HfArgumentParser` makes flags of it."""
+
+    targets: str = field(
+        default="sampled", metadata={"help": "What to ask for: sampled, sampled:N, top_k:K, ..."}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Of both distributions in the divergence."}
+    )
+    divergence: str = field(
+        default="forward_kl", metadata={"help": "From the teacher, see distillation_loss."}
+    )
+    beta: float | None = field(default=None, metadata={"help": "Of the divergences that have one."})
+    kd_weight: float = field(default=1.0, metadata={"help": "Of the divergence."})
+    ce_weight: float = field(default=0.0, metadata={"help": "Of the cross-entropy on the labels."})
+    ahead: str = field(
+        default="30s",
+        metadata={"help": "Look-ahead: what is trained in this time, or a number of batches."},
+    )
+    check_first_batch: bool = field(
+        default=True, metadata={"help": "Check that targets and tokens belong together."}
+    )
+    patience_s: float = field(
+        default=300.0, metadata={"help": "How long to wait while the teacher does not answer."}
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Attached:
+    """What the loss of one batch needs beside the batch."""
+
+    targets: Targets | None
+    """None if nothing of the batch is trained."""
+    rows: Tensor
+    """(R,) int64: the trained positions of the flattened batch, in reading order."""
+    labels: Tensor
+    """(R,) int64: the tokens that come behind them."""
+    num_without: int
+    """Tokens, padding aside, that are not trained."""
+
+
+if TYPE_CHECKING:
+    _Trainer = transformers.Trainer
+else:
+    _Trainer = object
+
+
+class DistillationMixin(_Trainer):
+    """Put before a Trainer class: `class Distilled(DistillationMixin, SFTTrainer)`.
+
+    teacher: an address, several addresses of one service, a causal LM in this process, or a
+    `Teacher`; None leaves the Trainer as it is. Only training asks the teacher; evaluation is the
+    Trainer's own and needs labels.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: str | Sequence[str] | nn.Module | Teacher | None = None,
+        distillation: DistillationArguments | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.distillation = distillation or DistillationArguments()
+        self.teacher: Teacher | None = None
+        self._stream: Iterator[tuple[Any, Targets]] | None = None
+        self._pairs: Iterator[tuple[Any, _Attached]] = iter(())
+        self._epoch_iterator: Iterator[Any] | None = None
+        if teacher is None:
+            return
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs in one process are not supported: start one process for each with "
+                "torchrun or accelerate launch, or choose one with CUDA_VISIBLE_DEVICES"
+            )
+        wish = self.distillation
+        Wish.of(wish.targets, wish.temperature, self.args.seed, 0)  # before anything is asked
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        self.teacher = _as_teacher(
+            teacher,
+            tokenizer if hasattr(tokenizer, "get_vocab") else None,
+            wish.patience_s,
+        )
+        self._owns_teacher = self.teacher is not teacher
+        # The loss is divided by the rows of the whole accumulation window, see compute_loss.
+        self.loss_is_scaled_for_ga = True
+        self._meter = _Meter(self.args.device)
+        self.add_callback(_Watch(self))
+
+    # What the Trainer calls, in the order of a step.
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the Trainer's. Of several checkpoints, the newest that is whole is gone on from."""
+        if resume_from_checkpoint and self.teacher is not None:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = _newest_whole(Path(str(self.args.output_dir)))
+            if isinstance(resume_from_checkpoint, str):
+                self._compare(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The batches of one optimizer step with their targets, and how many rows are trained."""
+        if self.teacher is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        began, loading_s = time.perf_counter(), self._meter.loading_s
+        if epoch_iterator is not self._epoch_iterator:
+            self._end_look_ahead()
+            self._epoch_iterator = epoch_iterator
+            self._pairs = self._look_ahead(epoch_iterator)
+        samples, num_rows = [], 0
+        for batch, attached in itertools.islice(self._pairs, num_batches):
+            if attached.targets is not None:
+                if self.distillation.check_first_batch and self._meter.rows_fetched == 0:
+                    check_alignment(batch, attached.targets)
+                num_rows += attached.targets.num_rows
+                self._meter.rows_fetched += attached.targets.num_rows
+            batch[ATTACHED] = attached
+            samples.append(batch)
+        waited_s = time.perf_counter() - began
+        self._meter.step_began(began, waited_s - (self._meter.loading_s - loading_s))
+        if not samples:
+            return samples, None
+        count = torch.tensor(num_rows, device=device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()  # type: ignore[union-attr]
+        return samples, count.clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The distillation loss of a training batch; the Trainer's own loss of any other.
+
+        Summed over the rows of this batch and divided by those of all batches of the optimizer
+        step, on all ranks: however they are cut into batches, the gradient is the same.
+        """
+        attached: _Attached | None = inputs.pop(ATTACHED, None)
+        if attached is None:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        # Without labels the model computes no loss of its own.
+        without_labels = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
+        outputs = model(**without_labels)
+        logits_BTV = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        self._meter.num_without += attached.num_without
+        if attached.targets is None:
+            loss = logits_BTV.sum() * 0.0  # every rank and batch takes part in the backward pass
+        else:
+            loss = self._distillation_sum(logits_BTV, attached) / (
+                attached.targets.num_rows if num_items_in_batch is None else num_items_in_batch
+            )
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the ranks' gradients are averaged
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what was measured since the last time to what the Trainer logs of training."""
+        if self.teacher is not None and "loss" in logs:
+            logs = {**logs, **self._measured()}
+        super().log(logs, start_time)
+
+    def close(self) -> None:
+        """Ends the connection, if it was this Trainer that made it."""
+        self._end_look_ahead()
+        if isinstance(self.teacher, RemoteTeacher) and self._owns_teacher:
+            self.teacher.close()
+
+    # How it is done.
+
+    def _look_ahead(self, epoch_iterator: Iterator[Any]) -> Iterator[tuple[Any, _Attached]]:
+        """The batches of an epoch, each with its targets, asked for well before."""
+        assert self.teacher is not None
+        wish, state = self.distillation, self.state
+        # No more than the run will use: targets behind max_steps would be made for nothing.
+        num_steps = state.max_steps - state.global_step
+        batches = itertools.islice(
+            epoch_iterator, num_steps * self.args.gradient_accumulation_steps
+        )
+        waiting: deque[tuple[Any, Layout]] = deque()
+        """What was taken from the loader, also the batches that ask for nothing."""
+
+        def to_ask() -> Iterator[Any]:
+            while True:
+                began = time.perf_counter()
+                batch = next(batches, None)
+                self._meter.loading_s += time.perf_counter() - began
+                if batch is None:
+                    return
+                layout = Layout.of(batch)
+                trained = bool(layout.trained.any())
+                waiting.append((batch, layout))
+                if trained:
+                    yield batch
+
+        self._stream = self.teacher.stream_batches(
+            to_ask(),
+            targets=wish.targets,
+            temperature=wish.temperature,
+            seed=self.args.seed,
+            epoch=int(state.epoch or 0),
+            ahead=int(wish.ahead) if str(wish.ahead).isdigit() else wish.ahead,
+        )
+        for asked, targets in self._stream:
+            while True:
+                batch, layout = waiting.popleft()
+                if batch is asked:
+                    yield batch, _attached(batch, layout, targets)
+                    break
+                yield batch, _attached(batch, layout, None)
+        for batch, layout in waiting:
+            yield batch, _attached(batch, layout, None)
+
+    def _end_look_ahead(self) -> None:
+        close = getattr(self._stream, "close", None)
+        if close is not None:
+            close()
+        self._stream, self._epoch_iterator, self._pairs = None, None, iter(())
+
+    def _distillation_sum(self, logits_BTV: Tensor, attached: _Attached) -> Tensor:
+        """kd_weight * divergence + ce_weight * cross-entropy, summed over the rows."""
+        wish, device = self.distillation, logits_BTV.device
+        assert attached.targets is not None
+        targets = attached.targets.to(device, non_blocking=True)
+        labels_R = attached.labels.to(device)
+        logits_RV = logits_BTV.flatten(0, 1)[attached.rows.to(device)]
+        loss = logits_RV.new_zeros((), dtype=torch.float32)
+        kd, ce = None, None
+        if wish.kd_weight:
+            more: dict[str, Any] = {} if wish.beta is None else {"beta": wish.beta}
+            kd = distillation_loss(
+                logits_RV, targets, divergence=wish.divergence, reduction="sum", **more
+            )
+            loss = loss + wish.kd_weight * kd
+        if wish.ce_weight:
+            ce = nn.functional.cross_entropy(logits_RV.float(), labels_R, reduction="sum")
+            loss = loss + wish.ce_weight * ce
+        self._meter.add(logits_RV.detach(), targets, labels_R, kd, ce)
+        return loss
+
+    def _step_ended(self) -> None:
+        meter = self._meter
+        meter.step_ended()
+        if meter.rows_fetched != meter.rows_in_loss:
+            raise ProtocolError(
+                f"{meter.rows_fetched} rows of targets were fetched and {meter.rows_in_loss} "
+                "reached the loss: another class replaces compute_loss. DistillationMixin must be "
+                "the first of the base classes, and compute_loss not be overridden below it."
+            )
+
+    def _measured(self) -> dict[str, float]:
+        sums = self._meter.take_sums()
+        if self.args.world_size > 1:
+            sums = self.accelerator.gather(sums[None]).sum(0)  # type: ignore[union-attr,call-overload]
+        found = self._meter.ratios(sums)
+        if isinstance(self._stream, TargetStream):
+            found["lookahead"] = float(self._stream.in_flight)
+        counters = getattr(self.teacher, "counters", None)
+        if counters is not None and counters.rows:
+            found["bytes_per_token"] = counters.payload_nbytes / counters.rows
+        return found
+
+    def _identity(self) -> dict[str, Any]:
+        assert self.teacher is not None
+        wish = self.distillation
+        return {
+            "teacher_fingerprint": self.teacher.info.teacher_fingerprint,
+            "targets": wish.targets,
+            "temperature": wish.temperature,
+            "divergence": wish.divergence,
+            "beta": wish.beta,
+            "kd_weight": wish.kd_weight,
+            "ce_weight": wish.ce_weight,
+        }
+
+    def _compare(self, checkpoint: Path) -> None:
+        """Raises IncompatibleTeacher for another teacher; other settings are the user's to change."""
+        if not (checkpoint / IDENTITY_FILE).is_file():
+            logger.warning("%s does not say which teacher it was trained with", checkpoint)
+            return
+        saved, ours = json.loads((checkpoint / IDENTITY_FILE).read_text()), self._identity()
+        if saved["teacher_fingerprint"] != ours["teacher_fingerprint"]:
+            raise IncompatibleTeacher(
+                f"{checkpoint} was trained with another teacher: its fingerprint is "
+                f"{saved['teacher_fingerprint']}, this one's is {ours['teacher_fingerprint']}. "
+                f"Serve the same weights in the same way, or delete {IDENTITY_FILE} in the "
+                "checkpoint to go on with this teacher on purpose."
+            )
+        for name in ours:
+            if saved.get(name) != ours[name]:
+                logger.warning("%s was %s and is now %s", name, saved.get(name), ours[name])
+
+
+class DistillationTrainer(DistillationMixin, transformers.Trainer):
+    """`transformers.Trainer` with a teacher: `DistillationTrainer(model, args, ..., teacher=...)`."""
+
+
+class _Watch(transformers.TrainerCallback):
+    """Tells the mixin when steps end and checkpoints are written."""
+
+    def __init__(self, trainer: DistillationMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._meter.reset()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._step_ended()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            text = json.dumps(self._trainer._identity(), indent=2) + "\n"
+            (folder / IDENTITY_FILE).write_text(text)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._end_look_ahead()
+
+
+SUMS = (
+    *("rows", "kd_rows", "kd_loss", "ce_loss", "teacher_rows", "teacher_ce", "top1_agreement"),
+    *("tail_rows", "tail_mass", "tokens_without_target", "waiting_s", "busy_s", "target_rows"),
+)
+"""What is added up between two logs, over ranks too."""
+
+
+class _Meter:
+    """Sums of what the steps measure; on the device, so that no step waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.reset()
+
+    def reset(self) -> None:
+        self._sums = {
+            name: torch.zeros((), dtype=self._dtype, device=self._device) for name in SUMS
+        }
+        self.rows_fetched = 0
+        self.rows_in_loss = 0
+        self.num_without = 0
+        self.loading_s = 0.0
+        self._waiting_s = 0.0
+        self._busy_s = 0.0
+        self._began_s = time.perf_counter()
+
+    def step_began(self, began_s: float, waited_s: float) -> None:
+        self._began_s = began_s
+        self._waiting_s += waited_s
+
+    def step_ended(self) -> None:
+        self._busy_s += time.perf_counter() - self._began_s
+
+    @torch.no_grad()
+    def add(
+        self,
+        logits_RV: Tensor,
+        targets: Targets,
+        labels_R: Tensor,
+        kd: Tensor | None,
+        ce: Tensor | None,
+    ) -> None:
+        """One batch; `ce` is computed here if the loss did not need it."""
+        self.rows_in_loss += targets.num_rows
+        sums = self._sums
+        sums["rows"] += targets.num_rows
+        if kd is not None:
+            sums["kd_rows"] += targets.num_rows
+            sums["kd_loss"] += kd.detach()
+        if ce is not None:
+            sums["ce_loss"] += ce.detach()
+        best_R = _most_likely(targets)
+        for first in range(0, targets.num_rows, METRIC_ROWS):
+            rows = slice(first, first + METRIC_ROWS)
+            logits_CV = logits_RV[rows]
+            sums["top1_agreement"] += (logits_CV.argmax(1) == best_R[rows]).sum()
+            if ce is None:
+                sums["ce_loss"] += nn.functional.cross_entropy(
+                    logits_CV.float(), labels_R[rows], reduction="sum"
+                )
+        if targets.realized_logprob is not None:
+            sums["teacher_rows"] += targets.num_rows
+            sums["teacher_ce"] -= targets.realized_logprob.sum()
+        if isinstance(targets, TopKTargets):
+            sums["tail_rows"] += targets.num_rows
+            sums["tail_mass"] += targets.tail_logprob.exp().sum()
+
+    def take_sums(self) -> Tensor:
+        """(len(SUMS),), and begins anew; target_rows goes on counting."""
+        found = self._sums
+        found["tokens_without_target"] += self.num_without
+        found["waiting_s"] += self._waiting_s
+        found["busy_s"] += self._busy_s
+        found["target_rows"] += self.rows_in_loss
+        self._sums = {name: torch.zeros_like(value) for name, value in found.items()}
+        self.num_without, self._waiting_s, self._busy_s = 0, 0.0, 0.0
+        return torch.stack([found[name] for name in SUMS])
+
+    @staticmethod
+    def ratios(sums: Tensor) -> dict[str, float]:
+        """What is logged, from the sums of all ranks."""
+        total = dict(zip(SUMS, sums.tolist(), strict=True))
+        found = {
+            name: total[name] / total[count]
+            for name, count in (
+                *(("kd_loss", "kd_rows"), ("ce_loss", "rows"), ("teacher_ce", "teacher_rows")),
+                *(("top1_agreement", "rows"), ("tail_mass", "tail_rows")),
+            )
+            if total[count]
+        }
+        found["waiting_fraction"] = total["waiting_s"] / max(total["busy_s"], 1e-9)
+        found["tokens_without_target"] = total["tokens_without_target"]
+        found["target_rows"] = total["target_rows"]
+        return found
+
+
+def _as_teacher(
+    teacher: str | Sequence[str] | nn.Module | Teacher, tokenizer: Any, patience_s: float
+) -> Teacher:
+    if isinstance(teacher, nn.Module):
+        return LocalTeacher(teacher, tokenizer)
+    if isinstance(teacher, str | list | tuple):
+        return connect(teacher, tokenizer=tokenizer, patience_s=patience_s)
+    if hasattr(teacher, "stream_batches"):
+        return teacher  # type: ignore[return-value]
+    raise ValueError(
+        "teacher must be an address such as teacher.lab:50051, a list of them, a causal LM or an "
+        f"object with stream_batches; got {type(teacher).__name__}"
+    )
+
+
+def _attached(batch: Mapping[str, Any], layout: Layout, targets: Targets | None) -> _Attached:
+    rows = layout.trained.flatten().nonzero()[:, 0]
+    return _Attached(
+        targets=targets,
+        rows=rows,
+        labels=layout.labels.flatten()[rows + 1],
+        num_without=int(layout.real.sum()) - len(rows),
+    )
+
+
+def _most_likely(targets: Targets) -> Tensor:
+    """(R,) int64: the teacher's likeliest id of each row, as far as the targets tell."""
+    if isinstance(targets, DenseTargets):
+        return targets.logprobs.argmax(1)
+    assert isinstance(targets, SampledTargets | TopKTargets)
+    rows_E = targets.entry_rows()
+    values_E = targets.counts if isinstance(targets, SampledTargets) else targets.logprobs
+    values_E = values_E.float()
+    best_R = values_E.new_full((targets.num_rows,), -torch.inf)
+    best_R = best_R.scatter_reduce(0, rows_E, values_E, "amax")
+    is_best = values_E == best_R[rows_E]
+    ids_R = torch.full_like(best_R, targets.vocab_size, dtype=torch.int64)
+    return ids_R.scatter_reduce(0, rows_E[is_best], targets.token_ids[is_best], "amin")
+
+
+def _newest_whole(output_dir: Path) -> str | bool:
+    """The newest checkpoint that was written to its end, which is when its state is readable."""
+    newest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if newest is None:
+        return True  # the Trainer says what is missing
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            return str(path)
+        except (OSError, json.JSONDecodeError):
+            logger.warning("%s was not written to its end and is left out", path)
+    return True

@@ -1,0 +1,59 @@
+"""The short examples, run against a live service and stopped in between."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples import hf_trainer, plain_loop
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_plain_loop_is_short_and_goes_on_where_it_stopped(
+    trained_service, student_folder, text: Path, tmp_path: Path, monkeypatch, capsys
+):
+    assert len(Path(plain_loop.__file__).read_text().splitlines()) < 40
+    monkeypatch.setattr(plain_loop, "SAVE_EVERY", 3)
+
+    def run(steps: int, name: str) -> dict:
+        monkeypatch.setattr(plain_loop, "STEPS", steps)
+        path = tmp_path / name
+        plain_loop.main(trained_service.address, str(student_folder), str(path), str(text))
+        return torch.load(path, weights_only=True)
+
+    whole = run(6, "whole")
+    assert capsys.readouterr().out.count("step ") == 2
+    assert run(4, "stopped")["position"] == {"handed_out": 3}
+    again = run(6, "stopped")
+    assert again["position"] == whole["position"] == {"handed_out": 6}
+    assert all(
+        torch.equal(again["student"][name], whole["student"][name]) for name in whole["student"]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_the_hf_trainer_example_trains_and_goes_on(
+    trained_service, student_folder, text: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(hf_trainer, "STEPS", 6)
+    monkeypatch.setattr(hf_trainer, "SAVE_EVERY", 3)
+
+    def run(name: str) -> torch.Tensor:
+        trainer = hf_trainer.main(
+            trained_service.address, str(student_folder), str(tmp_path / name), str(text)
+        )
+        assert any("kd_loss" in entry for entry in trainer.state.log_history)
+        assert trainer.model is not None
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    whole = run("whole")
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "stopped" / "checkpoint-3")
+    assert torch.equal(run("stopped"), whole)

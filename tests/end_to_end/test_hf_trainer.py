@@ -1,0 +1,446 @@
+"""transformers' Trainer with a teacher: the loss however batches are cut, resume, what is logged."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from student_trainer import (
+    ForkedClient,
+    IncompatibleTeacher,
+    InvalidRequest,
+    LocalTeacher,
+    ProtocolError,
+    TeacherUnavailable,
+    connect,
+    distillation_loss,
+)
+from student_trainer.hf_trainer import (
+    ATTACHED,
+    IDENTITY_FILE,
+    DistillationArguments,
+    DistillationMixin,
+    DistillationTrainer,
+)
+from tests import tiny
+from tests.end_to_end.conftest import WORDS
+
+TOKENIZER = tiny.make_tokenizer(WORDS)
+PAD, LENGTH = 0, 12
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def teacher_model(teacher_folder: Path) -> nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
+
+
+@pytest.fixture(scope="module")
+def rows(text: Path) -> list[dict[str, list[int]]]:
+    """24 sequences of different lengths; of every third one, the first half is a prompt."""
+    ids = TOKENIZER(text.read_text()).input_ids[: 24 * LENGTH]
+    found = []
+    for number in range(24):
+        sequence = ids[number * LENGTH : (number + 1) * LENGTH - number % 5]
+        labels = list(sequence)
+        if number % 3 == 0:
+            labels[: LENGTH // 2] = [-100] * (LENGTH // 2)
+        found.append({"input_ids": sequence, "labels": labels})
+    return found
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Padded on the right, as any collator does."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        return torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
+
+    masks = [[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows]
+    return {
+        "input_ids": padded("input_ids", PAD),
+        "labels": padded("labels", -100),
+        "attention_mask": torch.tensor(masks),
+    }
+
+
+def make_student(dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=64,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        **dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), dropout),
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def make_trainer(
+    folder: Path,
+    rows,
+    teacher,
+    *,
+    kind=DistillationTrainer,
+    student: nn.Module | None = None,
+    distillation: DistillationArguments | None = None,
+    collator=collate,
+    **arguments,
+):
+    settings = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "dataloader_pin_memory": False,
+        **arguments,
+    }
+    return kind(
+        model=make_student() if student is None else student,
+        args=transformers.TrainingArguments(str(folder), **settings),
+        train_dataset=rows,
+        eval_dataset=rows[:6],
+        data_collator=collator,
+        processing_class=TOKENIZER,
+        teacher=teacher,
+        distillation=distillation,
+    )
+
+
+def weights(trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def num_trained(rows) -> int:
+    return sum(label != -100 for row in rows for label in row["labels"][1:])
+
+
+def test_it_learns_from_a_service_and_says_how(trained_service, rows, tmp_path: Path):
+    wish = DistillationArguments(targets="top_k:16", ce_weight=0.1, ahead="3")
+    trainer = make_trainer(tmp_path, rows, trained_service.address, distillation=wish, max_steps=12)
+    trainer.train()
+    evaluated = trainer.evaluate()
+    assert evaluated["eval_loss"] > 0
+    logs = [entry for entry in trainer.state.log_history if "kd_loss" in entry]
+    assert len(logs) == 12
+    for entry in logs:
+        assert entry["loss"] == pytest.approx(entry["kd_loss"] + 0.1 * entry["ce_loss"], rel=1e-4)
+        assert 0 <= entry["top1_agreement"] <= 1
+        assert 0 < entry["tail_mass"] < 1
+        assert 0 < entry["teacher_ce"] < 4
+        assert 0 <= entry["waiting_fraction"] <= 1
+        assert 0 <= entry["lookahead"] <= 3
+        assert 10 < entry["bytes_per_token"] < 200
+    assert logs[-1]["kd_loss"] < logs[0]["kd_loss"]
+    # Two epochs of 24 rows; evaluation asked for nothing.
+    assert logs[-1]["target_rows"] == 2 * num_trained(rows)
+    num_tokens = sum(len(row["input_ids"]) for row in rows)
+    without = sum(entry["tokens_without_target"] for entry in logs)
+    assert without == 2 * (num_tokens - num_trained(rows))
+    assert trainer.teacher.counters.rows == 2 * num_trained(rows)
+    trainer.close()
+
+
+@pytest.mark.parametrize("targets", ["sampled:8", "top_k:4", "dense:f32"])
+def test_the_step_is_the_same_however_it_is_cut_into_batches(
+    teacher_model, rows, tmp_path: Path, targets
+):
+    found = []
+    wish = DistillationArguments(targets=targets, ce_weight=0.3, temperature=1.5)
+    for batch_size, accumulation in ((8, 1), (4, 2), (1, 8)):
+        trainer = make_trainer(
+            tmp_path,
+            rows,
+            teacher_model,
+            distillation=wish,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            optim="sgd",
+            learning_rate=0.5,
+            max_grad_norm=0.0,
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found.append((weights(trainer), losses))
+    for cut, losses in found[1:]:
+        assert (cut - found[0][0]).abs().max() < 1e-6
+        assert losses == pytest.approx(found[0][1], rel=1e-4)
+
+
+def test_packed_and_masked_batches_train_exactly_the_rows_of_their_targets(
+    teacher_model, rows, tmp_path: Path
+):
+    teacher = LocalTeacher(teacher_model, TOKENIZER)
+
+    def pack(some) -> dict[str, torch.Tensor]:
+        return {
+            "input_ids": torch.tensor([[i for row in some for i in row["input_ids"]]]),
+            "labels": torch.tensor([[i for row in some for i in row["labels"]]]),
+            "position_ids": torch.tensor([[i for r in some for i in range(len(r["input_ids"]))]]),
+        }
+
+    student = make_student()
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        teacher,
+        student=student,
+        collator=pack,
+        distillation=DistillationArguments(targets="top_k:8", ahead="2"),
+        max_steps=1,
+        train_sampling_strategy="sequential",
+    )
+    expected, count = 0.0, 0
+    with torch.no_grad():
+        batch = pack(rows[:4])
+        logits = student(batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
+        first = 0
+        for row in rows[:4]:
+            ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+            ((_, targets),) = teacher.stream([ids], targets="top_k:8")
+            trained = (labels[1:] != -100).nonzero()[:, 0]
+            for one in trained.tolist():
+                loss = distillation_loss(logits[first + one][None], targets[one : one + 1])
+                expected += float(loss)
+            count += len(trained)
+            first += len(ids)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected / count, rel=1e-5)
+    assert trainer.state.log_history[0]["target_rows"] == count
+
+
+class Counting:
+    """A teacher that notes how many rows it was asked for."""
+
+    def __init__(self, teacher) -> None:
+        self.teacher, self.info, self.rows = teacher, teacher.info, 0
+
+    def stream_batches(self, loader, **options):
+        pairs = self.teacher.stream_batches(loader, **options)
+        for batch, targets in pairs:
+            self.rows += targets.num_rows
+            yield batch, targets
+
+
+@pytest.mark.parametrize("targets", ["sampled:8", "top_k:4"])
+def test_gone_on_from_any_checkpoint_the_weights_are_the_same(
+    teacher_model, rows, tmp_path: Path, targets
+):
+    settings = {
+        "max_steps": 8,  # of which an epoch has 3
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "logging_steps": 3,
+    }
+
+    def trainer(folder: Path, ahead: str):
+        return make_trainer(
+            folder,
+            rows,
+            teacher_model,
+            student=make_student(dropout=0.2),
+            distillation=DistillationArguments(targets=targets, ahead=ahead),
+            **settings,
+        )
+
+    whole = trainer(tmp_path / "whole", "1")
+    whole.train()
+    for step in (1, 2, 3, 5, 7):
+        folder = tmp_path / f"from-{step}"
+        name = f"checkpoint-{step}"
+        shutil.copytree(tmp_path / "whole" / name, folder / name)
+        # A later one that was killed while it was written is left out.
+        (folder / "checkpoint-9").mkdir()
+        (folder / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9,')
+        again = trainer(folder, "7")
+        torch.rand(step)  # what a new process has drawn so far
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 8
+        assert torch.equal(weights(again), weights(whole)), f"from step {step}"
+
+
+def test_what_is_skipped_on_resume_is_not_asked_for(teacher_model, rows, tmp_path: Path):
+    teacher = Counting(LocalTeacher(teacher_model, TOKENIZER))
+    settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6}
+    make_trainer(tmp_path, rows, teacher, **settings).train()
+    assert teacher.rows == num_trained(rows)
+    teacher.rows = 0
+    make_trainer(tmp_path, rows, teacher, **settings).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+    )
+    assert 0 < teacher.rows < num_trained(rows) / 2
+
+
+def test_another_teacher_does_not_go_on_with_the_run(teacher_model, rows, tmp_path: Path):
+    make_trainer(
+        tmp_path, rows, teacher_model, save_strategy="steps", save_steps=2, max_steps=2
+    ).train()
+    other = make_trainer(
+        tmp_path, rows, LocalTeacher(tiny.make_model("Llama", 64), TOKENIZER), max_steps=3
+    )
+    with pytest.raises(IncompatibleTeacher, match=IDENTITY_FILE):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_batches_without_anything_to_train_are_passed_over(teacher_model, rows, tmp_path: Path):
+    emptied = [
+        {**row, "labels": [-100] * len(row["labels"])} if number % 4 != 2 else row
+        for number, row in enumerate(rows[:8])
+    ]
+    trainer = make_trainer(
+        tmp_path,
+        emptied,
+        teacher_model,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        max_steps=4,
+        distillation=DistillationArguments(ahead="3"),
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 4
+    assert logs[-1]["target_rows"] == 2 * num_trained(emptied)
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in logs)
+
+
+class OtherTrainer(transformers.Trainer):
+    """As SFTTrainer does: its own compute_loss around the Trainer's, and more to log."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        self.own_losses = [*getattr(self, "own_losses", []), float(loss.detach())]
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        super().log({**logs, "other": 1.0}, start_time)
+
+
+class Distilled(DistillationMixin, OtherTrainer):
+    pass
+
+
+def test_the_mixin_goes_before_any_trainer(teacher_model, rows, tmp_path: Path):
+    trainer = make_trainer(tmp_path / "mixin", rows, teacher_model, kind=Distilled)
+    trainer.train()
+    assert not hasattr(trainer, "own_losses")
+    plain = make_trainer(tmp_path / "plain", rows, teacher_model)
+    plain.train()
+    assert torch.equal(weights(trainer), weights(plain))
+    assert trainer.state.log_history[0]["other"] == 1.0
+    assert "kd_loss" in trainer.state.log_history[0]
+    trainer.evaluate()
+    assert trainer.own_losses  # evaluation is the other Trainer's own
+
+
+def test_without_a_teacher_it_is_the_trainer_that_it_was(rows, tmp_path: Path):
+    control = make_trainer(tmp_path / "control", rows, None)
+    control.train()
+    assert "kd_loss" not in control.state.log_history[0]
+    assert control.state.log_history[0]["loss"] > 0
+
+
+def test_targets_that_do_not_reach_the_loss_are_noticed(teacher_model, rows, tmp_path: Path):
+    class Swallowing(DistillationTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            inputs.pop(ATTACHED, None)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    trainer = make_trainer(tmp_path, rows, teacher_model, kind=Swallowing)
+    with pytest.raises(ProtocolError, match="0 reached the loss"):
+        trainer.train()
+
+
+def test_targets_of_other_tokens_stop_the_first_step(teacher_model, rows, tmp_path: Path):
+    class OneOff:
+        def __init__(self, teacher) -> None:
+            self.teacher, self.info = teacher, teacher.info
+
+        def stream_batches(self, loader, **options):
+            for batch in loader:
+                shifted = {"input_ids": batch["input_ids"].roll(1, 1)}
+                shifted = {**batch, **shifted}
+                ((_, targets),) = self.teacher.stream_batches([shifted], **options)
+                yield batch, targets
+
+    teacher = OneOff(LocalTeacher(teacher_model, TOKENIZER))
+    trainer = make_trainer(tmp_path, rows, teacher)
+    with pytest.raises(ProtocolError, match="do not belong to these tokens"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_loader_workers_and_a_list_of_addresses(trained_service, rows, tmp_path: Path):
+    alone = make_trainer(tmp_path / "a", rows, trained_service.address)
+    alone.train()
+    with connect(trained_service.address) as teacher:
+        shared = make_trainer(tmp_path / "b", rows, teacher, dataloader_num_workers=1)
+        shared.train()
+        shared.close()
+        assert len(list(teacher.stream([[1, 2, 3]]))) == 1  # whose it is not, it leaves open
+    listed = make_trainer(tmp_path / "c", rows, [trained_service.address])
+    listed.train()
+    for other in (shared, listed):
+        assert torch.equal(weights(other), weights(alone))
+    alone.close()
+    listed.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_loader_worker_that_touches_the_client_gets_an_error_at_once(
+    trained_service, rows, tmp_path: Path
+):
+    with connect(trained_service.address) as teacher:
+
+        class Asking(list):
+            def __getitem__(self, index):
+                next(teacher.stream([[1, 2, 3]]))
+                return super().__getitem__(index)
+
+        trainer = make_trainer(tmp_path, Asking(rows), teacher, dataloader_num_workers=1)
+        began = time.monotonic()
+        with pytest.raises(ForkedClient, match="around the DataLoader"):
+            trainer.train()
+        assert time.monotonic() - began < 5  # of which most is the start of the worker
+
+
+def test_mistakes_are_told_when_the_trainer_is_made(trained_service, rows, tmp_path: Path):
+    with pytest.raises(ValueError, match="address such as"):
+        make_trainer(tmp_path, rows, 50051)
+    wish = DistillationArguments(temperature=0.0)
+    with pytest.raises(InvalidRequest, match="temperature"):
+        make_trainer(tmp_path, rows, trained_service.address, distillation=wish)
+    wish = DistillationArguments(patience_s=0.5)
+    with pytest.raises(TeacherUnavailable, match=r"127\.0\.0\.1:1"):
+        make_trainer(tmp_path, rows, "127.0.0.1:1", distillation=wish)
+
+
+def test_the_arguments_are_flags():
+    parser = transformers.HfArgumentParser(
+        (transformers.TrainingArguments, DistillationArguments)  # type: ignore[arg-type]
+    )
+    flags = ["--output_dir", "x", "--targets", "top_k:8", "--ce_weight", "0.1", "--ahead", "8"]
+    _, wish = parser.parse_args_into_dataclasses(flags)
+    assert wish == DistillationArguments(targets="top_k:8", ce_weight=0.1, ahead="8")

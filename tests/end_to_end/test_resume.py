@@ -1,0 +1,251 @@
+"""Stopped at any step and started again: the same student, bit for bit."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from student_trainer import LocalTeacher, trainer
+from student_trainer.checkpoint import Checkpoints
+from student_trainer.data import batches
+from tests import tiny
+from tests.conftest import FORKSERVER
+from tests.end_to_end.conftest import WORDS, write_config
+
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Stop(Exception):
+    """The end of the process, as far as training is concerned."""
+
+
+class Stopping:
+    """Pairs that end the run when it asks for item `at`."""
+
+    def __init__(self, pairs, at: int | None) -> None:
+        self.pairs, self.at = pairs, at
+        self.load_state_dict, self.state_dict = pairs.load_state_dict, pairs.state_dict
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.state_dict()["handed_out"] == self.at:
+            raise Stop
+        return next(self.pairs)
+
+
+@pytest.fixture(scope="module")
+def trained_teacher(teacher_folder: Path) -> LocalTeacher:
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher_folder)
+    return LocalTeacher(model, tiny.make_tokenizer(WORDS))
+
+
+@pytest.fixture(scope="module")
+def sequences(text: Path) -> torch.Tensor:
+    ids = tiny.make_tokenizer(WORDS)(text.read_text()).input_ids
+    return torch.tensor(ids)[: 12 * 40].view(-1, 12)
+
+
+def make_student() -> nn.Module:
+    """With dropout, so that the random generators matter, and tied embeddings."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=64,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        n_positions=32,
+        resid_pdrop=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def train(teacher, source, student, *, ahead=1, stop_at=None, checkpoints=None, optimizer="adamw"):
+    pairs = teacher.stream_batches(source, targets="sampled:8", seed=3, ahead=ahead)
+    return trainer.train(
+        student,
+        Stopping(pairs, stop_at),
+        steps=STEPS,
+        learning_rate=1e-2,
+        warmup_steps=2,
+        optimizer=optimizer,
+        kd_weight=1.0,
+        ce_weight=0.1,
+        measure=lambda _: 0.0,
+        label="student",
+        checkpoints=checkpoints,
+    )
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(name == twin and torch.equal(a, b) for (name, a), (twin, b) in pairs)
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("loader", ["batches", "stateful loader"])
+def test_stopped_at_any_step_it_ends_with_the_same_weights(
+    trained_teacher, sequences, tmp_path: Path, loader, optimizer
+):
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def source():
+        if loader == "batches":
+            return batches(sequences, batch_size=4, steps=STEPS, seed=1)
+        rows = [{"input_ids": row} for row in sequences]
+        torch.manual_seed(7)  # of the shuffling, and of dropout
+        return StatefulDataLoader(rows, batch_size=4, shuffle=True)
+
+    whole = make_student()
+    run = train(trained_teacher, source(), whole, optimizer=optimizer)
+    for stop_at in range(1, STEPS):
+        folder = tmp_path / str(stop_at)
+        checkpoints = Checkpoints(folder, every=2, identity={"seed": 3})
+        options = {"checkpoints": checkpoints, "optimizer": optimizer}
+        student = make_student()
+        with pytest.raises(Stop):
+            train(trained_teacher, source(), student, ahead=3, stop_at=stop_at, **options)
+        student, rest = make_student(), source()
+        if stop_at > 2:
+            torch.manual_seed(1000 + stop_at)  # what a new process has drawn so far
+        again = train(trained_teacher, rest, student, ahead=2, **options)
+        assert same_weights(whole, student), f"stopped at {stop_at}"
+        assert again.train_losses == run.train_losses
+        assert [path.name for path in sorted(folder.iterdir())] == ["step-4", "step-6"]
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path: Path):
+    student = nn.Linear(2, 2)
+    written = {"learning_rate": 0.1, "data": ["a"], "seed": 1}
+    Checkpoints(tmp_path, every=1, identity=written).save(4, student, {"step": 4})
+    other = {"learning_rate": 0.2, "data": ["a"], "steps": 9, "seed": 1}
+    with pytest.raises(ValueError, match="another run") as caught:
+        Checkpoints(tmp_path, every=1, identity=other).load(student)
+    for words in ("step-4", "learning_rate was 0.1 and is 0.2", "steps was None", "--start-over"):
+        assert words in str(caught.value)
+    assert "seed" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "state.pt", "run.json"])
+def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path: Path, name):
+    student = nn.Linear(20, 20)
+    checkpoints = Checkpoints(tmp_path, every=1, identity={})
+    path = checkpoints.save(1, student, {"step": 1}) / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"step-1 cannot be read .* Delete it"):
+        checkpoints.load(student)
+
+
+def test_state_that_would_run_code_is_refused(tmp_path: Path):
+    student = nn.Linear(2, 2)
+    checkpoints = Checkpoints(tmp_path, every=1, identity={})
+    path = checkpoints.save(1, student, {"step": 1}) / "state.pt"
+    torch.save({"step": os.getcwd, "random": None}, path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoints.load(student)
+
+
+def hold_the_second_checkpoint() -> None:
+    """Forcing anything of step-8 to the disk takes for ever."""
+    force = os.fsync
+
+    def held(descriptor: int) -> None:
+        if ".step-8.partial" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            time.sleep(60)
+        force(descriptor)
+
+    os.fsync = held
+
+
+def _run_trainer(arguments: list[str], log: Path, hook: Callable[[], None] | None) -> None:
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    from student_trainer.cli import main
+
+    if hook is not None:
+        hook()
+    sys.exit(main(arguments))
+
+
+def student_trainer(folder: Path, *arguments: str, hook: Callable[[], None] | None = None):
+    log = folder / "log"
+    process = FORKSERVER.Process(target=_run_trainer, args=([*arguments], log, hook), daemon=True)
+    process.start()
+    return process, log
+
+
+def test_a_trainer_killed_while_it_writes_goes_on_from_the_checkpoint_before(
+    trained_service, student_folder, text: Path, tmp_path: Path
+):
+    def arguments(folder: Path) -> list[str]:
+        folder.mkdir(exist_ok=True)
+        config = write_config(
+            folder / "train.toml",
+            teacher=trained_service.address,
+            student=str(student_folder),
+            data=[str(text)],
+            output=str(folder),
+            sequence_length=32,
+            batch_size=4,
+            steps=12,
+            learning_rate=1e-2,
+            targets="sampled:16",
+            held_out_sequences=4,
+        )
+        return ["train", config, "--device", "cpu", "--checkpoint-every", "4"]
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process, log = student_trainer(
+        killed, *arguments(killed), "--control", hook=hold_the_second_checkpoint
+    )
+    checkpoints = killed / "checkpoints" / "control"
+    deadline = time.monotonic() + 60
+    while not (checkpoints / ".step-8.partial").exists():
+        assert process.is_alive(), log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert {path.name for path in checkpoints.iterdir()} == {"step-4", ".step-8.partial"}
+
+    # Others of its settings are another run; another look-ahead is not.
+    other, _ = student_trainer(killed, *arguments(killed), "--control", "--learning-rate", "0.02")
+    never, _ = student_trainer(whole, *arguments(whole), "--ahead", "3", "--control")
+    other.join(60)
+    assert other.exitcode == 1, log.read_text()
+    assert "learning_rate was 0.01 and is 0.02" in log.read_text()
+    again, _ = student_trainer(killed, *arguments(killed), "--ahead", "5", "--control")
+    again.join(60)
+    never.join(60)
+    assert again.exitcode == never.exitcode == 0, log.read_text()
+    assert f"going on from {checkpoints}/step-4" in log.read_text()
+    for name in ("checkpoints/control", "checkpoints"):
+        for step in ("step-8", "step-12"):
+            weights = [folder / name / step / "student.safetensors" for folder in (killed, whole)]
+            assert weights[0].read_bytes() == weights[1].read_bytes()
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (killed, whole)]
+    assert reports[0]["curves"] == reports[1]["curves"]
+    assert not list(killed.rglob("*.partial"))
