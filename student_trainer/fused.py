@@ -394,9 +394,12 @@ def _sparse(
     rest_CV = logits_CV.sub_(top_C1).exp_()
     rest_C1 = rest_CV.sum(1, keepdim=True)
     kept_CK = kept_CK.masked_fill(~real_CK, -torch.inf)
-    tail_C1 = top_C1 + rest_C1.log()
-    log_z_C1 = torch.logaddexp(kept_CK.logsumexp(1, keepdim=True), tail_C1)
-    logq_CK1 = torch.cat([kept_CK, tail_C1], 1) - log_z_C1
+    # Relative to the largest logit: float32 is finer near 0, where a certain student's logprob is.
+    largest_C1 = torch.cat([kept_CK, top_C1], 1).amax(1, keepdim=True)
+    kept_CK = kept_CK - largest_C1
+    tail_C1 = top_C1 - largest_C1 + rest_C1.log()
+    log_sum_C1 = torch.logaddexp(kept_CK.logsumexp(1, keepdim=True), tail_C1)
+    logq_CK1 = torch.cat([kept_CK, tail_C1], 1) - log_sum_C1
 
     if isinstance(targets, TopKTargets):
         logp_CK = targets.logprobs[entry_CK].to(dtype)
@@ -420,7 +423,7 @@ def _sparse(
             value_C1 -= targets.entropy[where][:, None]
     value_C1 = problem.kd_weight * value_C1
     if labels:
-        value_C1 += labels.weight_C1 * (log_z_C1 - label_C1)
+        value_C1 += labels.weight_C1 * (log_sum_C1 - (label_C1 - largest_C1))
     if not differentiate:
         return value_C1, rest_CV
 
