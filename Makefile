@@ -28,6 +28,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.select
 	$(BIN)/python -m benchmarks.transport
 	$(BIN)/python -m benchmarks.codec
+	$(BIN)/python -m benchmarks.losses
 
 # torch goes first and by its exact version: that is how a CPU build is found where there is one.
 $(VENV)/ready: pyproject.toml constraints.txt
