@@ -1,17 +1,20 @@
-# demo: the main job; test: the whole suite; check: lint, types, stubs; protos: generate the stubs;
-# bench: the benchmarks. All of them set up .venv first. DEMO_FLAGS="--seeds 0 1 2" goes to the demo.
+# demo: the main job; test: the suite; test-slow: what takes long of it; check: lint, types, stubs;
+# protos: the stubs; bench: the benchmarks. All set up .venv first. DEMO_FLAGS="--seeds 0 1 2" goes to the demo.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_FLAGS ?=
 
-.PHONY: demo test check protos bench
+.PHONY: demo test test-slow check protos bench
 
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.demo $(DEMO_FLAGS)
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -29,6 +32,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.transport
 	$(BIN)/python -m benchmarks.codec
 	$(BIN)/python -m benchmarks.losses
+	$(BIN)/python -m benchmarks.faults
 
 # torch goes first and by its exact version: that is how a CPU build is found where there is one.
 $(VENV)/ready: pyproject.toml constraints.txt

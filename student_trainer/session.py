@@ -8,6 +8,7 @@ and up to the patience, when nobody is left. What is asked of whom is decided in
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import secrets
 import time
@@ -51,6 +52,8 @@ FETCH_S = 60.0
 STALL_S = 10.0
 """A batch that takes longer than this, and four times as long as any seen, counts as stuck."""
 STALL_FACTOR = 4.0
+BUSY_FACTOR = 6.0
+"""A link without any answer is given up after STALL_S, so many times that while it has work."""
 BACKOFF_S = (1.0, 2.0, 5.0, 15.0, 30.0)
 """How long a replica is left alone after the first, second, ... failure to reach it."""
 TELL_S = 5.0
@@ -62,7 +65,6 @@ CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
@@ -75,6 +77,7 @@ RETRIED = {
     grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 """Ends of a stream after which another one is used: transport, drain, restart."""
+NO_MESSAGE = "an answer that is no message"
 
 
 @dataclass(slots=True)
@@ -100,6 +103,11 @@ class _Link:
     address: str
     channel: grpc.aio.Channel
     heard_s: float
+    """When it last gave any sign of life."""
+    answered_s: float
+    """When its stream last brought a message, or nothing was outstanding."""
+    idle: bool = False
+    """Whether the replica said since then that it has nothing in hand."""
     outbox: "asyncio.Queue[int]" = field(default_factory=asyncio.Queue)
     tasks: list["asyncio.Task[None]"] = field(default_factory=list)
     probe: "asyncio.Task[None] | None" = None
@@ -142,7 +150,13 @@ class Session:
         """The first loss of a link since the last answer."""
         self._last_error = ""
         self._stuck = 0
+        self._stuck_s = math.inf
+        """The shortest time for which a batch counted as stuck: until it ends, others are asked."""
+        self._left_waiting = 0
+        """How often a replica that lives left all its requests without an answer."""
         self._longest_batch_s = 0.0
+        self._refused = 0
+        """Streams since the last answer that ended with a status that is not retried."""
 
     @property
     def replicas(self) -> list[str]:
@@ -277,10 +291,14 @@ class Session:
                 refusal = self._refusal(info, address, given)
                 if refusal:
                     raise IncompatibleTeacher(refusal)
-            state = _own_card(info).state
-            refusal = refusal or ("" if state == "ready" else f"the replica is {state}")
+            card = _own_card(info)
+            if card.state != "ready":
+                refusal = refusal or f"the replica is {card.state}"
+            elif self._links and card.busy_ms / 1000 > self._stuck_s:
+                refusal = refusal or f"its batch has taken {card.busy_ms / 1000:.0f} s"
             if not refusal and info.replica_id not in self._links:
-                link = _Link(info.replica_id, address, channel, time.monotonic())
+                now = time.monotonic()
+                link = _Link(info.replica_id, address, channel, now, now)
         except grpc.aio.AioRpcError as error:
             if given and error.code() not in RETRIED:
                 kind = BY_CODE.get(error.code().value[0], ProtocolError)
@@ -335,11 +353,13 @@ class Session:
         self._learn(info)
 
     def _learn(self, info: teacher_pb2.TeacherInfo) -> None:
-        """Takes over who is there; replicas that drain get no more requests."""
+        """Takes over who is there; replicas that drain get no more requests.
+
+        One that is not listed may only be out of sight of the one that was asked.
+        """
         self._members = {card.id: card.address for card in info.replicas if card.state == "ready"}
         for card in info.replicas:
             if link := self._links.get(card.id):
-                # One that is not listed is left to its own stream, which will tell.
                 (self._dispatch.unpause if card.state == "ready" else self._dispatch.pause)(link)
 
     async def _refresh(self, link: _Link) -> None:
@@ -389,7 +409,7 @@ class Session:
         now = time.monotonic()
         oldest = next(iter(self._dispatch.outstanding(link).values()), None)
         if oldest is None:
-            link.heard_s = now  # nobody asked it anything
+            link.heard_s = link.answered_s = now  # nobody asked it anything
             return
         if now - link.heard_s > PROBE_AFTER_S and (link.probe is None or link.probe.done()):
             link.probe = self._spawn(self._probe(link))
@@ -397,6 +417,15 @@ class Session:
             logger.warning("no answer to one request while later ones are answered, asking again")
             self.counters.resent += 1
             self._dispatch.again(oldest)
+        factor = 1.0 if link.idle else BUSY_FACTOR
+        if now - link.answered_s > self._stall_s() * factor * 2**self._left_waiting:
+            # Requests or answers were lost on the way: a flipped bit in a number is enough. With
+            # the stream the replica forgets those that it may still have.
+            self._left_waiting += 1
+            silent_s = now - link.answered_s
+            self._lose(
+                link, f"it lives and has answered nothing for {silent_s:.0f} s", stalled=True
+            )
 
     async def _probe(self, link: _Link) -> None:
         """Loses a link whose replica is frozen, or stuck in a forward while others are ready."""
@@ -411,8 +440,10 @@ class Session:
         link.heard_s = time.monotonic()
         self._learn(info)
         busy_s = _own_card(info).busy_ms / 1000
+        link.idle = busy_s == 0
         if busy_s > self._stall_s() and len(self._links) > 1:
             self._stuck += 1
+            self._stuck_s = min(self._stuck_s, busy_s)
             self._lose(link, f"its batch has taken {busy_s:.0f} s", stalled=True)
 
     def _stall_s(self) -> float:
@@ -453,9 +484,15 @@ class Session:
         link.tasks.append(sending)
         try:
             async for response in call:
-                link.heard_s = time.monotonic()
+                link.heard_s = link.answered_s = time.monotonic()
+                link.idle = False
+                if response is None:  # gRPC's way to hand out bytes that are no message
+                    self.counters.corrupt += 1
+                    code, details = grpc.StatusCode.UNKNOWN, NO_MESSAGE
+                    break
                 self._receive(link, response)
-            code, details = await call.code(), await call.details()
+            else:
+                code, details = await call.code(), await call.details()
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details()
         finally:
@@ -463,7 +500,10 @@ class Session:
             call.cancel()
         why = f"{code.name}: {details or 'the service ended the stream'}"
         self._lose(link, why)
-        if code not in RETRIED and code != grpc.StatusCode.OK:
+        if code in RETRIED or code == grpc.StatusCode.OK:
+            return
+        self._refused += 1
+        if self._refused > 1:  # once may be a flipped bit
             kind = BY_CODE.get(code.value[0], ProtocolError)
             self._fail_all(kind(f"{link.address}: {why}"))
 
@@ -490,6 +530,7 @@ class Session:
             self._ask_again(pending, TargetsCorrupt("an answer is not what the teacher wrote"))
             return
         self._quiet_since_s = None
+        self._refused = 0
         if fate is Fate.ANSWERED:
             timing = response.part.timing
             batch_s = (timing.forward_us + timing.head_us) / 1e6
@@ -583,8 +624,19 @@ class Session:
 
 
 async def _describe(channel: grpc.aio.Channel, timeout_s: float) -> teacher_pb2.TeacherInfo:
+    """Asks twice before an error that ends a training run: plain TCP delivers flipped bits."""
     stub = teacher_pb2_grpc.TeacherStub(channel)
-    return await stub.Describe(teacher_pb2.DescribeRequest(), timeout=timeout_s)
+    for attempt in (1, 2):
+        try:
+            info = await stub.Describe(teacher_pb2.DescribeRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            if attempt == 2 or error.code() in RETRIED:
+                raise
+            continue
+        if info is not None:  # gRPC's way to hand out bytes that are no message
+            return info
+    nothing = grpc.aio.Metadata()
+    raise grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, nothing, nothing, NO_MESSAGE)
 
 
 def _own_card(info: teacher_pb2.TeacherInfo) -> teacher_pb2.Replica:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import grpc
 import xxhash
+from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from logit_codec import CodecError, IdTable, Targets, encode_parts
@@ -130,11 +131,20 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         request_iterator: AsyncIterator[teacher_pb2.ScoreRequest],
         context: grpc.aio.ServicerContext,
     ) -> None:
+        readable = True
         with self._room.stream(self._admission.limits.max_stream_nbytes) as room:
             stream = _Stream(context, room)
             async with asyncio.TaskGroup() as tasks:
-                async for request in _until(self._draining, request_iterator):
-                    await self._start(request, stream, tasks)
+                try:
+                    async for request in _until(self._draining, request_iterator):
+                        await self._start(request, stream, tasks)
+                except DecodeError:
+                    readable = False
+        if not readable:
+            await context.abort(
+                grpc.StatusCode.INTERNAL,
+                "a message of this stream is not a ScoreRequest; what came before it is answered",
+            )
         if self._draining.is_set():
             await context.abort(
                 grpc.StatusCode.UNAVAILABLE,
@@ -210,6 +220,8 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 part.timing.CopyFrom(timing)
                 await stream.write(answer, response)
                 self._metrics.bytes_sent.labels(TEAM).inc(len(payload))
+        except grpc.aio.InternalError:
+            answer.failed = True  # nobody takes it: the client has gone
         except Exception as error:
             await self._fail(answer, stream, error, sequence=index, rows=item.wanted.rows)
         finally:

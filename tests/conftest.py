@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -80,23 +81,24 @@ def _run_server(arguments: list[str], log: str, hook: Callable[[], None] | None)
     sys.exit(main(["serve", *arguments]))
 
 
-@pytest.fixture(scope="session")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """serve(folder, "--flag", ...) -> Served; everything still running is stopped at the end.
+@contextmanager
+def services(folder: Path) -> Iterator[Serve]:
+    """start(model, "--flag", ...) -> Served; what still runs in the end is stopped.
 
-    hook: a picklable function that runs in the service's process before it starts.
+    hook: a picklable function that runs in the service's process before it starts. Logs go to
+    `folder`.
     """
     started: list[Served] = []
 
     def start(
-        folder: Path | str,
+        model: Path | str,
         *flags: str,
         hook: Callable[[], None] | None = None,
         ready: bool = True,
     ) -> Served:
-        log = tmp_path_factory.mktemp("serve") / "log"
+        log = folder / f"log-{len(started)}"
         log.touch()
-        arguments = ["--model", str(folder), "--standalone", *flags]
+        arguments = ["--model", str(model), "--standalone", *flags]
         if "--port" not in flags:
             arguments += ["--port", "0"]
         process = FORKSERVER.Process(
@@ -113,6 +115,13 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     for served in started:
         if served.process.is_alive():
             served.stop()
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """serve(folder, "--flag", ...) -> Served; see `services`."""
+    with services(tmp_path_factory.mktemp("serve")) as start:
+        yield start
 
 
 @pytest.fixture(scope="session")

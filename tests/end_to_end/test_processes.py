@@ -57,8 +57,12 @@ def test_describe_prints_what_the_service_says(gemma_service: Served):
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [
-        (("serve", "--model", "/no/such/folder"), 1, ["/no/such/folder", "save_pretrained"]),
-        (("serve", "--model", "{empty}"), 1, ["config.json"]),
+        (
+            ("serve", "--standalone", "--model", "/no/such/folder"),
+            1,
+            ["/no/such/folder", "save_pretrained"],
+        ),
+        (("serve", "--standalone", "--model", "{empty}"), 1, ["config.json"]),
         (("serve", "--model", "{empty}", "--port", "99999"), 2, ["65535"]),
         (("serve", "--modle", "x"), 2, ["--modle"]),
         (("serve", "@{empty}/none.toml"), 2, ["none.toml"]),
@@ -80,7 +84,7 @@ def test_a_folder_with_pickled_weights_only_is_refused(model_folder, tmp_path: P
         (model_folder("Gemma2", VOCAB) / "config.json").read_text()
     )
     torch.save({}, tmp_path / "pytorch_model.bin")
-    ended = run("teacher_server", "serve", "--model", str(tmp_path), "--port", "0")
+    ended = run("teacher_server", "serve", "--standalone", "--model", str(tmp_path), "--port", "0")
     assert ended.returncode == 1
     assert "safetensors" in one_line(ended.stderr)
 

@@ -1,0 +1,200 @@
+"""Messages that arrive whole and are wrong: damaged, exchanged, repeated, lost (row 9)."""
+
+import random
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from protos import teacher_pb2
+from student_trainer import ProtocolError, TargetsCorrupt, TeacherOverloaded, connect, session
+from tests import tiny
+from tests.faults.fleet import Fleet
+from tests.faults.oracle import VOCAB, digest, within
+from tests.faults.relay import Relay
+
+SEQUENCES = tiny.random_sequences(80, VOCAB, seed=11)
+
+
+@pytest.fixture(scope="module")
+def fleet(serve, folder) -> Iterator[Fleet]:
+    with Fleet(serve, folder, 1) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def relay(fleet: Fleet) -> Iterator[Relay]:
+    with Relay(fleet.own[0]) as relay:
+        yield relay
+    fleet.assert_nothing_left()
+
+
+@pytest.fixture(scope="module")
+def wanted(fleet: Fleet) -> list[str]:
+    with connect(fleet.own[0]) as teacher:
+        return [digest(targets) for _, targets in teacher.stream(SEQUENCES)]
+
+
+def changed(kind: str, seed: int):
+    """A change of about every eighth answer."""
+    chance = random.Random(seed)
+    kept: list[teacher_pb2.ScoreResponse] = []
+
+    def change(response: teacher_pb2.ScoreResponse) -> list[teacher_pb2.ScoreResponse]:
+        if kept:  # the second of a pair
+            (first,) = kept
+            kept.clear()
+            if kind == "exchanged payloads":
+                first.part.payload, response.part.payload = (
+                    response.part.payload,
+                    first.part.payload,
+                )
+            elif kind == "exchanged checks":
+                first.check, response.check = response.check, first.check
+            else:
+                first.request_id, response.request_id = response.request_id, first.request_id
+            return [first, response]
+        if chance.random() > 0.125:
+            return [response]
+        part = response.part
+        if kind.startswith("exchanged"):
+            kept.append(response)
+            return []
+        if kind == "repeated":
+            return [response, response]
+        if kind == "lost":
+            return []
+        if kind == "truncated":
+            part.payload = part.payload[: chance.randrange(len(part.payload))]
+        elif kind == "flipped":
+            place = chance.randrange(len(part.payload))
+            payload = bytearray(part.payload)
+            payload[place] ^= 1 << chance.randrange(8)
+            part.payload = bytes(payload)
+        elif kind == "other rows":
+            part.num_rows += 1
+        elif kind == "not the last":
+            part.last = False
+        elif kind == "another teacher":
+            part.teacher_fingerprint = "0" * 64
+        elif kind == "another number":
+            response.request_id ^= 1 << chance.randrange(40)
+        return [response]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "exchanged payloads",
+        "exchanged checks",
+        "exchanged numbers",
+        "repeated",
+        "lost",
+        "truncated",
+        "flipped",
+        "other rows",
+        "not the last",
+        "another teacher",
+        "another number",
+    ],
+)
+def test_a_wrong_message_is_counted_and_asked_for_again(
+    relay: Relay, wanted, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    monkeypatch.setattr(session, "STALL_S", 0.5)
+    monkeypatch.setattr(session, "PROBE_AFTER_S", 0.2)
+    monkeypatch.setattr(session, "MAX_ATTEMPTS", 20)
+    relay.change = changed(kind, seed=3)
+    with connect(relay.address) as teacher:
+        pairs = teacher.stream(SEQUENCES, ahead=40)
+        assert within(60, lambda: [digest(targets) for _, targets in pairs]) == wanted
+        counters = teacher.counters
+        if kind == "repeated":
+            assert counters.resent == counters.corrupt == counters.reconnects == 0
+        else:
+            assert counters.resent > 0
+        if kind not in ("repeated", "lost", "another number"):
+            assert counters.corrupt > 0
+            assert counters.reconnects == 0
+
+
+@pytest.mark.slow
+def test_an_answer_with_a_flipped_number_is_asked_for_again_within_15_s(relay: Relay, wanted):
+    seen = 0
+
+    def change(response: teacher_pb2.ScoreResponse) -> list[teacher_pb2.ScoreResponse]:
+        nonlocal seen
+        seen += 1
+        if seen == len(SEQUENCES):  # the very last: nothing else will arrive after it
+            response.request_id ^= 1
+        return [response]
+
+    relay.change = change
+    with connect(relay.address) as teacher:
+        pairs = teacher.stream(SEQUENCES, ahead=40)
+        assert within(5 * 15.0, lambda: [digest(targets) for _, targets in pairs]) == wanted
+
+
+def test_targets_that_are_always_damaged_are_an_error(relay: Relay):
+    def change(response: teacher_pb2.ScoreResponse) -> list[teacher_pb2.ScoreResponse]:
+        response.part.payload = response.part.payload[:-1]
+        return [response]
+
+    relay.change = change
+    with (
+        connect(relay.address) as teacher,
+        pytest.raises(TargetsCorrupt, match=f"stream item 0.*3 times.*{relay.address}"),
+    ):
+        within(30, lambda: list(teacher.stream(SEQUENCES)))
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, TeacherOverloaded),  # a flipped length of a message
+        (grpc.StatusCode.UNIMPLEMENTED, ProtocolError),  # a flipped name of the method
+    ],
+)
+def test_a_stream_that_ends_with_a_strange_status_is_tried_twice(
+    relay: Relay, wanted, code: grpc.StatusCode, kind: type[Exception]
+):
+    relay.refuse = [code]
+    with connect(relay.address) as teacher:
+        pairs = teacher.stream(SEQUENCES)
+        assert within(30, lambda: [digest(targets) for _, targets in pairs]) == wanted
+        relay.refuse = [code] * 9
+    with connect(relay.address) as teacher, pytest.raises(kind, match="refused on the way"):
+        within(30, lambda: list(teacher.stream(SEQUENCES)))
+
+
+@pytest.mark.parametrize("method", ["Describe", "Score"])
+def test_an_answer_that_is_no_message_does_not_stop_the_client(relay: Relay, wanted, method: str):
+    relay.garbage = [method]
+    with connect(relay.address) as teacher:
+        pairs = teacher.stream(SEQUENCES)
+        assert within(30, lambda: [digest(targets) for _, targets in pairs]) == wanted
+        assert teacher.counters.corrupt == (method == "Score")
+    assert not relay.garbage
+
+
+def test_bytes_that_are_no_request_end_the_stream_after_the_answers(fleet: Fleet):
+    ids = SEQUENCES[0].numpy().astype("<i4").tobytes()
+    good = teacher_pb2.ScoreRequest(
+        request_id=1,
+        token_ids=ids,
+        lengths=[len(SEQUENCES[0])],
+        targets=teacher_pb2.TargetSpec(top_k=teacher_pb2.TopK(k=4, bits=16)),
+    ).SerializeToString()
+    with grpc.insecure_channel(fleet.own[0]) as channel:
+        call = channel.stream_stream(
+            "/logitstream.v1.Teacher/Score",
+            response_deserializer=teacher_pb2.ScoreResponse.FromString,
+        )(iter([good, b"\xff", good]), timeout=10)
+        assert next(call).part.last
+        with pytest.raises(grpc.RpcError) as caught:
+            next(call)
+    assert caught.value.code() == grpc.StatusCode.INTERNAL  # type: ignore[attr-defined]
+    assert "ScoreRequest" in caught.value.details()  # type: ignore[attr-defined]
+    assert "Traceback" not in fleet.replicas[0].output()
