@@ -15,6 +15,7 @@ from student_trainer.errors import (
     TeacherUnavailable,
     UnsuitableTargets,
 )
+from student_trainer.fused import fused_distillation_loss
 from student_trainer.local import LocalTeacher
 from student_trainer.losses import distillation_loss
 from student_trainer.prefetch import prefetch
@@ -38,5 +39,6 @@ __all__ = [
     "UnsuitableTargets",
     "connect",
     "distillation_loss",
+    "fused_distillation_loss",
     "prefetch",
 ]

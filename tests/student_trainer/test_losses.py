@@ -13,6 +13,8 @@ from logit_codec import (
     select,
 )
 from student_trainer import UnsuitableTargets, distillation_loss
+from student_trainer.losses import DIVERGENCES
+from tests.student_trainer.divergences import divergence_of, oracle, relative_error
 
 ROWS, VOCAB = 23, 61
 
@@ -108,20 +110,134 @@ def test_sampled_targets_give_the_cross_entropy_of_the_draws_and_its_gradient(te
 def test_sampled_targets_with_the_entropy_estimate_the_full_kl_without_bias():
     """The mean over a grid of u is the dense KL and its gradient."""
     student, _, p = make("dense:f32")
-    torch.manual_seed(0)
-    teacher = p.log().float()
     repeats = 400
-    losses, gradients = [], []
-    for step in range(repeats):
-        u = torch.full((ROWS,), (step + 0.5) / repeats, dtype=torch.float64)
-        targets = select(teacher, "sampled:16,entropy=1,realized=0", uniforms=u)
-        loss = distillation_loss(student, targets)
-        losses.append(loss.detach())
-        gradients.append(gradient(loss, student))
+    teacher = p.log().float().repeat_interleave(repeats, 0)
+    u = ((torch.arange(repeats, dtype=torch.float64) + 0.5) / repeats).repeat(ROWS)
+    targets = select(teacher, "sampled:16,entropy=1,realized=0", uniforms=u)
+    loss = distillation_loss(student.repeat_interleave(repeats, 0), targets)
     full = dense_kl(student, p, 1.0).mean()
-    assert torch.allclose(torch.stack(losses).mean(), full, atol=1e-3)
-    mean = torch.stack(gradients).mean(0)
-    assert torch.allclose(mean, gradient(full, student), atol=1e-5)
+    assert torch.allclose(loss, full, atol=1e-3)
+    assert torch.allclose(gradient(loss, student), gradient(full, student), atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    "spec", ["dense:f32", "dense:bf16", "top_k:5", "top_k:min_p=1/8,max_k=8", f"top_k:{VOCAB}"]
+)
+def test_value_and_gradient_are_those_of_the_formula(spec, divergence, temperature):
+    student, targets, _ = make(spec, temperature)
+    weights = torch.rand(ROWS, dtype=torch.float64)
+    for beta in (0.1, 0.5, 0.8):
+        loss = distillation_loss(
+            student,
+            targets,
+            divergence=divergence,
+            beta=beta,
+            temperature_scaling=False,
+            reduction="none",
+        )
+        wanted = oracle(student, targets, divergence, beta, temperature)
+        assert relative_error(loss, wanted) < 1e-10
+        found = gradient((loss * weights).sum(), student)
+        assert relative_error(found, gradient((wanted * weights).sum(), student)) < 1e-10
+
+
+@pytest.mark.parametrize("spec", ["dense:f32", "top_k:5"])
+def test_jsd_goes_from_forward_kl_to_reverse_kl(spec):
+    student, targets, _ = make(spec)
+    logits = student.detach()
+    for beta, share, end in ((1e-9, 1e-9, "forward_kl"), (1 - 1e-9, 1e-9, "reverse_kl")):
+        jsd = distillation_loss(logits, targets, divergence="jsd", beta=beta)
+        assert float(jsd) / share == pytest.approx(
+            float(distillation_loss(logits, targets, divergence=end)), rel=1e-3
+        )
+
+
+@pytest.mark.parametrize(
+    ("skewed", "plain"), [("skew_kl", "forward_kl"), ("skew_reverse_kl", "reverse_kl")]
+)
+def test_a_skew_of_zero_is_none(skewed, plain):
+    student, targets, _ = make("top_k:5")
+    loss = distillation_loss(student, targets, divergence=skewed, beta=0.0)
+    assert torch.equal(loss, distillation_loss(student, targets, divergence=plain))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_divergence_of_top_k_is_a_lower_bound_that_rises_with_k(divergence):
+    bounds = []
+    for k in (1, 4, 16, VOCAB):
+        student, targets, p = make(f"top_k:{k}")
+        bounds.append(float(distillation_loss(student.detach(), targets, divergence=divergence)))
+    full = divergence_of(p, student.detach().softmax(1), divergence, 0.5).mean()
+    assert bounds == sorted(bounds)
+    assert bounds[-1] == pytest.approx(float(full), rel=1e-4)
+    assert bounds[0] < bounds[-1]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_rows_where_the_teacher_is_certain_stay_finite(divergence):
+    certain = TopKTargets(
+        vocab_size=4,
+        temperature=1.0,
+        row_splits=torch.tensor([0, 1, 2]),
+        token_ids=torch.tensor([2, 0]),
+        logprobs=torch.zeros(2),
+        tail_logprob=torch.full((2,), -torch.inf),
+    )
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [200.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    loss = distillation_loss(logits, certain, divergence=divergence, reduction="none")
+    found = gradient(loss.sum(), logits)
+    assert torch.isfinite(found).all()
+    assert 0 < float(loss[0].detach()) < 104
+    assert float(loss[1].detach()) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("spec", ["dense:f32", "top_k:5"])
+def test_padding_counts_for_neither_teacher_nor_student(divergence, spec):
+    torch.manual_seed(1)
+    teacher = torch.randn(ROWS, 40)
+    teacher[:, 36:] = -torch.inf
+    targets = select(teacher, f"{spec},realized=0")
+    whole = select(teacher[:, :36], f"{spec},realized=0")
+    student = torch.randn(ROWS, 44, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(36, (ROWS,))
+    options = {"divergence": divergence, "labels": labels, "ce_weight": 0.5}
+    loss = distillation_loss(student, targets, effective_vocab_size=36, **options)
+    wanted = distillation_loss(student[:, :36], whole, **options)
+    assert torch.allclose(loss, wanted, rtol=1e-12)
+    found = gradient(loss, student)
+    assert torch.allclose(found, gradient(wanted, student), rtol=1e-10)
+    assert (found[:, 36:] == 0).all()
+
+
+def test_renormalize_is_the_kl_from_the_kept_entries_made_to_sum_to_one():
+    student, targets, p = make("top_k:5")
+    kept = targets.to_dense().double()
+    wanted = dense_kl(student, kept / kept.sum(1, keepdim=True), 1.0).mean()
+    loss = distillation_loss(student, targets, renormalize=True)
+    assert torch.allclose(loss, wanted, rtol=1e-6)
+    # The bias that its documentation speaks of: a student that is the teacher is not left alone.
+    same = p.log().requires_grad_()
+    biased = gradient(distillation_loss(same, targets, renormalize=True), same)
+    bucket = gradient(distillation_loss(same, targets), same)
+    assert float(biased.norm()) > 20 * float(bucket.norm())
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        ("top_k:5", {"divergence": "reverse_kl"}),
+        ("top_k:5", {"divergence": "skew_reverse_kl", "beta": 0.0}),
+        ("dense:f32", {}),
+        ("sampled:16", {}),
+    ],
+)
+def test_renormalize_is_refused_where_it_means_nothing(spec, options):
+    student, targets, _ = make(spec)
+    with pytest.raises(UnsuitableTargets, match="renormali"):
+        distillation_loss(student, targets, renormalize=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +322,9 @@ def test_masked_rows_count_neither_above_nor_below_the_line():
     each = distillation_loss(student, targets, reduction="none")
     assert torch.allclose(loss, each[mask].mean())
     assert not mask[0]
-    assert torch.isfinite(gradient(loss, poisoned)[mask]).all()
+    found = gradient(loss, poisoned)
+    assert torch.equal(found[~mask], torch.zeros_like(found[~mask]))
+    assert torch.allclose(found, gradient(each[mask].mean(), student))
 
 
 def test_reductions_and_num_items():
@@ -234,7 +352,11 @@ def test_half_precision_logits_are_computed_in_float32():
         (lambda s: {"logits": s[:-1]}, [str(ROWS), "logits[0, :-1]"]),
         (lambda s: {"logits": s[:, :-1]}, [str(VOCAB), str(VOCAB - 1)]),
         (lambda s: {"logits": s[None]}, ["(R, V)"]),
-        (lambda s: {"divergence": "backward"}, ["forward_kl", "backward"]),
+        (lambda s: {"divergence": "backward"}, ["forward_kl", "total_variation", "backward"]),
+        (lambda s: {"divergence": "jsd", "beta": 0.0}, ["between 0 and 1", "0.0", "forward_kl"]),
+        (lambda s: {"divergence": "skew_kl", "beta": 1.0}, ["below 1", "1.0"]),
+        (lambda s: {"effective_vocab_size": VOCAB + 1}, [f"1 to {VOCAB}", str(VOCAB + 1)]),
+        (lambda s: {"effective_vocab_size": 1}, ["keep id", "effective_vocab_size=1"]),
         (lambda s: {"reduction": "median"}, ["mean, sum or none", "median"]),
         (lambda s: {"ce_weight": 1.0}, ["labels"]),
         (lambda s: {"ce_weight": 1.0, "labels": torch.zeros(3).long()}, [str(ROWS), "(3,)"]),
