@@ -309,7 +309,7 @@ def _loss(
     buffers: "_Buffers",
     differentiate: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(C,) losses, and the gradient of hidden @ head * logit_scale + ...; `units_CV` is used up."""
+    """(C,) losses, and their gradient on the logits before the softcap; `units_CV` is used up."""
     targets, softcap = problem.targets, problem.softcap
     shape, dtype = (len(units_CV), units_CV.shape[1]), units_CV.dtype
     gain = softcap or 1.0

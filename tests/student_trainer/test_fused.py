@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from logit_codec import TopKTargets, select
 from student_trainer import UnsuitableTargets, distillation_loss, fused, fused_distillation_loss
 from student_trainer.losses import DIVERGENCES
+from tests import tiny
 from tests.student_trainer.divergences import gradients, oracle, relative_error
 
 ROWS, VOCAB, DIM = 13, 31, 5
@@ -494,3 +495,28 @@ def test_what_does_not_fit_is_refused_with_got_and_allowed(change, words):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the words are checked below)
         fused_distillation_loss(**arguments)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_the_documented_call_is_the_loss_of_the_models_own_logits():
+    """A Gemma 2 student: softcap, and the head is the embedding."""
+    student = tiny.make_model("Gemma2", 64).double()
+    config: Any = student.config
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    config.final_logit_softcapping = 2.0
+    token_ids = torch.arange(1, 15)
+    _, _, targets = make("top_k:4", vocab=64)
+    options = {"labels": token_ids[1:], "ce_weight": 0.1}
+    hidden = student.model(token_ids[None]).last_hidden_state[0, :-1]
+    loss = fused_distillation_loss(
+        hidden,
+        student.lm_head.weight,
+        targets,
+        softcap=config.final_logit_softcapping,
+        **options,
+    )
+    wanted = distillation_loss(student(token_ids[None]).logits[0, :-1], targets, **options)
+    assert relative_error(loss, wanted) < 1e-9
+    parameters = list(student.parameters())
+    found = torch.autograd.grad(loss, parameters)
+    exact = torch.autograd.grad(wanted, parameters)
+    assert max(relative_error(*pair) for pair in zip(found, exact, strict=True)) < 1e-6
