@@ -1,6 +1,6 @@
 """What a distillation loss costs in memory and time: from full logits, fused, and TRL's.
 
-Run `python -m benchmarks.losses` (about 5 minutes on one core; --rounds 1 takes two). TRL's rows need
+Run `python -m benchmarks.losses` (13 minutes of one core; --rounds 1 takes five). TRL's rows need
 `pip install 'logitstream[bench]'`. 512 rows of a head of 256,000 x 128 in float32, 64 kept ids per
 row: forward, backward, gradients of hidden states and head. The logits alone are 0.49 GiB, the head's
 gradient 0.12 GiB. One CPU thread.
