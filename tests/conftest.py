@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-# Read when grpc is imported, which some tests do before the client is: see client.py.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-
 import pytest
 import torch
 
