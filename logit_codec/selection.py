@@ -79,7 +79,6 @@ def select(
             raise ValueError(
                 f"top_k must be at most the {vocab_size} ids of the vocabulary, got {spec.k}"
             )
-        counts_R, ids_E, logprobs_E = _top(logits, shares_RB, log_z_R, spec, temperature)
         most = min(spec.k, vocab_size)
         counts_R, ids_E, logprobs_E = _top(logits, shares_RB, log_z_R, spec, temperature)
         tail_R = _tail_logprob(logits, shares_RB, counts_R, ids_E, logprobs_E, most, temperature)

@@ -365,21 +365,19 @@ def _check_rows(targets: Targets, first_row: int = 0) -> None:
         good[1:] = rising | first_of_row
         good &= (ids >= 0) & (ids < targets.vocab_size)
         refuse(~good, rows, "its ids are not ascending ids of the vocabulary")
-    if isinstance(targets, SampledTargets):
-        rows = targets.entry_rows()
-        refuse(targets.counts < 1, rows, "its counts are not all at least 1")
-        draws = targets.counts.new_zeros(targets.num_rows).index_add_(0, rows, targets.counts)
-        why = f"its counts do not add up to the {targets.num_draws} draws"
-        refuse(draws != targets.num_draws, None, why)
-    elif isinstance(targets, TopKTargets):
-        rows = targets.entry_rows()
-        tail = targets.tail_logprob
-        finite = torch.isfinite(targets.logprobs) & ~torch.isnan(tail)[rows]
-        refuse(~finite, rows, "its logprobs are not finite numbers")
-        refuse(tail >= 0, None, "its tail logprob is not below 0: nothing would be kept")
-        mass = targets.logprobs.new_zeros(targets.num_rows, dtype=torch.float64)
-        mass.index_add_(0, rows, targets.logprobs.double().exp_())
-        mass += tail.double().exp()
+        if isinstance(targets, SampledTargets):
+            refuse(targets.counts < 1, rows, "its counts are not all at least 1")
+            draws = targets.counts.new_zeros(targets.num_rows).index_add_(0, rows, targets.counts)
+            why = f"its counts do not add up to the {targets.num_draws} draws"
+            refuse(draws != targets.num_draws, None, why)
+        elif isinstance(targets, TopKTargets):
+            tail = targets.tail_logprob
+            finite = torch.isfinite(targets.logprobs) & ~torch.isnan(tail)[rows]
+            refuse(~finite, rows, "its logprobs are not finite numbers")
+            refuse(tail >= 0, None, "its tail logprob is not below 0: nothing would be kept")
+            mass = targets.logprobs.new_zeros(targets.num_rows, dtype=torch.float64)
+            mass.index_add_(0, rows, targets.logprobs.double().exp_())
+            mass += tail.double().exp()
     elif isinstance(targets, DenseTargets):
         if targets.logprobs.dtype == torch.bfloat16:
             tolerance = 0.25  # a logprob rounded to 8 bits is off by up to 0.125
