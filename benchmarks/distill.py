@@ -11,20 +11,18 @@ from the same initial weights on the same batches. Loss is held-out cross-entrop
 import argparse
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-import xxhash
 from torch import Tensor
 
 from examples import demo_teacher
-from logit_codec import Targets, TopKTargets, decode, encode, parse_targets, select, uniforms
+from examples.demo import LEARNING_RATE, STEPS
+from logit_codec import Targets, decode, encode, ids_digest, parse_targets, select, uniforms
 from student_trainer import LocalTeacher, data, trainer
+from student_trainer.losses import prepare
 from student_trainer.trainer import make_student
 
-LEARNING_RATE = 3e-2
-WARMUP = 10
 KINDS: dict[str, tuple[str | None, bool]] = {
     "labels": (None, False),
     "dense": ("dense:f32", False),
@@ -38,37 +36,16 @@ KINDS: dict[str, tuple[str | None, bool]] = {
 """Name -> targets, and whether the tail is thrown away and the rest scaled up to 1."""
 
 
-def renormalised(targets: TopKTargets) -> TopKTargets:
-    """The usual truncation: the kept entries scaled to sum to 1, as if there were no others."""
-    kept_R = torch.log1p(-targets.tail_logprob.double().exp()).float()
-    return replace(
-        targets,
-        logprobs=targets.logprobs - kept_R[targets.entry_rows()],
-        tail_logprob=torch.full_like(targets.tail_logprob, -torch.inf),
-    )
-
-
 def targets_of(batch_BL: Tensor, dense_RV: Tensor, kind: str, seed: int) -> tuple[Targets, int]:
     """One batch's targets of a kind, through bytes, and the size of those."""
     wanted, drop_tail = KINDS[kind]
     assert wanted is not None
     spec = parse_targets(wanted)
     positions = torch.arange(batch_BL.shape[1] - 1)
-    draws = torch.cat(
-        [
-            uniforms(
-                seed, 0, xxhash.xxh3_128_digest(ids.numpy().astype("<i4").tobytes()), positions
-            )
-            for ids in batch_BL
-        ]
-    )
+    draws = torch.cat([uniforms(seed, 0, ids_digest(ids), positions) for ids in batch_BL])
     picked = select(dense_RV, spec, uniforms=draws, realized_ids=batch_BL[:, 1:].flatten())
     data_bytes = encode(picked, bits=getattr(spec, "bits", 7))
-    targets = decode(data_bytes)
-    if drop_tail:
-        assert isinstance(targets, TopKTargets)
-        targets = renormalised(targets)
-    return targets, len(data_bytes)
+    return prepare(decode(data_bytes), renormalize=drop_tail), len(data_bytes)
 
 
 def pairs(
@@ -88,7 +65,7 @@ def pairs(
 def main() -> None:
     parser = argparse.ArgumentParser(description="What each kind of target is worth.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--teacher", type=Path, default=Path("runs/demo/teacher"))
     parser.add_argument("--picture", type=Path, help="where a picture of the curves goes")
@@ -124,7 +101,7 @@ def main() -> None:
                 pairs(batches, dense, kind, seed, sent),
                 steps=options.steps,
                 learning_rate=LEARNING_RATE,
-                warmup_steps=WARMUP,
+                warmup_steps=demo_teacher.WARMUP,
                 optimizer="muon",
                 kd_weight=float(distils),
                 ce_weight=float(not distils),

@@ -1,7 +1,7 @@
 """What is kept of a teacher's distributions, and its bytes. Imports torch, numpy and xxhash only."""
 
 from logit_codec.errors import CodecError
-from logit_codec.fingerprints import tokenizer_fingerprint
+from logit_codec.fingerprints import ids_digest, tokenizer_fingerprint
 from logit_codec.header import FORMAT_VERSION
 from logit_codec.ids import IdTable, expected_inclusions, fit_id_table
 from logit_codec.sampling import uniforms
@@ -28,6 +28,7 @@ __all__ = [
     "encode_parts",
     "expected_inclusions",
     "fit_id_table",
+    "ids_digest",
     "parse_targets",
     "select",
     "tokenizer_fingerprint",

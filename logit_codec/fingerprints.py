@@ -1,8 +1,16 @@
-"""Hashes that both sides compute alike, so that a wrong pairing is refused at connect."""
+"""Hashes that both sides compute alike, so that a wrong pairing is refused, and draws agree."""
 
 import hashlib
 import json
 from typing import Any
+
+import xxhash
+from torch import Tensor
+
+
+def ids_digest(token_ids: Tensor) -> bytes:
+    """XXH3-128 (canonical form) of a sequence's ids as little-endian int32, for `uniforms`."""
+    return xxhash.xxh3_128_digest(token_ids.cpu().numpy().astype("<i4").tobytes())
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from logit_codec import (
@@ -18,6 +17,7 @@ from logit_codec import (
     TargetSpec,
     decode,
     encode_parts,
+    ids_digest,
     uniforms,
 )
 from logit_codec.spec import KINDS
@@ -102,8 +102,7 @@ class LocalTeacher:
             rows = torch.arange(len(token_ids) - 1)
         draws = None
         if isinstance(wish.spec, SampledSpec):
-            digest = xxhash.xxh3_128_digest(token_ids.numpy().astype("<i4").tobytes())
-            draws = uniforms(wish.seed, wish.epoch, digest, rows)
+            draws = uniforms(wish.seed, wish.epoch, ids_digest(token_ids), rows)
         wanted = WantedRows(token_ids, rows, wish.spec, wish.temperature, draws)
         try:
             (scored,), _ = self._head.score([wanted])
