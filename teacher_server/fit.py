@@ -73,10 +73,8 @@ def save(table: IdTable, path: Path) -> None:
 @torch.inference_mode()
 def _logits(model: TeacherModel, pieces: list[Tensor]) -> Iterator[Tensor]:
     """(C, V) float32 logits of the pieces' rows, a chunk at a time."""
-    chunk_rows = min(CHUNK_ROWS, VocabularyHead(model).chunk_rows)
+    head = VocabularyHead(model)
     for piece in pieces:
         hidden = model.hidden_states([piece])[0, : len(piece) - 1]
-        for hidden_CD in hidden.split(chunk_rows):
-            logits_CV = model.logits(hidden_CD).float()
-            logits_CV[:, model.effective_vocab_size :] = -torch.inf
-            yield logits_CV
+        for hidden_CD in hidden.split(min(CHUNK_ROWS, head.chunk_rows)):
+            yield head.logits(hidden_CD)

@@ -57,6 +57,13 @@ class VocabularyHead:
         self.chunk_rows = min(max(rows, ROW_MULTIPLE), MAX_CHUNK_ROWS)
 
     @torch.inference_mode()
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        """(C, D) hidden states -> (C, V) float32 logits; -inf for ids that are padding."""
+        logits_CV = self.model.logits(hidden_CD).float()
+        logits_CV[:, self.model.effective_vocab_size :] = -torch.inf
+        return logits_CV
+
+    @torch.inference_mode()
     def project(
         self,
         hidden: Tensor,
@@ -82,8 +89,7 @@ class VocabularyHead:
                 realized_C = torch.nn.functional.pad(realized_C, (0, missing))
                 if uniforms_C is not None:
                     uniforms_C = torch.nn.functional.pad(uniforms_C, (0, missing))
-            logits_CV = self.model.logits(hidden_CD).float()
-            logits_CV[:, self.model.effective_vocab_size :] = -torch.inf
+            logits_CV = self.logits(hidden_CD)
             targets = select(
                 logits_CV,
                 spec,

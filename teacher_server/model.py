@@ -259,7 +259,8 @@ def prepare(
         effective_vocab_size=effective,
         max_sequence_tokens=longest,
         head=_headed(causal_lm),
-        id_table=id_table,
+        # Where the targets are made, so that no answer copies it there.
+        id_table=None if id_table is None else id_table.to(causal_lm.device),
     )
     if id_table is not None and id_table.vocab_size != vocab_size:
         raise ModelError(
