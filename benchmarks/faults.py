@@ -34,7 +34,7 @@ import torch
 from student_trainer import connect
 from student_trainer.client import RemoteTeacher
 from tests import tiny
-from tests.conftest import Serve, services
+from tests.conftest import ENDLESS_CLIENT, Serve, services
 from tests.faults.fleet import SMALL_BATCHES, Fleet, wait_until
 from tests.faults.stalled import StalledReader, tokens_per_s
 
@@ -147,22 +147,11 @@ STALLS: list[tuple[str, str, Fault]] = [
 ]
 
 
-CLIENT = """
-import sys, torch
-from student_trainer import connect
-with connect(sys.argv[1]) as teacher:
-    endless = iter(lambda: torch.arange(200), None)
-    for number, _ in enumerate(teacher.stream(endless, ahead=256)):
-        if number == 3:
-            print("streaming", flush=True)
-"""
-
-
 def slots(serve: Serve, folder: Path) -> float:
     """How long a killed client's stream and queued sequences outlive it, in seconds."""
     with Fleet(serve, folder, 1, flags=SMALL_BATCHES, batch_s=BATCH_S) as fleet:
         client = subprocess.Popen(
-            [sys.executable, "-c", CLIENT, fleet.own[0]], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", ENDLESS_CLIENT, fleet.own[0]], stdout=subprocess.PIPE, text=True
         )
         with client:
             assert client.stdout is not None

@@ -26,6 +26,27 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tests.preload"])
 
 
+def one_torch_thread() -> Iterator[None]:
+    """Body of a fixture: one thread of torch, for tests whose tensors are small. Threads that wait
+    for each other on busy cores more than doubled their time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+ENDLESS_CLIENT = """
+import sys, torch
+from student_trainer import connect
+with connect(sys.argv[1]) as teacher:
+    endless = iter(lambda: torch.arange(200), None)
+    for number, _ in enumerate(teacher.stream(endless, ahead=256)):
+        if number == 3:
+            print("streaming", flush=True)
+"""
+"""A program that streams from the address given to it until it is stopped."""
+
+
 @dataclass
 class Served:
     """A running `teacher-server serve`."""

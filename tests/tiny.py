@@ -66,6 +66,22 @@ def save_model(folder: Path, name: str, vocab_size: int, seed: int = 0) -> Path:
     return folder
 
 
+def make_student(*, dropout: float = 0.0) -> transformers.PreTrainedModel:
+    """A tiny GPT-2 with tied embeddings and fixed weights, for a vocabulary of 64."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=64,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        **dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), dropout),
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
 def random_sequences(count: int, vocab_size: int, seed: int = 0) -> list[Tensor]:
     """Sequences of 2 to CONTEXT random ids, (L,) int64 each."""
     generator = torch.Generator().manual_seed(seed)

@@ -6,14 +6,9 @@ import pytest
 import torch
 
 from examples import hf_trainer, plain_loop
+from tests.conftest import one_torch_thread
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 
 
 def test_the_plain_loop_is_short_and_goes_on_where_it_stopped(

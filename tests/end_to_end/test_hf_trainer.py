@@ -27,18 +27,14 @@ from student_trainer.hf_trainer import (
     DistillationTrainer,
 )
 from tests import tiny
+from tests.conftest import one_torch_thread
 from tests.end_to_end.conftest import WORDS
 
 TOKENIZER = tiny.make_tokenizer(WORDS)
 PAD, LENGTH = 0, 12
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +71,6 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     }
 
 
-def make_student(dropout: float = 0.0) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=64,
-        n_embd=32,
-        n_layer=1,
-        n_head=2,
-        n_positions=64,
-        bos_token_id=0,
-        eos_token_id=1,
-        **dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), dropout),
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
 def make_trainer(
     folder: Path,
     rows,
@@ -114,7 +95,7 @@ def make_trainer(
         **arguments,
     }
     return kind(
-        model=make_student() if student is None else student,
+        model=tiny.make_student() if student is None else student,
         args=transformers.TrainingArguments(str(folder), **settings),
         train_dataset=rows,
         eval_dataset=rows[:6],
@@ -198,7 +179,7 @@ def test_packed_and_masked_batches_train_exactly_the_rows_of_their_targets(
             "position_ids": torch.tensor([[i for r in some for i in range(len(r["input_ids"]))]]),
         }
 
-    student = make_student()
+    student = tiny.make_student()
     trainer = make_trainer(
         tmp_path,
         rows,
@@ -258,7 +239,7 @@ def test_gone_on_from_any_checkpoint_the_weights_are_the_same(
             folder,
             rows,
             teacher_model,
-            student=make_student(dropout=0.2),
+            student=tiny.make_student(dropout=0.2),
             distillation=DistillationArguments(targets=targets, ahead=ahead),
             **settings,
         )

@@ -14,7 +14,7 @@ import torch
 
 from student_trainer import IncompatibleTeacher, TeacherUnavailable, connect
 from tests import tiny
-from tests.conftest import Served
+from tests.conftest import ENDLESS_CLIENT, Served
 
 VOCAB = 1001
 
@@ -151,20 +151,11 @@ def test_another_teacher_on_the_same_address_is_refused(serve, model_folder, tmp
     assert other.stop() == 0
 
 
-CLIENT = """
-import sys, torch
-from student_trainer import connect
-with connect(sys.argv[1]) as teacher:
-    endless = iter(lambda: torch.arange(200), None)
-    for number, _ in enumerate(teacher.stream(endless, ahead=256)):
-        if number == 3:
-            print("streaming", flush=True)
-"""
-
-
 def test_a_killed_trainer_leaves_nothing_behind(gemma_service: Served):
     trainer = subprocess.Popen(
-        [sys.executable, "-c", CLIENT, gemma_service.address], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", ENDLESS_CLIENT, gemma_service.address],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert trainer.stdout is not None
     assert trainer.stdout.readline().strip() == "streaming"
@@ -179,7 +170,7 @@ def test_a_killed_trainer_leaves_nothing_behind(gemma_service: Served):
 
 def test_ctrl_c_in_a_trainer_ends_it(gemma_service: Served):
     trainer = subprocess.Popen(
-        [sys.executable, "-c", CLIENT, gemma_service.address],
+        [sys.executable, "-c", ENDLESS_CLIENT, gemma_service.address],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -17,18 +17,13 @@ from student_trainer import LocalTeacher, trainer
 from student_trainer.checkpoint import Checkpoints
 from student_trainer.data import batches
 from tests import tiny
-from tests.conftest import FORKSERVER
+from tests.conftest import FORKSERVER, one_torch_thread
 from tests.end_to_end.conftest import WORDS, write_config
 
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 
 
 class Stop(Exception):
@@ -64,19 +59,8 @@ def sequences(text: Path) -> torch.Tensor:
 
 
 def make_student() -> nn.Module:
-    """With dropout, so that the random generators matter, and tied embeddings."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=64,
-        n_embd=32,
-        n_layer=1,
-        n_head=2,
-        n_positions=32,
-        resid_pdrop=0.2,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    return transformers.GPT2LMHeadModel(config)
+    """With dropout, so that the random generators matter."""
+    return tiny.make_student(dropout=0.2)
 
 
 def train(teacher, source, student, *, ahead=1, stop_at=None, checkpoints=None, optimizer="adamw"):

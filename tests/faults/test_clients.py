@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from student_trainer import connect
+from tests.conftest import ENDLESS_CLIENT
 from tests.faults.fleet import SMALL_BATCHES, Fleet, wait_until
 from tests.faults.stalled import StalledReader, tokens_per_s
 
@@ -19,23 +20,13 @@ GROWTH_NBYTES = 32 << 20
 FREED_S = 1.0
 FROZEN_S = 40.0
 
-CLIENT = """
-import sys, torch
-from student_trainer import connect
-with connect(sys.argv[1]) as teacher:
-    endless = iter(lambda: torch.arange(200), None)
-    for number, _ in enumerate(teacher.stream(endless, ahead=256)):
-        if number == 3:
-            print("streaming", flush=True)
-"""
-
 
 @pytest.fixture
 def busy(serve, folder) -> Iterator[tuple[Fleet, subprocess.Popen[str]]]:
     """A replica with one client that has 256 sequences queued there."""
     with Fleet(serve, folder, 1, flags=SMALL_BATCHES, batch_s=0.1) as fleet:
         client = subprocess.Popen(
-            [sys.executable, "-c", CLIENT, fleet.own[0]], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", ENDLESS_CLIENT, fleet.own[0]], stdout=subprocess.PIPE, text=True
         )
         assert client.stdout is not None
         assert client.stdout.readline().strip() == "streaming"

@@ -1,15 +1,7 @@
-"""One thread for the tests of this folder: their tensors are small, and threads that wait for each
-other on busy cores more than doubled the time."""
-
-from collections.abc import Iterator
+"""One thread for the tests of this folder."""
 
 import pytest
-import torch
 
+from tests.conftest import one_torch_thread
 
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = pytest.fixture(scope="package", autouse=True)(one_torch_thread)

@@ -115,15 +115,6 @@ def test_dropping_it_ends_the_thread():
     assert closed.wait(5)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Waking a second thread costs more than these few rows."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def teacher() -> LocalTeacher:
     return LocalTeacher(tiny.make_model("Llama", 101))

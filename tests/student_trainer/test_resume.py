@@ -338,15 +338,6 @@ class Training(RuleBasedStateMachine):
         assert self.client.dispatch.unanswered == 0
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Waking a second thread costs more than these few rows."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 SETTINGS = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
