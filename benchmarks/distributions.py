@@ -7,6 +7,10 @@ has a share like 1 / (j + 1) of its id, times log-normal noise of its own in eac
 comes next depends on the text. Ids are shuffled, then the temperature is set so that the mean
 entropy is the stated one. The noise is chosen so that the ids' average frequencies have an entropy of
 about 11 bits (benchmarks/codec.py prints it), as those of text under tokenizers of these sizes do.
+
+Parts are alike in every row, which makes rows more alike in entropy than the small teacher's: few are
+nearly certain and few nearly flat. `spread` undoes that: each row gets a temperature of its own,
+log-normal with this standard deviation.
 """
 
 import math
@@ -41,7 +45,13 @@ class Distributions:
     """Rows of a trained teacher, split to a vocabulary and calibrated to an entropy."""
 
     def __init__(
-        self, vocab_size: int, entropy: float, noise: float, device: torch.device | str = "cpu"
+        self,
+        vocab_size: int,
+        entropy: float,
+        noise: float,
+        spread: float = 0.0,
+        *,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.vocab_size = vocab_size
         self.noise = noise
@@ -50,6 +60,8 @@ class Distributions:
         self.parts = vocab_size // self.source.shape[1]
         shuffle = torch.Generator().manual_seed(0)
         self.order = torch.randperm(vocab_size, generator=shuffle).to(self.device)
+        of_rows = torch.randn(len(self.source), generator=shuffle).mul_(spread).exp_()
+        self.temperatures = of_rows.to(self.device)
         self.temperature = 1.0
         # Of the rows that the benchmarks measure, every eighth.
         sample = torch.cat([self.chunk(first, 4).logits for first in range(0, 1024, 32)])
@@ -69,7 +81,8 @@ class Distributions:
         split = torch.randn(*coarse.shape, self.parts, generator=generator, device=self.device)
         split = split.mul_(self.noise).add_(share).add_(coarse[:, :, None]).flatten(1)
         logits = torch.empty_like(split)
-        logits[:, self.order] = split.div_(self.temperature)
+        temperatures = self.temperatures[first : first + num_rows, None]
+        logits[:, self.order] = split.div_(temperatures * self.temperature)
         student = torch.randn(logits.shape, generator=generator, device=self.device)
         student.mul_(STUDENT_NOISE).add_(logits, alpha=STUDENT_SHARPNESS)
         realized = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]

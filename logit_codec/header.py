@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from logit_codec import bits as bitpack
 from logit_codec.errors import CodecError
 from logit_codec.ids import IDENTITY_DIGEST
-from logit_codec.spec import CODE_BITS, MAX_DRAWS
+from logit_codec.spec import CODE_BITS, MAX_DRAWS, RANGE_BITS
 
 FORMAT_VERSION = 1
 MAGIC = b"LSTG"
@@ -78,8 +78,8 @@ class Header:
         if self.kind == DENSE:
             planes["values"] = bitpack.num_words(rows * self.vocab_size, self.value_bits)
         elif self.kind == TOP_K:
-            planes["ranges"] = half_words
-            planes["codes"] = bitpack.num_words(entries, self.value_bits)
+            planes["ranges"] = bitpack.num_words(rows, RANGE_BITS)
+            planes["codes"] = None
             planes["tail"] = rows
         else:
             planes["draws"] = None

@@ -9,6 +9,10 @@ from typing import ClassVar
 
 CODE_BITS = (5, 6, 7, 8, 16)
 """Bits per logprob that `top_k` offers."""
+RANGE_BITS = 8
+"""Bits of the range of a row's logprobs in `top_k`."""
+LEVEL_BITS = 3
+"""Bits of a logprob's code that are written in unary."""
 
 MAX_DRAWS = 65_536
 """Draws per row that `sampled` offers at most."""
@@ -101,9 +105,10 @@ class TopKSpec(TargetSpec):
             )
 
     def max_row_nbytes(self, vocab_size: int) -> float:
-        entry_bits = max(1, (vocab_size - 1).bit_length()) + self.bits
-        row_bits = self.k.bit_length() + min(self.k, vocab_size) * entry_bits
-        return 6.0 + row_bits / 8 + TargetSpec.max_row_nbytes(self, vocab_size)
+        id_bits = max(1, (vocab_size - 1).bit_length())
+        code_bits = self.bits - LEVEL_BITS + (1 << LEVEL_BITS) - 1
+        row_bits = 2 * self.k.bit_length() + min(self.k, vocab_size) * (id_bits + code_bits)
+        return 4.0 + (RANGE_BITS + row_bits) / 8 + TargetSpec.max_row_nbytes(self, vocab_size)
 
     def __str__(self) -> str:
         head = [f"min_p={self.min_p!r}", f"max_k={self.k}"] if self.min_p else [str(self.k)]

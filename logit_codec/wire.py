@@ -33,7 +33,7 @@ from logit_codec.header import (
     parse_header,
 )
 from logit_codec.ids import IDENTITY_DIGEST, IdTable, code_ids, identity_shift, read_cells, read_ids
-from logit_codec.spec import CODE_BITS, TargetSpec
+from logit_codec.spec import CODE_BITS, RANGE_BITS, TargetSpec
 from logit_codec.targets import (
     DenseTargets,
     SampledTargets,
@@ -65,6 +65,7 @@ def _encode(targets: Targets, bits: int, id_table: IdTable | None, first_row: in
     if isinstance(targets, SparseTargets):
         num_entries = len(targets.token_ids)
         id_coding, table_digest, planes = _id_planes(targets, id_table)
+    id_words = sum(len(words) for words in planes)
     if isinstance(targets, TopKTargets):
         if bits not in CODE_BITS:
             raise ValueError(f"bits must be one of {CODE_BITS} for top_k, got {bits}")
@@ -73,14 +74,13 @@ def _encode(targets: Targets, bits: int, id_table: IdTable | None, first_row: in
             targets.logprobs, targets.entry_rows(), targets.num_rows, bits
         )
         planes += [
-            bitpack.pack(ranges, 16),
-            bitpack.pack(codes, bits),
+            bitpack.pack(ranges, RANGE_BITS),
+            content.pack_codes(codes, targets.logprobs, targets.row_splits.diff(), bits, id_words),
             content.raw_words(targets.tail_logprob),
         ]
         value_bits = bits
     elif isinstance(targets, SampledTargets):
         max_entries = targets.num_draws
-        id_words = sum(len(words) for words in planes)
         rows = targets.entry_rows()
         planes.append(content.pack_draws(targets.counts, rows, targets.num_draws, id_words))
         value_bits = 0
@@ -267,9 +267,11 @@ def _read_top_k(plane: _PlaneReader, header: Header, table: IdTable | None) -> T
     rows, sizes, ids = _read_ids(plane, header, table)
     if len(sizes) and int(sizes.max()) != header.max_entries:
         raise CodecError("no row has the header's largest number of entries")
-    bits = header.value_bits
-    ranges = content.unpack_plane(plane.take("ranges"), header.num_rows, 16, "ranges")
-    codes = content.unpack_plane(plane.take("codes"), len(ids), bits, "codes")
+    id_words, bits = plane.taken, header.value_bits
+    num_rows = header.num_rows
+    ranges = content.unpack_plane(plane.take("ranges"), num_rows, RANGE_BITS, "ranges")
+    words = plane.take("codes", plane.spare)
+    codes = content.unpack_codes(words, sizes, bits, id_words)
     tail = plane.take("tail").view(torch.float32)
     return TopKTargets(
         vocab_size=header.vocab_size,

@@ -101,7 +101,7 @@ def read(data: bytes, tables: dict[bytes, Table] | None = None) -> Plain:
     need(digest == data[-16:], "digest")
 
     # What is known from the header alone has to be there before anything else is looked at.
-    end_bits = {}
+    end_bits = {"tail": rows * 32} if kind == 2 else {}
     for number, name, width in ((1, "realized", 16), (2, "entropy", 16), (4, "log_z", 32)):
         if flags & number:
             end_bits[name] = rows * width
@@ -128,13 +128,16 @@ def read(data: bytes, tables: dict[bytes, Table] | None = None) -> Plain:
         need(all(row[-1] < vocab_size for row in plain.ids), "id")
         if kind == 2:
             need(max(map(len, plain.ids), default=1) == max_entries, "max_entries")
-            read_top_k(plain, body)
+            read_codes(plain, body, len(data) - 72 - len(body.rest))
         else:
             plain.num_draws = max_entries
             read_draws(plain, body, len(data) - 72 - len(body.rest))
     need(body.spare() == 0, "length")
     body.reserved = 0
     plane = {name: body.take(size, name) for name, size in end_bits.items()}
+    if kind == 2:
+        plain.tail = list(struct.unpack(f"<{rows}f", plane["tail"]))
+        read_logprobs(plain)
     if "realized" in plane:
         plain.realized = [-code / 2048 for code in numbers(plane["realized"], rows, 16)]
     if "entropy" in plane:
@@ -222,38 +225,69 @@ def read_elias_fano(
     return [sorted(table.ids[rank] for rank in row) for row in ranks]
 
 
-def read_top_k(plain: Plain, body: Planes) -> None:
+def read_codes(plain: Plain, body: Planes, id_nbytes: int) -> None:
+    """Ranges and codes: places of the best entries, flags level by level, lower bits."""
     rows = len(plain.ids)
-    num_entries = sum(map(len, plain.ids))
-    value_bits = plain.value_bits
-    plain.ranges = numbers(body.take(rows * 16, "ranges"), rows, 16)
-    codes = numbers(body.take(num_entries * value_bits, "codes"), num_entries, value_bits)
-    plain.tail = list(struct.unpack(f"<{rows}f", body.take(rows * 32, "tail")))
-    for row_ids, row_range, tail in zip(plain.ids, plain.ranges, plain.tail, strict=True):
-        row_codes, codes = codes[: len(row_ids)], codes[len(row_ids) :]
+    plain.ranges = numbers(body.take(rows * 8, "ranges"), rows, 8)
+    string = String(plain, body, "codes", id_nbytes)
+    best = [string.next_bits((len(row) - 1).bit_length()) for row in plain.ids]
+    need(all(b < len(row) for b, row in zip(best, plain.ids, strict=True)), "best")
+    plain.codes = [[0] * len(row) for row in plain.ids]
+    others = [
+        (row, place)
+        for row, of_row in enumerate(plain.codes)
+        for place in range(len(of_row))
+        if place != best[row]
+    ]
+    low_bits = plain.value_bits - 3
+    alive = others
+    for _ in range(7):
+        alive = [entry for entry in alive if string.next_bits(1)]
+        for row, place in alive:
+            plain.codes[row][place] += 1 << low_bits
+    for row, place in others:
+        plain.codes[row][place] += string.next_bits(low_bits)
+    for row, place in enumerate(best):
+        plain.codes[row][place] = 2**plain.value_bits - 1
+    string.end()
+
+
+def read_logprobs(plain: Plain) -> None:
+    most = 2**plain.value_bits - 1
+    for codes, row_range, tail in zip(plain.codes, plain.ranges, plain.tail, strict=True):
         # At 0 nothing is kept, and the entries would be at -inf.
         need(tail < 0, "tail")
-        step = row_range / (256 * (2**value_bits - 1))
-        below = [code * step for code in row_codes]
+        nats = 2 ** ((row_range - 127) / 16) if row_range else 0.0
+        below = [nats * (1 - math.log(1 + (math.e - 1) * code / most)) for code in codes]
         mass = sum(exp(-x) for x in below)
         logprobs = [math.log(-math.expm1(tail)) - math.log(mass) - x for x in below]
-        plain.codes.append(row_codes)
         plain.logprobs.append([as_float32(value) for value in logprobs])
+
+
+class String:
+    """A plane that is one string of bits whose length shows only when it is read."""
+
+    def __init__(self, plain: Plain, body: Planes, name: str, id_nbytes: int) -> None:
+        self.least = (sum(map(len, plain.ids)) + 3) // 4 * 4 - id_nbytes
+        self.num_bits = 8 * body.spare()
+        self.name = name
+        self.string = int.from_bytes(body.take(self.num_bits, name), "little")
+        self.at = 0
+
+    def next_bits(self, count: int) -> int:
+        self.at += count
+        need(self.at <= self.num_bits, f"{self.name} end")
+        return self.string >> (self.at - count) & ((1 << count) - 1)
+
+    def end(self) -> None:
+        need(max(nbytes(self.at), self.least) == self.num_bits // 8, f"length of {self.name}")
+        need(self.string >> self.at == 0, f"padding of {self.name}")
 
 
 def read_draws(plain: Plain, body: Planes, id_nbytes: int) -> None:
     """Counts: a string of flags, level by level, and then the bits below each leading one."""
-    least = (sum(map(len, plain.ids)) + 3) // 4 * 4 - id_nbytes
-    num_bits = 8 * body.spare()
-    string = int.from_bytes(body.take(num_bits, "draws"), "little")
-    at = 0
-
-    def next_bits(count: int) -> int:
-        nonlocal at
-        at += count
-        need(at <= num_bits, "draws end")
-        return string >> (at - count) & ((1 << count) - 1)
-
+    string = String(plain, body, "draws", id_nbytes)
+    next_bits = string.next_bits
     counts = [[1 + next_bits(1) for _ in row] for row in plain.ids]  # 2 stands for "or more"
     stated = [
         (row, place)
@@ -269,7 +303,7 @@ def read_draws(plain: Plain, body: Planes, id_nbytes: int) -> None:
                 length[entry] = level
     for row, place in stated:
         counts[row][place] = 2 ** length[row, place] + next_bits(length[row, place])
-    need(max(nbytes(at), least) == num_bits // 8 and string >> at == 0, "length of draws")
+    string.end()
     for of_row in counts:
         several = [place for place, count in enumerate(of_row) if count > 1]
         if several:
