@@ -78,6 +78,12 @@ RETRIED = {
 }
 """Ends of a stream after which another one is used: transport, drain, restart."""
 NO_MESSAGE = "an answer that is no message"
+FIRST_SIGN_S = 0.5
+"""How long a stream is listened to before the first write where the one before ended INTERNAL.
+
+A write that fails because the service has just refused the stream makes grpc.aio report INTERNAL
+instead of the refusal, nearly always where the refusal comes at once (grpc/grpc issue 36066).
+"""
 
 
 @dataclass(slots=True)
@@ -157,6 +163,8 @@ class Session:
         self._longest_batch_s = 0.0
         self._refused = 0
         """Streams since the last answer that ended with a status that is not retried."""
+        self._listen_first = False
+        """Whether the last stream ended in a way that may hide a refusal."""
 
     @property
     def replicas(self) -> list[str]:
@@ -218,10 +226,11 @@ class Session:
         """Keeps links to all replicas while anything is outstanding."""
         refreshed_s = time.monotonic()
         while True:
+            # Not wait_for: before Python 3.12 it loses a cancellation that comes with the event, and
+            # closing would wait for this task for ever.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(
-                    self._wake.wait(), TICK_S if self._dispatch.unanswered else None
-                )
+                async with asyncio.timeout(TICK_S if self._dispatch.unanswered else None):
+                    await self._wake.wait()
             self._wake.clear()
             try:
                 if not self._dispatch.unanswered:
@@ -498,6 +507,7 @@ class Session:
         finally:
             sending.cancel()
             call.cancel()
+        self._listen_first = code == grpc.StatusCode.INTERNAL
         why = f"{code.name}: {details or 'the service ended the stream'}"
         self._lose(link, why)
         if code in RETRIED or code == grpc.StatusCode.OK:
@@ -509,6 +519,10 @@ class Session:
 
     async def _send(self, link: _Link, call: Any) -> None:
         """Writes requests; a broken stream is left to the reader to report."""
+        if self._listen_first:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_SIGN_S):
+                    await call.initial_metadata()
         while True:
             request = self._dispatch.request(await link.outbox.get())
             if request is None:

@@ -206,7 +206,8 @@ class Replica:
         self._service.drain()
         self._watchdog.cancel()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._service.streams_ended(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._service.streams_ended()
         # What is left are calls without an end of their own, such as health's Watch.
         await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
         for job in self._scheduler.close():

@@ -136,6 +136,8 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         context: grpc.aio.ServicerContext,
     ) -> None:
         readable = True
+        # A client may wait for a first sign before it writes; see FIRST_SIGN_S of the one here.
+        await context.send_initial_metadata(())
         with self._room.stream(self._admission.limits.max_stream_nbytes) as room:
             stream = _Stream(context, room)
             async with asyncio.TaskGroup() as tasks:

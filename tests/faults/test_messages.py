@@ -1,5 +1,6 @@
 """Messages that arrive whole and are wrong: damaged, exchanged, repeated, lost (row 9)."""
 
+import asyncio
 import random
 from collections.abc import Iterator
 
@@ -150,9 +151,6 @@ def test_targets_that_are_always_damaged_are_an_error(relay: Relay):
         within(30, lambda: list(teacher.stream(SEQUENCES)))
 
 
-# Slow because gRPC, with a sync and an aio side in one process, now and then answers every stream
-# after the first with an INTERNAL of its own, and the client then waits for its whole patience.
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "kind"),
     [
@@ -201,3 +199,18 @@ def test_bytes_that_are_no_request_end_the_stream_after_the_answers(fleet: Fleet
     assert caught.value.code() == grpc.StatusCode.INTERNAL  # type: ignore[attr-defined]
     assert "ScoreRequest" in caught.value.details()  # type: ignore[attr-defined]
     assert "Traceback" not in fleet.replicas[0].output()
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_closing_ends_although_the_client_is_just_woken(fleet: Fleet, turns: int):
+    """A cancellation that comes with the event a task waits for must not be lost."""
+    teacher = connect(fleet.own[0])
+    next(teacher.stream(SEQUENCES, ahead=64))  # so that answers are outstanding
+
+    async def close() -> None:
+        teacher._session._wake.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await teacher._session.close()
+
+    within(10, lambda: teacher._io.run(close()))
