@@ -52,6 +52,7 @@ def train_and_keep(
             optim="sgd",
             learning_rate=0.5,
             max_grad_norm=0.0,
+            ddp_find_unused_parameters=kind == "tied",
         )
         assert trainer.args.world_size == num_ranks
         trainer.train()

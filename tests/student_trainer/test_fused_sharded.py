@@ -1,4 +1,8 @@
-"""fused_distillation_loss with a head that FSDP2 has sharded: two ranks, one process's gradients."""
+"""Heads that FSDP2 has sharded: two ranks get the gradients of one process.
+
+Passed to fused_distillation_loss as they are (trained, frozen), or used inside the forward pass of a
+sharded model (with the rest of it, as a unit of its own, tied to the embeddings).
+"""
 
 import os
 from pathlib import Path
@@ -10,6 +14,7 @@ from torch import Tensor
 
 from logit_codec import Targets, select
 from student_trainer import fused_distillation_loss
+from student_trainer.head_loss import FusedHead
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -25,21 +30,32 @@ def make_batch() -> tuple[Tensor, Targets]:
 
 
 def loss_of(
-    student: transformers.PreTrainedModel, head: Tensor, first: int, last: int, num_ranks: int
+    student: transformers.PreTrainedModel,
+    first: int,
+    last: int,
+    num_ranks: int,
+    fused: FusedHead | None = None,
 ) -> Tensor:
     """Of sequences [first, last), divided by all rows; ranks average their gradients."""
     ids, targets = make_batch()
-    hidden = student.model(ids[first:last]).last_hidden_state[:, :-1].flatten(0, 1)
     rows = slice(first * (LENGTH - 1), last * (LENGTH - 1))
-    loss = fused_distillation_loss(
-        hidden,
-        head,
-        targets[rows],
-        labels=ids[first:last, 1:].flatten(),
-        ce_weight=0.3,
-        reduction="sum",
-    )
-    return loss * num_ranks / targets.num_rows
+
+    def compute(hidden_BTD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        loss = fused_distillation_loss(
+            hidden_BTD[:, :-1].flatten(0, 1),
+            weight_VD,
+            targets[rows],
+            labels=ids[first:last, 1:].flatten(),
+            ce_weight=0.3,
+            reduction="sum",
+        )
+        return loss * num_ranks / targets.num_rows
+
+    inputs = {"input_ids": ids[first:last]}
+    if fused is not None:
+        return fused.loss(student, inputs, compute)
+    hidden_BTD = student.model(**inputs).last_hidden_state
+    return compute(hidden_BTD, student.get_output_embeddings().weight, None)
 
 
 def compare_with_one_process(folder: Path, kind: str) -> None:
@@ -48,19 +64,31 @@ def compare_with_one_process(folder: Path, kind: str) -> None:
     from torch.distributed.tensor import DTensor
 
     rank = int(os.environ["RANK"])
-    alone, student = tiny.make_model("Llama", VOCAB), tiny.make_model("Llama", VOCAB)
-    if kind == "frozen":
-        alone.lm_head.requires_grad_(False)
-        student.lm_head.requires_grad_(False)
-    loss_of(alone, alone.lm_head.weight, 0, SEQUENCES, 1).backward()
+    alone, student = (
+        tiny.make_model("Gemma2" if "tied" in kind else "Llama", VOCAB) for _ in range(2)
+    )
+    for model in (alone, student):
+        model.config.final_logit_softcapping = None
+        if "frozen" in kind:
+            model.lm_head.requires_grad_(False)
+    loss_of(alone, 0, SEQUENCES, 1).backward()
 
-    fully_shard(student.model)
-    fully_shard(student.lm_head)
+    fused = None
+    if "inside" in kind:
+        for layer in student.model.layers:
+            fully_shard(layer)
+        if "own" in kind:
+            fully_shard(student.lm_head)
+        fully_shard(student)
+        fused = FusedHead.of(student, student, {"input_ids": make_batch()[0]})
+    else:
+        fully_shard(student.model)
+        fully_shard(student.lm_head)
     head = student.lm_head.weight
-    assert isinstance(head, DTensor)
+    assert isinstance(head, DTensor) or fused is not None
     # Three sequences and two, in two steps of accumulation.
     for first, last in (((0, 1), (1, 3)), ((3, 4), (4, 5)))[rank]:
-        loss_of(student, head, first, last, 2).backward()
+        loss_of(student, first, last, 2, fused).backward()
 
     worst = 0.0
     for (name, found), (_, exact) in zip(
@@ -73,12 +101,12 @@ def compare_with_one_process(folder: Path, kind: str) -> None:
         assert found.grad.placements == found.placements, name
         whole = found.grad.full_tensor()
         worst = max(worst, float((whole - exact.grad).abs().max() / exact.grad.abs().max()))
-    assert (head.grad is None) == (kind == "frozen")
+    assert (student.lm_head.weight.grad is None) == ("frozen" in kind)
     assert worst < 1e-6
     (folder / f"rank-{rank}").write_text(f"{worst}")
 
 
-@pytest.mark.parametrize("kind", ["trained", "frozen"])
+@pytest.mark.parametrize("kind", ["trained", "frozen", "inside", "inside, own", "inside, tied"])
 def test_a_sharded_heads_gradient_is_that_of_one_process(tmp_path: Path, kind):
     assert run_ranks(compare_with_one_process, tmp_path, kind) == [0, 0]
     assert len(list(tmp_path.iterdir())) == 2
