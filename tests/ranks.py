@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -54,6 +55,7 @@ def _run(
         "GLOO_SOCKET_IFNAME": "lo",
     }
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
     store = torch.distributed.FileStore(str(Path(folder) / "store"), num_ranks)
     torch.distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60)

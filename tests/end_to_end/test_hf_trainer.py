@@ -134,6 +134,28 @@ def test_without_the_students_logits_the_steps_are_the_same(
             assert entry[name] == pytest.approx(exact[name], rel=1e-5), name
 
 
+@pytest.mark.parametrize("option", ["bf16", "activation_checkpointing"])
+def test_the_head_is_replaced_inside_autocast_and_checkpointing(
+    teacher_model, rows, tmp_path: Path, option
+):
+    found = []
+    for fused in (True, False):
+        trainer = make_trainer(
+            tmp_path,
+            rows,
+            teacher_model,
+            student=tiny.make_model("Gemma2", 64),
+            distillation=DistillationArguments(targets="top_k:8", ce_weight=0.3, fused=fused),
+            max_steps=1,
+            **{option: True},
+        )
+        trainer.train()
+        assert (trainer._head is not None) == fused
+        found.append(trainer.state.log_history[0])
+    for name in ("loss", "kd_loss", "ce_loss", "grad_norm"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=5e-3), name
+
+
 def test_packed_and_masked_batches_train_exactly_the_rows_of_their_targets(
     teacher_model, rows, tmp_path: Path
 ):
