@@ -3,7 +3,7 @@
 Letters: B sequences, T tokens, D hidden size, V vocabulary.
 
 While `loss` runs, the head's forward is a function that takes the hidden states, computes the loss
-from them and the head's weight, and gives the model logits of no tokens to go on with. So everything
+from them and the head's weight, and gives the model a few logits to go on with. So everything
 before the head is the model's own code, and the loss is computed where wrappers expect the head to
 be used: DDP finds the weight in the graph of what is returned, FSDP and DeepSpeed have it gathered.
 
@@ -65,7 +65,8 @@ class FusedHead:
 
         def forward(hidden_BTD: Tensor) -> Tensor:
             losses.append(compute(hidden_BTD, self.head.weight, self.head.bias))
-            return hidden_BTD.new_zeros(len(hidden_BTD), 0, self.head.out_features)
+            # Of the shape that was tried, so that nothing behind the head can mind it only now.
+            return hidden_BTD.new_zeros(1, len(TRIED_LOGITS), self.head.out_features)
 
         # DDP looks for used parameters in what the wrapped module returns.
         handle = self.student.register_forward_hook(lambda *_: {"loss": losses[0]})
@@ -91,6 +92,8 @@ class FusedHead:
         try:
             with self._instead_of_head(forward):
                 outputs = model(**inputs)
+        except (RuntimeError, IndexError) as error:
+            raise Unfusable(f"its forward pass needs a logit for each token: {error}") from error
         finally:
             model.train(training)
         if [hidden.shape[:-1] for hidden in seen] != [inputs["input_ids"].shape]:

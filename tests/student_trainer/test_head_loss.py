@@ -103,6 +103,13 @@ def test_a_model_that_does_more_to_its_logits_keeps_them(change):
     assert student(IDS)["logits"].shape == (*IDS.shape, VOCAB)
 
 
+def test_a_model_that_counts_its_logits_keeps_them():
+    student = Masking(lambda logits: logits.view(*IDS.shape, VOCAB))
+    with pytest.raises(Unfusable, match="a logit for each token"):
+        FusedHead.of(student, student, {"input_ids": IDS})
+    assert student(IDS)["logits"].shape == (*IDS.shape, VOCAB)
+
+
 def test_heads_that_are_no_plain_product_are_left_alone():
     class Doubled(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
