@@ -32,6 +32,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.transport
 	$(BIN)/python -m benchmarks.codec
 	$(BIN)/python -m benchmarks.losses
+	$(BIN)/python -m benchmarks.hf_trainer
 	$(BIN)/python -m benchmarks.faults
 
 # torch goes first and by its exact version: that is how a CPU build is found where there is one.
@@ -40,5 +41,5 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		"$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt -e '.[server,train,dev]'
+		-c constraints.txt -e '.[server,train,dev,bench]'
 	touch $@

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from logit_codec import DenseTargets, SampledTargets, SparseTargets, Targets, TopKTargets
 from student_trainer.losses import (
@@ -42,6 +42,27 @@ CHUNK_BYTES_ELSEWHERE = 512 << 20
 """A GPU would wait for the head's weights with fewer rows."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowStatistics:
+    """What fused_distillation_loss fills in for each row that counts; other rows stay as they are."""
+
+    divergence: Tensor
+    """(R,) float32: D(p, q), without weight and T^2; 0 if kd_weight is 0."""
+    cross_entropy: Tensor
+    """(R,) float32: -log q(label) at T = 1; 0 without labels, or for a label of -100."""
+    best: Tensor
+    """(R,) int64: the student's likeliest id."""
+
+    @classmethod
+    def zeros(cls, num_rows: int, device: torch.device | str | None = None) -> "RowStatistics":
+        """To be filled in."""
+        return cls(
+            torch.zeros(num_rows, device=device),
+            torch.zeros(num_rows, device=device),
+            torch.zeros(num_rows, dtype=torch.int64, device=device),
+        )
+
+
 def fused_distillation_loss(
     hidden: Tensor,
     head_weight: Tensor,
@@ -62,6 +83,7 @@ def fused_distillation_loss(
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
     chunk_rows: int | None = None,
+    statistics: RowStatistics | None = None,
 ) -> Tensor:
     """distillation_loss of softcap * tanh(logit_scale * (hidden @ head_weight.T + head_bias) / softcap).
 
@@ -70,7 +92,12 @@ def fused_distillation_loss(
     softcap: None for none. Inputs of 16 bits are multiplied as such; everything else is computed in
     float32, and their gradients are added up in it. The other arguments are those of
     distillation_loss; masked rows cost nothing. chunk_rows: rows at a time; by default as many as
-    make buffers of 96 MiB in all on a CPU, 512 MiB elsewhere.
+    make buffers of 96 MiB in all on a CPU, 512 MiB elsewhere. statistics: RowStatistics.zeros(R) on
+    the device of hidden, to be filled in; with it labels are looked at even if ce_weight is 0.
+
+    head_weight and head_bias may be DTensors, as FSDP2's fully_shard leaves them: they are gathered, and
+    their gradients averaged over the ranks of their mesh and sharded again, as FSDP2 does with all
+    others. Every rank of the mesh must then make this call, with rows of its own.
 
     Extra memory is the head's gradient, which is float32 at least, and these buffers.
     Gradients go to hidden, head_weight and head_bias, none are computed under torch.no_grad(), and
@@ -120,14 +147,17 @@ def fused_distillation_loss(
             raise ValueError(
                 f"{name} is {value.dtype} and hidden {low}: use one dtype, or autocast"
             )
+    head_weight = _gathered(head_weight)
+    head_bias = None if head_bias is None else _gathered(head_bias)
 
     scale = kd_weight * (targets.temperature**2 if temperature_scaling else 1.0)
+    looks_at_labels = ce_weight != 0 or statistics is not None
     rows = None
     if mask is not None:
         rows = mask.to(device, torch.bool).nonzero()[:, 0]
     problem = _Problem(
         targets=prepare(targets.to(device), renormalize),
-        labels=labels.to(device)[:, None] if labels is not None and ce_weight else None,
+        labels=labels.to(device)[:, None] if labels is not None and looks_at_labels else None,
         rows=rows,
         divergence=divergence,
         beta=beta,
@@ -138,12 +168,30 @@ def fused_distillation_loss(
         width=width,
         chunk_rows=chunk_rows,
         dtype=low,
+        statistics=statistics,
     )
     each = reduction == "none"
     loss = _Fused.apply(
         hidden, head_weight, head_bias, problem, each, torch.is_grad_enabled() and not each
     )
     return loss if each else reduce(loss, targets.num_rows, mask, reduction, num_items)
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """A sharded parameter in full; its gradient is averaged over the ranks and sharded."""
+    if type(parameter) in (Tensor, nn.Parameter):
+        return parameter
+    from torch.distributed.tensor import DTensor, Partial  # takes a second to import
+
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    # Without grad_placements each rank's own gradient would pass for that of all ranks.
+    full = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad:
+        num_ranks = mesh.size()
+        full.register_hook(lambda gradient: gradient / num_ranks)  # gloo has sums only
+    return full
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -167,6 +215,7 @@ class _Problem:
     chunk_rows: int | None
     dtype: torch.dtype
     """Of hidden states and head."""
+    statistics: RowStatistics | None
 
 
 class _Fused(torch.autograd.Function):
@@ -249,6 +298,8 @@ def _run(
             hidden_CD = hidden[where]
             units_CV = _project(problem, hidden_CD, head, bias, high, buffers)
             weight_C1 = None if weight_R is None else weight_R[where][:, None]
+            if problem.statistics is not None:
+                problem.statistics.best[where] = units_CV.argmax(1)
             loss_R[where], gradient_CV = _loss(
                 problem, where, units_CV, weight_C1, most, buffers, any(wanted)
             )
@@ -316,35 +367,42 @@ def _loss(
     labels = _Labels.of(problem, where, dtype)
     distils = problem.kd_weight != 0
     joint = isinstance(targets, SparseTargets) and targets.temperature == 1.0
-    value_C1 = units_CV.new_zeros(len(units_CV), 1)
+    divergence_C1 = cross_entropy_C1 = units_CV.new_zeros(len(units_CV), 1)
     gradient_CV = None
     if distils:
         factor = gain / targets.temperature
         if isinstance(targets, DenseTargets):
-            found, gradient_CV = _dense(problem, where, units_CV * factor, weight_C1)
+            divergence_C1, gradient_CV = _dense(problem, where, units_CV * factor, weight_C1)
         else:
             logits_CV = units_CV
             if softcap is not None or (labels and not joint):
                 logits_CV = torch.mul(units_CV, factor, out=buffers.get("kd", shape, dtype))
             elif factor != 1.0:
                 logits_CV.mul_(factor)
-            found, gradient_CV = _sparse(
+            divergence_C1, cross_entropy_C1, gradient_CV = _sparse(
                 problem, where, logits_CV, weight_C1, most, labels if joint else None, differentiate
             )
-        value_C1 += found
     if labels and not (distils and joint):
         logits_CV = units_CV
         if softcap is not None:
             logits_CV = torch.mul(units_CV, gain, out=buffers.get("ce", shape, dtype))
-        found, extra_CV = _cross_entropy(logits_CV, labels, weight_C1, differentiate)
-        value_C1 += found
-        if differentiate:
+        weighs = differentiate and problem.ce_weight != 0
+        cross_entropy_C1, extra_CV = _cross_entropy(logits_CV, labels, weight_C1, weighs)
+        if weighs:
             gradient_CV = extra_CV if gradient_CV is None else gradient_CV.add_(extra_CV)
+    loss_C1 = problem.kd_weight * divergence_C1
+    if labels and problem.ce_weight:
+        loss_C1 = loss_C1 + labels.weight_C1 * cross_entropy_C1
+    if problem.statistics is not None:
+        problem.statistics.divergence[where] = divergence_C1[:, 0].float()
+        if labels:
+            given_C1 = cross_entropy_C1.where(labels.given_C1, 0.0)
+            problem.statistics.cross_entropy[where] = given_C1[:, 0].float()
     if not differentiate or gradient_CV is None:
-        return value_C1[:, 0], None
+        return loss_C1[:, 0], None
     if softcap is not None:
         gradient_CV.mul_(units_CV.square_().neg_().add_(1.0))
-    return value_C1[:, 0], gradient_CV
+    return loss_C1[:, 0], gradient_CV
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -353,6 +411,8 @@ class _Labels:
 
     ids_C1: Tensor
     """int64; 0 where there is none."""
+    given_C1: Tensor
+    """bool: whether there is one."""
     weight_C1: Tensor
     """ce_weight; 0 where there is none."""
 
@@ -362,7 +422,7 @@ class _Labels:
             return None
         ids_C1 = problem.labels[where]
         given_C1 = ids_C1 != IGNORE_INDEX
-        return cls(ids_C1.where(given_C1, 0), problem.ce_weight * given_C1.to(dtype))
+        return cls(ids_C1.where(given_C1, 0), given_C1, problem.ce_weight * given_C1.to(dtype))
 
 
 def _sparse(
@@ -373,8 +433,9 @@ def _sparse(
     most: int,
     labels: _Labels | None,
     differentiate: bool,
-) -> tuple[Tensor, Tensor]:
-    """(C, 1) losses and, in the memory of `logits_CV`, their gradient; cross-entropy at T = 1 too."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(C, 1) divergences, cross-entropies at T = 1 if there are labels (else 0), and in the memory
+    of `logits_CV` the gradient of both, weighted."""
     targets = problem.targets
     assert isinstance(targets, SparseTargets)
     width, dtype = logits_CV.shape[1], logits_CV.dtype
@@ -417,16 +478,16 @@ def _sparse(
         1,
     )
     if isinstance(targets, TopKTargets):
-        value_C1 = cells(problem.divergence, problem.beta, logp_CK1, logq_CK1).sum(1, keepdim=True)
+        found_C1 = cells(problem.divergence, problem.beta, logp_CK1, logq_CK1).sum(1, keepdim=True)
     else:
-        value_C1 = -(logp_CK1.exp() * logq_CK1.clamp(min=LOWEST)).sum(1, keepdim=True)
+        found_C1 = -(logp_CK1.exp() * logq_CK1.clamp(min=LOWEST)).sum(1, keepdim=True)
         if targets.entropy is not None:
-            value_C1 -= targets.entropy[where][:, None]
-    value_C1 = problem.kd_weight * value_C1
+            found_C1 -= targets.entropy[where][:, None]
+    cross_entropy_C1 = torch.zeros_like(found_C1)
     if labels:
-        value_C1 += labels.weight_C1 * (log_sum_C1 - (label_C1 - largest_C1))
+        cross_entropy_C1 = log_sum_C1 - (label_C1 - largest_C1)
     if not differentiate:
-        return value_C1, rest_CV
+        return found_C1, cross_entropy_C1, rest_CV
 
     q_CK1 = logq_CK1.exp()
     pull_CK1 = _pulls(problem.divergence, problem.beta, logp_CK1, logq_CK1)
@@ -442,40 +503,40 @@ def _sparse(
     rest_CV.scatter_(1, ids_CK, gradient_CK.where(some_C1, rest_CV.gather(1, ids_CK)))
     if labels:
         _subtract_labels(rest_CV, labels, weight_C1)
-    return value_C1, rest_CV
+    return found_C1, cross_entropy_C1, rest_CV
 
 
 def _dense(
     problem: _Problem, where: slice | Tensor, logits_CV: Tensor, weight_C1: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(C, 1) losses and their gradient, of targets that have every id."""
+    """(C, 1) divergences and their weighted gradient, of targets that have every id."""
     targets = problem.targets
     assert isinstance(targets, DenseTargets)
     logq_CV = logits_CV.log_softmax(1)
     logp_CV = targets.logprobs[where, : problem.width].to(logq_CV.dtype)
-    value_C1 = cells(problem.divergence, problem.beta, logp_CV, logq_CV).sum(1, keepdim=True)
+    found_C1 = cells(problem.divergence, problem.beta, logp_CV, logq_CV).sum(1, keepdim=True)
     pull_CV = _pulls(problem.divergence, problem.beta, logp_CV, logq_CV)
     gradient_CV = pull_CV.addcmul_(logq_CV.exp_(), pull_CV.sum(1, keepdim=True), value=-1.0)
     gradient_CV *= problem.kd_weight / targets.temperature
     if weight_C1 is not None:
         gradient_CV *= weight_C1
-    return problem.kd_weight * value_C1, gradient_CV
+    return found_C1, gradient_CV
 
 
 def _cross_entropy(
     logits_CV: Tensor, labels: _Labels, weight_C1: Tensor | None, differentiate: bool
 ) -> tuple[Tensor, Tensor]:
-    """(C, 1) losses and, in the memory of `logits_CV`, their gradient."""
+    """(C, 1) cross-entropies and, in the memory of `logits_CV`, their weighted gradient."""
     label_C1 = logits_CV.gather(1, labels.ids_C1)
     top_C1 = logits_CV.amax(1, keepdim=True)
     q_CV = logits_CV.sub_(top_C1).exp_()
     sum_C1 = q_CV.sum(1, keepdim=True)
-    value_C1 = labels.weight_C1 * (top_C1 + sum_C1.log() - label_C1)
+    found_C1 = top_C1 + sum_C1.log() - label_C1
     if differentiate:
         factor_C1 = labels.weight_C1 / sum_C1
         q_CV.mul_(factor_C1 if weight_C1 is None else factor_C1 * weight_C1)
         _subtract_labels(q_CV, labels, weight_C1)
-    return value_C1, q_CV
+    return found_C1, q_CV
 
 
 def _subtract_labels(gradient_CV: Tensor, labels: _Labels, weight_C1: Tensor | None) -> None:

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from logit_codec import DenseTargets, SampledTargets, Targets, TopKTargets
 from student_trainer.check import check_alignment
 from student_trainer.client import RemoteTeacher, connect
 from student_trainer.errors import IncompatibleTeacher, ProtocolError
+from student_trainer.fused import RowStatistics, fused_distillation_loss
+from student_trainer.head_loss import FusedHead, Unfusable
 from student_trainer.local import LocalTeacher
 from student_trainer.losses import distillation_loss
 from student_trainer.streaming import Layout, TargetStream, Teacher, Wish
@@ -35,8 +38,8 @@ ATTACHED = "distillation_targets"
 """The key in a batch under which its targets travel to the loss."""
 IDENTITY_FILE = "distillation.json"
 """In a checkpoint: the teacher and the settings it was trained with."""
-METRIC_ROWS = 1024
-"""Rows whose logits are looked at together for the metrics."""
+CE_ROWS = 1024
+"""Rows whose cross-entropies are computed together, if the logits are there."""
 
 
 @dataclass
@@ -61,6 +64,10 @@ class DistillationArguments:
     )
     check_first_batch: bool = field(
         default=True, metadata={"help": "Check that targets and tokens belong together."}
+    )
+    fused: bool = field(
+        default=True,
+        metadata={"help": "Never make the student's logits in full, where its head allows that."},
     )
     patience_s: float = field(
         default=300.0, metadata={"help": "How long to wait while the teacher does not answer."}
@@ -108,6 +115,8 @@ class DistillationMixin(_Trainer):
         self._stream: Iterator[tuple[Any, Targets]] | None = None
         self._pairs: Iterator[tuple[Any, _Attached]] = iter(())
         self._epoch_iterator: Iterator[Any] | None = None
+        self._head: FusedHead | None = None
+        self._head_was_tried = False
         if teacher is None:
             return
         if self.args.n_gpu > 1:
@@ -190,17 +199,26 @@ class DistillationMixin(_Trainer):
             )
         # Without labels the model computes no loss of its own.
         without_labels = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
-        outputs = model(**without_labels)
-        logits_BTV = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         self._meter.num_without += attached.num_without
-        if attached.targets is None:
-            loss = logits_BTV.sum() * 0.0  # every rank and batch takes part in the backward pass
+        outputs = None
+        head = None if return_outputs else self._fused_head(model, without_labels)
+        if head is not None:
+            loss = head.loss(model, without_labels, partial(self._sum_in_head, head, attached))
         else:
-            loss = self._distillation_sum(logits_BTV, attached) / (
-                attached.targets.num_rows if num_items_in_batch is None else num_items_in_batch
-            )
-        if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the ranks' gradients are averaged
+            outputs = model(**without_labels)
+            logits_BTV = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+            if logits_BTV.shape[:2] != inputs["input_ids"].shape:
+                raise ValueError(
+                    f"the student gave logits of {tuple(logits_BTV.shape[:2])} tokens for input_ids "
+                    f"of {tuple(inputs['input_ids'].shape)}; the targets belong to the latter. "
+                    "Adapters that add virtual tokens (prompt tuning) are not supported."
+                )
+            loss = self._sum_of_logits(logits_BTV, attached)
+        if num_items_in_batch is None:
+            loss = loss / max(len(attached.rows), 1)
+        else:
+            # The ranks' gradients are averaged.
+            loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -266,26 +284,80 @@ class DistillationMixin(_Trainer):
             close()
         self._stream, self._epoch_iterator, self._pairs = None, None, iter(())
 
-    def _distillation_sum(self, logits_BTV: Tensor, attached: _Attached) -> Tensor:
+    def _fused_head(self, model: nn.Module, inputs: Mapping[str, Any]) -> FusedHead | None:
+        """The student's head, if the loss can be computed in its place; tried once a training."""
+        if not self._head_was_tried:
+            self._head_was_tried, self._head = True, None
+            if self.distillation.fused and not self.args.torch_compile:
+                try:
+                    student = self.accelerator.unwrap_model(model)
+                    self._head = FusedHead.of(model, student, inputs)
+                except Unfusable as reason:
+                    logger.info("the student's logits are made in full: %s", reason)
+        return self._head
+
+    def _sum_in_head(
+        self,
+        head: FusedHead,
+        attached: _Attached,
+        hidden_BTD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+    ) -> Tensor:
+        """As _sum_of_logits, without them."""
+        wish, device = self.distillation, hidden_BTD.device
+        if attached.targets is None:
+            used = [hidden_BTD, weight_VD, *([] if bias_V is None else [bias_V])]
+            return sum((one.sum() * 0.0 for one in used), start=hidden_BTD.new_zeros(()))
+        targets = attached.targets.to(device, non_blocking=True)
+        statistics = RowStatistics.zeros(targets.num_rows, device)
+        loss = fused_distillation_loss(
+            hidden_BTD.flatten(0, 1)[attached.rows.to(device)],
+            weight_VD,
+            targets,
+            head_bias=bias_V,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            divergence=wish.divergence,
+            labels=attached.labels.to(device),
+            kd_weight=wish.kd_weight,
+            ce_weight=wish.ce_weight,
+            reduction="sum",
+            statistics=statistics,
+            **self._beta(),
+        )
+        kd = statistics.divergence.sum() * targets.temperature**2 if wish.kd_weight else None
+        self._meter.add(targets, kd, statistics.cross_entropy.sum(), statistics.best)
+        return loss
+
+    def _sum_of_logits(self, logits_BTV: Tensor, attached: _Attached) -> Tensor:
         """kd_weight * divergence + ce_weight * cross-entropy, summed over the rows."""
         wish, device = self.distillation, logits_BTV.device
-        assert attached.targets is not None
+        if attached.targets is None:
+            return logits_BTV.sum() * 0.0  # every rank and batch takes part in the backward pass
         targets = attached.targets.to(device, non_blocking=True)
         labels_R = attached.labels.to(device)
         logits_RV = logits_BTV.flatten(0, 1)[attached.rows.to(device)]
         loss = logits_RV.new_zeros((), dtype=torch.float32)
-        kd, ce = None, None
+        kd = None
         if wish.kd_weight:
-            more: dict[str, Any] = {} if wish.beta is None else {"beta": wish.beta}
             kd = distillation_loss(
-                logits_RV, targets, divergence=wish.divergence, reduction="sum", **more
+                logits_RV,
+                targets,
+                divergence=wish.divergence,
+                reduction="sum",
+                **self._beta(),
             )
             loss = loss + wish.kd_weight * kd
+        ce = _cross_entropy_sum(logits_RV if wish.ce_weight else logits_RV.detach(), labels_R)
         if wish.ce_weight:
-            ce = nn.functional.cross_entropy(logits_RV.float(), labels_R, reduction="sum")
             loss = loss + wish.ce_weight * ce
-        self._meter.add(logits_RV.detach(), targets, labels_R, kd, ce)
+        self._meter.add(targets, kd, ce, logits_RV.argmax(1))
         return loss
+
+    def _beta(self) -> dict[str, Any]:
+        """The argument of the divergences that have one."""
+        return {} if self.distillation.beta is None else {"beta": self.distillation.beta}
 
     def _step_ended(self) -> None:
         meter = self._meter
@@ -352,6 +424,7 @@ class _Watch(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._meter.reset()
+        self._trainer._head_was_tried = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._step_ended()
@@ -401,32 +474,16 @@ class _Meter:
         self._busy_s += time.perf_counter() - self._began_s
 
     @torch.no_grad()
-    def add(
-        self,
-        logits_RV: Tensor,
-        targets: Targets,
-        labels_R: Tensor,
-        kd: Tensor | None,
-        ce: Tensor | None,
-    ) -> None:
-        """One batch; `ce` is computed here if the loss did not need it."""
+    def add(self, targets: Targets, kd: Tensor | None, ce: Tensor, best_R: Tensor) -> None:
+        """One batch: sums over its rows, and the student's likeliest ids."""
         self.rows_in_loss += targets.num_rows
         sums = self._sums
         sums["rows"] += targets.num_rows
         if kd is not None:
             sums["kd_rows"] += targets.num_rows
             sums["kd_loss"] += kd.detach()
-        if ce is not None:
-            sums["ce_loss"] += ce.detach()
-        best_R = _most_likely(targets)
-        for first in range(0, targets.num_rows, METRIC_ROWS):
-            rows = slice(first, first + METRIC_ROWS)
-            logits_CV = logits_RV[rows]
-            sums["top1_agreement"] += (logits_CV.argmax(1) == best_R[rows]).sum()
-            if ce is None:
-                sums["ce_loss"] += nn.functional.cross_entropy(
-                    logits_CV.float(), labels_R[rows], reduction="sum"
-                )
+        sums["ce_loss"] += ce.detach()
+        sums["top1_agreement"] += (best_R == _most_likely(targets)).sum()
         if targets.realized_logprob is not None:
             sums["teacher_rows"] += targets.num_rows
             sums["teacher_ce"] -= targets.realized_logprob.sum()
@@ -486,6 +543,16 @@ def _attached(batch: Mapping[str, Any], layout: Layout, targets: Targets | None)
         labels=layout.labels.flatten()[rows + 1],
         num_without=int(layout.real.sum()) - len(rows),
     )
+
+
+def _cross_entropy_sum(logits_RV: Tensor, labels_R: Tensor) -> Tensor:
+    """A few rows at a time: their logits are copied, to float32 or more."""
+    dtype = torch.promote_types(logits_RV.dtype, torch.float32)
+    found = [
+        nn.functional.cross_entropy(some_CV.to(dtype), labels_C, reduction="sum")
+        for some_CV, labels_C in zip(logits_RV.split(CE_ROWS), labels_R.split(CE_ROWS), strict=True)
+    ]
+    return torch.stack(found).sum()
 
 
 def _most_likely(targets: Targets) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from tests import tiny
 from tests.conftest import Served
@@ -45,6 +46,26 @@ def teacher_folder(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_model(teacher_folder: Path) -> nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
+
+
+@pytest.fixture(scope="session")
+def rows(text: Path) -> list[dict[str, list[int]]]:
+    """24 sequences of different lengths; of every third one, the first half is a prompt."""
+    length = 12
+    ids = tiny.make_tokenizer(WORDS)(text.read_text()).input_ids[: 24 * length]
+    found = []
+    for number in range(24):
+        sequence = ids[number * length : (number + 1) * length - number % 5]
+        labels = list(sequence)
+        if number % 3 == 0:
+            labels[: length // 2] = [-100] * (length // 2)
+        found.append({"input_ids": sequence, "labels": labels})
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from torch import nn
 
 from student_trainer import (
     ForkedClient,
@@ -28,90 +27,9 @@ from student_trainer.hf_trainer import (
 )
 from tests import tiny
 from tests.conftest import one_torch_thread
-from tests.end_to_end.conftest import WORDS
-
-TOKENIZER = tiny.make_tokenizer(WORDS)
-PAD, LENGTH = 0, 12
-
+from tests.end_to_end.hf import TOKENIZER, make_trainer, num_trained, weights
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
-
-
-@pytest.fixture(scope="module")
-def teacher_model(teacher_folder: Path) -> nn.Module:
-    return transformers.AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
-
-
-@pytest.fixture(scope="module")
-def rows(text: Path) -> list[dict[str, list[int]]]:
-    """24 sequences of different lengths; of every third one, the first half is a prompt."""
-    ids = TOKENIZER(text.read_text()).input_ids[: 24 * LENGTH]
-    found = []
-    for number in range(24):
-        sequence = ids[number * LENGTH : (number + 1) * LENGTH - number % 5]
-        labels = list(sequence)
-        if number % 3 == 0:
-            labels[: LENGTH // 2] = [-100] * (LENGTH // 2)
-        found.append({"input_ids": sequence, "labels": labels})
-    return found
-
-
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Padded on the right, as any collator does."""
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(name: str, value: int) -> torch.Tensor:
-        return torch.tensor([row[name] + [value] * (longest - len(row[name])) for row in rows])
-
-    masks = [[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows]
-    return {
-        "input_ids": padded("input_ids", PAD),
-        "labels": padded("labels", -100),
-        "attention_mask": torch.tensor(masks),
-    }
-
-
-def make_trainer(
-    folder: Path,
-    rows,
-    teacher,
-    *,
-    kind=DistillationTrainer,
-    student: nn.Module | None = None,
-    distillation: DistillationArguments | None = None,
-    collator=collate,
-    **arguments,
-):
-    settings = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "dataloader_pin_memory": False,
-        **arguments,
-    }
-    return kind(
-        model=tiny.make_student() if student is None else student,
-        args=transformers.TrainingArguments(str(folder), **settings),
-        train_dataset=rows,
-        eval_dataset=rows[:6],
-        data_collator=collator,
-        processing_class=TOKENIZER,
-        teacher=teacher,
-        distillation=distillation,
-    )
-
-
-def weights(trainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-
-
-def num_trained(rows) -> int:
-    return sum(label != -100 for row in rows for label in row["labels"][1:])
 
 
 def test_it_learns_from_a_service_and_says_how(trained_service, rows, tmp_path: Path):
@@ -165,6 +83,77 @@ def test_the_step_is_the_same_however_it_is_cut_into_batches(
     for cut, losses in found[1:]:
         assert (cut - found[0][0]).abs().max() < 1e-6
         assert losses == pytest.approx(found[0][1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [("tied", "sampled:8"), ("frozen", "top_k:4"), ("softcap", "dense:f32")],
+)
+def test_without_the_students_logits_the_steps_are_the_same(
+    teacher_model, rows, tmp_path: Path, kind, targets
+):
+    """float64, accumulated batches of which some train nothing; every metric is there too."""
+    emptied = [
+        {**row, "labels": [-100] * len(row["labels"])} if number % 4 == 2 else row
+        for number, row in enumerate(rows)
+    ]
+    start, found = None, []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        student = tiny.make_student() if kind == "tied" else tiny.make_model("Gemma2", 64)
+        if kind == "frozen":
+            student = tiny.make_model("Llama", 64)
+            student.get_output_embeddings().requires_grad_(False)
+        start = torch.cat([p.detach().flatten() for p in student.double().parameters()])
+        trainer = make_trainer(
+            tmp_path,
+            emptied,
+            teacher_model,
+            student=student,
+            distillation=DistillationArguments(
+                targets=targets, temperature=1.5, ce_weight=0.3, fused=fused
+            ),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=4,
+            max_steps=2,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+        )
+        trainer.train()
+        assert (trainer._head is not None) == fused
+        logs = [entry for entry in trainer.state.log_history if "kd_loss" in entry]
+        found.append((weights(trainer) - start, logs))
+    (moved, logs), (expected, exact_logs) = found
+    assert expected.norm() > 1e-3
+    assert (moved - expected).norm() < 1e-10 * expected.norm()
+    timed = {"waiting_fraction", "epoch"}
+    for entry, exact in zip(logs, exact_logs, strict=True):
+        assert entry.keys() == exact.keys()
+        for name in entry.keys() - timed:
+            assert entry[name] == pytest.approx(exact[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("option", ["bf16", "activation_checkpointing"])
+def test_the_head_is_replaced_inside_autocast_and_checkpointing(
+    teacher_model, rows, tmp_path: Path, option
+):
+    found = []
+    for fused in (True, False):
+        trainer = make_trainer(
+            tmp_path,
+            rows,
+            teacher_model,
+            student=tiny.make_model("Gemma2", 64),
+            distillation=DistillationArguments(targets="top_k:8", ce_weight=0.3, fused=fused),
+            max_steps=1,
+            **{option: True},
+        )
+        trainer.train()
+        assert (trainer._head is not None) == fused
+        found.append(trainer.state.log_history[0])
+    for name in ("loss", "kd_loss", "ce_loss", "grad_norm"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=5e-3), name
 
 
 def test_packed_and_masked_batches_train_exactly_the_rows_of_their_targets(

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from logit_codec import TopKTargets, select
 from student_trainer import UnsuitableTargets, distillation_loss, fused, fused_distillation_loss
+from student_trainer.fused import RowStatistics
 from student_trainer.losses import DIVERGENCES
 from tests import tiny
 from tests.student_trainer.divergences import gradients, oracle, relative_error
@@ -119,6 +120,35 @@ def test_gradients_are_finite_differences(spec, divergence):
 
     # A second backward computes again, in another order.
     assert torch.autograd.gradcheck(loss, (hidden, head, bias), fast_mode=True, nondet_tol=1e-12)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_statistics_are_those_of_each_row_and_change_nothing(spec):
+    """With and without everything that decides where they are computed."""
+    for temperature, softcap, ce_weight, kd_weight in itertools.product(
+        (1.0, 2.0), (None, 3.0), (0.0, 0.5), (1.0, 0.0)
+    ):
+        hidden, head, targets = make(spec, temperature)
+        labels = torch.randint(VOCAB, (ROWS,))
+        labels[3] = -100
+        mask = torch.arange(ROWS) % 3 != 1
+        options = {"softcap": softcap, "labels": labels, "mask": mask, "chunk_rows": 4}
+        options |= {"ce_weight": ce_weight, "kd_weight": kd_weight}
+        wanted = fused_distillation_loss(hidden, head, targets, **options)
+        found = RowStatistics.zeros(ROWS)
+        loss = fused_distillation_loss(hidden, head, targets, statistics=found, **options)
+        assert relative_error(loss, wanted) < 1e-12
+        for one, exact in zip(
+            gradients(loss, hidden, head), gradients(wanted, hidden, head), strict=True
+        ):
+            assert relative_error(one, exact) < 1e-12 or not exact.any()
+        logits = (hidden @ head.T).detach()
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        each = oracle(logits, targets, "forward_kl", 0.5, temperature) * (kd_weight != 0)
+        assert torch.allclose(found.divergence.double(), each.where(mask, 0.0), rtol=1e-5)
+        each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        assert torch.allclose(found.cross_entropy.double(), each.where(mask, 0.0), rtol=1e-5)
+        assert torch.equal(found.best, logits.argmax(1).where(mask, 0))
 
 
 @pytest.mark.parametrize("loss", [distillation_loss, fused_distillation_loss])

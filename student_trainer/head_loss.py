@@ -1,0 +1,131 @@
+"""The fused loss inside a causal LM's own forward pass, in the place of its output head.
+
+Letters: B sequences, T tokens, D hidden size, V vocabulary.
+
+While `loss` runs, the head's forward is a function that takes the hidden states, computes the loss
+from them and the head's weight, and gives the model a few logits to go on with. So everything
+before the head is the model's own code, and the loss is computed where wrappers expect the head to
+be used: DDP finds the weight in the graph of what is returned, FSDP and DeepSpeed have it gathered.
+
+What the model does to its logits is read from its config, and tried: `FusedHead.of` lets the model
+run once with known numbers in the head's place and compares what comes out.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Hidden states (B, T, D), the head's weight (V, D) and its bias (V,) or None -> the loss."""
+
+TRIED_LOGITS = (0.0, 1.0, 40.0)
+"""Heights of the ramps that are sent through the model in the place of logits."""
+
+
+class Unfusable(Exception):
+    """Why the logits of this student are needed."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FusedHead:
+    """A head that is a plain matrix product, and what the model makes of its output.
+
+    logits = softcap * tanh(logit_scale * head(hidden) / softcap); without softcap, of what is in tanh.
+    """
+
+    student: nn.Module
+    """The causal LM, or a PEFT model of one."""
+    head: nn.Linear
+    softcap: float | None
+    logit_scale: float
+
+    @classmethod
+    def of(cls, model: nn.Module, student: nn.Module, inputs: Mapping[str, Any]) -> "FusedHead":
+        """The head of `student`, which `model` is or wraps; `inputs` of a batch try it out.
+
+        Raises Unfusable, which says why.
+        """
+        head = _plain_head(student)
+        config: Any = getattr(student, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else None
+        softcap = getattr(config, "final_logit_softcapping", None)
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        fused = cls(student, head, None if softcap is None else float(softcap), scale)
+        fused._try(model, inputs)
+        return fused
+
+    def loss(self, model: nn.Module, inputs: Mapping[str, Any], compute: Compute) -> Tensor:
+        """What `compute` makes of the hidden states of `model(**inputs)`."""
+        losses: list[Tensor] = []
+
+        def forward(hidden_BTD: Tensor) -> Tensor:
+            losses.append(compute(hidden_BTD, self.head.weight, self.head.bias))
+            # Of the shape that was tried, so that nothing behind the head can mind it only now.
+            return hidden_BTD.new_zeros(1, len(TRIED_LOGITS), self.head.out_features)
+
+        # DDP looks for used parameters in what the wrapped module returns.
+        handle = self.student.register_forward_hook(lambda *_: {"loss": losses[0]})
+        try:
+            with self._instead_of_head(forward):
+                return model(**inputs)["loss"]
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def _try(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Raises Unfusable unless the model's logits are what softcap and logit_scale say."""
+        seen: list[Tensor] = []
+        ramps = torch.linspace(-1.0, 1.0, self.head.out_features)
+        ramps = ramps * torch.tensor(TRIED_LOGITS)[:, None]
+
+        def forward(hidden_BTD: Tensor) -> Tensor:
+            seen.append(hidden_BTD)
+            return ramps.to(hidden_BTD)[None]
+
+        training = model.training
+        model.eval()  # dropout would draw numbers
+        try:
+            with self._instead_of_head(forward):
+                outputs = model(**inputs)
+        except (RuntimeError, IndexError) as error:
+            raise Unfusable(f"its forward pass needs a logit for each token: {error}") from error
+        finally:
+            model.train(training)
+        if [hidden.shape[:-1] for hidden in seen] != [inputs["input_ids"].shape]:
+            raise Unfusable("its forward pass does not use the head once, on every token")
+        found = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        expected = ramps.to(seen[0]).to(found)[None] * self.logit_scale
+        if self.softcap is not None:
+            expected = self.softcap * torch.tanh(expected / self.softcap)
+        tolerance = 16 * max(torch.finfo(one.dtype).eps for one in (seen[0], found))
+        if found.shape != expected.shape or not torch.allclose(
+            found, expected, rtol=tolerance, atol=tolerance
+        ):
+            raise Unfusable("it does more to its logits than to scale and softcap them")
+
+    @contextmanager
+    def _instead_of_head(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        vars(self.head)["forward"] = forward
+        try:
+            yield
+        finally:
+            del vars(self.head)["forward"]
+
+
+def _plain_head(student: nn.Module) -> nn.Linear:
+    """The output embedding, if calling it is a product with its weight. Raises Unfusable."""
+    get_head = getattr(student, "get_output_embeddings", None)
+    head = None if get_head is None else get_head()
+    # Subclasses that leave forward alone are welcome: fully_shard makes one.
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        raise Unfusable(f"its head is {type(head).__name__}, not a plain nn.Linear")
+    if "forward" in vars(head):
+        raise Unfusable("something replaces the forward method of its head")
+    if student._compiled_call_impl is not None or hasattr(student, "_orig_mod"):
+        raise Unfusable("it is compiled as a whole")
+    return head
