@@ -88,7 +88,7 @@ class TargetStream(Iterator[tuple[Item, Targets]]):
 
     @property
     def in_flight(self) -> int:
-        """Items that were asked for and not handed out yet."""
+        """Items that were taken from the source and not handed out yet."""
         return len(self._pulled_states)
 
     def state_dict(self) -> dict[str, Any]:
