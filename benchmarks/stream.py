@@ -3,7 +3,8 @@
 Run `python -m benchmarks.stream`. A fixed model (Gemma 2, d=512, 8 layers, V=32,000, random
 weights), sequences of 512 tokens, top_k:64, CPU. The bare loop is forward + head + encode in one
 process, no gRPC; the service gets as many sequences from four client processes. The two take
-turns, so that what else the machine does hits both; quote the ratio. Run it on a quiet machine: two
+turns, so that what else the machine does hits both; quote the ratio. Then a trainer trains (its step
+is a sleep), and another one whose batches are short and whose teacher is 200 ms away. Run it on a quiet machine: two
 busy processes on two cores make both sides wait for each other's threads.
 """
 
@@ -22,12 +23,17 @@ from pathlib import Path
 
 import torch
 
+from tests.faults.proxy import Proxy
+
 VOCABULARY = 32_000
 SEQUENCE = 512  # tokens
 BATCH = 2  # sequences in one forward pass, on both sides
 CLIENTS = 4
 AHEAD = 4  # sequences in flight per client
 TARGETS = "top_k:64"
+ROUND_TRIP_S = 0.2
+SHORT = 16  # tokens of a batch of the trainer that is far away
+FAR_STEPS = 200
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -53,7 +59,11 @@ def main() -> None:
                 rates["bare"].append(ask([bare_end], options.sequences))
                 rates["served"].append(ask([end for _, end in clients], options.sequences))
             trainer_step_s = 2 * SEQUENCE / statistics.median(rates["served"])
-            waiting, later = trainer(address, options.steps, trainer_step_s)
+            waiting, later = trainer(address, SEQUENCE, options.steps, trainer_step_s)
+            far_step_s = 2 * SHORT / short_rate(address)
+            with Proxy(address) as proxy:
+                proxy.up.delay_s = proxy.down.delay_s = ROUND_TRIP_S / 2
+                far, far_later = trainer(proxy.address, SHORT, FAR_STEPS, far_step_s)
         finally:
             for process, connection in [(bare, bare_end), *clients]:
                 if process.is_alive():
@@ -74,6 +84,11 @@ def main() -> None:
     print(
         f"waiting {waiting:.2%} of {options.steps} steps, {later:.2%} without the first one's wait"
     )
+    print(
+        f"the same for batches of {SHORT} tokens ({far_step_s:.3f} s) and a round trip of "
+        f"{ROUND_TRIP_S} s:"
+    )
+    print(f"waiting {far:.2%} of {FAR_STEPS} steps, {far_later:.2%} without the first one's wait")
 
 
 def make_teacher(folder: Path) -> None:
@@ -178,9 +193,23 @@ def client_loop(connection: Connection, address: str, seed: int) -> None:
             connection.send("done")
 
 
-def trainer(address: str, steps: int, step_s: float) -> tuple[float, float]:
-    """Fraction of the time that a trainer with steps of `step_s` seconds waits for its targets,
-    with and without the wait for the first batch.
+def short_rate(address: str) -> float:
+    """Tokens per second of one client with batches of SHORT tokens."""
+    from student_trainer import connect
+
+    batch = {"input_ids": torch.arange(SHORT)[None]}
+    with connect(address) as teacher:
+        pairs = teacher.stream_batches(itertools.repeat(batch, 120), targets=TARGETS, ahead=16)
+        for _ in range(20):
+            next(pairs)
+        started = time.perf_counter()
+        tokens = sum(targets.num_rows + 1 for _, targets in pairs)
+        return tokens / (time.perf_counter() - started)
+
+
+def trainer(address: str, length: int, steps: int, step_s: float) -> tuple[float, float]:
+    """Fraction of the time that a trainer with batches of `length` tokens and steps of `step_s`
+    seconds waits for its targets, with and without the wait for the first batch.
 
     The student is elsewhere: its step is a sleep, not work on the teacher's cores.
     """
@@ -188,7 +217,7 @@ def trainer(address: str, steps: int, step_s: float) -> tuple[float, float]:
 
     generator = torch.Generator().manual_seed(7)
     batches = (
-        {"input_ids": torch.randint(VOCABULARY, (1, SEQUENCE), generator=generator)}
+        {"input_ids": torch.randint(VOCABULARY, (1, length), generator=generator)}
         for _ in range(steps)
     )
     waits = []

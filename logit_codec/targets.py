@@ -53,6 +53,11 @@ class Targets:
     def device(self) -> torch.device:
         raise NotImplementedError
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tensors."""
+        return sum(value.nbytes for value in self._tensors().values())
+
     def __len__(self) -> int:
         return self.num_rows
 

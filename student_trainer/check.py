@@ -1,9 +1,10 @@
 """Is this teacher the right one, are its targets in the right place, and how fast is it?"""
 
+import logging
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +15,14 @@ from student_trainer.client import connect
 from student_trainer.errors import ProtocolError
 from student_trainer.streaming import Teacher, split_batch
 
+logger = logging.getLogger(__name__)
+
 SHIFTS = (0, 1, 2)
 """Which token of a row the teacher is asked about: 1 is the row rule, the others are mistakes."""
 ENOUGH_ROWS = 1024
 """Of a batch, to tell whether its targets are in the right place."""
+MUCH_TAIL = 0.1
+"""Mean probability outside of what is kept, from which on it is worth a warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,9 @@ class CheckResult:
     """Median of a short sequence alone, there and back."""
     tokens_per_s: float
     bytes_per_token: float
+    """Of targets, as they are sent and stored."""
+    wire_bytes_per_token: float
+    """Of requests and answers together, with token ids, digests and timings."""
 
 
 def nll_by_shift(
@@ -105,6 +113,20 @@ def check_alignment(batch: Mapping[str, Any], targets: Targets) -> None:
         )
 
 
+def warn_of_tail(targets: Targets, ce_weight: float) -> None:
+    """Logs a warning if top_k targets leave out much that nothing else in the loss teaches."""
+    if ce_weight or not isinstance(targets, TopKTargets):
+        return
+    tail = float(targets.tail_logprob.exp().mean())
+    if tail > MUCH_TAIL:
+        logger.warning(
+            "%.0f %% of the teacher's probability lies outside the ids that are kept of a row, and "
+            "how it is spread there is not taught. Keep more of each row (a larger k), use sampled "
+            "targets, or give the labels a weight (ce_weight).",
+            100 * tail,
+        )
+
+
 def written_by(teacher: Teacher, num_tokens: int = 24) -> Tensor:
     """(L,) int64: a sequence that the teacher itself finds likely.
 
@@ -144,7 +166,7 @@ def check(
 
         length = min(512, info.max_sequence_tokens)
         generator = torch.Generator().manual_seed(1)
-        before = (teacher.counters.payload_nbytes, teacher.counters.rows)
+        counters, before = teacher.counters, replace(teacher.counters)
         deadline = time.perf_counter() + seconds
 
         def until_deadline():
@@ -157,8 +179,10 @@ def check(
             for sequence, _ in teacher.stream(until_deadline(), targets=targets, ahead=16)
         )
         elapsed = time.perf_counter() - started
-        nbytes = teacher.counters.payload_nbytes - before[0]
-        num_rows = teacher.counters.rows - before[1]
+        nbytes = counters.payload_nbytes - before.payload_nbytes
+        num_rows = counters.rows - before.rows
+        sent = counters.sent_nbytes - before.sent_nbytes
+        received = counters.received_nbytes - before.received_nbytes
     if tokenizer is None:
         compared = "not compared"
     else:
@@ -177,4 +201,5 @@ def check(
         latency_ms=1e3 * statistics.median(waits),
         tokens_per_s=tokens / elapsed,
         bytes_per_token=nbytes / max(1, num_rows),
+        wire_bytes_per_token=(sent + received) / max(1, tokens),
     )

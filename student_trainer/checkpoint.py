@@ -53,7 +53,13 @@ class Checkpoints:
         return self.every > 0 and (step % self.every == 0 or step == steps)
 
     def save(self, step: int, student: nn.Module, state: Mapping[str, Any]) -> Path:
-        """Writes step-N and removes all but the newest few. The random generators are added."""
+        """Writes step-N, unless it is there, and removes all but the newest few.
+
+        The random generators are added.
+        """
+        whole = self.folder / f"step-{step}"
+        if whole.exists():
+            return whole
         partial = self.folder / f".step-{step}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -62,9 +68,6 @@ class Checkpoints:
         (partial / "run.json").write_text(json.dumps(self._identity, indent=2) + "\n")
         for path in (*partial.iterdir(), partial):
             _force_to_disk(path)
-        whole = self.folder / f"step-{step}"
-        if whole.exists():
-            self._remove(whole)
         partial.rename(whole)
         _force_to_disk(self.folder)
         for old in self._all()[: -self._keep]:
@@ -74,8 +77,8 @@ class Checkpoints:
     def load(self, student: nn.Module) -> dict[str, Any] | None:
         """Puts the newest weights in place and returns the state that was saved with them.
 
-        "random" in it is for `restore_random_states`. None if there is no checkpoint. Raises ValueError if it belongs to another run or cannot be
-        read.
+        "random" in it is for `restore_random_states`. None if there is no checkpoint. Raises
+        ValueError if it belongs to another run or cannot be read.
         """
         for leftover in self.folder.glob(".step-*.partial"):
             shutil.rmtree(leftover)

@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ Command = (
 )
 
 MAY_CHANGE = {
-    *("teacher", "output", "ahead", "control", "device"),
+    *("teacher", "output", "ahead", "control", "device", "log_every", "tensorboard"),
     *("checkpoint_every", "keep_checkpoints", "start_over"),
 }
 """What a run that goes on from a checkpoint may set otherwise."""
@@ -64,6 +64,7 @@ def run_train(config: TrainConfig) -> int:
 
     from student_trainer import connect, data, prefetch, report, trainer
     from student_trainer.checkpoint import Checkpoints
+    from student_trainer.curves import Curves
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -99,7 +100,13 @@ def run_train(config: TrainConfig) -> int:
             "held_out_digest": data.digest(held_out),
         }
 
-        def run(pairs: Any, label: str, folder: Path, **more: str) -> tuple[Any, trainer.Run]:
+        def run(
+            pairs: Any,
+            name: str,
+            folder: Path,
+            also: Callable[[], dict[str, float]] = dict,
+            **more: str,
+        ) -> tuple[Any, trainer.Run]:
             checkpoints = Checkpoints(
                 folder,
                 every=config.checkpoint_every,
@@ -109,6 +116,7 @@ def run_train(config: TrainConfig) -> int:
             if config.start_over:
                 checkpoints.clear()
             student = trainer.make_student(config.student, seed=config.seed, device=device)
+            curves = Curves(config.output / "tensorboard" / name) if config.tensorboard else None
             return student, trainer.train(
                 student,
                 pairs,
@@ -119,8 +127,11 @@ def run_train(config: TrainConfig) -> int:
                 kd_weight=config.kd_weight,
                 ce_weight=config.ce_weight,
                 measure=lambda model: trainer.held_out_loss(model, held_out),
-                label=label,
+                label=f"student {name}",
                 checkpoints=checkpoints,
+                log_every=config.log_every,
+                curves=curves,
+                also=also,
             )
 
         reached = trainer.teacher_loss(teacher, held_out)
@@ -128,8 +139,9 @@ def run_train(config: TrainConfig) -> int:
         control = None
         if config.control:
             pairs = prefetch(((batch, None) for batch in batches()), ahead=1)
-            _, control = run(pairs, "student on labels", folder / "control")
-        nbytes, rows = teacher.counters.payload_nbytes, teacher.counters.rows
+            _, control = run(pairs, "control", folder / "control")
+        counters, info = teacher.counters, teacher.info
+        nbytes_before, rows_before = counters.payload_nbytes, counters.rows
         pairs = teacher.stream_batches(
             batches(),
             targets=config.targets,
@@ -137,11 +149,18 @@ def run_train(config: TrainConfig) -> int:
             seed=config.seed,
             ahead=int(config.ahead) if config.ahead.isdigit() else config.ahead,
         )
-        counters, info = teacher.counters, teacher.info
+
+        def bytes_per_token() -> float:
+            received = counters.payload_nbytes - nbytes_before
+            return received / max(1, counters.rows - rows_before)
+
         student, distilled = run(
-            pairs, "student distilled", folder, teacher_fingerprint=info.teacher_fingerprint
+            pairs,
+            "distilled",
+            folder,
+            also=lambda: {"lookahead": pairs.in_flight, "bytes_per_token": bytes_per_token()},
+            teacher_fingerprint=info.teacher_fingerprint,
         )
-        nbytes, rows = counters.payload_nbytes - nbytes, counters.rows - rows
     student.save_pretrained(config.output / "student")
     tokenizer.save_pretrained(config.output / "student")
     lower = None if control is None else control.held_out_loss - distilled.held_out_loss
@@ -159,7 +178,7 @@ def run_train(config: TrainConfig) -> int:
         "held_out_tokens": held_out.numel(),
         "waiting_fraction": distilled.waiting_s / distilled.seconds,
         "tokens_per_s": distilled.tokens / distilled.seconds,
-        "bytes_per_token": nbytes / rows if rows else None,
+        "bytes_per_token": bytes_per_token() or None,
         "distilled_seconds": distilled.seconds,
         "control_seconds": None if control is None else control.seconds,
         "student_parameters": sum(parameter.numel() for parameter in student.parameters()),
@@ -190,6 +209,7 @@ def run_check(config: CheckConfig) -> int:
         numbers["hours"] = wanted / result.tokens_per_s / 3600
         numbers["bytes"] = wanted * result.bytes_per_token
         numbers["disk_gib"] = numbers["bytes"] / 2**30
+        numbers["wire_gib"] = wanted * result.wire_bytes_per_token / 2**30
     if config.as_json:
         print(json.dumps(numbers, indent=2))
     else:

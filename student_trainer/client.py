@@ -33,6 +33,7 @@ from student_trainer.io_thread import IoThread
 from student_trainer.resume import Pending
 from student_trainer.session import Counters, Session
 from student_trainer.streaming import TargetStream, Wish, stream_loader, stream_sequences
+from student_trainer.window import make_window
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +120,12 @@ class RemoteTeacher:
         A batch is a mapping with input_ids and, if it is padded, packed or masked, attention_mask,
         position_ids or labels; it comes back as it is. The rows of `targets` are its trained
         positions in reading order. ahead: batches in flight, or "30s" for as many as the trainer
-        uses up in that time (at most 512 MiB of targets).
+        uses up in that time, in at most 512 MiB of targets ("30s,2048MiB": in at most 2 GiB).
         """
         self._check_usable()
         wish = Wish.of(targets, temperature, seed, epoch)
-        return stream_loader(self._submit, loader, wish, ahead, self._check_usable)
+        window = make_window(ahead, wish.spec, self._info)
+        return stream_loader(self._submit, loader, wish, window, self._check_usable)
 
     def close(self) -> None:
         """Ends the stream and the connection; requests in flight are dropped."""

@@ -47,11 +47,16 @@ class TrainConfig(_Section):
     ce_weight: float = Field(default=0.0, ge=0)
     """Weight of the cross-entropy on the labels."""
     ahead: str = "30s"
-    """Look-ahead: as many batches as are used up in this time, or a number of batches."""
+    """Look-ahead: as many batches as are used up in this time, in at most 512 MiB ("30s,2048MiB": in
+    at most that), or a number of batches."""
     control: tyro.conf.FlagCreatePairsOff[bool] = False
     """Also train a second student on labels alone: same seed, data order and steps."""
     held_out_sequences: int = Field(default=256, ge=1)
     """At most this many held-out sequences are measured on."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps that the progress bar, and each point of --tensorboard, is about."""
+    tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Write curves to output/tensorboard."""
     checkpoint_every: int = Field(default=0, ge=0)
     """Steps between two checkpoints in output/checkpoints; 0 writes none."""
     keep_checkpoints: int = Field(default=2, ge=1)

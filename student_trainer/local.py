@@ -24,6 +24,7 @@ from logit_codec.spec import KINDS
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest
 from student_trainer.streaming import TargetStream, Wish, stream_loader, stream_sequences
+from student_trainer.window import make_window
 
 PART_NBYTES = 1 << 20
 """As large as the service's parts; where a sequence is split does not change what is decoded."""
@@ -87,7 +88,7 @@ class LocalTeacher:
     ) -> TargetStream[Any]:
         """As `RemoteTeacher.stream_batches`."""
         wish = Wish.of(targets, temperature, seed, epoch)
-        return stream_loader(self._submit, loader, wish, ahead)
+        return stream_loader(self._submit, loader, wish, make_window(ahead, wish.spec, self._info))
 
     def _submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Targets]":
         from teacher_server.head import WantedRows

@@ -93,6 +93,10 @@ class Counters:
     requests: int = 0
     rows: int = 0
     payload_nbytes: int = 0
+    sent_nbytes: int = 0
+    """Of requests as messages, asked again ones included; HTTP/2 adds its frames."""
+    received_nbytes: int = 0
+    """Of answers as messages."""
     resent: int = 0
     reconnects: int = 0
     """Streams that were lost while answers were outstanding."""
@@ -216,6 +220,10 @@ class Session:
     def submit(self, pending: Pending) -> None:
         """Sends a request, now or as soon as there is a link."""
         self.counters.requests += 1
+        if not self._dispatch.unanswered:
+            now = time.monotonic()
+            for link in self._links.values():  # the keeper slept, nobody asked them anything
+                link.heard_s = link.answered_s = now
         self._dispatch.submit(pending)
         if not self._links or self._dispatch.unanswered == 1:
             self._wake.set()  # the keeper sleeps while nothing is outstanding
@@ -499,6 +507,7 @@ class Session:
                     self.counters.corrupt += 1
                     code, details = grpc.StatusCode.UNKNOWN, NO_MESSAGE
                     break
+                self.counters.received_nbytes += response.ByteSize()
                 self._receive(link, response)
             else:
                 code, details = await call.code(), await call.details()
@@ -527,6 +536,7 @@ class Session:
             request = self._dispatch.request(await link.outbox.get())
             if request is None:
                 continue
+            self.counters.sent_nbytes += request.ByteSize()
             try:
                 await call.write(request)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):

@@ -6,12 +6,10 @@ remote and the local teacher give it theirs and share everything else.
 
 import itertools
 import math
-import re
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -20,10 +18,8 @@ from torch import Tensor
 from logit_codec import Targets, TargetSpec, parse_targets
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest, TeacherError
+from student_trainer.window import Window
 
-MAX_AHEAD_NBYTES = 512 << 20
-"""Targets that a look-ahead in seconds may hold."""
-MAX_AHEAD_BATCHES = 1024
 IGNORE_INDEX = -100
 
 Item = TypeVar("Item")
@@ -92,7 +88,7 @@ class TargetStream(Iterator[tuple[Item, Targets]]):
 
     @property
     def in_flight(self) -> int:
-        """Items that were asked for and not handed out yet."""
+        """Items that were taken from the source and not handed out yet."""
         return len(self._pulled_states)
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,13 +180,14 @@ def stream_sequences(
     if ahead < 1:
         raise InvalidRequest(f"ahead must be at least 1 sequence, got {ahead}")
 
-    def submitted(numbered: Iterator[tuple[int, Any]]) -> Iterator[_Submitted]:
+    def requests(numbered: Iterator[tuple[int, Any]]) -> Iterator[_Request]:
         for number, sequence in numbered:
             token_ids = as_token_ids(sequence, number)
-            yield token_ids, {f"stream item {number}": submit(token_ids, None, wish)}
+            yield _Request(token_ids, {f"stream item {number}": (token_ids, None)})
 
     def pairs(numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Tensor, Targets]]:
-        for token_ids, (targets,) in _in_order(submitted(numbered), lambda: ahead):
+        answers = _in_order(requests(numbered), submit, wish, Window(ahead))
+        for token_ids, (targets,) in answers:
             yield token_ids, targets
 
     return TargetStream(sequences, pairs, check_usable)
@@ -200,27 +197,19 @@ def stream_loader(
     submit: Submit,
     loader: Iterable[Mapping[str, Any]],
     wish: Wish,
-    ahead: int | str,
+    window: Window,
     check_usable: Callable[[], None] = lambda: None,
 ) -> TargetStream[Any]:
-    """`Teacher.stream_batches` over a submit function."""
-    window = _Window(ahead)
+    """`Teacher.stream_batches` over a submit function; the window is of this stream alone."""
 
-    def submitted(numbered: Iterator[tuple[int, Any]]) -> Iterator[_Submitted]:
+    def requests(numbered: Iterator[tuple[int, Any]]) -> Iterator[_Request]:
         for number, batch in numbered:
-            yield (
-                batch,
-                {
-                    f"batch {number}, piece {index}": submit(ids, rows, wish)
-                    for index, (ids, rows) in enumerate(split_batch(batch, number))
-                },
-            )
+            pieces = enumerate(split_batch(batch, number))
+            yield _Request(batch, {f"batch {number}, piece {i}": piece for i, piece in pieces})
 
     def pairs(numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Any, Targets]]:
-        for batch, parts in _in_order(submitted(numbered), lambda: window.size):
-            targets = Targets.cat(parts)
-            window.handed_out(targets)
-            yield batch, targets
+        for batch, parts in _in_order(requests(numbered), submit, wish, window):
+            yield batch, Targets.cat(parts)
 
     return TargetStream(loader, pairs, check_usable)
 
@@ -240,63 +229,66 @@ def _noted(
         yield entry
 
 
-_Submitted = tuple[Any, dict[str, "Future[Targets]"]]
-"""An item of the caller, and its futures by the name that an error gives their place."""
+@dataclass(slots=True, eq=False)
+class _Request:
+    """An item of the caller, and what is asked for it."""
+
+    item: Any
+    pieces: dict[str, tuple[Tensor, Tensor | None]]
+    """Ids and wanted rows as for `Submit`, by the name that an error gives their place."""
+    futures: dict[str, "Future[Targets]"] = field(default_factory=dict)
+    """Of the pieces that were asked for."""
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Tokens and rows of each piece."""
+        return {
+            where: (len(ids), len(ids) - 1 if rows is None else len(rows))
+            for where, (ids, rows) in self.pieces.items()
+        }
 
 
 def _in_order(
-    submitted: Iterator[_Submitted], size: Callable[[], int]
+    requests: Iterator[_Request], submit: Submit, wish: Wish, window: Window
 ) -> Iterator[tuple[Any, list[Targets]]]:
-    """Each item with its results, in order, with `size()` items in flight."""
-    waiting: deque[_Submitted] = deque()
+    """Each item with its results, in order, with as many in flight as the window lets in."""
+    waiting: deque[_Request] = deque()
+    pulled: _Request | None = None
+    """Taken from the source when the window had no room for it."""
+
+    def ask() -> None:
+        nonlocal pulled
+        while len(waiting) < window.size:
+            request = pulled or next(requests, None)
+            if request is None:
+                return
+            sizes = request.sizes()
+            tokens, rows = (sum(numbers) for numbers in zip(*sizes.values(), strict=True))
+            # One that is larger than the window alone is asked for when nothing else is in flight.
+            if waiting and not window.has_room(tokens, rows):
+                pulled = request
+                return
+            pulled = None
+            waiting.append(request)
+            for where, (ids, wanted) in request.pieces.items():
+                request.futures[where] = submit(ids, wanted, wish)
+                window.asked(request.futures[where], *sizes[where])
+
     try:
         while True:
-            while len(waiting) < size() and (entry := next(submitted, None)) is not None:
-                waiting.append(entry)
+            ask()
             if not waiting:
                 return
-            item, futures = waiting[0]
-            results = [_result(future, where) for where, future in futures.items()]
+            request = waiting[0]
+            while not window.wait(request.futures.values()):
+                ask()
+            results = [_result(future, where) for where, future in request.futures.items()]
             waiting.popleft()
-            yield item, results
+            window.handed_out(sum(targets.nbytes for targets in results))
+            yield request.item, results
     finally:
-        for _, futures in waiting:
-            for future in futures.values():
+        for request in waiting:
+            for future in request.futures.values():
                 future.cancel()
-
-
-class _Window:
-    """How many batches to have in flight: a number, or what the trainer uses up in N seconds."""
-
-    def __init__(self, ahead: int | str) -> None:
-        self._seconds = 0.0
-        self._interval_s = 0.0
-        self._last_s: float | None = None
-        self.size = 2
-        if isinstance(ahead, str):
-            match = re.fullmatch(r"([0-9.]+)\s*s", ahead.strip())
-            self._seconds = float(match.group(1)) if match else 0.0
-            if not self._seconds > 0:
-                raise InvalidRequest(f"ahead must be a number of batches or '30s', got {ahead!r}")
-        elif ahead >= 1:
-            self.size = ahead
-        else:
-            raise InvalidRequest(f"ahead must be at least 1 batch, got {ahead}")
-
-    def handed_out(self, targets: Targets) -> None:
-        """A batch goes to the trainer: measures how fast it uses them up."""
-        now = time.monotonic()
-        if self._seconds and self._last_s is not None:
-            interval = now - self._last_s
-            self._interval_s = (
-                0.7 * self._interval_s + 0.3 * interval if self._interval_s else interval
-            )
-            wanted = math.ceil(self._seconds / max(self._interval_s, 1e-4))
-            nbytes = sum(t.numel() * t.element_size() for t in targets._tensors().values())
-            affordable = MAX_AHEAD_NBYTES // max(1, nbytes)
-            # Growing by one batch a step keeps a fast first step from flooding the teacher.
-            self.size = max(2, min(wanted, affordable, MAX_AHEAD_BATCHES, self.size + 1))
-        self._last_s = now
 
 
 def as_token_ids(sequence: Any, position: int) -> Tensor:

@@ -7,7 +7,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from logit_codec import Targets
-from student_trainer.check import check_alignment
+from student_trainer.check import check_alignment, warn_of_tail
 from student_trainer.checkpoint import Checkpoints, restore_random_states
+from student_trainer.curves import Curves
 from student_trainer.losses import distillation_loss
+from student_trainer.meter import Meter
 from student_trainer.streaming import Teacher
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,16 @@ class Run:
     def held_out_loss(self) -> float:
         return self.curve[-1][1]
 
+    def since(self, earlier: "Run", num_losses: int) -> dict[str, float]:
+        """Rates since the run was at `earlier`, and the mean of the last losses."""
+        recent = self.train_losses[-num_losses:]
+        seconds = self.seconds - earlier.seconds
+        return {
+            "loss": sum(recent) / len(recent),
+            "tokens_per_s": (self.tokens - earlier.tokens) / seconds,
+            "waiting_fraction": (self.waiting_s - earlier.waiting_s) / seconds,
+        }
+
 
 def train(
     student: nn.Module,
@@ -57,12 +70,18 @@ def train(
     measure: Callable[[nn.Module], float],
     label: str,
     checkpoints: Checkpoints | None = None,
+    log_every: int = 10,
+    curves: Curves | None = None,
+    also: Callable[[], dict[str, float]] = dict,
 ) -> Run:
     """Trains `student` on (batch, targets) pairs; targets None trains on the labels alone.
 
     batch["input_ids"]: (B, L) without padding; targets: B * (L-1) rows in reading order. `measure`
     gives the held-out loss, called about ten times. With `checkpoints`, goes on from the newest and
-    writes new ones; `pairs` then has a state, as streams and `prefetch` do.
+    writes new ones; `pairs` then has a state, as streams and `prefetch` do. The progress bar shows
+    the last `log_every` steps; so do `curves`, together with what `also` returns. Raises ValueError
+    for checkpoints that cannot be used, ProtocolError for targets of other tokens, and what `pairs`
+    raises.
     """
     run = Run()
     start, saved = 0, None
@@ -88,8 +107,15 @@ def train(
             pairs.load_state_dict(saved["position"])  # type: ignore[attr-defined]
             logger.info("%s: going on from %s", label, checkpoints.newest())
     source: Iterator[tuple[dict[str, Tensor], Targets | None]] = iter(pairs)
+    meter = Meter(device)
+    losses: list[Tensor] = []
+    """Of the last steps, still on the device."""
+    logged = replace(run)
     student.train()
-    with tqdm(total=steps, initial=start, desc=label, unit=" steps") as progress:
+    with ExitStack() as ending:
+        progress = ending.enter_context(tqdm(total=steps, initial=start, desc=label, unit=" steps"))
+        if curves is not None:
+            ending.enter_context(curves.behind(start))
         for step in range(start, steps):
             asked = time.perf_counter()
             batch, targets = next(source)
@@ -99,41 +125,66 @@ def train(
             ids = batch["input_ids"].to(device)
             logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
             labels = ids[:, 1:].flatten()
+            ce = None
+            if targets is None or ce_weight:
+                ce = nn.functional.cross_entropy(logits.float(), labels)
             if targets is None:
-                loss = nn.functional.cross_entropy(logits.float(), labels)
+                loss = ce
             else:
                 if step == start:
                     check_alignment(batch, targets)
-                loss = distillation_loss(
-                    logits, targets, labels=labels, kd_weight=kd_weight, ce_weight=ce_weight
-                )
+                    warn_of_tail(targets, ce_weight)
+                targets = targets.to(device)
+                kd = distillation_loss(logits, targets)
+                loss = kd_weight * kd if ce is None else kd_weight * kd + ce_weight * ce
+                if curves is not None:
+                    rows = targets.num_rows
+                    ce_sum = None if ce is None else ce.detach() * rows
+                    kd_sum = kd.detach() * rows
+                    meter.add(logits.detach(), targets, labels, kd_sum=kd_sum, ce_sum=ce_sum)
+            assert loss is not None
             loss.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            rate = schedules[0].get_last_lr()[0]
             for one, schedule in zip(optimizers, schedules, strict=True):
                 one.step()
                 one.zero_grad()
                 schedule.step()
-            run.train_losses.append(float(loss.detach()))
+            losses.append(loss.detach())
+            done = step + 1
+            is_measured = done % every == 0 or done == steps
+            is_saved = checkpoints is not None and checkpoints.is_due(done, steps)
+            is_logged = done % log_every == 0 or done == steps
+            if is_measured or is_saved or is_logged:
+                run.train_losses += torch.stack(losses).tolist()  # waits for the device
+                losses.clear()
             run.tokens += labels.numel()
             run.waiting_s += began - asked
             run.seconds += time.perf_counter() - asked
-            progress.set_postfix_str(
-                f"loss {run.train_losses[-1]:.3f}, waiting {run.waiting_s / run.seconds:.1%}",
-                refresh=False,
-            )
             progress.update()
-            if (step + 1) % every == 0 or step + 1 == steps:
-                run.curve.append((step + 1, measure(student)))
+            if is_logged:
+                values = {"learning_rate": rate, **run.since(logged, log_every)}
+                logged = replace(run)
+                progress.set_postfix_str(
+                    f"loss {values['loss']:.3f}, {values['tokens_per_s']:,.0f} tokens/s, "
+                    f"waiting {values['waiting_fraction']:.1%}"
+                )
+                if curves is not None:
+                    curves.add(done, {**values, **meter.take(), **also()})
+            if is_measured:
+                run.curve.append((done, measure(student)))
+                if curves is not None:
+                    curves.add(done, {"held_out_loss": run.held_out_loss})
                 student.train()
-            if checkpoints is not None and checkpoints.is_due(step + 1, steps):
+            if checkpoints is not None and is_saved:
                 state = {
-                    "step": step + 1,
+                    "step": done,
                     "optimizers": [one.state_dict() for one in optimizers],
                     "schedules": [schedule.state_dict() for schedule in schedules],
                     "position": pairs.state_dict(),  # type: ignore[attr-defined]
                     "run": asdict(run),
                 }
-                checkpoints.save(step + 1, student, state)
+                checkpoints.save(done, student, state)
     return run
 
 

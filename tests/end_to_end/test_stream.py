@@ -26,6 +26,7 @@ from student_trainer import (
     LocalTeacher,
     TeacherError,
     connect,
+    session,
 )
 from tests import tiny
 from tests.conftest import Served
@@ -343,6 +344,18 @@ def test_a_stream_that_is_left_early_disturbs_nothing(gemma_service: Served):
             next(pairs)
             pairs.close()
         assert len(list(teacher.stream(sequences))) == len(sequences)
+
+
+def test_a_link_that_nobody_used_for_long_is_not_taken_for_a_dead_one(
+    gemma_service: Served, monkeypatch, caplog
+):
+    monkeypatch.setattr(session, "STALL_S", 0.2)  # a link that works on something is given 6 times
+    with connect(gemma_service.address) as teacher:
+        for _ in range(2):
+            assert len(list(teacher.stream([[1, 2, 3]]))) == 1
+            time.sleep(2.0)  # as an evaluation between two epochs
+        assert teacher.counters.reconnects == 0
+    assert "lost the teacher" not in caplog.text
 
 
 def test_two_clients_of_one_process_share_the_service(gemma_service: Served):

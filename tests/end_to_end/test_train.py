@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from student_trainer import LocalTeacher, ProtocolError, distillation_loss, prefetch
 from student_trainer.check import check_alignment
 from tests import tiny
 from tests.end_to_end.conftest import WORDS, write_config
+
+ONLY_DISTILLED = (
+    *("kd_loss", "ce_loss", "teacher_ce", "top1_agreement", "tail_mass"),
+    *("bytes_per_token", "lookahead"),
+)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -38,6 +44,7 @@ def test_train_writes_a_student_and_a_report(trained_service, student_folder, te
         targets="top_k:16",
         control=True,
         ce_weight=0.1,
+        tensorboard=True,
     )
     ended = run("train", config, "--teacher", trained_service.address)
     assert ended.returncode == 0, ended.stderr
@@ -54,6 +61,18 @@ def test_train_writes_a_student_and_a_report(trained_service, student_folder, te
     student = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
     assert student.config.hidden_size == 32
     assert "distilled" in ended.stdout
+    curves = {
+        name: EventAccumulator(str(tmp_path / "out" / "tensorboard" / name)).Reload()
+        for name in ("distilled", "control")
+    }
+    for name, events in curves.items():
+        assert [event.step for event in events.Scalars("loss")] == [10, 20, 30]
+        last = events.Scalars("held_out_loss")[-1]
+        assert (last.step, last.value) == (30, pytest.approx(report[f"{name}_loss"], rel=1e-6))
+    last = {name: curves["distilled"].Scalars(name)[-1].value for name in ONLY_DISTILLED}
+    assert last["bytes_per_token"] == pytest.approx(report["bytes_per_token"], rel=0.1)
+    assert last["lookahead"] == 0
+    assert not set(ONLY_DISTILLED) & set(curves["control"].Tags()["scalars"])
 
 
 def test_train_refuses_another_tokenizer(trained_service, student_folder, text, tmp_path: Path):
@@ -99,6 +118,10 @@ def test_check_compares_measures_and_estimates(trained_service, student_folder):
     assert found["tokens"] == 1_500_000_000
     assert found["hours"] == pytest.approx(1.5e9 / found["tokens_per_s"] / 3600)
     assert found["bytes"] == pytest.approx(1.5e9 * found["bytes_per_token"])
+    assert found["disk_gib"] == pytest.approx(found["bytes"] / 2**30)
+    assert found["wire_gib"] == pytest.approx(1.5e9 * found["wire_bytes_per_token"] / 2**30)
+    # Four bytes of an id go up with each token; what surrounds a sequence is shared by its tokens.
+    assert 4 < found["wire_bytes_per_token"] - found["bytes_per_token"] < 10
 
 
 def test_targets_of_other_tokens_are_noticed_on_the_first_batch(teacher_folder, text):

@@ -1,0 +1,34 @@
+"""The curves of one run, as TensorBoard reads them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class Curves:
+    """Scalars in a folder; points are added inside `with curves.behind(step):`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError if tensorboard is not installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                f"curves need TensorBoard: pip install 'logitstream[train]' ({error})"
+            ) from None
+        self._open = lambda step: SummaryWriter(str(folder), purge_step=step)
+
+    @contextmanager
+    def behind(self, step: int) -> Iterator[None]:
+        """A run that goes on behind `step`: what was added for later steps is not shown any more."""
+        self._writer = self._open(step + 1)
+        try:
+            yield
+        finally:
+            self._writer.close()
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """One point of each curve, written when this returns."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
