@@ -22,14 +22,15 @@ import transformers
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
-from logit_codec import DenseTargets, SampledTargets, Targets, TopKTargets
-from student_trainer.check import check_alignment
+from logit_codec import Targets
+from student_trainer.check import check_alignment, warn_of_tail
 from student_trainer.client import RemoteTeacher, connect
 from student_trainer.errors import IncompatibleTeacher, ProtocolError
 from student_trainer.fused import RowStatistics, fused_distillation_loss
 from student_trainer.head_loss import FusedHead, Unfusable
 from student_trainer.local import LocalTeacher
 from student_trainer.losses import distillation_loss
+from student_trainer.meter import SUMS, Meter, cross_entropy_sum, means
 from student_trainer.streaming import Layout, TargetStream, Teacher, Wish
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,6 @@ ATTACHED = "distillation_targets"
 """The key in a batch under which its targets travel to the loss."""
 IDENTITY_FILE = "distillation.json"
 """In a checkpoint: the teacher and the settings it was trained with."""
-CE_ROWS = 1024
-"""Rows whose cross-entropies are computed together, if the logits are there."""
 
 
 @dataclass
@@ -167,6 +166,7 @@ class DistillationMixin(_Trainer):
             if attached.targets is not None:
                 if self.distillation.check_first_batch and self._meter.rows_fetched == 0:
                     check_alignment(batch, attached.targets)
+                    warn_of_tail(attached.targets, self.distillation.ce_weight)
                 num_rows += attached.targets.num_rows
                 self._meter.rows_fetched += attached.targets.num_rows
             batch[ATTACHED] = attached
@@ -349,7 +349,7 @@ class DistillationMixin(_Trainer):
                 **self._beta(),
             )
             loss = loss + wish.kd_weight * kd
-        ce = _cross_entropy_sum(logits_RV if wish.ce_weight else logits_RV.detach(), labels_R)
+        ce = cross_entropy_sum(logits_RV if wish.ce_weight else logits_RV.detach(), labels_R)
         if wish.ce_weight:
             loss = loss + wish.ce_weight * ce
         self._meter.add(targets, kd, ce, logits_RV.argmax(1))
@@ -439,25 +439,19 @@ class _Watch(transformers.TrainerCallback):
         self._trainer._end_look_ahead()
 
 
-SUMS = (
-    *("rows", "kd_rows", "kd_loss", "ce_loss", "teacher_rows", "teacher_ce", "top1_agreement"),
-    *("tail_rows", "tail_mass", "tokens_without_target", "waiting_s", "busy_s", "target_rows"),
-)
-"""What is added up between two logs, over ranks too."""
+OWN_SUMS = ("tokens_without_target", "waiting_s", "busy_s", "target_rows")
+"""What is added up over ranks beside the meter's sums."""
 
 
 class _Meter:
-    """Sums of what the steps measure; on the device, so that no step waits for them."""
+    """What the steps measure: of their rows, and of their time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._dtype = torch.float32 if device.type == "mps" else torch.float64
         self.reset()
 
     def reset(self) -> None:
-        self._sums = {
-            name: torch.zeros((), dtype=self._dtype, device=self._device) for name in SUMS
-        }
+        self._rows = Meter(self._device)
         self.rows_fetched = 0
         self.rows_in_loss = 0
         self.num_without = 0
@@ -473,50 +467,26 @@ class _Meter:
     def step_ended(self) -> None:
         self._busy_s += time.perf_counter() - self._began_s
 
-    @torch.no_grad()
     def add(self, targets: Targets, kd: Tensor | None, ce: Tensor, best_R: Tensor) -> None:
         """One batch: sums over its rows, and the student's likeliest ids."""
         self.rows_in_loss += targets.num_rows
-        sums = self._sums
-        sums["rows"] += targets.num_rows
-        if kd is not None:
-            sums["kd_rows"] += targets.num_rows
-            sums["kd_loss"] += kd.detach()
-        sums["ce_loss"] += ce.detach()
-        sums["top1_agreement"] += (best_R == _most_likely(targets)).sum()
-        if targets.realized_logprob is not None:
-            sums["teacher_rows"] += targets.num_rows
-            sums["teacher_ce"] -= targets.realized_logprob.sum()
-        if isinstance(targets, TopKTargets):
-            sums["tail_rows"] += targets.num_rows
-            sums["tail_mass"] += targets.tail_logprob.exp().sum()
+        self._rows.add(targets, kd_sum=kd, ce_sum=ce, best_R=best_R)
 
     def take_sums(self) -> Tensor:
-        """(len(SUMS),), and begins anew; target_rows goes on counting."""
-        found = self._sums
-        found["tokens_without_target"] += self.num_without
-        found["waiting_s"] += self._waiting_s
-        found["busy_s"] += self._busy_s
-        found["target_rows"] += self.rows_in_loss
-        self._sums = {name: torch.zeros_like(value) for name, value in found.items()}
+        """(len(SUMS) + len(OWN_SUMS),), and begins anew; target_rows goes on counting."""
+        rows = self._rows.take()
+        own = (self.num_without, self._waiting_s, self._busy_s, self.rows_in_loss)
         self.num_without, self._waiting_s, self._busy_s = 0, 0.0, 0.0
-        return torch.stack([found[name] for name in SUMS])
+        return torch.cat([rows, rows.new_tensor(own)])
 
     @staticmethod
     def ratios(sums: Tensor) -> dict[str, float]:
         """What is logged, from the sums of all ranks."""
-        total = dict(zip(SUMS, sums.tolist(), strict=True))
-        found = {
-            name: total[name] / total[count]
-            for name, count in (
-                *(("kd_loss", "kd_rows"), ("ce_loss", "rows"), ("teacher_ce", "teacher_rows")),
-                *(("top1_agreement", "rows"), ("tail_mass", "tail_rows")),
-            )
-            if total[count]
-        }
-        found["waiting_fraction"] = total["waiting_s"] / max(total["busy_s"], 1e-9)
-        found["tokens_without_target"] = total["tokens_without_target"]
-        found["target_rows"] = total["target_rows"]
+        found = means(sums[: len(SUMS)])
+        own = dict(zip(OWN_SUMS, sums[len(SUMS) :].tolist(), strict=True))
+        found["waiting_fraction"] = own["waiting_s"] / max(own["busy_s"], 1e-9)
+        found["tokens_without_target"] = own["tokens_without_target"]
+        found["target_rows"] = own["target_rows"]
         return found
 
 
@@ -543,31 +513,6 @@ def _attached(batch: Mapping[str, Any], layout: Layout, targets: Targets | None)
         labels=layout.labels.flatten()[rows + 1],
         num_without=int(layout.real.sum()) - len(rows),
     )
-
-
-def _cross_entropy_sum(logits_RV: Tensor, labels_R: Tensor) -> Tensor:
-    """A few rows at a time: their logits are copied, to float32 or more."""
-    dtype = torch.promote_types(logits_RV.dtype, torch.float32)
-    found = [
-        nn.functional.cross_entropy(some_CV.to(dtype), labels_C, reduction="sum")
-        for some_CV, labels_C in zip(logits_RV.split(CE_ROWS), labels_R.split(CE_ROWS), strict=True)
-    ]
-    return torch.stack(found).sum()
-
-
-def _most_likely(targets: Targets) -> Tensor:
-    """(R,) int64: the teacher's likeliest id of each row, as far as the targets tell."""
-    if isinstance(targets, DenseTargets):
-        return targets.logprobs.argmax(1)
-    assert isinstance(targets, SampledTargets | TopKTargets)
-    rows_E = targets.entry_rows()
-    values_E = targets.counts if isinstance(targets, SampledTargets) else targets.logprobs
-    values_E = values_E.float()
-    best_R = values_E.new_full((targets.num_rows,), -torch.inf)
-    best_R = best_R.scatter_reduce(0, rows_E, values_E, "amax")
-    is_best = values_E == best_R[rows_E]
-    ids_R = torch.full_like(best_R, targets.vocab_size, dtype=torch.int64)
-    return ids_R.scatter_reduce(0, rows_E[is_best], targets.token_ids[is_best], "amin")
 
 
 def _newest_whole(output_dir: Path) -> str | bool:

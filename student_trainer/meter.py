@@ -9,19 +9,16 @@ from torch import Tensor, nn
 from logit_codec import DenseTargets, SampledTargets, Targets, TopKTargets
 
 CHUNK_ROWS = 1024
-"""Rows whose logits are looked at together."""
-SUMS = (
-    *("rows", "kd_loss", "ce_loss", "top1_agreement"),
-    *("teacher_rows", "teacher_ce", "tail_rows", "tail_mass"),
-)
+"""Rows whose logits are copied together."""
 MEANS = {
-    "kd_loss": "rows",
+    "kd_loss": "kd_rows",
     "ce_loss": "rows",
     "top1_agreement": "rows",
     "teacher_ce": "teacher_rows",
     "tail_mass": "tail_rows",
 }
 """What is logged, and the rows that its sum is divided by."""
+SUMS = (*MEANS, *dict.fromkeys(MEANS.values()))
 
 
 class Meter:
@@ -33,33 +30,20 @@ class Meter:
 
     @torch.no_grad()
     def add(
-        self,
-        logits: Tensor,
-        targets: Targets,
-        labels: Tensor,
-        *,
-        kd_sum: Tensor,
-        ce_sum: Tensor | None,
+        self, targets: Targets, *, kd_sum: Tensor | None, ce_sum: Tensor, best_R: Tensor
     ) -> None:
-        """One batch: (R, V) logits, its targets and (R,) labels, all on the device.
+        """One batch, all on the device.
 
-        kd_sum and ce_sum: divergence and cross-entropy summed over the rows; the latter is computed
-        here if the loss had no use for it.
+        kd_sum and ce_sum: divergence, if it is in the loss, and cross-entropy summed over the rows;
+        best_R: (R,) the student's likeliest ids.
         """
         sums, num_rows = self._sums, targets.num_rows
         sums["rows"] += num_rows
-        sums["kd_loss"] += kd_sum
-        if ce_sum is not None:
-            sums["ce_loss"] += ce_sum
-        best_R = most_likely(targets)
-        for first in range(0, num_rows, CHUNK_ROWS):
-            rows = slice(first, first + CHUNK_ROWS)
-            logits_CV = logits[rows]
-            sums["top1_agreement"] += (logits_CV.argmax(1) == best_R[rows]).sum()
-            if ce_sum is None:
-                sums["ce_loss"] += nn.functional.cross_entropy(
-                    logits_CV.float(), labels[rows], reduction="sum"
-                )
+        if kd_sum is not None:
+            sums["kd_rows"] += num_rows
+            sums["kd_loss"] += kd_sum
+        sums["ce_loss"] += ce_sum
+        sums["top1_agreement"] += (best_R == most_likely(targets)).sum()
         if targets.realized_logprob is not None:
             sums["teacher_rows"] += num_rows
             sums["teacher_ce"] -= targets.realized_logprob.sum()
@@ -67,13 +51,31 @@ class Meter:
             sums["tail_rows"] += num_rows
             sums["tail_mass"] += targets.tail_logprob.exp().sum()
 
-    def take(self) -> dict[str, float]:
-        """Means over the rows since the last time, of what they could tell; begins anew."""
-        values = torch.stack([self._sums[name] for name in SUMS]).tolist()
+    def take(self) -> Tensor:
+        """(len(SUMS),) sums over the rows since the last time; begins anew."""
+        found = torch.stack([self._sums[name] for name in SUMS])
         for value in self._sums.values():
             value.zero_()
-        sums = dict(zip(SUMS, values, strict=True))
-        return {name: sums[name] / sums[rows] for name, rows in MEANS.items() if sums[rows]}
+        return found
+
+
+def means(sums: Tensor) -> dict[str, float]:
+    """What is logged, from what `take` returned, perhaps added up over ranks; without what no row
+    could tell."""
+    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    return {name: total[name] / total[rows] for name, rows in MEANS.items() if total[rows]}
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """(R, V), (R,) -> () sum over the rows; a few at a time are copied, to float32 or more."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    found = [
+        nn.functional.cross_entropy(some_CV.to(dtype), labels_C, reduction="sum")
+        for some_CV, labels_C in zip(
+            logits.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True
+        )
+    ]
+    return torch.stack(found).sum()
 
 
 def most_likely(targets: Targets) -> Tensor:

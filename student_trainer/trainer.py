@@ -20,7 +20,7 @@ from student_trainer.check import check_alignment, warn_of_tail
 from student_trainer.checkpoint import Checkpoints, restore_random_states
 from student_trainer.curves import Curves
 from student_trainer.losses import distillation_loss
-from student_trainer.meter import Meter
+from student_trainer.meter import Meter, cross_entropy_sum, means
 from student_trainer.streaming import Teacher
 
 logger = logging.getLogger(__name__)
@@ -138,10 +138,15 @@ def train(
                 kd = distillation_loss(logits, targets)
                 loss = kd_weight * kd if ce is None else kd_weight * kd + ce_weight * ce
                 if curves is not None:
-                    rows = targets.num_rows
-                    ce_sum = None if ce is None else ce.detach() * rows
-                    kd_sum = kd.detach() * rows
-                    meter.add(logits.detach(), targets, labels, kd_sum=kd_sum, ce_sum=ce_sum)
+                    with torch.no_grad():
+                        meter.add(
+                            targets,
+                            kd_sum=kd * targets.num_rows,
+                            ce_sum=cross_entropy_sum(logits, labels)
+                            if ce is None
+                            else ce * targets.num_rows,
+                            best_R=logits.argmax(1),
+                        )
             assert loss is not None
             loss.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -170,7 +175,7 @@ def train(
                     f"waiting {values['waiting_fraction']:.1%}"
                 )
                 if curves is not None:
-                    curves.add(done, {**values, **meter.take(), **also()})
+                    curves.add(done, {**values, **means(meter.take()), **also()})
             if is_measured:
                 run.curve.append((done, measure(student)))
                 if curves is not None:
