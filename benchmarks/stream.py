@@ -4,8 +4,8 @@ Run `python -m benchmarks.stream`. A fixed model (Gemma 2, d=512, 8 layers, V=32
 weights), sequences of 512 tokens, top_k:64, CPU. The bare loop is forward + head + encode in one
 process, no gRPC; the service gets as many sequences from four client processes. The two take
 turns, so that what else the machine does hits both; quote the ratio. Then a trainer trains (its step
-is a sleep), and another one whose batches are short and whose teacher is 200 ms away. Run it on a quiet machine: two
-busy processes on two cores make both sides wait for each other's threads.
+is a sleep), and another one whose batches are short and whose teacher is 200 ms away. Run it on a
+quiet machine: two busy processes on two cores make both sides wait for each other's threads.
 """
 
 import argparse

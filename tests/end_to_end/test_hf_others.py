@@ -81,7 +81,7 @@ class Distilled(DistillationMixin, trl.SFTTrainer):
     pass
 
 
-def test_the_mixin_goes_before_trls_sft_trainer(teacher_model, rows, tmp_path: Path):
+def test_the_mixin_goes_before_trls_sft_trainer(trained_service, rows, tmp_path: Path):
     trainer = Distilled(
         model=tiny.make_student(),
         args=trl.SFTConfig(
@@ -99,11 +99,12 @@ def test_the_mixin_goes_before_trls_sft_trainer(teacher_model, rows, tmp_path: P
         ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=TOKENIZER,
-        teacher=teacher_model,
+        teacher=trained_service.address,
         distillation=DistillationArguments(targets="top_k:8"),
     )
     before = weights(trainer).clone()
     trainer.train()
+    trainer.close()
     assert trainer._head is not None
     logs = [entry for entry in trainer.state.log_history if "kd_loss" in entry]
     assert len(logs) == 6

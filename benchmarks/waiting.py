@@ -1,0 +1,116 @@
+"""How long does the reference loop wait for a teacher that is late, or away for a while?
+
+Run `python -m benchmarks.waiting` (two minutes). The loop, the stream and the look-ahead are the real
+ones; the teacher's targets are real too, and arrive after a stated time: a multiple of the step's,
+which is a sleep beside a tiny student. An outage holds every answer back that falls into it.
+"""
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import torch
+from torch import Tensor, nn
+
+from logit_codec import Targets
+from student_trainer import LocalTeacher, trainer
+from student_trainer.streaming import Wish, stream_loader
+from student_trainer.window import make_window
+from tests import tiny
+
+STEP_S = 0.1
+STEPS = 200
+OUTAGE_AT_S, OUTAGE_S = 100 * STEP_S, 30 * STEP_S
+VOCABULARY = 64
+WISH = Wish.of("top_k:8", 1.0, 0, 0)
+
+
+class LateTeacher:
+    """Answers of `teacher`, each `latency_s` after it was asked for."""
+
+    def __init__(self, teacher: LocalTeacher, batches: list[dict[str, Tensor]]) -> None:
+        self._targets = {
+            one["input_ids"].numpy().tobytes(): targets
+            for one, targets in teacher.stream_batches(batches, targets="top_k:8")
+        }
+        self.latency_s = 0.0
+        self.outage: tuple[float, float] | None = None
+        """When it begins and ends, on time.monotonic's clock."""
+
+    def submit(self, ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Targets]":
+        future: Future[Targets] = Future()
+        at = time.monotonic() + self.latency_s
+        if self.outage is not None and self.outage[0] <= at < self.outage[1]:
+            at = self.outage[1]
+        targets = self._targets[ids[None].numpy().tobytes()]
+
+        def answer() -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_result(targets)
+
+        timer = threading.Timer(at - time.monotonic(), answer)
+        timer.daemon = True
+        timer.start()
+        return future
+
+
+class SleepyStudent(nn.Module):
+    """A tiny student whose step takes STEP_S."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = tiny.make_student()
+
+    def forward(self, **inputs: Tensor) -> object:
+        time.sleep(STEP_S)
+        return self.student(**inputs)
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    torch.set_num_threads(1)
+    local = LocalTeacher(tiny.make_model("Llama", VOCABULARY))
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {"input_ids": torch.randint(VOCABULARY, (1, 12), generator=generator)} for _ in range(16)
+    ]
+    teacher = LateTeacher(local, batches)
+    print(f"{STEPS} steps of {STEP_S} s and a little; what the first batch costs is left out")
+    print(f"{'':<58}{'waiting':>9}{'of the time':>13}")
+    for label, ahead, latency_steps, outage in (
+        ("latency 2 steps, one batch at a time", 1, 2, False),
+        ("latency 2 steps, look-ahead 8", 8, 2, False),
+        ("latency 40 steps, look-ahead 30s", "30s", 40, False),
+        ("latency 2 steps, outage of 30 steps, look-ahead 40", 40, 2, True),
+        ("latency 2 steps, outage of 30 steps, look-ahead 30s", "30s", 2, True),
+    ):
+        teacher.latency_s = latency_steps * STEP_S
+        window = make_window(ahead, WISH.spec, local.info)
+        stream = stream_loader(teacher.submit, itertools.cycle(batches), WISH, window)
+        first = next(stream)
+        started = time.monotonic() + OUTAGE_AT_S
+        teacher.outage = (started, started + OUTAGE_S) if outage else None
+        run = train(itertools.chain([first], stream))
+        stream.close()
+        print(f"{label:<58}{run.waiting_s:7.2f} s{run.waiting_s / run.seconds:12.2%}")
+
+
+def train(pairs: Iterator[tuple[dict[str, Tensor], Targets]]) -> trainer.Run:
+    return trainer.train(
+        SleepyStudent(),
+        pairs,
+        steps=STEPS,
+        learning_rate=1e-3,
+        warmup_steps=1,
+        optimizer="adamw",
+        kd_weight=1.0,
+        ce_weight=1.0,
+        measure=lambda _: 0.0,
+        label="student",
+    )
+
+
+if __name__ == "__main__":
+    main()
