@@ -20,8 +20,13 @@ LEVELS = (1 << LEVEL_BITS) - 1
 """Of a code's upper bits, which are written as flags: most entries are near the low end."""
 
 
-def quantise(logprobs: Tensor, rows: Tensor, num_rows: int, bits: int) -> tuple[Tensor, Tensor]:
-    """(R,) ranges and (E,) codes of `bits` bits; see `dequantise` for what they mean."""
+def quantise(
+    logprobs: Tensor, rows: Tensor, num_rows: int, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(R,) ranges and (E,) codes of `bits` bits; see `dequantise` for what they mean.
+
+    And the (R,) numbers of the best entries: the first of the largest of each row.
+    """
     logprobs = logprobs.double()
     empty_R = logprobs.new_empty(num_rows)
     high_R = empty_R.scatter_reduce(0, rows, logprobs, "amax", include_self=False)
@@ -33,7 +38,10 @@ def quantise(logprobs: Tensor, rows: Tensor, num_rows: int, bits: int) -> tuple[
     below = (high_R[rows] - logprobs).div_(_range_nats(ranges).masked_fill_(ranges == 0, 1.0)[rows])
     most = (1 << bits) - 1
     codes = below.sub_(1).neg_().exp_().sub_(1).mul_(most / (math.e - 1))
-    return ranges, codes.round_().clamp_(0, most).masked_fill_(ranges[rows] == 0, 0.0).long()
+    codes = codes.round_().clamp_(0, most).masked_fill_(ranges[rows] == 0, 0.0)
+    largest = (logprobs == high_R[rows]).nonzero()[:, 0]
+    best = ranges.scatter_reduce(0, rows[largest], largest, "amin", include_self=False)
+    return ranges, codes.long(), best
 
 
 def dequantise(codes: Tensor, ranges: Tensor, rows: Tensor, tail: Tensor, bits: int) -> Tensor:
@@ -56,14 +64,14 @@ def _range_nats(ranges: Tensor) -> Tensor:
     return nats.masked_fill_(ranges == 0, 0.0)
 
 
-def pack_codes(codes: Tensor, logprobs: Tensor, counts: Tensor, bits: int, id_words: int) -> Tensor:
-    """(E,) codes of `bits` bits and the (R,) entries of each row -> the words of the codes plane.
+def pack_codes(codes: Tensor, best: Tensor, counts: Tensor, bits: int, id_words: int) -> Tensor:
+    """(E,) codes of `bits` bits, (R,) best entries and counts of entries -> the words of the plane.
 
     The place of each row's best entry, whose code is then known; of the others the upper LEVEL_BITS
     in unary, level by level, and then the lower bits. A Golomb-Rice code: most of a row's entries
     are near its low end. It is as long as `_least_words` says at least.
     """
-    best = _best_entries(logprobs, counts)
+    num_entries = len(codes)
     others = torch.ones_like(codes, dtype=torch.bool)
     others[best] = False
     codes = codes[others]
@@ -78,8 +86,7 @@ def pack_codes(codes: Tensor, logprobs: Tensor, counts: Tensor, bits: int, id_wo
     values.append(codes & ((1 << low_bits) - 1))
     widths.append(torch.full_like(codes, low_bits))
     words = bitpack.pack_varying(torch.cat(values), torch.cat(widths))
-    fill = max(0, _least_words(len(logprobs), id_words) - len(words))
-    return torch.nn.functional.pad(words, (0, fill))
+    return _filled(words, _least_words(num_entries, id_words))
 
 
 def unpack_codes(words: Tensor, counts: Tensor, bits: int, id_words: int) -> Tensor:
@@ -111,16 +118,6 @@ def _first_entries(counts: Tensor) -> Tensor:
 def _place_bits(counts: Tensor) -> Tensor:
     """(R,) bits that tell the entries of a row apart: of count - 1, written in binary."""
     return torch.frexp((counts - 1).double()).exponent.long()
-
-
-def _best_entries(logprobs: Tensor, counts: Tensor) -> Tensor:
-    """(R,) number of the first of the largest entries of each row."""
-    rows = torch.repeat_interleave(counts, output_size=len(logprobs))
-    high_R = logprobs.new_empty(len(counts))
-    high_R.scatter_reduce_(0, rows, logprobs, "amax", include_self=False)
-    largest = (logprobs == high_R[rows]).nonzero()[:, 0]
-    best = torch.empty_like(counts)
-    return best.scatter_reduce_(0, rows[largest], largest, "amin", include_self=False)
 
 
 class _BitString:
@@ -180,8 +177,7 @@ def pack_draws(counts: Tensor, rows: Tensor, num_draws: int, id_words: int) -> T
     values.append(stated - (1 << log2))
     widths.append(log2)
     words = bitpack.pack_varying(torch.cat(values), torch.cat(widths))
-    fill = max(0, _least_words(len(rows), id_words) - len(words))
-    return torch.nn.functional.pad(words, (0, fill))
+    return _filled(words, _least_words(len(rows), id_words))
 
 
 def unpack_draws(
@@ -214,6 +210,10 @@ def _least_words(num_entries: int, id_words: int) -> int:
     It bounds a reader's memory by a multiple of what it is sent.
     """
     return (num_entries + 3) // 4 - id_words
+
+
+def _filled(words: Tensor, least_words: int) -> Tensor:
+    return torch.nn.functional.pad(words, (0, max(0, least_words - len(words))))
 
 
 def _stated(several: Tensor, rows: Tensor) -> Tensor:

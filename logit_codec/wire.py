@@ -70,12 +70,12 @@ def _encode(targets: Targets, bits: int, id_table: IdTable | None, first_row: in
         if bits not in CODE_BITS:
             raise ValueError(f"bits must be one of {CODE_BITS} for top_k, got {bits}")
         max_entries = int(targets.row_splits.diff().max()) if targets.num_rows else 1
-        ranges, codes = content.quantise(
+        ranges, codes, best = content.quantise(
             targets.logprobs, targets.entry_rows(), targets.num_rows, bits
         )
         planes += [
             bitpack.pack(ranges, RANGE_BITS),
-            content.pack_codes(codes, targets.logprobs, targets.row_splits.diff(), bits, id_words),
+            content.pack_codes(codes, best, targets.row_splits.diff(), bits, id_words),
             content.raw_words(targets.tail_logprob),
         ]
         value_bits = bits
