@@ -346,15 +346,21 @@ class Layout:
         if "input_ids" not in batch:
             raise InvalidRequest(f"batch {number} has no input_ids; it has {', '.join(batch)}")
         ids = torch.atleast_2d(torch.as_tensor(batch["input_ids"])).to("cpu", torch.int64)
-        real = torch.ones_like(ids, dtype=torch.bool)
-        if batch.get("attention_mask") is not None:
-            mask = torch.atleast_2d(torch.as_tensor(batch["attention_mask"])).cpu()
-            if mask.shape != ids.shape:
+
+        def beside(name: str) -> Tensor | None:
+            """What the batch has of that name, of the shape of its ids."""
+            if batch.get(name) is None:
+                return None
+            found = torch.atleast_2d(torch.as_tensor(batch[name])).cpu()
+            if found.shape != ids.shape:
                 raise InvalidRequest(
-                    f"batch {number}: attention_mask must have the shape of input_ids "
-                    f"{tuple(ids.shape)}, got {tuple(mask.shape)}"
+                    f"batch {number}: {name} must have the shape of input_ids "
+                    f"{tuple(ids.shape)}, got {tuple(found.shape)}"
                 )
-            real = mask.bool()
+            return found
+
+        mask = beside("attention_mask")
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         document = torch.zeros_like(ids)
         if batch.get("position_ids") is not None:
             positions = torch.atleast_2d(torch.as_tensor(batch["position_ids"])).cpu()
@@ -362,15 +368,10 @@ class Layout:
             document = starts.cumsum(1)
         trained = torch.zeros_like(real)
         trained[:, :-1] = real[:, :-1] & real[:, 1:] & (document[:, :-1] == document[:, 1:])
-        labels = ids
-        if batch.get("labels") is not None:
-            labels = torch.atleast_2d(torch.as_tensor(batch["labels"])).cpu()
-            if labels.shape != ids.shape:
-                raise InvalidRequest(
-                    f"batch {number}: labels must have the shape of input_ids "
-                    f"{tuple(ids.shape)}, got {tuple(labels.shape)}"
-                )
-            trained[:, :-1] &= labels[:, 1:] != IGNORE_INDEX
+        labels = beside("labels")
+        if labels is None:
+            return cls(ids, real, document, trained, ids)
+        trained[:, :-1] &= labels[:, 1:] != IGNORE_INDEX
         return cls(ids, real, document, trained, labels)
 
     def pieces(self) -> list[tuple[Tensor, Tensor]]:

@@ -60,6 +60,8 @@ class _Pair:
     client: socket.socket
     server: socket.socket
     tasks: list["asyncio.Task[None]"] = field(default_factory=list)
+    ended: int = 0
+    """Directions whose end was passed on."""
 
 
 class Proxy:
@@ -73,10 +75,9 @@ class Proxy:
         """Accepted so far."""
         self._held = False
         self._pairs: set[_Pair] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[None]] = set()
         self._listener = self._listen(0)
         self._port: int = self._listener.getsockname()[1]
-        self._accepting: asyncio.Task[None] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
@@ -137,38 +138,29 @@ class Proxy:
         return listener
 
     async def _open(self) -> None:
-        self._accepting = asyncio.create_task(self._accept())
+        self._loop.add_reader(self._listener, self._accept)
 
     async def _refuse(self) -> None:
-        if self._accepting is not None:
-            self._accepting.cancel()
-            await asyncio.gather(self._accepting, return_exceptions=True)
-            self._accepting = None
+        self._loop.remove_reader(self._listener)
         self._listener.close()
         await self._reset()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _reset(self) -> None:
         for pair in list(self._pairs):
-            self._pairs.discard(pair)
-            await self._close(pair, True)
+            self._end(pair, reset=True)
+        await asyncio.gather(*self._closing)
 
-    async def _accept(self) -> None:
-        while True:
-            client, _ = await self._loop.sock_accept(self._listener)
+    def _accept(self) -> None:
+        # No `sock_accept`: cancelled at the wrong moment it loses the connection it has accepted.
+        with contextlib.suppress(OSError):
+            client, _ = self._listener.accept()
             self.connections += 1
-            self._spawn(self._connect(client))
+            pair = _Pair(client, socket.socket())
+            self._pairs.add(pair)
+            pair.tasks.append(self._loop.create_task(self._connect(pair)))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _connect(self, client: socket.socket) -> None:
-        server = socket.socket()
+    async def _connect(self, pair: _Pair) -> None:
+        client, server = pair.client, pair.server
         try:
             for one in (client, server):
                 one.setblocking(False)
@@ -176,16 +168,13 @@ class Proxy:
             await self._passable()
             host, _, port = self.target.rpartition(":")
             await self._loop.sock_connect(server, (host, int(port)))
-        except (OSError, ValueError, asyncio.CancelledError):
-            client.close()
-            server.close()
+        except (OSError, ValueError):
+            self._end(pair, reset=False)
             return
-        pair = _Pair(client, server)
-        self._pairs.add(pair)
         for source, sink, way in ((client, server, self.up), (server, client, self.down)):
             queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(QUEUED_CHUNKS)
-            pair.tasks.append(self._spawn(self._read(source, queue)))
-            pair.tasks.append(self._spawn(self._write(pair, sink, queue, way)))
+            for work in (self._read(source, queue), self._write(pair, sink, queue, way)):
+                pair.tasks.append(self._loop.create_task(work))
 
     async def _passable(self) -> None:
         while self._held:  # noqa: ASYNC110 - set from another thread
@@ -232,13 +221,16 @@ class Proxy:
         except OSError:
             self._end(pair, reset=False)
             return
-        if all(task.done() or task is asyncio.current_task() for task in pair.tasks[1::2]):
+        pair.ended += 1
+        if pair.ended == 2:
             self._end(pair, reset=False)
 
     def _end(self, pair: _Pair, *, reset: bool) -> None:
         if pair in self._pairs:
             self._pairs.discard(pair)
-            self._spawn(self._close(pair, reset))
+            closing = self._loop.create_task(self._close(pair, reset))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     async def _close(self, pair: _Pair, reset: bool) -> None:
         """Closes both sockets once nothing waits on them any more: their numbers are used again."""

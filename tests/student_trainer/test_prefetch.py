@@ -48,16 +48,17 @@ def test_an_error_of_the_source_is_raised_in_its_place():
         next(items)
 
 
+def count_until(closed: threading.Event) -> Iterator[int]:
+    """Numbers without end; sets the event when it is closed."""
+    try:
+        yield from itertools.count()
+    finally:
+        closed.set()
+
+
 def test_leaving_early_ends_the_thread_and_closes_the_source():
     closed = threading.Event()
-
-    def source():
-        try:
-            yield from itertools.count()
-        finally:
-            closed.set()
-
-    items = prefetch(source(), ahead=2)
+    items = prefetch(count_until(closed), ahead=2)
     next(items)
     items.close()
     assert closed.wait(5)
@@ -102,14 +103,7 @@ def test_ahead_must_be_positive():
 
 def test_dropping_it_ends_the_thread():
     closed = threading.Event()
-
-    def source():
-        try:
-            yield from itertools.count()
-        finally:
-            closed.set()
-
-    for item in prefetch(source(), ahead=2):
+    for item in prefetch(count_until(closed), ahead=2):
         if item == 3:
             break
     assert closed.wait(5)
