@@ -21,6 +21,8 @@ import torch
 from tests import tiny
 
 torch.set_num_threads(2)
+# The client sets it too; which test file is imported first, and with it gRPC, is chance.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tests.preload"])
