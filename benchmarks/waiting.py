@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from logit_codec import Targets
 from student_trainer import LocalTeacher, trainer
-from student_trainer.streaming import Wish, stream_loader
+from student_trainer.streaming import stream_loader
 from student_trainer.window import make_window
+from student_trainer.wish import Answer, Wish
 from tests import tiny
 
 STEP_S = 0.1
@@ -39,8 +40,8 @@ class LateTeacher:
         self.outage: tuple[float, float] | None = None
         """When it begins and ends, on time.monotonic's clock."""
 
-    def submit(self, ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Targets]":
-        future: Future[Targets] = Future()
+    def submit(self, ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
+        future: Future[Answer] = Future()
         at = time.monotonic() + self.latency_s
         if self.outage is not None and self.outage[0] <= at < self.outage[1]:
             at = self.outage[1]
@@ -48,7 +49,7 @@ class LateTeacher:
 
         def answer() -> None:
             if future.set_running_or_notify_cancel():
-                future.set_result(targets)
+                future.set_result(Answer(targets))
 
         timer = threading.Timer(at - time.monotonic(), answer)
         timer.daemon = True

@@ -7,10 +7,9 @@ the replicas of the service, `resume.py` keeps what has no answer yet.
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 # A forked child must get ForkedClient: gRPC's own fork handlers crash one in ten of them instead.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -21,9 +20,8 @@ from torch import Tensor
 from logit_codec import (
     FORMAT_VERSION,
     DenseSpec,
+    IdTable,
     SampledSpec,
-    Targets,
-    TargetSpec,
     TopKSpec,
     tokenizer_fingerprint,
 )
@@ -32,8 +30,8 @@ from student_trainer.errors import ForkedClient, IncompatibleTeacher, ProtocolEr
 from student_trainer.io_thread import IoThread
 from student_trainer.resume import Pending
 from student_trainer.session import Counters, Session
-from student_trainer.streaming import TargetStream, Wish, stream_loader, stream_sequences
-from student_trainer.window import make_window
+from student_trainer.streaming import Teacher
+from student_trainer.wish import Answer, Wish
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +54,7 @@ def connect(
     return RemoteTeacher(addresses, tokenizer=tokenizer, patience_s=patience_s)
 
 
-class RemoteTeacher:
+class RemoteTeacher(Teacher):
     """A served teacher; use `connect` to make one, and `with` or `close()` to end it."""
 
     def __init__(self, addresses: list[str], *, tokenizer: Any, patience_s: float) -> None:
@@ -77,6 +75,11 @@ class RemoteTeacher:
         return self._info
 
     @property
+    def id_tables(self) -> Sequence[IdTable]:
+        """What payloads may be coded with, beside the built-in identity."""
+        return self._session.id_tables
+
+    @property
     def counters(self) -> Counters:
         """Received and resent so far."""
         return self._session.counters
@@ -86,47 +89,6 @@ class RemoteTeacher:
         """The addresses of the replicas that requests are spread over now."""
         return self._session.replicas
 
-    def stream(
-        self,
-        sequences: Iterable[Any],
-        *,
-        targets: str | TargetSpec = "sampled",
-        temperature: float = 1.0,
-        seed: int = 0,
-        epoch: int = 0,
-        ahead: int = 16,
-    ) -> TargetStream[Tensor]:
-        """(token_ids, targets) of each sequence, in order, with `ahead` sequences in flight.
-
-        token_ids: (L,) int64; targets: L-1 rows, row i is the teacher's distribution of token i+1.
-        Raises InvalidRequest for what the teacher refuses, TeacherUnavailable after the patience.
-        """
-        self._check_usable()
-        wish = Wish.of(targets, temperature, seed, epoch)
-        return stream_sequences(self._submit, sequences, wish, ahead, self._check_usable)
-
-    def stream_batches(
-        self,
-        loader: Iterable[Mapping[str, Any]],
-        *,
-        targets: str | TargetSpec = "sampled",
-        temperature: float = 1.0,
-        seed: int = 0,
-        epoch: int = 0,
-        ahead: int | str = "30s",
-    ) -> TargetStream[Any]:
-        """(batch, targets) of each batch of a loader, in order.
-
-        A batch is a mapping with input_ids and, if it is padded, packed or masked, attention_mask,
-        position_ids or labels; it comes back as it is. The rows of `targets` are its trained
-        positions in reading order. ahead: batches in flight, or "30s" for as many as the trainer
-        uses up in that time, in at most 512 MiB of targets ("30s,2048MiB": in at most 2 GiB).
-        """
-        self._check_usable()
-        wish = Wish.of(targets, temperature, seed, epoch)
-        window = make_window(ahead, wish.spec, self._info)
-        return stream_loader(self._submit, loader, wish, window, self._check_usable)
-
     def close(self) -> None:
         """Ends the stream and the connection; requests in flight are dropped."""
         if self._closed or os.getpid() != self._pid:
@@ -134,29 +96,18 @@ class RemoteTeacher:
         self._closed = True
         self._io.run(self._session.close())
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Targets]":
-        self._check_usable()
+    def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
+        self.check_usable()
         request, num_rows = _request(token_ids, rows, wish)
         request.session_id = self._session.session_id
         request.teacher_fingerprint = self._info.teacher_fingerprint
         if self._session.id_tables:
             request.targets.id_table = self._session.id_tables[0].digest
-        pending = Pending(request, num_rows)
+        pending = Pending(request, num_rows, keep_payloads=wish.keep_payloads)
         self._io.call(self._session.submit, pending)
         return pending.future
 
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
         if os.getpid() != self._pid:
             raise ForkedClient(
                 f"this teacher was connected in process {self._pid} and is used in its fork "

@@ -31,7 +31,8 @@ from student_trainer.head_loss import FusedHead, Unfusable
 from student_trainer.local import LocalTeacher
 from student_trainer.losses import distillation_loss
 from student_trainer.meter import SUMS, Meter, cross_entropy_sum, means
-from student_trainer.streaming import Layout, TargetStream, Teacher, Wish
+from student_trainer.streaming import Layout, TargetStream, Teacher
+from student_trainer.wish import Wish
 
 logger = logging.getLogger(__name__)
 

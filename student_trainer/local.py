@@ -3,7 +3,6 @@
 The one place where this package uses `teacher_server`, and only when a LocalTeacher is made.
 """
 
-from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -14,7 +13,6 @@ from logit_codec import (
     FORMAT_VERSION,
     SampledSpec,
     Targets,
-    TargetSpec,
     decode,
     encode_parts,
     ids_digest,
@@ -23,18 +21,21 @@ from logit_codec import (
 from logit_codec.spec import KINDS
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest
-from student_trainer.streaming import TargetStream, Wish, stream_loader, stream_sequences
-from student_trainer.window import make_window
+from student_trainer.streaming import Teacher
+from student_trainer.wish import Answer, Wish
 
 PART_NBYTES = 1 << 20
 """As large as the service's parts; where a sequence is split does not change what is decoded."""
 
 
-class LocalTeacher:
+class LocalTeacher(Teacher):
     """A causal LM of transformers as a teacher; for tests, small runs and one GPU.
 
     Targets go through the same encoder and decoder as those of a service.
     """
+
+    default_ahead = 1  # what is scored ahead is scored in the caller's own thread
+    default_look_ahead = 1
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         from teacher_server.head import VocabularyHead
@@ -62,38 +63,16 @@ class LocalTeacher:
         """What a service of this model would say of it."""
         return self._info
 
-    def stream(
-        self,
-        sequences: Iterable[Any],
-        *,
-        targets: str | TargetSpec = "sampled",
-        temperature: float = 1.0,
-        seed: int = 0,
-        epoch: int = 0,
-        ahead: int = 1,
-    ) -> TargetStream[Tensor]:
-        """As `RemoteTeacher.stream`; `ahead` sequences are scored before the first is handed out."""
-        wish = Wish.of(targets, temperature, seed, epoch)
-        return stream_sequences(self._submit, sequences, wish, ahead)
+    def check_usable(self) -> None:
+        """Always."""
 
-    def stream_batches(
-        self,
-        loader: Iterable[Mapping[str, Any]],
-        *,
-        targets: str | TargetSpec = "sampled",
-        temperature: float = 1.0,
-        seed: int = 0,
-        epoch: int = 0,
-        ahead: int | str = 1,
-    ) -> TargetStream[Any]:
-        """As `RemoteTeacher.stream_batches`."""
-        wish = Wish.of(targets, temperature, seed, epoch)
-        return stream_loader(self._submit, loader, wish, make_window(ahead, wish.spec, self._info))
+    def close(self) -> None:
+        """The model is its owner's; there is nothing to end."""
 
-    def _submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Targets]":
+    def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
         from teacher_server.head import WantedRows
 
-        future: Future[Targets] = Future()
+        future: Future[Answer] = Future()
         longest, largest = self._model.max_sequence_tokens, self._model.effective_vocab_size
         if len(token_ids) > longest:
             raise InvalidRequest(f"a sequence may have {longest} tokens, got {len(token_ids)}")
@@ -110,5 +89,7 @@ class LocalTeacher:
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
         parts = encode_parts(scored, wish.spec, max_nbytes=PART_NBYTES)
-        future.set_result(Targets.cat([decode(payload) for _, _, payload in parts]))
+        payloads = [payload for _, _, payload in parts]
+        targets = Targets.cat([decode(payload) for payload in payloads])
+        future.set_result(Answer(targets, tuple(payloads) if wish.keep_payloads else ()))
         return future

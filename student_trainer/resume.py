@@ -20,6 +20,7 @@ from logit_codec import IdTable, Targets, decode
 from protos import teacher_pb2
 from protos.check import answer_check, request_digest
 from student_trainer.errors import IncompatibleTeacher, TargetsCorrupt
+from student_trainer.wish import Answer
 
 Link = Hashable
 """Names one stream to one replica; never used again once it is lost."""
@@ -39,7 +40,9 @@ class Pending:
 
     request: teacher_pb2.ScoreRequest
     num_rows: int
-    future: "Future[Targets]" = field(default_factory=Future)
+    future: "Future[Answer]" = field(default_factory=Future)
+    keep_payloads: bool = False
+    """Whether the answer is to have the bytes that it was decoded from."""
     order: int = 0
     """Its place among all requests: the oldest are sent again first."""
     number: int = 0
@@ -210,8 +213,8 @@ class Dispatch:
         self._tokens[pending.link] -= pending.num_tokens
 
 
-def assemble(pending: Pending, fingerprint: str, id_tables: Sequence[IdTable] = ()) -> Targets:
-    """The targets of a whole answer. Raises CodecError, TargetsCorrupt or IncompatibleTeacher."""
+def assemble(pending: Pending, fingerprint: str, id_tables: Sequence[IdTable] = ()) -> Answer:
+    """A whole answer, checked and decoded. Raises CodecError, TargetsCorrupt or IncompatibleTeacher."""
     digest = xxhash.xxh3_128_digest(pending.request.token_ids)
     row = 0
     decoded = []
@@ -230,4 +233,7 @@ def assemble(pending: Pending, fingerprint: str, id_tables: Sequence[IdTable] = 
         decoded.append(targets)
     if row != pending.num_rows:
         raise TargetsCorrupt(f"{pending.num_rows} rows were asked for, {row} came")
-    return Targets.cat(decoded)
+    payloads = ()
+    if pending.keep_payloads:
+        payloads = tuple(part.payload for _, part in sorted(pending.parts.items()))
+    return Answer(Targets.cat(decoded), payloads)

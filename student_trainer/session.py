@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc
 
-from logit_codec import CodecError, IdTable, Targets
+from logit_codec import CodecError, IdTable
 from protos import teacher_pb2, teacher_pb2_grpc
 from student_trainer.errors import (
     BY_CODE,
@@ -32,6 +32,7 @@ from student_trainer.errors import (
 )
 from student_trainer.id_tables import cache_id_table, cached_id_table
 from student_trainer.resume import Dispatch, Fate, Pending, assemble
+from student_trainer.wish import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -568,7 +569,7 @@ class Session:
         assert self._info is not None
         loop = asyncio.get_running_loop()
         try:
-            targets = await loop.run_in_executor(
+            answer = await loop.run_in_executor(
                 self._decoder, assemble, pending, self._info.teacher_fingerprint, self.id_tables
             )
         except (CodecError, TargetsCorrupt, IncompatibleTeacher) as error:
@@ -576,9 +577,9 @@ class Session:
             return
         except RuntimeError:
             return  # closed, or the interpreter is ending: nobody takes the answer any more
-        self.counters.rows += targets.num_rows
+        self.counters.rows += answer.targets.num_rows
         self.counters.payload_nbytes += sum(len(part.payload) for part in pending.parts.values())
-        _resolve(pending, targets)
+        _resolve(pending, answer)
 
     def _ask_again(self, pending: Pending, error: Exception) -> None:
         """After a damaged answer, up to MAX_ATTEMPTS times."""
@@ -676,7 +677,7 @@ async def _hang_up(link: _Link) -> None:
     await link.channel.close()
 
 
-def _resolve(pending: Pending, result: Targets | TeacherError) -> None:
+def _resolve(pending: Pending, result: Answer | TeacherError) -> None:
     if pending.future.done() or not pending.future.set_running_or_notify_cancel():
         return
     if isinstance(result, TeacherError):

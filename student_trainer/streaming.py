@@ -5,47 +5,26 @@ remote and the local teacher give it theirs and share everything else.
 """
 
 import itertools
-import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from logit_codec import Targets, TargetSpec, parse_targets
+from logit_codec import Targets, TargetSpec
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest, TeacherError
-from student_trainer.window import Window
+from student_trainer.window import Window, make_window
+from student_trainer.wish import Answer, Wish
 
 IGNORE_INDEX = -100
 
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What is wanted of every sequence of one stream."""
-
-    spec: TargetSpec
-    temperature: float
-    seed: int
-    epoch: int
-
-    @classmethod
-    def of(cls, targets: str | TargetSpec, temperature: float, seed: int, epoch: int) -> "Wish":
-        """Checks the arguments of `stream`. Raises InvalidRequest."""
-        try:
-            spec = parse_targets(targets)
-        except ValueError as error:
-            raise InvalidRequest(str(error)) from None
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise InvalidRequest(f"temperature must be positive and finite, got {temperature}")
-        if seed < 0 or epoch < 0:
-            raise InvalidRequest(f"seed and epoch must not be negative, got {seed} and {epoch}")
-        return cls(spec, float(temperature), seed, epoch)
 
 
 class TargetStream(Iterator[tuple[Item, Targets]]):
@@ -136,37 +115,92 @@ def is_stateful(source: Any) -> bool:
     )
 
 
-class Teacher(Protocol):
-    """Where targets come from: a service, a model in this process."""
+class Teacher(ABC):
+    """Where targets come from: a service, a model in this process, a record; a context manager."""
+
+    default_ahead: ClassVar[int] = 16
+    """Sequences in flight in `stream` unless it says otherwise."""
+    default_look_ahead: ClassVar[int | str] = "30s"
+    """The same of `stream_batches`."""
+    default_targets: str | TargetSpec = "sampled"
 
     @property
-    def info(self) -> teacher_pb2.TeacherInfo: ...
+    @abstractmethod
+    def info(self) -> teacher_pb2.TeacherInfo:
+        """Who the teacher is: what Describe says."""
+
+    @abstractmethod
+    def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
+        """Asks for one sequence: (L,) int64 ids and, if not all rows are wanted, the (N,) int64
+        wanted ones."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives up what is in flight, and what the teacher holds."""
+
+    @abstractmethod
+    def check_usable(self) -> None:
+        """Raises TeacherError if the teacher is closed, or was made in another process."""
 
     def stream(
         self,
         sequences: Iterable[Any],
         *,
-        targets: str | TargetSpec = ...,
-        temperature: float = ...,
-        seed: int = ...,
-        epoch: int = ...,
-        ahead: int = ...,
-    ) -> TargetStream[Tensor]: ...
+        targets: str | TargetSpec | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+        epoch: int = 0,
+        ahead: int | None = None,
+    ) -> TargetStream[Tensor]:
+        """(token_ids, targets) of each sequence, in order, with `ahead` sequences in flight.
+
+        token_ids: (L,) int64; targets: L-1 rows, row i is the teacher's distribution of token i+1.
+        targets and ahead: by default `default_targets` and `default_ahead` of the teacher. Raises
+        InvalidRequest for what the teacher refuses, TeacherUnavailable after the patience.
+        """
+        self.check_usable()
+        wish = Wish.of(targets or self.default_targets, temperature, seed, epoch)
+        ahead = self.default_ahead if ahead is None else ahead
+        return stream_sequences(self.submit, sequences, wish, ahead, self.check_usable)
 
     def stream_batches(
         self,
         loader: Iterable[Mapping[str, Any]],
         *,
-        targets: str | TargetSpec = ...,
-        temperature: float = ...,
-        seed: int = ...,
-        epoch: int = ...,
-        ahead: int | str = ...,
-    ) -> TargetStream[Any]: ...
+        targets: str | TargetSpec | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+        epoch: int = 0,
+        ahead: int | str | None = None,
+    ) -> TargetStream[Any]:
+        """(batch, targets) of each batch of a loader, in order.
+
+        A batch is a mapping with input_ids and, if it is padded, packed or masked, attention_mask,
+        position_ids or labels; it comes back as it is. The rows of `targets` are its trained
+        positions in reading order. A batch with a number under "epoch" is of that epoch. ahead:
+        batches in flight, or "30s" for as many as the trainer uses up in that time, in at most
+        512 MiB of targets ("30s,2048MiB": in at most 2 GiB); by default `default_look_ahead`.
+        """
+        self.check_usable()
+        wish = Wish.of(targets or self.default_targets, temperature, seed, epoch)
+        ahead = self.default_look_ahead if ahead is None else ahead
+        window = make_window(ahead, wish.spec, self.info)
+        return stream_loader(self.submit, loader, wish, window, self.check_usable)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
-Submit = Callable[[Tensor, Tensor | None, Wish], "Future[Targets]"]
-"""(L,) int64 ids and, if not all rows are wanted, the (N,) int64 wanted rows -> their targets."""
+Submit = Callable[[Tensor, Tensor | None, Wish], "Future[Answer]"]
+"""`Teacher.submit`."""
 
 
 def stream_sequences(
@@ -183,10 +217,10 @@ def stream_sequences(
     def requests(numbered: Iterator[tuple[int, Any]]) -> Iterator[_Request]:
         for number, sequence in numbered:
             token_ids = as_token_ids(sequence, number)
-            yield _Request(token_ids, {f"stream item {number}": (token_ids, None)})
+            yield _Request(token_ids, wish, {f"stream item {number}": (token_ids, None)})
 
     def pairs(numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Tensor, Targets]]:
-        answers = _in_order(requests(numbered), submit, wish, Window(ahead))
+        answers = _in_order(requests(numbered), submit, Window(ahead))
         for token_ids, (targets,) in answers:
             yield token_ids, targets
 
@@ -205,10 +239,14 @@ def stream_loader(
     def requests(numbered: Iterator[tuple[int, Any]]) -> Iterator[_Request]:
         for number, batch in numbered:
             pieces = enumerate(split_batch(batch, number))
-            yield _Request(batch, {f"batch {number}, piece {i}": piece for i, piece in pieces})
+            yield _Request(
+                batch,
+                wish if batch.get("epoch") is None else replace(wish, epoch=int(batch["epoch"])),
+                {f"batch {number}, piece {i}": piece for i, piece in pieces},
+            )
 
     def pairs(numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Any, Targets]]:
-        for batch, parts in _in_order(requests(numbered), submit, wish, window):
+        for batch, parts in _in_order(requests(numbered), submit, window):
             yield batch, Targets.cat(parts)
 
     return TargetStream(loader, pairs, check_usable)
@@ -234,9 +272,10 @@ class _Request:
     """An item of the caller, and what is asked for it."""
 
     item: Any
+    wish: Wish
     pieces: dict[str, tuple[Tensor, Tensor | None]]
     """Ids and wanted rows as for `Submit`, by the name that an error gives their place."""
-    futures: dict[str, "Future[Targets]"] = field(default_factory=dict)
+    futures: dict[str, "Future[Answer]"] = field(default_factory=dict)
     """Of the pieces that were asked for."""
 
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -248,7 +287,7 @@ class _Request:
 
 
 def _in_order(
-    requests: Iterator[_Request], submit: Submit, wish: Wish, window: Window
+    requests: Iterator[_Request], submit: Submit, window: Window
 ) -> Iterator[tuple[Any, list[Targets]]]:
     """Each item with its results, in order, with as many in flight as the window lets in."""
     waiting: deque[_Request] = deque()
@@ -270,7 +309,7 @@ def _in_order(
             pulled = None
             waiting.append(request)
             for where, (ids, wanted) in request.pieces.items():
-                request.futures[where] = submit(ids, wanted, wish)
+                request.futures[where] = submit(ids, wanted, request.wish)
                 window.asked(request.futures[where], *sizes[where])
 
     try:
@@ -283,8 +322,8 @@ def _in_order(
                 ask()
             results = [_result(future, where) for where, future in request.futures.items()]
             waiting.popleft()
-            window.handed_out(sum(targets.nbytes for targets in results))
-            yield request.item, results
+            window.handed_out(sum(answer.nbytes for answer in results))
+            yield request.item, [answer.targets for answer in results]
     finally:
         for request in waiting:
             for future in request.futures.values():
@@ -404,7 +443,7 @@ def split_batch(batch: Mapping[str, Any], number: int) -> list[tuple[Tensor, Ten
     return pieces
 
 
-def _result(future: "Future[Targets]", where: str) -> Targets:
+def _result(future: "Future[Answer]", where: str) -> Answer:
     try:
         return future.result()
     except TeacherError as error:

@@ -15,9 +15,10 @@ from collections.abc import Collection
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 
-from logit_codec import DenseSpec, SampledSpec, Targets, TargetSpec, TopKSpec
+from logit_codec import DenseSpec, SampledSpec, TargetSpec, TopKSpec
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest
+from student_trainer.wish import Answer
 
 MAX_NBYTES = 512 << 20
 """Targets that a look-ahead in seconds may hold unless it says otherwise."""
@@ -46,7 +47,7 @@ class Clock:
         """Seconds since some moment."""
         return time.monotonic()
 
-    def wait(self, futures: Collection["Future[Targets]"], timeout_s: float | None) -> bool:
+    def wait(self, futures: Collection["Future[Answer]"], timeout_s: float | None) -> bool:
         """Whether all of them are done, within the timeout."""
         return all(future.done() for future in futures) or not wait_for(futures, timeout_s).not_done
 
@@ -61,10 +62,10 @@ class Window:
         """Whether an item of this size may be asked for beside those in flight."""
         return True
 
-    def asked(self, future: "Future[Targets]", num_tokens: int, num_rows: int) -> None:
+    def asked(self, future: "Future[Answer]", num_tokens: int, num_rows: int) -> None:
         """A piece of an item was asked for."""
 
-    def wait(self, futures: Collection["Future[Targets]"]) -> bool:
+    def wait(self, futures: Collection["Future[Answer]"]) -> bool:
         """Waits for the next item; False if more may be asked for before it is there."""
         return True
 
@@ -117,13 +118,13 @@ class TimedWindow(Window):
             num_tokens += self._unanswered_tokens
         return nbytes <= self._max_nbytes and num_tokens <= self._max_tokens
 
-    def asked(self, future: "Future[Targets]", num_tokens: int, num_rows: int) -> None:
+    def asked(self, future: "Future[Answer]", num_tokens: int, num_rows: int) -> None:
         asked_s = self._clock.now()
         with self._lock:
             self._unanswered_rows += num_rows
             self._unanswered_tokens += num_tokens
 
-        def answered(future: "Future[Targets]") -> None:
+        def answered(future: "Future[Answer]") -> None:
             took_s = self._clock.now() - asked_s
             failed = future.cancelled() or future.exception() is not None
             nbytes = 0 if failed else future.result().nbytes
@@ -142,7 +143,7 @@ class TimedWindow(Window):
 
         future.add_done_callback(answered)
 
-    def wait(self, futures: Collection["Future[Targets]"]) -> bool:
+    def wait(self, futures: Collection["Future[Answer]"]) -> bool:
         pause_s = None
         if self._last_s is None and self.size < MAX_UNMEASURED:
             pause_s = GROWTH_S * self.size / FIRST_ITEMS

@@ -12,8 +12,9 @@ import torch
 from logit_codec import Targets, TopKTargets, parse_targets
 from protos import teacher_pb2
 from student_trainer import InvalidRequest
-from student_trainer.streaming import TargetStream, Wish, stream_loader
+from student_trainer.streaming import TargetStream, stream_loader
 from student_trainer.window import MAX_UNMEASURED, Clock, TimedWindow, make_window, max_row_nbytes
+from student_trainer.wish import Answer, Wish
 
 K = 4
 WISH = Wish.of(f"top_k:{K}", 1.0, 0, 0)
@@ -30,8 +31,8 @@ class Teacher(Clock):
         self.latency_s, self.token_s, self.entries = latency_s, token_s, entries
         self.free_s = 0.0
         """When it has scored everything that it was asked for."""
-        self.due: list[tuple[float, int, Future[Targets], int]] = []
-        self.futures: list[Future[Targets]] = []
+        self.due: list[tuple[float, int, Future[Answer], int]] = []
+        self.futures: list[Future[Answer]] = []
         """Of every batch, in order."""
         self.unanswered_tokens = 0
         self.most_unanswered_tokens = 0
@@ -39,8 +40,8 @@ class Teacher(Clock):
     def now(self) -> float:
         return self.now_s
 
-    def submit(self, ids: torch.Tensor, rows: torch.Tensor | None, wish: Wish) -> Future[Targets]:
-        future: Future[Targets] = Future()
+    def submit(self, ids: torch.Tensor, rows: torch.Tensor | None, wish: Wish) -> Future[Answer]:
+        future: Future[Answer] = Future()
         self.free_s = max(self.free_s, self.now_s) + self.token_s * len(ids)
         heapq.heappush(
             self.due, (self.free_s + self.latency_s, len(self.futures), future, len(ids))
@@ -56,10 +57,10 @@ class Teacher(Clock):
             self.now_s, _, future, num_tokens = heapq.heappop(self.due)
             self.unanswered_tokens -= num_tokens
             if future.set_running_or_notify_cancel():
-                future.set_result(targets_of(num_tokens - 1, self.entries))
+                future.set_result(Answer(targets_of(num_tokens - 1, self.entries)))
         self.now_s = max(self.now_s, until_s)
 
-    def wait(self, futures: Collection[Future[Targets]], timeout_s: float | None) -> bool:
+    def wait(self, futures: Collection[Future[Answer]], timeout_s: float | None) -> bool:
         until_s = float("inf") if timeout_s is None else self.now_s + timeout_s
         while not all(future.done() for future in futures):
             assert self.due or until_s < float("inf"), "waited for ever"

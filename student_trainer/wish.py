@@ -1,0 +1,47 @@
+"""What is asked of a teacher for every sequence of a stream, and what it gives for one."""
+
+import math
+from dataclasses import dataclass
+
+from logit_codec import Targets, TargetSpec, parse_targets
+from student_trainer.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is wanted of every sequence of one stream."""
+
+    spec: TargetSpec
+    temperature: float
+    seed: int
+    epoch: int
+    keep_payloads: bool = False
+    """Whether answers are to come with the bytes that they were decoded from."""
+
+    @classmethod
+    def of(cls, targets: str | TargetSpec, temperature: float, seed: int, epoch: int) -> "Wish":
+        """Checks the arguments of `stream`. Raises InvalidRequest."""
+        try:
+            spec = parse_targets(targets)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise InvalidRequest(f"temperature must be positive and finite, got {temperature}")
+        if seed < 0 or epoch < 0:
+            raise InvalidRequest(f"seed and epoch must not be negative, got {seed} and {epoch}")
+        return cls(spec, float(temperature), seed, epoch)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What a teacher gives for one sequence."""
+
+    targets: Targets
+    payloads: tuple[bytes, ...] = ()
+    """What they were decoded from, containers of the codec in the order of the rows, if the wish
+    has `keep_payloads`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of both."""
+        return self.targets.nbytes + sum(map(len, self.payloads))
