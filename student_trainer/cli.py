@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,12 +22,6 @@ Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train", prefix_name=False)]
     | Annotated[CheckConfig, tyro.conf.subcommand("check", prefix_name=False)]
 )
-
-MAY_CHANGE = {
-    *("teacher", "output", "ahead", "control", "device", "log_every", "tensorboard"),
-    *("checkpoint_every", "keep_checkpoints", "start_over"),
-}
-"""What a run that goes on from a checkpoint may set otherwise."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,87 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_train(config: TrainConfig) -> int:
     """Trains the student, and the control if asked for; prints and writes the report."""
-    import torch
-    import transformers
+    from student_trainer import data, prefetch, report, runs, trainer
 
-    from student_trainer import connect, data, prefetch, report, trainer
-    from student_trainer.checkpoint import Checkpoints
-    from student_trainer.curves import Curves
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if not (config.student / "config.json").is_file():
-        raise ValueError(f"{config.student} is not a student folder: it has no config.json")
+    corpus = runs.read_corpus(config)
     config.output.mkdir(parents=True, exist_ok=True)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.student)
-    with connect(config.teacher, tokenizer=tokenizer) as teacher:
-        sequences = data.pack(
-            data.find_files(config.data), tokenizer, config.sequence_length, label="data"
+
+    def batches() -> Any:
+        return data.batches(
+            corpus.sequences, batch_size=config.batch_size, steps=config.steps, seed=config.seed
         )
-        if config.held_out:
-            files = data.find_files(config.held_out)
-            held_out = data.pack(files, tokenizer, config.sequence_length, label="held-out data")
-        else:
-            is_held_out = torch.arange(len(sequences)) % 20 == 19
-            held_out, sequences = sequences[is_held_out], sequences[~is_held_out]
-            if len(held_out) == 0:
-                raise ValueError("data is too short to hold some out: give --held-out files")
-        held_out = held_out[: config.held_out_sequences]
 
-        def batches() -> Any:
-            return data.batches(
-                sequences, batch_size=config.batch_size, steps=config.steps, seed=config.seed
-            )
-
-        identity = {
-            **config.model_dump(mode="json", exclude=MAY_CHANGE),
-            "data_digest": data.digest(sequences),
-            "held_out_digest": data.digest(held_out),
-        }
-
-        def run(
-            pairs: Any,
-            name: str,
-            folder: Path,
-            also: Callable[[], dict[str, float]] = dict,
-            **more: str,
-        ) -> tuple[Any, trainer.Run]:
-            checkpoints = Checkpoints(
-                folder,
-                every=config.checkpoint_every,
-                identity=identity | more,
-                keep=config.keep_checkpoints,
-            )
-            if config.start_over:
-                checkpoints.clear()
-            student = trainer.make_student(config.student, seed=config.seed, device=device)
-            curves = Curves(config.output / "tensorboard" / name) if config.tensorboard else None
-            return student, trainer.train(
-                student,
-                pairs,
-                steps=config.steps,
-                learning_rate=config.learning_rate,
-                warmup_steps=config.warmup_steps,
-                optimizer=config.optimizer,
-                kd_weight=config.kd_weight,
-                ce_weight=config.ce_weight,
-                measure=lambda model: trainer.held_out_loss(model, held_out),
-                label=f"student {name}",
-                checkpoints=checkpoints,
-                log_every=config.log_every,
-                curves=curves,
-                also=also,
-            )
-
-        reached = trainer.teacher_loss(teacher, held_out)
-        folder = config.output / "checkpoints"
+    with runs.open_teacher(config, corpus.tokenizer) as teacher:
+        reached = trainer.teacher_loss(teacher, corpus.held_out)
         control = None
         if config.control:
             pairs = prefetch(((batch, None) for batch in batches()), ahead=1)
-            _, control = run(pairs, "control", folder / "control")
+            _, control = runs.train_student(config, corpus, pairs, "control")
         counters, info = teacher.counters, teacher.info
         nbytes_before, rows_before = counters.payload_nbytes, counters.rows
         pairs = teacher.stream_batches(
@@ -154,15 +83,15 @@ def run_train(config: TrainConfig) -> int:
             received = counters.payload_nbytes - nbytes_before
             return received / max(1, counters.rows - rows_before)
 
-        student, distilled = run(
+        student, distilled = runs.train_student(
+            config,
+            corpus,
             pairs,
             "distilled",
-            folder,
             also=lambda: {"lookahead": pairs.in_flight, "bytes_per_token": bytes_per_token()},
             teacher_fingerprint=info.teacher_fingerprint,
         )
-    student.save_pretrained(config.output / "student")
-    tokenizer.save_pretrained(config.output / "student")
+    runs.save_student(student, corpus, config.output / "student")
     lower = None if control is None else control.held_out_loss - distilled.held_out_loss
     numbers = {
         "teacher_loss": reached,
@@ -175,7 +104,7 @@ def run_train(config: TrainConfig) -> int:
         "batch_size": config.batch_size,
         "sequence_length": config.sequence_length,
         "trained_tokens": distilled.tokens,
-        "held_out_tokens": held_out.numel(),
+        "held_out_tokens": corpus.held_out.numel(),
         "waiting_fraction": distilled.waiting_s / distilled.seconds,
         "tokens_per_s": distilled.tokens / distilled.seconds,
         "bytes_per_token": bytes_per_token() or None,

@@ -11,8 +11,8 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class TrainConfig(_Section):
-    """Train a student on a served teacher's distributions."""
+class CorpusConfig(_Section):
+    """What is asked of which teacher, about which text."""
 
     teacher: str
     """HOST:PORT of the service."""
@@ -20,12 +20,25 @@ class TrainConfig(_Section):
     """Hugging Face folder: config and tokenizer, and weights if it is not to start from random ones."""
     data: list[str]
     """Text or .jsonl files to train on: paths, folders, glob patterns."""
-    output: Path
-    """Folder for the trained student and the report."""
     held_out: list[str] = []
     """Files to measure on; by default every 20th sequence of data, which is then not trained on."""
+    held_out_sequences: int = Field(default=256, ge=1)
+    """At most this many held-out sequences are measured on."""
     sequence_length: int = Field(default=512, ge=2)
     """Tokens per sequence."""
+    targets: str = "sampled"
+    """What to ask the teacher for."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the teacher's and the student's distributions in the distillation loss."""
+    seed: int = Field(default=0, ge=0)
+    """Of the student's random weights, the order of the data and the teacher's draws."""
+
+
+class TrainConfig(CorpusConfig):
+    """Train a student on a served teacher's distributions."""
+
+    output: Path
+    """Folder for the trained student and the report."""
     batch_size: int = Field(default=16, ge=1)
     """Sequences per step."""
     steps: int = Field(default=1000, ge=1)
@@ -36,12 +49,6 @@ class TrainConfig(_Section):
     """Steps of warm-up."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the layers, AdamW for everything else."""
-    seed: int = Field(default=0, ge=0)
-    """Of the student's random weights and the order of the data."""
-    targets: str = "sampled"
-    """What to ask the teacher for."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Of the teacher's and the student's distributions in the distillation loss."""
     kd_weight: float = Field(default=1.0, ge=0)
     """Weight of the divergence from the teacher."""
     ce_weight: float = Field(default=0.0, ge=0)
@@ -51,8 +58,6 @@ class TrainConfig(_Section):
     at most that), or a number of batches."""
     control: tyro.conf.FlagCreatePairsOff[bool] = False
     """Also train a second student on labels alone: same seed, data order and steps."""
-    held_out_sequences: int = Field(default=256, ge=1)
-    """At most this many held-out sequences are measured on."""
     log_every: int = Field(default=10, ge=1)
     """Steps that the progress bar, and each point of --tensorboard, is about."""
     tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
