@@ -79,10 +79,15 @@ class Targets:
         """(R, V) float32 probabilities as the losses read them; for tests and a small V."""
         raise NotImplementedError
 
-    def __getitem__(self, rows: slice) -> Self:
-        """Some consecutive rows, without copying."""
+    def __getitem__(self, rows: "slice | Tensor") -> Self:
+        """Some consecutive rows, without copying; or those of (N,) int64 row numbers."""
+        if isinstance(rows, Tensor) and rows.dtype == torch.int64 and rows.dim() == 1:
+            return self._take(rows)
         if not isinstance(rows, slice):
-            raise TypeError(f"targets are sliced by rows, such as targets[2:5], got {rows!r}")
+            raise TypeError(
+                "targets are sliced by rows, such as targets[2:5], or taken by a tensor of row "
+                f"numbers; got {rows!r}"
+            )
         start, stop, step = rows.indices(self.num_rows)
         if step != 1:
             raise ValueError(f"targets are sliced in steps of 1, got {step}")
@@ -91,9 +96,13 @@ class Targets:
     def _slice(self, start: int, stop: int) -> Self:
         raise NotImplementedError
 
-    def _sliced_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+    def _take(self, rows: Tensor) -> Self:
+        """As tensors are indexed: in this order, and as often as a row is named."""
+        raise NotImplementedError
+
+    def _row_tensors(self, rows: slice | Tensor) -> dict[str, Tensor]:
         return {
-            name: getattr(self, name)[start:stop]
+            name: getattr(self, name)[rows]
             for name in self.row_fields
             if getattr(self, name) is not None
         }
@@ -180,7 +189,18 @@ class SparseTargets(Targets):
         splits = self.row_splits[start : stop + 1]
         first, last = int(splits[0]), int(splits[-1])
         entries = {name: getattr(self, name)[first:last] for name in self.entry_fields}
-        return replace(self, row_splits=splits - first, **entries, **self._sliced_rows(start, stop))
+        return replace(
+            self, row_splits=splits - first, **entries, **self._row_tensors(slice(start, stop))
+        )
+
+    def _take(self, rows: Tensor) -> Self:
+        sizes = self.row_splits.diff()[rows]
+        splits = _splits(sizes)
+        # Entry e of the result lies as far behind its row's first as it did.
+        shifts = torch.repeat_interleave(self.row_splits[:-1][rows] - splits[:-1], sizes)
+        places = torch.arange(len(shifts), device=self.device) + shifts
+        taken = {name: getattr(self, name)[places] for name in self.entry_fields}
+        return replace(self, row_splits=splits, **taken, **self._row_tensors(rows))
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
@@ -263,7 +283,12 @@ class DenseTargets(Targets):
         return self.logprobs.float().exp()
 
     def _slice(self, start: int, stop: int) -> "DenseTargets":
-        return replace(self, logprobs=self.logprobs[start:stop], **self._sliced_rows(start, stop))
+        return replace(
+            self, logprobs=self.logprobs[start:stop], **self._row_tensors(slice(start, stop))
+        )
+
+    def _take(self, rows: Tensor) -> "DenseTargets":
+        return replace(self, logprobs=self.logprobs[rows], **self._row_tensors(rows))
 
 
 def _row(value: Tensor) -> tuple[int, ...]:

@@ -1,12 +1,16 @@
 """Used inside a trainer: targets from a served teacher, and the losses that take them."""
 
+from typing import TYPE_CHECKING, Any
+
 from student_trainer.client import RemoteTeacher, connect
 from student_trainer.errors import (
     AccessDenied,
     ForkedClient,
     IncompatibleTeacher,
     InvalidRequest,
+    NotRecorded,
     ProtocolError,
+    RecordError,
     TargetsCorrupt,
     TeacherError,
     TeacherInternalError,
@@ -21,13 +25,19 @@ from student_trainer.losses import distillation_loss
 from student_trainer.prefetch import prefetch
 from student_trainer.streaming import Teacher
 
+if TYPE_CHECKING:
+    from student_trainer.recorded import Recorded
+
 __all__ = [
     "AccessDenied",
     "ForkedClient",
     "IncompatibleTeacher",
     "InvalidRequest",
     "LocalTeacher",
+    "NotRecorded",
     "ProtocolError",
+    "RecordError",
+    "Recorded",
     "RemoteTeacher",
     "TargetsCorrupt",
     "Teacher",
@@ -42,3 +52,16 @@ __all__ = [
     "fused_distillation_loss",
     "prefetch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Parquet is in the train extra; those who only stream targets do without it.
+    if name != "Recorded":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from student_trainer.recorded import Recorded
+    except ImportError as error:
+        raise ImportError(
+            f"records need more: pip install 'logitstream[train]' ({error})"
+        ) from error
+    return Recorded

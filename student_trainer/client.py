@@ -14,13 +14,11 @@ from typing import Any
 # A forked child must get ForkedClient: gRPC's own fork handlers crash one in ten of them instead.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-import numpy as np
 from torch import Tensor
 
 from logit_codec import (
     FORMAT_VERSION,
     DenseSpec,
-    IdTable,
     SampledSpec,
     TopKSpec,
     tokenizer_fingerprint,
@@ -31,7 +29,7 @@ from student_trainer.io_thread import IoThread
 from student_trainer.resume import Pending
 from student_trainer.session import Counters, Session
 from student_trainer.streaming import Teacher
-from student_trainer.wish import Answer, Wish
+from student_trainer.wish import Answer, Wish, row_mask
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +62,8 @@ class RemoteTeacher(Teacher):
         self._session = Session(addresses, patience_s)
         try:
             self._info = self._io.run(self._session.open(min(CONNECT_S, patience_s)))
-            _check_compatible(self._info, tokenizer)
+            self.id_tables = self._session.id_tables
+            check_compatible(self._info, tokenizer)
         except BaseException:
             self.close()
             raise
@@ -73,11 +72,6 @@ class RemoteTeacher(Teacher):
     def info(self) -> teacher_pb2.TeacherInfo:
         """What Describe said at connect."""
         return self._info
-
-    @property
-    def id_tables(self) -> Sequence[IdTable]:
-        """What payloads may be coded with, beside the built-in identity."""
-        return self._session.id_tables
 
     @property
     def counters(self) -> Counters:
@@ -146,15 +140,15 @@ def _request(
         epoch=wish.epoch,
         level=teacher_pb2.LEVEL_TRAINING,
     )
-    if rows is None or len(rows) == len(ids) - 1:
+    mask = row_mask(rows, len(ids) - 1)
+    if rows is None or mask is None:
         return request, len(ids) - 1
-    mask = np.zeros(len(ids) - 1, dtype=np.uint8)
-    mask[rows.numpy()] = 1
-    request.row_mask = np.packbits(mask, bitorder="little").tobytes()
+    request.row_mask = mask
     return request, len(rows)
 
 
-def _check_compatible(info: teacher_pb2.TeacherInfo, tokenizer: Any) -> None:
+def check_compatible(info: teacher_pb2.TeacherInfo, tokenizer: Any) -> None:
+    """Raises IncompatibleTeacher unless the codec is ours and the tokenizer, if any, is the same."""
     if FORMAT_VERSION not in info.format_versions:
         raise IncompatibleTeacher(
             f"the teacher writes format versions {list(info.format_versions)}, this client reads "

@@ -11,6 +11,8 @@
     |-- TargetsCorrupt                         DATA_LOSS, a digest that differs: retried, then raised
     |-- TeacherInternalError                   INTERNAL: not retried
     |-- ForkedClient(RuntimeError)             the client was made in another process
+    |-- NotRecorded(LookupError)               a record has no targets of a sequence
+    |-- RecordError(OSError)                   a record cannot be read or written
     `-- ProtocolError                          an answer that cannot be understood
 
 All take just a message, so that they can be pickled across processes.
@@ -59,6 +61,14 @@ class TeacherInternalError(TeacherError):
 
 class ForkedClient(TeacherError, RuntimeError):
     """gRPC does not survive a fork: connect in the process that uses the client."""
+
+
+class NotRecorded(TeacherError, LookupError):
+    """A record has no targets of this sequence, and no live teacher to ask."""
+
+
+class RecordError(TeacherError, OSError):
+    """A record cannot be read or written; the message names the file."""
 
 
 class ProtocolError(TeacherError):

@@ -7,7 +7,7 @@ remote and the local teacher give it theirs and share everything else.
 import itertools
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
-from logit_codec import Targets, TargetSpec
+from logit_codec import IdTable, Targets, TargetSpec
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest, TeacherError
 from student_trainer.window import Window, make_window
@@ -123,6 +123,8 @@ class Teacher(ABC):
     default_look_ahead: ClassVar[int | str] = "30s"
     """The same of `stream_batches`."""
     default_targets: str | TargetSpec = "sampled"
+    id_tables: Sequence[IdTable] = ()
+    """What payloads may be coded with, beside the built-in identity."""
 
     @property
     @abstractmethod

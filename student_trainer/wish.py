@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+from torch import Tensor
+
 from logit_codec import Targets, TargetSpec, parse_targets
 from student_trainer.errors import InvalidRequest
 
@@ -45,3 +48,12 @@ class Answer:
     def nbytes(self) -> int:
         """Memory of both."""
         return self.targets.nbytes + sum(map(len, self.payloads))
+
+
+def row_mask(rows: Tensor | None, num_rows: int) -> bytes | None:
+    """(N,) int64 wanted rows as bits, the lowest first; None if all `num_rows` are wanted."""
+    if rows is None or len(rows) == num_rows:
+        return None
+    mask = np.zeros(num_rows, dtype=np.uint8)
+    mask[rows.numpy()] = 1
+    return np.packbits(mask, bitorder="little").tobytes()

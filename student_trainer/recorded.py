@@ -1,0 +1,648 @@
+"""Recorded: targets that were written down once, replayed for later epochs, students and teams.
+
+With a live teacher behind it, what is missing is asked of that and written down on the way, so a
+record grows where it is used. One thread of its own reads, decodes and writes; the caller's threads
+look up and wait. `shards.py` is the record on disk.
+"""
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from google.protobuf.json_format import MessageToDict, ParseDict
+from torch import Tensor
+from tqdm import tqdm
+
+from logit_codec import (
+    CodecError,
+    IdTable,
+    SampledSpec,
+    Targets,
+    TargetSpec,
+    decode,
+    ids_digest,
+)
+from protos import teacher_pb2
+from student_trainer.client import check_compatible
+from student_trainer.errors import (
+    ForkedClient,
+    IncompatibleTeacher,
+    InvalidRequest,
+    NotRecorded,
+    RecordError,
+    TeacherError,
+)
+from student_trainer.shards import (
+    DAMAGE,
+    Folder,
+    Provenance,
+    Row,
+    Shards,
+    Writer,
+    missing_shards,
+)
+from student_trainer.streaming import Teacher, as_token_ids
+from student_trainer.wish import Answer, Wish, row_mask
+
+logger = logging.getLogger(__name__)
+
+SEAL_NBYTES = 64 << 20
+"""Content of a shard; so much is held in memory until it is sealed."""
+SEAL_S = 60.0
+"""What came longer ago than this is sealed with the next answer: a kill loses no more."""
+VERIFY_THREADS = 4
+NOT_THE_TEACHERS = ("service_id", "replicas", "replica_id", "team", "limits", "server_version")
+"""Fields of TeacherInfo that are about the service, not about the teacher."""
+
+
+@dataclass(slots=True)
+class RecordCounters:
+    """What a record has handed out so far."""
+
+    rows: int = 0
+    payload_nbytes: int = 0
+    replayed: int = 0
+    """Sequences that came from the record."""
+    asked: int = 0
+    """Sequences that the live teacher was asked for."""
+    quarantined: int = 0
+    """Shards that were found damaged."""
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """One draw of a sequence: sealed, still in memory, or on its way."""
+
+    seed: int
+    epoch: int
+    row_mask: bytes | None
+    shard: str = ""
+    row: int = 0
+    """In the shard."""
+    payloads: tuple[bytes, ...] = ()
+    """While it is not sealed."""
+    asked: "Future[Answer] | None" = None
+    """While it is on its way from the live teacher."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Request:
+    token_ids: Tensor
+    rows: Tensor | None
+    wish: Wish
+    key: bytes
+    row_mask: bytes | None
+
+    @classmethod
+    def of(cls, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "_Request":
+        mask = row_mask(rows, len(token_ids) - 1)
+        return cls(token_ids, rows, wish, ids_digest(token_ids), mask)
+
+
+class Recorded(Teacher):
+    """A folder of recorded targets as a teacher.
+
+    folder: a path, or a URL that fsspec knows. fallback: a live teacher for what is missing; its
+    answers are written to the folder unless `write` is off. tokenizer: the student's; a record of
+    another vocabulary is refused. draws: of `sampled` targets, how many draws of a sequence to
+    record before they are replayed. verify: read every shard whole and compare its digest before
+    anything is replayed (default: where the folder is local; what is read later is checked anyway).
+    Raises RecordError if there is nothing to replay, IncompatibleTeacher for another teacher.
+
+    A sequence is found by its ids. Where several draws of it were recorded, a request gets the one
+    of its seed and epoch, or, in the order of seeds and epochs, number `epoch` modulo how many
+    there are.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        fallback: Teacher | None = None,
+        *,
+        tokenizer: Any = None,
+        draws: int = 1,
+        write: bool = True,
+        verify: bool | None = None,
+        seal_nbytes: int = SEAL_NBYTES,
+        seal_s: float = SEAL_S,
+    ) -> None:
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1, got {draws}")
+        self.counters = RecordCounters()
+        self._pid = os.getpid()
+        self._closed = False
+        self._folder = Folder(folder)
+        self._shards = Shards(self._folder)
+        self._fallback = fallback
+        self._draws = draws
+        self._writes = write and fallback is not None
+        self._seal_nbytes, self._seal_s = seal_nbytes, seal_s
+        self._lock = threading.Lock()
+        """Of what is recorded: callers look it up, the worker changes it."""
+        self._provenance: Provenance | None = None
+        self._index = _Index()
+        self._fresh: dict[bytes, list[_Entry]] = defaultdict(list)
+        """What came since the folder was opened, by key."""
+        self._lost: list[str] = []
+        self._writer: Writer | None = None
+        self._unsealed: list[tuple[Row, _Entry]] = []
+        self._unsealed_nbytes = 0
+        self._unsealed_since_s = 0.0
+        self._failure: TeacherError | None = None
+        """Why nothing can be written any more."""
+        self._read(self._folder.is_local if verify is None else verify)
+        if fallback is not None:
+            self._check_same_teacher(fallback.info)
+        elif self._provenance is None:
+            lost = f"; {_listed(self._lost)} damaged or missing" if self._lost else ""
+            raise RecordError(
+                f"there is no record in {folder}{lost}. Make one with student-trainer record, or "
+                "give a live teacher as fallback."
+            )
+        if self._provenance is not None:
+            self.default_targets = self._provenance.spec
+        self._info = self._provenance_info() if fallback is None else fallback.info
+        check_compatible(self._info, tokenizer)
+        self.id_tables = self._read_id_tables()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="record")
+        atexit.register(self.close)
+
+    def __len__(self) -> int:
+        """Sequences and draws that can be replayed now."""
+        with self._lock:
+            return len(self._index) + sum(map(len, self._fresh.values()))
+
+    def __contains__(self, token_ids: object) -> bool:
+        """Whether all rows of a sequence were recorded, in any draw."""
+        key = ids_digest(as_token_ids(token_ids, 0))
+        with self._lock:
+            return any(entry.row_mask is None for entry in self._entries(key))
+
+    @property
+    def info(self) -> teacher_pb2.TeacherInfo:
+        """Of the teacher that was recorded."""
+        return self._info
+
+    @property
+    def temperature(self) -> float:
+        """Of what was recorded; 1.0 while nothing is."""
+        return 1.0 if self._provenance is None else self._provenance.temperature
+
+    def get(self, token_ids: Any, *, seed: int = 0, epoch: int = 0) -> Targets:
+        """The targets of all rows of one sequence. Raises NotRecorded, whoever could be asked."""
+        self.check_usable()
+        wish = Wish.of(self.default_targets, self.temperature, seed, epoch)
+        request = _Request.of(as_token_ids(token_ids, 0), None, wish)
+        with self._lock:
+            entry = self._find(request, self._draws_of(wish.spec, live=False))
+        if entry is None or entry.asked is not None:
+            raise self._not_recorded()
+        return self._worker.submit(self._replay, request, entry).result().targets
+
+    def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
+        """The recorded answer, or the live teacher's."""
+        self.check_usable()
+        self._check_same_wish(wish)
+        request = _Request.of(token_ids, rows, wish)
+        future: Future[Answer] = Future()
+        self._answer(request, future)
+        return future
+
+    def close(self) -> None:
+        """Seals what is not sealed yet. Raises RecordError if that fails."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        try:
+            if self._failure is None:
+                try:
+                    self._worker.submit(self._seal).result()
+                except RuntimeError:  # the interpreter ends, and the worker has done all it had to
+                    self._seal()
+        finally:
+            self._worker.shutdown(cancel_futures=True)
+            self._shards.close()
+
+    def check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedClient(
+                f"this record was opened in process {self._pid} and is used in its fork "
+                f"{os.getpid()}: its thread is not there. Open it anew in the fork."
+            )
+        if self._closed:
+            raise TeacherError("this record is closed; open it again to use it")
+        if self._failure is not None:
+            raise self._failure
+
+    # Opening.
+
+    def _read(self, verify: bool) -> None:
+        """Finds what is recorded, and puts aside what is damaged."""
+        names = self._shards.names()
+        damaged = list(self._not_whole(names)) if verify else []
+        provenances: dict[tuple[str, str, float], str] = {}
+        for name in names:
+            if name in damaged:
+                continue
+            try:
+                found = self._shards.provenance(name)
+                self._index.add(name, self._shards.identities(name))
+            except DAMAGE:
+                damaged.append(name)
+                continue
+            provenances.setdefault((found.fingerprint, found.spec, found.temperature), name)
+            self._provenance = found
+        if len(provenances) > 1:
+            (one, first), (two, second) = list(provenances.items())[:2]
+            raise IncompatibleTeacher(
+                f"{self._folder.root} holds two records: {first} has {_described(*one)}, {second} "
+                f"has {_described(*two)}. Put them into folders of their own."
+            )
+        self._index.build()
+        missing, unreadable = missing_shards(self._folder, names)
+        for name in (*damaged, *unreadable):
+            self._put_aside(name)
+        for name in missing:
+            logger.warning(
+                "%s is missing from %s: its sequences are not replayed", name, self._folder.root
+            )
+        self._lost = [*missing, *damaged]
+
+    def _not_whole(self, names: Sequence[str]) -> Iterator[str]:
+        with ThreadPoolExecutor(VERIFY_THREADS) as threads:
+            results = threads.map(self._shards.is_whole, names)
+            shown = tqdm(results, desc="checking shards", total=len(names), leave=False, delay=2.0)
+            for name, is_whole in zip(names, shown, strict=True):
+                if not is_whole:
+                    yield name
+
+    def _put_aside(self, name: str) -> None:
+        """Names a damaged file, and moves it to quarantine if this record may write."""
+        self.counters.quarantined += 1
+        self._shards.forget(name)
+        where = "left where it is, and not used"
+        if self._writes:
+            try:
+                self._folder.quarantine(name)
+                where = "moved to quarantine/"
+            except OSError as error:
+                where = f"not used, and cannot be moved to quarantine/: {error}"
+        logger.warning("%s in %s is damaged: %s", name, self._folder.root, where)
+
+    def _check_same_teacher(self, info: teacher_pb2.TeacherInfo) -> None:
+        if self._provenance is None or self._provenance.fingerprint == info.teacher_fingerprint:
+            return
+        recorded = self._provenance.teacher.get("model", "")
+        raise IncompatibleTeacher(
+            f"{self._folder.root} was recorded from teacher {recorded} "
+            f"{self._provenance.fingerprint}, the live one is {info.model} "
+            f"{info.teacher_fingerprint}. Record it to another folder."
+        )
+
+    def _check_same_wish(self, wish: Wish) -> None:
+        """The first one decides for a record that holds nothing yet."""
+        asked = str(wish.spec), wish.temperature
+        if self._provenance is None:
+            self._provenance = Provenance(
+                _teacher_of(self._info),
+                *asked,
+                tuple(table.digest.hex() for table in self.id_tables),
+            )
+            self.default_targets = self._provenance.spec
+        recorded = self._provenance.spec, self._provenance.temperature
+        if asked != recorded:
+            raise InvalidRequest(
+                f"{self._folder.root} holds {recorded[0]} at temperature {recorded[1]}, asked for "
+                f"{asked[0]} at temperature {asked[1]}. Ask for what it holds, or record the "
+                "other to another folder."
+            )
+
+    def _provenance_info(self) -> teacher_pb2.TeacherInfo:
+        assert self._provenance is not None
+        info = teacher_pb2.TeacherInfo()
+        return ParseDict(self._provenance.teacher, info, ignore_unknown_fields=True)
+
+    def _read_id_tables(self) -> Sequence[IdTable]:
+        tables = [] if self._fallback is None else list(self._fallback.id_tables)
+        wanted = () if self._provenance is None else self._provenance.id_tables
+        for digest in wanted:
+            if any(table.digest.hex() == digest for table in tables):
+                continue
+            name = f"id_tables/{digest}.bin"
+            try:
+                table = IdTable.from_bytes(self._folder.read(name))
+                assert table.digest.hex() == digest
+            except (OSError, CodecError, AssertionError) as error:
+                raise RecordError(
+                    f"{self._folder.root}/{name}, which its targets are coded with, cannot be "
+                    f"read: {error}. Give the live teacher as fallback: it has the table too."
+                ) from None
+            tables.append(table)
+        return tables
+
+    # Answering.
+
+    def _answer(self, request: _Request, future: "Future[Answer]") -> None:
+        """Sees to it that the future gets the answer, from wherever it is."""
+        num_draws = self._draws_of(request.wish.spec, live=self._fallback is not None)
+        with self._lock:
+            entry = self._find(request, num_draws)
+            if entry is None and self._fallback is not None:
+                new = _Entry(request.wish.seed, request.wish.epoch, request.row_mask)
+                new.asked = future
+                self._fresh[request.key].append(new)
+            else:
+                new = None
+            asked = entry.asked if entry is not None else None
+        if new is not None:
+            self._ask(request, new, future)
+        elif entry is None:
+            future.set_exception(self._not_recorded())
+        elif asked is not None:
+            # Asked for already: replayed as soon as it is here, or asked for again if it never is.
+            asked.add_done_callback(lambda _: self._do(future, self._answer, request, future))
+        else:
+            self._do(future, self._resolve, request, future, partial(self._replay, request, entry))
+
+    def _draws_of(self, spec: TargetSpec, *, live: bool) -> int:
+        """How many draws a sequence needs before they are replayed for other epochs."""
+        return self._draws if live and isinstance(spec, SampledSpec) else 1
+
+    def _find(self, request: _Request, num_draws: int) -> _Entry | None:
+        """What answers a request, if enough draws are there to choose from."""
+        usable = {
+            (entry.seed, entry.epoch): entry
+            for entry in self._entries(request.key)
+            if entry.row_mask is None or entry.row_mask == request.row_mask
+        }
+        if not usable:
+            return None
+        if not isinstance(request.wish.spec, SampledSpec):
+            return next(iter(usable.values()))
+        exact = usable.get((request.wish.seed, request.wish.epoch))
+        if exact is not None:
+            return exact
+        if len(usable) < num_draws:
+            return None
+        return usable[sorted(usable)[request.wish.epoch % len(usable)]]
+
+    def _entries(self, key: bytes) -> list[_Entry]:
+        return [*self._index.find(key), *self._fresh.get(key, ())]
+
+    def _do(self, future: "Future[Answer]", work: Callable[..., None], *arguments: Any) -> None:
+        """In the worker, for a future that somebody waits for."""
+        try:
+            self._worker.submit(work, *arguments)
+        except RuntimeError:  # closed, or the interpreter ends
+            future.cancel()
+
+    def _resolve(
+        self, request: _Request, future: "Future[Answer]", find: Callable[[], Answer]
+    ) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            answer = find()
+        except _Damaged as damaged:
+            self._drop(damaged.shard)
+            again: Future[Answer] = Future()
+            again.add_done_callback(lambda done: _copy(done, future))
+            self._answer(request, again)
+        except BaseException as error:  # whoever waits for the future is told
+            future.set_exception(error)
+        else:
+            future.set_result(answer)
+
+    def _replay(self, request: _Request, entry: _Entry) -> Answer:
+        """Reads and decodes. Raises _Damaged."""
+        payloads, shard = entry.payloads, entry.shard
+        try:
+            if not payloads:
+                payloads = tuple(self._shards.payloads(shard, entry.row))
+            targets = Targets.cat([decode(one, id_tables=self.id_tables) for one in payloads])
+        except (*DAMAGE, CodecError) as error:
+            raise _Damaged(shard) from error
+        mask = entry.row_mask
+        num_rows = len(request.token_ids) - 1 if mask is None else _count_bits(mask)
+        if targets.num_rows != num_rows:
+            raise _Damaged(shard)
+        if mask is None and request.row_mask is not None and request.rows is not None:
+            targets = targets[request.rows]
+            payloads = ()  # they are of more rows than these
+        self.counters.replayed += 1
+        return self._counted(Answer(targets, payloads), request)
+
+    def _ask(self, request: _Request, entry: _Entry, future: "Future[Answer]") -> None:
+        """Asks the live teacher; the worker writes down what it answers."""
+        assert self._fallback is not None
+        wish = replace(request.wish, keep_payloads=True)
+        try:
+            live = self._fallback.submit(request.token_ids, request.rows, wish)
+        except BaseException as error:  # the worker may be the one who asks
+            self._remove(request.key, entry)
+            future.set_exception(error)
+            return
+        self.counters.asked += 1
+
+        def given_up(future: Future[Answer]) -> None:
+            if future.cancelled():
+                self._remove(request.key, entry)
+                live.cancel()
+
+        def answered(live: Future[Answer]) -> None:
+            record = partial(self._record, request, entry, live)
+            self._do(future, self._resolve, request, future, record)
+
+        future.add_done_callback(given_up)
+        live.add_done_callback(answered)
+
+    def _record(self, request: _Request, entry: _Entry, live: "Future[Answer]") -> Answer:
+        """Keeps a live answer to be sealed. Raises what the live teacher raised, RecordError."""
+        try:
+            answer = live.result()
+        except BaseException:
+            self._remove(request.key, entry)
+            raise
+        if not self._writes:
+            self._remove(request.key, entry)
+            return self._counted(answer, request)
+        ids = request.token_ids.numpy().astype(np.int32)
+        row = Row(request.key, entry.seed, entry.epoch, entry.row_mask, ids, tuple(answer.payloads))
+        if not self._unsealed:
+            self._unsealed_since_s = time.monotonic()
+        self._unsealed.append((row, entry))
+        self._unsealed_nbytes += row.nbytes
+        with self._lock:
+            entry.payloads, entry.asked = row.payloads, None
+        waited_s = time.monotonic() - self._unsealed_since_s
+        if self._unsealed_nbytes >= self._seal_nbytes or waited_s >= self._seal_s:
+            self._seal()
+        return self._counted(answer, request)
+
+    def _counted(self, answer: Answer, request: _Request) -> Answer:
+        self.counters.rows += answer.targets.num_rows
+        self.counters.payload_nbytes += sum(map(len, answer.payloads))
+        return answer if request.wish.keep_payloads else Answer(answer.targets)
+
+    def _seal(self) -> None:
+        """Writes what is not sealed into a shard. Raises RecordError; then nothing works any more."""
+        if not self._unsealed:
+            return
+        assert self._provenance is not None
+        try:
+            if self._writer is None:
+                for table in self.id_tables:
+                    name = f"id_tables/{table.digest.hex()}.bin"
+                    if name.rpartition("/")[2] not in self._folder.names("id_tables"):
+                        self._folder.put(name, table.to_bytes())
+                self._writer = Writer(self._folder, self._provenance, self._lost)
+            shard = self._writer.seal([row for row, _ in self._unsealed])
+        except RecordError as error:
+            self._failure = error
+            raise
+        with self._lock:
+            for number, (_, entry) in enumerate(self._unsealed):
+                entry.shard, entry.row, entry.payloads = shard, number, ()
+        self._unsealed, self._unsealed_nbytes = [], 0
+
+    def _drop(self, shard: str) -> None:
+        """Forgets a shard that turned out to be damaged."""
+        with self._lock:
+            known = self._index.drop(shard)
+            for key, entries in list(self._fresh.items()):
+                kept = [entry for entry in entries if entry.shard != shard]
+                known |= len(kept) < len(entries)
+                self._fresh[key] = kept
+        if known:
+            self._put_aside(shard)
+            self._lost.append(shard)
+
+    def _remove(self, key: bytes, entry: _Entry) -> None:
+        with self._lock:
+            self._fresh[key] = [one for one in self._fresh[key] if one is not entry]
+
+    def _not_recorded(self) -> NotRecorded:
+        lost = f" {_listed(self._lost)} are damaged or missing." if self._lost else ""
+        return NotRecorded(
+            f"this sequence is not in the record {self._folder.root}, which has {len(self)} of "
+            f"{self.info.model}.{lost} It was recorded from other text, with another tokenizer or "
+            "cut differently, or these rows were not asked for. Record it with student-trainer "
+            "record, or give a live teacher as fallback."
+        )
+
+
+class _Damaged(Exception):
+    """A shard is not what was sealed."""
+
+    def __init__(self, shard: str) -> None:
+        super().__init__(shard)
+        self.shard = shard
+
+
+@dataclass(slots=True, eq=False)
+class _Index:
+    """Where each sequence of the sealed shards is: arrays sorted by key, 40 bytes per row."""
+
+    names: list[str] = field(default_factory=list)
+    dropped: set[int] = field(default_factory=set)
+    masks: dict[tuple[int, int], bytes] = field(default_factory=dict)
+    """Of the rows that were not recorded whole, by shard and row."""
+    high: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    low: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    draws: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.uint64))
+    """(N, 2): seed and epoch."""
+    places: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int32))
+    """(N, 2): shard and row in it."""
+    parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+    """Of the shards added since the last `build`."""
+
+    def add(self, name: str, identities: Any) -> None:
+        """The columns IDENTITY of a shard; they count once `build` was called."""
+        number = len(self.names)
+        keys = b"".join(identities.column("key").to_pylist())
+        halves = np.frombuffer(keys, "<u8").reshape(-1, 2)
+        draws = [identities.column(column).to_numpy() for column in ("seed", "epoch")]
+        places = np.stack([np.full(len(halves), number), np.arange(len(halves))], 1)
+        mask = identities.column("row_mask")
+        for row in np.flatnonzero(mask.is_valid().to_numpy()):
+            self.masks[number, int(row)] = mask[int(row)].as_py()
+        self.names.append(name)
+        self.parts.append((halves[:, 0], halves[:, 1], np.stack(draws, 1), places.astype(np.int32)))
+
+    def build(self) -> None:
+        """Sorts all."""
+        if not self.parts:
+            return
+        high, low, draws, places = (np.concatenate(part) for part in zip(*self.parts, strict=True))
+        order = np.argsort(high, kind="stable")
+        self.high, self.low, self.draws, self.places = (
+            array[order] for array in (high, low, draws, places)
+        )
+        self.parts.clear()
+
+    def find(self, key: bytes) -> list[_Entry]:
+        """Every draw of the sequence with this key."""
+        high, low = np.frombuffer(key, "<u8")
+        found = []
+        start = int(np.searchsorted(self.high, high))
+        for index in range(start, len(self.high)):
+            if self.high[index] != high:
+                break
+            shard, row = self.places[index].tolist()
+            if self.low[index] == low and shard not in self.dropped:
+                seed, epoch = self.draws[index].tolist()
+                mask = self.masks.get((shard, row))
+                found.append(_Entry(seed, epoch, mask, self.names[shard], row))
+        return found
+
+    def drop(self, name: str) -> bool:
+        """Forgets the rows of a shard; whether there were any."""
+        if name not in self.names or self.names.index(name) in self.dropped:
+            return False
+        self.dropped.add(self.names.index(name))
+        return True
+
+    def __len__(self) -> int:
+        if not self.dropped:
+            return len(self.places)
+        return int((~np.isin(self.places[:, 0], list(self.dropped))).sum())
+
+
+def _teacher_of(info: teacher_pb2.TeacherInfo) -> dict[str, Any]:
+    """What a record keeps of who the teacher is."""
+    copy = teacher_pb2.TeacherInfo()
+    copy.CopyFrom(info)
+    for name in NOT_THE_TEACHERS:
+        copy.ClearField(name)
+    return MessageToDict(copy, preserving_proto_field_name=True)
+
+
+def _described(fingerprint: str, spec: str, temperature: float) -> str:
+    return f"{spec} at temperature {temperature} of teacher {fingerprint}"
+
+
+def _copy(done: "Future[Answer]", future: "Future[Answer]") -> None:
+    error = done.exception()
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(done.result())
+
+
+def _count_bits(mask: bytes) -> int:
+    return int.from_bytes(mask, "little").bit_count()
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

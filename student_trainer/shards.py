@@ -1,0 +1,364 @@
+"""A record on disk: sealed Parquet shards in a folder, local or wherever fsspec reaches.
+
+    shard-00000-1f2e3d4c-<digest>.parquet   sealed; the digest is XXH3-128 of the whole file, hex
+    manifest-1f2e3d4c.json                  what one writer has sealed, so that a loss is noticed
+    id_tables/<digest>.bin                  tables that targets are coded with
+    quarantine/                             shards that were found damaged
+
+A shard is written aside, forced to the disk and renamed: a file with its name is whole, or was
+damaged later, which its name tells. Several writers may share a folder. docs/replay.md describes
+the columns for readers without this code.
+"""
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from fsspec.implementations.local import LocalFileSystem
+
+from student_trainer.errors import RecordError
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.binary(16)),
+        ("seed", pa.uint64()),
+        ("epoch", pa.uint64()),
+        ("row_mask", pa.binary()),
+        ("input_ids", pa.list_(pa.field("element", pa.int32(), nullable=False))),
+        ("targets", pa.list_(pa.field("element", pa.binary(), nullable=False))),
+        ("teacher", pa.string()),
+        ("spec", pa.string()),
+        ("temperature", pa.float64()),
+    ]
+)
+"""One row per sequence and draw; docs/replay.md says what each column holds."""
+IDENTITY = ("key", "seed", "epoch", "row_mask")
+"""The columns that say what a row is, without its content."""
+METADATA = b"logitstream"
+"""Where a shard's schema keeps the provenance, as JSON."""
+GROUP_NBYTES = 256 << 10
+"""Targets per row group, which is read whole to get at one row: a fraction of what decoding costs."""
+CHUNK_NBYTES = 4 << 20
+ABANDONED_S = 600.0
+"""A partial file that was not written to for so long belongs to nobody any more."""
+OPEN_SHARDS = 128
+"""Shards of which the footer is kept in memory."""
+DAMAGE = (pa.ArrowException, OSError, KeyError, ValueError, IndexError)
+"""What reading a damaged file can raise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What is the same for every row of a record."""
+
+    teacher: dict[str, Any]
+    """Fields of TeacherInfo, as JSON has them."""
+    spec: str
+    """What was asked for, as `parse_targets` reads it."""
+    temperature: float
+    id_tables: tuple[str, ...] = ()
+    """Digests, hex, of what the targets may be coded with."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the teacher: of everything that decides the bytes."""
+        return self.teacher.get("teacher_fingerprint", "")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "teacher": self.teacher,
+            "spec": self.spec,
+            "temperature": self.temperature,
+            "id_tables": list(self.id_tables),
+        }
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Self:
+        return cls(found["teacher"], found["spec"], found["temperature"], tuple(found["id_tables"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence with its targets."""
+
+    key: bytes
+    """`ids_digest` of the ids."""
+    seed: int
+    epoch: int
+    row_mask: bytes | None
+    """Bit i, the lowest first, says whether row i has targets; None: all have."""
+    token_ids: np.ndarray
+    """(L,) int32."""
+    payloads: tuple[bytes, ...]
+    """Containers of the codec, in the order of the rows."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.token_ids.nbytes + sum(map(len, self.payloads))
+
+
+class Folder:
+    """Where a record is; every file in it appears whole or not at all."""
+
+    def __init__(self, where: str | os.PathLike[str]) -> None:
+        """where: a path, or a URL such as s3://bucket/targets. Raises RecordError."""
+        try:
+            self._files, self.root = fsspec.core.url_to_fs(os.fspath(where))
+        except (ValueError, ImportError) as error:
+            raise RecordError(f"cannot use {where}: {error}") from None
+        self.is_local = isinstance(self._files, LocalFileSystem)
+
+    def names(self, below: str = "") -> set[str]:
+        """Of the files in the folder, or in one below it; none if it does not exist."""
+        self._files.invalidate_cache()
+        try:
+            found = self._files.ls(self._path(below), detail=False)
+        except FileNotFoundError:
+            return set()
+        return {path.rstrip("/").rpartition("/")[2] for path in found}
+
+    def open(self, name: str) -> Any:
+        """For reading, at any place. Not mapped: a mapped file that is cut off kills the process."""
+        if self.is_local:
+            return pa.OSFile(self._path(name))
+        return self._files.open(self._path(name), "rb", cache_type="readahead")
+
+    def read(self, name: str) -> bytes:
+        return self._files.cat_file(self._path(name))
+
+    def put(self, name: str, content: bytes | pa.Buffer) -> None:
+        """Makes a file, or replaces it. Raises RecordError if it cannot; then nothing changed."""
+        path = self._path(name)
+        try:
+            if self.is_local:
+                _write_local(Path(path), content)
+            else:  # object stores show a file once it is there as a whole
+                self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
+                self._files.pipe_file(path, bytes(content))
+        except OSError as error:
+            raise RecordError(
+                f"cannot write {path}: {error.strerror or error}. What was sealed before is "
+                "intact; once the cause is removed, the same command goes on from there."
+            ) from error
+
+    def quarantine(self, name: str) -> None:
+        """Puts a damaged file aside. Raises OSError."""
+        self._files.makedirs(self._path("quarantine"), exist_ok=True)
+        self._files.mv(self._path(name), self._path(f"quarantine/{name}"))
+
+    def remove_abandoned(self) -> None:
+        """Removes what killed writers left half written."""
+        if self.is_local:
+            for path in Path(self.root).glob(".*.partial"):
+                if time.time() - path.stat().st_mtime > ABANDONED_S or _is_of_the_dead(path.name):
+                    path.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}" if name else self.root
+
+
+class Shards:
+    """The sealed shards of a folder, and where their rows are."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        self._files: OrderedDict[str, tuple[pq.ParquetFile, np.ndarray]] = OrderedDict()
+        """With the first row of each row group."""
+
+    def names(self) -> list[str]:
+        """Of all that are there, damaged or not, in the order of their writers' numbers."""
+        return sorted(
+            name
+            for name in self._folder.names()
+            if name.startswith("shard-") and name.endswith(".parquet")
+        )
+
+    def is_whole(self, name: str) -> bool:
+        """Whether the file still is what was sealed."""
+        digest = xxhash.xxh3_128()
+        try:
+            with self._folder.open(name) as file:
+                while chunk := file.read(CHUNK_NBYTES):
+                    digest.update(chunk)
+        except DAMAGE:
+            return False
+        return name == f"{name.rpartition('-')[0]}-{digest.hexdigest()}.parquet"
+
+    def provenance(self, name: str) -> Provenance:
+        """Raises one of DAMAGE."""
+        metadata = self._file(name)[0].schema_arrow.metadata or {}
+        return Provenance.from_json(json.loads(metadata[METADATA]))
+
+    def identities(self, name: str) -> pa.Table:
+        """The columns IDENTITY of all rows. Raises one of DAMAGE."""
+        return self._file(name)[0].read(columns=list(IDENTITY), use_threads=False)
+
+    def payloads(self, name: str, row: int) -> list[bytes]:
+        """The targets of one row. Raises one of DAMAGE."""
+        file, firsts = self._file(name)
+        group = int(np.searchsorted(firsts, row, side="right")) - 1
+        column = file.read_row_group(group, columns=["targets"], use_threads=False).column(0)
+        return column[row - int(firsts[group])].as_py()
+
+    def forget(self, name: str) -> None:
+        """Closes its file."""
+        if name in self._files:
+            self._files.pop(name)[0].close(force=True)
+
+    def close(self) -> None:
+        """Closes all files."""
+        for name in list(self._files):
+            self.forget(name)
+
+    def _file(self, name: str) -> tuple[pq.ParquetFile, np.ndarray]:
+        if name in self._files:
+            self._files.move_to_end(name)
+            return self._files[name]
+        while len(self._files) >= OPEN_SHARDS:
+            self.forget(next(iter(self._files)))
+        source = self._folder.open(name)
+        try:
+            file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
+        except BaseException:
+            source.close()
+            raise
+        counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        self._files[name] = file, np.cumsum([0, *counts])[:-1]
+        return self._files[name]
+
+
+class Writer:
+    """Seals shards of one provenance in a folder, and keeps its manifest."""
+
+    def __init__(self, folder: Folder, provenance: Provenance, lost: Sequence[str] = ()) -> None:
+        """lost: shards that were missing when this writer began, and were told of."""
+        self._folder = folder
+        self._provenance = provenance
+        self._lost = list(lost)
+        self._id = secrets.token_hex(4)
+        self._sealed: list[dict[str, Any]] = []
+        folder.remove_abandoned()
+
+    def seal(self, rows: Sequence[Row]) -> str:
+        """Writes a shard; returns its name. Raises RecordError; then there is none."""
+        content = encode_shard(rows, self._provenance)
+        number = f"{len(self._sealed):05}-{self._id}"
+        name = f"shard-{number}-{xxhash.xxh3_128_hexdigest(content)}.parquet"
+        self._folder.put(name, content)
+        self._sealed.append({"name": name, "sequences": len(rows), "nbytes": content.size})
+        manifest = {
+            **self._provenance.to_json(),
+            "shards": self._sealed,
+            "lost": self._lost,
+        }
+        self._folder.put(f"manifest-{self._id}.json", json.dumps(manifest, indent=1).encode())
+        return name
+
+
+def encode_shard(rows: Sequence[Row], provenance: Provenance) -> pa.Buffer:
+    """The bytes of a shard.
+
+    Ids are packed by DELTA_BINARY_PACKED, which takes as few bytes as zstd at half the time; target
+    bytes are as dense as they get, and are stored as they are (`python -m benchmarks.replay`).
+    """
+    metadata = {METADATA: json.dumps(provenance.to_json(), sort_keys=True)}
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink,
+        SCHEMA.with_metadata(metadata),
+        compression="none",
+        use_dictionary=["teacher", "spec"],  # type: ignore[arg-type]
+        column_encoding={"input_ids.list.element": "DELTA_BINARY_PACKED"},
+        write_statistics=False,
+        write_page_checksum=True,
+    ) as writer:
+        start, nbytes = 0, 0
+        for stop, row in enumerate(rows, 1):
+            nbytes += row.nbytes
+            if nbytes >= GROUP_NBYTES or stop == len(rows):
+                writer.write_table(_table(rows[start:stop], provenance))
+                start, nbytes = stop, 0
+    return sink.getvalue()
+
+
+def missing_shards(folder: Folder, present: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Shards that a manifest has and the folder has not, and manifests that cannot be read."""
+    expected: set[str] = set()
+    known: set[str] = {*present, *folder.names("quarantine")}
+    unreadable = []
+    for name in sorted(folder.names()):
+        if not (name.startswith("manifest-") and name.endswith(".json")):
+            continue
+        try:
+            manifest = json.loads(folder.read(name))
+            expected |= {str(shard["name"]) for shard in manifest["shards"]}
+            known |= set(manifest["lost"])
+        except (OSError, ValueError, KeyError, TypeError):
+            unreadable.append(name)
+    return sorted(expected - known), unreadable
+
+
+def _table(rows: Sequence[Row], provenance: Provenance) -> pa.Table:
+    offsets = np.cumsum([0, *(len(row.token_ids) for row in rows)]).astype(np.int32)
+    ids = pa.ListArray.from_arrays(
+        offsets,
+        pa.array(np.concatenate([row.token_ids for row in rows])),
+        type=SCHEMA.field("input_ids").type,
+    )
+    columns = {
+        "key": [row.key for row in rows],
+        "seed": [row.seed for row in rows],
+        "epoch": [row.epoch for row in rows],
+        "row_mask": [row.row_mask for row in rows],
+        "input_ids": ids,
+        "targets": [list(row.payloads) for row in rows],
+        "teacher": [provenance.fingerprint] * len(rows),
+        "spec": [provenance.spec] * len(rows),
+        "temperature": [provenance.temperature] * len(rows),
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _write_local(path: Path, content: bytes | pa.Buffer) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_of_the_dead(partial: str) -> bool:
+    """Whether a partial file belongs to a process of this host that is no more."""
+    host, _, pid = partial.removesuffix(".partial").rpartition(".")
+    if not host.endswith(f".{socket.gethostname()}") or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
