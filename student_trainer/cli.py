@@ -1,4 +1,4 @@
-"""`student-trainer train` and `student-trainer check`: parse first, then import the rest.
+"""`student-trainer train`, `record` and `check`: parse first, then import the rest.
 
 Exit codes: 0 done, 1 something went wrong, 2 command line or configuration, 130 Ctrl-C.
 """
@@ -16,10 +16,11 @@ from typing import Annotated, Any
 import pydantic
 import tyro
 
-from student_trainer.config import CheckConfig, TrainConfig
+from student_trainer.config import CheckConfig, RecordConfig, TrainConfig
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train", prefix_name=False)]
+    | Annotated[RecordConfig, tyro.conf.subcommand("record", prefix_name=False)]
     | Annotated[CheckConfig, tyro.conf.subcommand("check", prefix_name=False)]
 )
 
@@ -42,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from student_trainer.errors import TeacherError
 
     try:
-        return run_train(command) if isinstance(command, TrainConfig) else run_check(command)
+        if isinstance(command, TrainConfig):
+            return run_train(command)
+        return run_record(command) if isinstance(command, RecordConfig) else run_check(command)
     except KeyboardInterrupt:
         print("student-trainer: interrupted", file=sys.stderr)
         return 130
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_train(config: TrainConfig) -> int:
     """Trains the student, and the control if asked for; prints and writes the report."""
-    from student_trainer import data, prefetch, report, runs, trainer
+    from student_trainer import data, prefetch, report, runs
 
     corpus = runs.read_corpus(config)
     config.output.mkdir(parents=True, exist_ok=True)
@@ -64,7 +67,7 @@ def run_train(config: TrainConfig) -> int:
         )
 
     with runs.open_teacher(config, corpus.tokenizer) as teacher:
-        reached = trainer.teacher_loss(teacher, corpus.held_out)
+        reached = runs.teacher_loss(config, teacher, corpus.held_out)
         control = None
         if config.control:
             pairs = prefetch(((batch, None) for batch in batches()), ahead=1)
@@ -118,6 +121,55 @@ def run_train(config: TrainConfig) -> int:
     print(report.table(numbers))
     print(report.verdict(numbers))
     print(f"written: {config.output / 'report.json'}, report.html, loss.png, student/")
+    return 0
+
+
+def run_record(config: RecordConfig) -> int:
+    """Asks for what the record has not yet, of the data and the held-out text; prints what it has."""
+    import torch
+    from tqdm import tqdm
+
+    from student_trainer import runs
+    from student_trainer.recorded import Recorded
+
+    corpus = runs.read_corpus(config)
+    sequences = torch.cat([corpus.sequences, corpus.held_out])
+    with runs.open_teacher(config, corpus.tokenizer) as record:
+        assert isinstance(record, Recorded)
+        for epoch in range(config.draws):
+            missing = [one for one in sequences if not record.has(one, config.seed, epoch)]
+            pairs = record.stream_batches(
+                ({"input_ids": one} for one in missing),
+                targets=config.targets,
+                temperature=config.temperature,
+                seed=config.seed,
+                epoch=epoch,
+            )
+            with tqdm(
+                total=len(missing) * config.sequence_length,
+                desc=f"recording, draw {epoch + 1} of {config.draws}",
+                unit=" tokens",
+                unit_scale=True,
+            ) as progress:
+                for _ in pairs:
+                    progress.update(config.sequence_length)
+        asked, rows = record.counters.asked, record.counters.rows
+        numbers = {
+            "record": config.record,
+            "sequences": len(record),
+            "asked": asked,
+            "already_recorded": len(sequences) * config.draws - asked,
+            "tokens": asked * config.sequence_length,
+            "bytes_per_token": record.counters.payload_nbytes / rows if rows else None,
+            "targets": record.default_targets,
+            "teacher": record.info.model,
+            "teacher_fingerprint": record.info.teacher_fingerprint,
+        }
+    if config.as_json:
+        print(json.dumps(numbers, indent=2))
+    else:
+        for name, value in numbers.items():
+            print(f"{name:20} {f'{value:,.1f}' if isinstance(value, float) else value}")
     return 0
 
 

@@ -1,10 +1,10 @@
 """Everything a trainer can set: as flags, or in a TOML file given as @config.toml."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Section(BaseModel):
@@ -14,8 +14,13 @@ class _Section(BaseModel):
 class CorpusConfig(_Section):
     """What is asked of which teacher, about which text."""
 
-    teacher: str
-    """HOST:PORT of the service."""
+    teacher: str = ""
+    """HOST:PORT of the service; may be left out if --record has all that is needed."""
+    record: str = ""
+    """Folder, or URL such as s3://bucket/targets, of recorded targets: they are replayed. With
+    --teacher, what is missing there is asked for, and recorded."""
+    draws: int = Field(default=1, ge=1)
+    """Of `sampled` targets, how many draws of a sequence to record before they are replayed."""
     student: Path
     """Hugging Face folder: config and tokenizer, and weights if it is not to start from random ones."""
     data: list[str]
@@ -32,6 +37,25 @@ class CorpusConfig(_Section):
     """Of the teacher's and the student's distributions in the distillation loss."""
     seed: int = Field(default=0, ge=0)
     """Of the student's random weights, the order of the data and the teacher's draws."""
+
+    @model_validator(mode="after")
+    def _has_targets(self) -> Self:
+        if not (self.teacher or self.record):
+            raise ValueError("give --teacher HOST:PORT, --record FOLDER or both")
+        return self
+
+
+class RecordConfig(CorpusConfig):
+    """Write down a served teacher's targets of a text, to train on them later without it."""
+
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON."""
+
+    @model_validator(mode="after")
+    def _has_both(self) -> Self:
+        if not (self.teacher and self.record):
+            raise ValueError("to record, give --teacher HOST:PORT and --record FOLDER")
+        return self
 
 
 class TrainConfig(CorpusConfig):

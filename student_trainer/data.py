@@ -78,12 +78,15 @@ def digest(sequences: Tensor) -> str:
 
 def batches(
     sequences: Tensor, *, batch_size: int, steps: int, seed: int
-) -> Iterator[dict[str, Tensor]]:
-    """`steps` batches of (batch_size, L) input_ids: shuffled, and shuffled anew in each epoch."""
+) -> Iterator[dict[str, Any]]:
+    """`steps` batches of (batch_size, L) input_ids: shuffled, and shuffled anew in each epoch.
+
+    Each says under "epoch" which one its first sequence is of.
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
+    for step in range(steps):
         while len(order) < batch_size:
             order = torch.cat([order, torch.randperm(len(sequences), generator=generator)])
         chosen, order = order[:batch_size], order[batch_size:]
-        yield {"input_ids": sequences[chosen]}
+        yield {"input_ids": sequences[chosen], "epoch": step * batch_size // len(sequences)}

@@ -181,11 +181,13 @@ class Recorded(Teacher):
         with self._lock:
             return len(self._index) + sum(map(len, self._fresh.values()))
 
-    def __contains__(self, token_ids: object) -> bool:
-        """Whether all rows of a sequence were recorded, in any draw."""
-        key = ids_digest(as_token_ids(token_ids, 0))
+    def has(self, token_ids: Any, seed: int = 0, epoch: int = 0) -> bool:
+        """Whether all rows of a sequence would be replayed, without asking the live teacher."""
+        if self._provenance is None:
+            return False
+        request = self._request_of(token_ids, seed, epoch)
         with self._lock:
-            return any(entry.row_mask is None for entry in self._entries(key))
+            return self._find(request, self._draws_of(request.wish.spec)) is not None
 
     @property
     def info(self) -> teacher_pb2.TeacherInfo:
@@ -200,10 +202,9 @@ class Recorded(Teacher):
     def get(self, token_ids: Any, *, seed: int = 0, epoch: int = 0) -> Targets:
         """The targets of all rows of one sequence. Raises NotRecorded, whoever could be asked."""
         self.check_usable()
-        wish = Wish.of(self.default_targets, self.temperature, seed, epoch)
-        request = _Request.of(as_token_ids(token_ids, 0), None, wish)
+        request = self._request_of(token_ids, seed, epoch)
         with self._lock:
-            entry = self._find(request, self._draws_of(wish.spec, live=False))
+            entry = self._find(request, 1)
         if entry is None or entry.asked is not None:
             raise self._not_recorded()
         return self._worker.submit(self._replay, request, entry).result().targets
@@ -354,7 +355,7 @@ class Recorded(Teacher):
 
     def _answer(self, request: _Request, future: "Future[Answer]") -> None:
         """Sees to it that the future gets the answer, from wherever it is."""
-        num_draws = self._draws_of(request.wish.spec, live=self._fallback is not None)
+        num_draws = self._draws_of(request.wish.spec)
         with self._lock:
             entry = self._find(request, num_draws)
             if entry is None and self._fallback is not None:
@@ -374,8 +375,13 @@ class Recorded(Teacher):
         else:
             self._do(future, self._resolve, request, future, partial(self._replay, request, entry))
 
-    def _draws_of(self, spec: TargetSpec, *, live: bool) -> int:
+    def _request_of(self, token_ids: Any, seed: int, epoch: int) -> _Request:
+        wish = Wish.of(self.default_targets, self.temperature, seed, epoch)
+        return _Request.of(as_token_ids(token_ids, 0), None, wish)
+
+    def _draws_of(self, spec: TargetSpec) -> int:
         """How many draws a sequence needs before they are replayed for other epochs."""
+        live = self._fallback is not None
         return self._draws if live and isinstance(spec, SampledSpec) else 1
 
     def _find(self, request: _Request, num_draws: int) -> _Entry | None:

@@ -1,6 +1,8 @@
 """One training run as `student-trainer train` describes it: its text, its teacher, its students."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logit_codec import parse_targets
 from student_trainer import data, trainer
 from student_trainer.checkpoint import Checkpoints
 from student_trainer.client import RemoteTeacher, connect
 from student_trainer.config import CorpusConfig, TrainConfig
 from student_trainer.curves import Curves
+from student_trainer.errors import NotRecorded
+from student_trainer.recorded import Recorded
+
+logger = logging.getLogger(__name__)
 
 MAY_CHANGE = {
-    *("teacher", "output", "ahead", "control", "device", "log_every", "tensorboard"),
+    *(
+        "teacher",
+        "record",
+        "draws",
+        "output",
+        "ahead",
+        "control",
+        "device",
+        "log_every",
+        "tensorboard",
+    ),
     *("checkpoint_every", "keep_checkpoints", "start_over"),
 }
 """What a run that goes on from a checkpoint may set otherwise."""
@@ -54,9 +71,34 @@ def read_corpus(config: CorpusConfig) -> Corpus:
     return Corpus(tokenizer, sequences, held_out[: config.held_out_sequences])
 
 
-def open_teacher(config: CorpusConfig, tokenizer: Any) -> RemoteTeacher:
-    """The teacher that the run is to learn from."""
-    return connect(config.teacher, tokenizer=tokenizer)
+@contextmanager
+def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher | Recorded]:
+    """The teacher that the run is to learn from: served, recorded, or both."""
+    with ExitStack() as ending:
+        live = None
+        if config.teacher:
+            live = ending.enter_context(connect(config.teacher, tokenizer=tokenizer))
+        if config.record:
+            record = Recorded(config.record, live, tokenizer=tokenizer, draws=config.draws)
+            yield ending.enter_context(record)
+        else:
+            assert live is not None
+            yield live
+
+
+def teacher_loss(
+    config: CorpusConfig, teacher: RemoteTeacher | Recorded, held_out: Tensor
+) -> float | None:
+    """The teacher's own loss, in nats; None if a record cannot tell."""
+    if not isinstance(teacher, Recorded):
+        return trainer.teacher_loss(teacher, held_out)
+    if config.temperature != 1.0 or not parse_targets(config.targets).realized:
+        return None
+    try:
+        return trainer.teacher_loss(teacher, held_out, targets=config.targets, seed=config.seed)
+    except NotRecorded:
+        logger.warning("the held-out text was not recorded: the teacher's own loss is unknown")
+        return None
 
 
 def train_student(

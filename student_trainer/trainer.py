@@ -228,15 +228,18 @@ def held_out_loss(student: nn.Module, sequences: Tensor, *, batch_size: int = 32
     return total / (sequences.shape[0] * (sequences.shape[1] - 1))
 
 
-def teacher_loss(teacher: Teacher, sequences: Tensor) -> float:
-    """Mean cross-entropy, in nats, of the teacher itself on (N, L) sequences."""
+def teacher_loss(
+    teacher: Teacher, sequences: Tensor, *, targets: str = "top_k:1", seed: int = 0
+) -> float:
+    """Mean cross-entropy, in nats, of the teacher itself on (N, L) sequences.
+
+    targets: what to ask for, at temperature 1; all that is used is the realized logprob.
+    """
     total = 0.0
-    pairs = teacher.stream(sequences, targets="top_k:1", ahead=32)
-    for _, targets in tqdm(
-        pairs, total=len(sequences), desc="teacher on held-out text", leave=False
-    ):
-        assert targets.realized_logprob is not None
-        total -= float(targets.realized_logprob.double().sum())
+    pairs = teacher.stream(sequences, targets=targets, seed=seed, ahead=32)
+    for _, found in tqdm(pairs, total=len(sequences), desc="teacher on held-out text", leave=False):
+        assert found.realized_logprob is not None
+        total -= float(found.realized_logprob.double().sum())
     loss = total / (sequences.shape[0] * (sequences.shape[1] - 1))
     assert math.isfinite(loss)
     return loss
