@@ -125,7 +125,7 @@ class Folder:
         self._files.invalidate_cache()
         try:
             found = self._files.ls(self._path(below), detail=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return set()
         return {path.rstrip("/").rpartition("/")[2] for path in found}
 

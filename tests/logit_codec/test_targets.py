@@ -116,7 +116,7 @@ def test_a_slice_shares_the_values_of_what_it_was_cut_from():
 @EACH
 def test_only_slices_in_steps_of_one_are_rows(make):
     targets = make()
-    with pytest.raises(TypeError, match=r"targets\[2:5\], got 1"):
+    with pytest.raises(TypeError, match=r"targets\[2:5\].*got 1"):
         targets[1]
     with pytest.raises(ValueError, match="steps of 1, got 2"):
         targets[::2]
