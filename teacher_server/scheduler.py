@@ -16,6 +16,7 @@ import grpc
 
 from teacher_server.errors import RequestRefused
 from teacher_server.head import WantedRows
+from teacher_server.teams import DEFAULT_TEAM, Team
 
 NUM_LEVELS = 3
 """Interactive, training, bulk: a lower level goes first."""
@@ -31,6 +32,7 @@ class Job:
     reply_nbytes: int
     """Upper bound of its answer."""
     level: int = 1
+    team: Team = DEFAULT_TEAM
     waiting: bool = field(default=False, init=False)
     """Queued and not departed: it counts towards the queue's tokens."""
     order: int = field(default=0, init=False)

@@ -21,12 +21,14 @@ from torch import Tensor
 from logit_codec import CodecError, IdTable, Targets, encode_parts
 from protos import teacher_pb2, teacher_pb2_grpc
 from protos.check import answer_check, request_digest
+from teacher_server.access import Caller, current_caller
 from teacher_server.admission import Admission, Admitted
 from teacher_server.errors import RequestRefused, invalid
 from teacher_server.head import StageTimes
 from teacher_server.metrics import Metrics
 from teacher_server.room import ProcessRoom, StreamRoom
 from teacher_server.scheduler import Job
+from teacher_server.teams import DEFAULT_TEAM, Team
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +54,6 @@ class Scored:
     started_s: float
     """time.monotonic() when its batch was taken."""
 
-
-TEAM = "default"
-"""Whose requests these are, until a service knows teams."""
 
 Score = Callable[[Job], Awaitable[Scored]]
 """Submits a job and waits for its result; cancelling it makes the job depart."""
@@ -139,7 +138,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         # A client may wait for a first sign before it writes; see FIRST_SIGN_S of the one here.
         await context.send_initial_metadata(())
         with self._room.stream(self._admission.limits.max_stream_nbytes) as room:
-            stream = _Stream(context, room)
+            stream = _Stream(context, room, current_caller())
             async with asyncio.TaskGroup() as tasks:
                 try:
                     async for request in _until(self._draining, request_iterator):
@@ -163,6 +162,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         """Admits one request and submits its sequences as the stream has room for their answers."""
         answer = _Answer(request.request_id, request_digest(request))
         try:
+            answer.team = stream.caller.team()
             if request.request_id in stream.unanswered:
                 raise invalid(
                     "DUPLICATE_REQUEST_ID",
@@ -193,7 +193,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         """Scores, encodes and writes one sequence."""
         try:
             bucket = self._bucket_length(len(item.wanted.token_ids))
-            job = Job(item.wanted, bucket, item.reply_nbytes, level)
+            job = Job(item.wanted, bucket, item.reply_nbytes, level, answer.team)
             scored = await self._score(job)
             began = time.perf_counter()
             loop = asyncio.get_running_loop()
@@ -225,7 +225,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 part.teacher_fingerprint = self._fingerprint
                 part.timing.CopyFrom(timing)
                 await stream.write(answer, response)
-                self._metrics.bytes_sent.labels(TEAM).inc(len(payload))
+                self._metrics.bytes_sent.labels(answer.team.name).inc(len(payload))
         except grpc.aio.InternalError:
             answer.failed = True  # nobody takes it: the client has gone
         except Exception as error:
@@ -252,7 +252,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         if answer.failed:
             return
         message = _error_message(error, sequence, rows)
-        self._metrics.rejected.labels(TEAM, message.reason).inc()
+        self._metrics.rejected.labels(answer.team.name, message.reason).inc()
         response = teacher_pb2.ScoreResponse(request_id=answer.request_id, error=message)
         await stream.write(answer, response)
         current = asyncio.current_task()
@@ -305,6 +305,8 @@ class _Answer:
 
     request_id: int
     request_digest: bytes
+    team: Team = DEFAULT_TEAM
+    """Whose request it is."""
     unfinished: int = 0
     """Sequences whose final part has not been made."""
     failed: bool = False
@@ -314,8 +316,9 @@ class _Answer:
 class _Stream:
     """One client stream: its room, and one writer at a time."""
 
-    def __init__(self, context: grpc.aio.ServicerContext, room: StreamRoom) -> None:
+    def __init__(self, context: grpc.aio.ServicerContext, room: StreamRoom, caller: Caller) -> None:
         self.room = room
+        self.caller = caller
         self.unanswered: dict[int, _Answer] = {}
         self._context = context
         self._lock = asyncio.Lock()
