@@ -434,7 +434,8 @@ class Recorded(Teacher):
         payloads, shard = entry.payloads, entry.shard
         try:
             if not payloads:
-                payloads = tuple(self._shards.payloads(shard, entry.row))
+                identity = request.key, entry.seed, entry.epoch
+                payloads = tuple(self._shards.payloads(shard, entry.row, identity))
             targets = Targets.cat([decode(one, id_tables=self.id_tables) for one in payloads])
         except (*DAMAGE, CodecError) as error:
             raise _Damaged(shard) from error

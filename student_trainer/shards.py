@@ -6,8 +6,10 @@
     quarantine/                             shards that were found damaged
 
 A shard is written aside, forced to the disk and renamed: a file with its name is whole, or was
-damaged later, which its name tells. Several writers may share a folder. docs/replay.md describes
-the columns for readers without this code.
+damaged later, which its name tells. What is read of a file that was not compared with its name first
+is checked too: pages, targets and provenance have digests of their own, and a row says which it is.
+Several writers may share a folder. docs/recording.md describes the columns for readers without this
+code.
 """
 
 import json
@@ -43,11 +45,11 @@ SCHEMA = pa.schema(
         ("temperature", pa.float64()),
     ]
 )
-"""One row per sequence and draw; docs/replay.md says what each column holds."""
+"""One row per sequence and draw; docs/recording.md says what each column holds."""
 IDENTITY = ("key", "seed", "epoch", "row_mask")
 """The columns that say what a row is, without its content."""
-METADATA = b"logitstream"
-"""Where a shard's schema keeps the provenance, as JSON."""
+METADATA = "logitstream"
+"""Key of a shard's metadata under which its provenance is."""
 GROUP_NBYTES = 256 << 10
 """Targets per row group, which is read whole to get at one row: a fraction of what decoding costs."""
 CHUNK_NBYTES = 4 << 20
@@ -84,8 +86,17 @@ class Provenance:
             "id_tables": list(self.id_tables),
         }
 
+    def signed(self) -> str:
+        """As JSON that says what its own digest is, for the metadata of a shard."""
+        content = self.to_json()
+        return json.dumps({**content, "digest": _digest_of(content)})
+
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Self:
+    def from_signed(cls, text: bytes) -> Self:
+        """Raises KeyError or ValueError if it is not what `signed` made."""
+        found = json.loads(text)
+        if found.pop("digest") != _digest_of(found):
+            raise ValueError("the provenance of a shard was changed")
         return cls(found["teacher"], found["spec"], found["temperature"], tuple(found["id_tables"]))
 
 
@@ -198,19 +209,25 @@ class Shards:
 
     def provenance(self, name: str) -> Provenance:
         """Raises one of DAMAGE."""
-        metadata = self._file(name)[0].schema_arrow.metadata or {}
-        return Provenance.from_json(json.loads(metadata[METADATA]))
+        metadata = self._file(name)[0].metadata.metadata or {}
+        return Provenance.from_signed(metadata[METADATA.encode()])
 
     def identities(self, name: str) -> pa.Table:
         """The columns IDENTITY of all rows. Raises one of DAMAGE."""
         return self._file(name)[0].read(columns=list(IDENTITY), use_threads=False)
 
-    def payloads(self, name: str, row: int) -> list[bytes]:
-        """The targets of one row. Raises one of DAMAGE."""
+    def payloads(self, name: str, row: int, identity: tuple[bytes, int, int]) -> list[bytes]:
+        """The targets of a row that has this key, seed and epoch. Raises one of DAMAGE."""
         file, firsts = self._file(name)
         group = int(np.searchsorted(firsts, row, side="right")) - 1
-        column = file.read_row_group(group, columns=["targets"], use_threads=False).column(0)
-        return column[row - int(firsts[group])].as_py()
+        columns = ["key", "seed", "epoch", "targets"]
+        found = file.read_row_group(group, columns=columns, use_threads=False)
+        *said, payloads = (
+            found.column(column)[row - int(firsts[group])].as_py() for column in columns
+        )
+        if tuple(said) != identity:
+            raise ValueError(f"row {row} of {name} is another one than the shard said at first")
+        return payloads
 
     def forget(self, name: str) -> None:
         """Closes its file."""
@@ -252,7 +269,7 @@ class Writer:
         folder.remove_abandoned()
 
     def seal(self, rows: Sequence[Row]) -> str:
-        """Writes a shard; returns its name. Raises RecordError; then there is none."""
+        """Writes a shard; returns its name. Raises RecordError; what was sealed before is intact."""
         content = encode_shard(rows, self._provenance)
         number = f"{len(self._sealed):05}-{self._id}"
         name = f"shard-{number}-{xxhash.xxh3_128_hexdigest(content)}.parquet"
@@ -271,17 +288,17 @@ def encode_shard(rows: Sequence[Row], provenance: Provenance) -> pa.Buffer:
     """The bytes of a shard.
 
     Ids are packed by DELTA_BINARY_PACKED, which takes as few bytes as zstd at half the time; target
-    bytes are as dense as they get, and are stored as they are (`python -m benchmarks.replay`).
+    bytes are as dense as they get, and are stored as they are (`python -m benchmarks.record`).
     """
-    metadata = {METADATA: json.dumps(provenance.to_json(), sort_keys=True)}
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink,
-        SCHEMA.with_metadata(metadata),
+        SCHEMA,
         compression="none",
         use_dictionary=["teacher", "spec"],  # type: ignore[arg-type]
         column_encoding={"input_ids.list.element": "DELTA_BINARY_PACKED"},
         write_statistics=False,
+        store_schema=False,
         write_page_checksum=True,
     ) as writer:
         start, nbytes = 0, 0
@@ -290,6 +307,7 @@ def encode_shard(rows: Sequence[Row], provenance: Provenance) -> pa.Buffer:
             if nbytes >= GROUP_NBYTES or stop == len(rows):
                 writer.write_table(_table(rows[start:stop], provenance))
                 start, nbytes = stop, 0
+        writer.add_key_value_metadata({METADATA: provenance.signed()})
     return sink.getvalue()
 
 
@@ -308,6 +326,10 @@ def missing_shards(folder: Folder, present: Sequence[str]) -> tuple[list[str], l
         except (OSError, ValueError, KeyError, TypeError):
             unreadable.append(name)
     return sorted(expected - known), unreadable
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _table(rows: Sequence[Row], provenance: Provenance) -> pa.Table:
