@@ -284,7 +284,9 @@ class Writer:
         return name
 
 
-def encode_shard(rows: Sequence[Row], provenance: Provenance) -> pa.Buffer:
+def encode_shard(
+    rows: Sequence[Row], provenance: Provenance, *, compression: str = "none"
+) -> pa.Buffer:
     """The bytes of a shard.
 
     Ids are packed by DELTA_BINARY_PACKED, which takes as few bytes as zstd at half the time; target
@@ -294,7 +296,7 @@ def encode_shard(rows: Sequence[Row], provenance: Provenance) -> pa.Buffer:
     with pq.ParquetWriter(
         sink,
         SCHEMA,
-        compression="none",
+        compression=compression,
         use_dictionary=["teacher", "spec"],  # type: ignore[arg-type]
         column_encoding={"input_ids.list.element": "DELTA_BINARY_PACKED"},
         write_statistics=False,
