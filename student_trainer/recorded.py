@@ -43,11 +43,13 @@ from student_trainer.errors import (
 )
 from student_trainer.shards import (
     DAMAGE,
+    QUARANTINE,
     Folder,
     Provenance,
     Row,
     Shards,
     Writer,
+    id_table_file,
     missing_shards,
 )
 from student_trainer.streaming import Teacher, as_token_ids
@@ -114,13 +116,13 @@ class Recorded(Teacher):
     folder: a path, or a URL that fsspec knows. fallback: a live teacher for what is missing; its
     answers are written to the folder unless `write` is off. tokenizer: the student's; a record of
     another vocabulary is refused. draws: of `sampled` targets, how many draws of a sequence to
-    record before they are replayed. verify: read every shard whole and compare its digest before
+    record, as those of epochs 0 to draws - 1; later epochs take them in turn. verify: read every shard whole and compare its digest before
     anything is replayed (default: where the folder is local; what is read later is checked anyway).
     Raises RecordError if there is nothing to replay, IncompatibleTeacher for another teacher.
 
-    A sequence is found by its ids. Where several draws of it were recorded, a request gets the one
-    of its seed and epoch, or, in the order of seeds and epochs, number `epoch` modulo how many
-    there are.
+    A sequence is found by its ids. A request gets the draw of its seed and of its epoch modulo the
+    record's number of draws. Where that was not recorded it gets another one, by its epoch, unless
+    a live teacher can be asked and there are fewer than that number.
     """
 
     def __init__(
@@ -187,7 +189,7 @@ class Recorded(Teacher):
             return False
         request = self._request_of(token_ids, seed, epoch)
         with self._lock:
-            return self._find(request, self._draws_of(request.wish.spec)) is not None
+            return self._find(request) is not None
 
     @property
     def info(self) -> teacher_pb2.TeacherInfo:
@@ -204,7 +206,7 @@ class Recorded(Teacher):
         self.check_usable()
         request = self._request_of(token_ids, seed, epoch)
         with self._lock:
-            entry = self._find(request, 1)
+            entry = self._find(request, any_draw=True)
         if entry is None or entry.asked is not None:
             raise self._not_recorded()
         return self._worker.submit(self._replay, request, entry).result().targets
@@ -212,8 +214,10 @@ class Recorded(Teacher):
     def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
         """The recorded answer, or the live teacher's."""
         self.check_usable()
-        self._check_same_wish(wish)
-        request = _Request.of(token_ids, rows, wish)
+        self._check_wish(wish)
+        if self._provenance is None:
+            self._begin(wish)
+        request = _Request.of(token_ids, rows, self._of_a_draw(wish))
         future: Future[Answer] = Future()
         self._answer(request, future)
         return future
@@ -233,6 +237,13 @@ class Recorded(Teacher):
         finally:
             self._worker.shutdown(cancel_futures=True)
             self._shards.close()
+
+    def make_wish(
+        self, targets: str | TargetSpec | None, temperature: float, seed: int, epoch: int
+    ) -> Wish:
+        wish = super().make_wish(targets, temperature, seed, epoch)
+        self._check_wish(wish)
+        return wish
 
     def check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -295,9 +306,9 @@ class Recorded(Teacher):
         if self._writes:
             try:
                 self._folder.quarantine(name)
-                where = "moved to quarantine/"
+                where = f"moved to {QUARANTINE}/"
             except OSError as error:
-                where = f"not used, and cannot be moved to quarantine/: {error}"
+                where = f"not used, and cannot be moved to {QUARANTINE}/: {error}"
         logger.warning("%s in %s is damaged: %s", name, self._folder.root, where)
 
     def _check_same_teacher(self, info: teacher_pb2.TeacherInfo) -> None:
@@ -310,23 +321,26 @@ class Recorded(Teacher):
             f"{info.teacher_fingerprint}. Record it to another folder."
         )
 
-    def _check_same_wish(self, wish: Wish) -> None:
-        """The first one decides for a record that holds nothing yet."""
-        asked = str(wish.spec), wish.temperature
+    def _check_wish(self, wish: Wish) -> None:
         if self._provenance is None:
-            self._provenance = Provenance(
-                _teacher_of(self._info),
-                *asked,
-                tuple(table.digest.hex() for table in self.id_tables),
-            )
-            self.default_targets = self._provenance.spec
-        recorded = self._provenance.spec, self._provenance.temperature
-        if asked != recorded:
+            return
+        spec, temperature = self._provenance.spec, self._provenance.temperature
+        if (str(wish.spec), wish.temperature) != (spec, temperature):
             raise InvalidRequest(
-                f"{self._folder.root} holds {recorded[0]} at temperature {recorded[1]}, asked for "
-                f"{asked[0]} at temperature {asked[1]}. Ask for what it holds, or record the "
-                "other to another folder."
+                f"{self._folder.root} holds {spec} at temperature {temperature}, asked for "
+                f"{wish.spec} at temperature {wish.temperature}. Ask for what it holds, or record "
+                "the other to another folder."
             )
+
+    def _begin(self, wish: Wish) -> None:
+        """The first request decides what a record holds."""
+        self._provenance = Provenance(
+            _teacher_of(self._info),
+            str(wish.spec),
+            wish.temperature,
+            tuple(table.digest.hex() for table in self.id_tables),
+        )
+        self.default_targets = self._provenance.spec
 
     def _provenance_info(self) -> teacher_pb2.TeacherInfo:
         assert self._provenance is not None
@@ -339,7 +353,7 @@ class Recorded(Teacher):
         for digest in wanted:
             if any(table.digest.hex() == digest for table in tables):
                 continue
-            name = f"id_tables/{digest}.bin"
+            name = id_table_file(digest)
             try:
                 table = IdTable.from_bytes(self._folder.read(name))
                 assert table.digest.hex() == digest
@@ -355,9 +369,8 @@ class Recorded(Teacher):
 
     def _answer(self, request: _Request, future: "Future[Answer]") -> None:
         """Sees to it that the future gets the answer, from wherever it is."""
-        num_draws = self._draws_of(request.wish.spec)
         with self._lock:
-            entry = self._find(request, num_draws)
+            entry = self._find(request)
             if entry is None and self._fallback is not None:
                 new = _Entry(request.wish.seed, request.wish.epoch, request.row_mask)
                 new.asked = future
@@ -376,29 +389,31 @@ class Recorded(Teacher):
             self._do(future, self._resolve, request, future, partial(self._replay, request, entry))
 
     def _request_of(self, token_ids: Any, seed: int, epoch: int) -> _Request:
-        wish = Wish.of(self.default_targets, self.temperature, seed, epoch)
-        return _Request.of(as_token_ids(token_ids, 0), None, wish)
+        wish = self.make_wish(None, self.temperature, seed, epoch)
+        return _Request.of(as_token_ids(token_ids, 0), None, self._of_a_draw(wish))
 
-    def _draws_of(self, spec: TargetSpec) -> int:
-        """How many draws a sequence needs before they are replayed for other epochs."""
-        live = self._fallback is not None
-        return self._draws if live and isinstance(spec, SampledSpec) else 1
+    def _num_draws(self, spec: TargetSpec) -> int:
+        """Of each sequence; a record that was made with more of them keeps its number."""
+        if not isinstance(spec, SampledSpec):
+            return 1
+        return max(self._draws, self._index.num_draws)
 
-    def _find(self, request: _Request, num_draws: int) -> _Entry | None:
-        """What answers a request, if enough draws are there to choose from."""
+    def _of_a_draw(self, wish: Wish) -> Wish:
+        """The same in the epoch whose draw it gets, whenever its sequences come first."""
+        return replace(wish, epoch=wish.epoch % self._num_draws(wish.spec))
+
+    def _find(self, request: _Request, *, any_draw: bool = False) -> _Entry | None:
+        """What answers a request; None if nothing does, or if another draw is to be asked for."""
         usable = {
             (entry.seed, entry.epoch): entry
             for entry in self._entries(request.key)
             if entry.row_mask is None or entry.row_mask == request.row_mask
         }
-        if not usable:
-            return None
-        if not isinstance(request.wish.spec, SampledSpec):
-            return next(iter(usable.values()))
         exact = usable.get((request.wish.seed, request.wish.epoch))
-        if exact is not None:
+        if exact is not None or not usable:
             return exact
-        if len(usable) < num_draws:
+        missing = len(usable) < self._num_draws(request.wish.spec)
+        if missing and self._fallback is not None and not any_draw:
             return None
         return usable[sorted(usable)[request.wish.epoch % len(usable)]]
 
@@ -508,10 +523,8 @@ class Recorded(Teacher):
         assert self._provenance is not None
         try:
             if self._writer is None:
-                for table in self.id_tables:
-                    name = f"id_tables/{table.digest.hex()}.bin"
-                    if name.rpartition("/")[2] not in self._folder.names("id_tables"):
-                        self._folder.put(name, table.to_bytes())
+                for table in self.id_tables:  # the same bytes, if it is there already
+                    self._folder.put(id_table_file(table.digest.hex()), table.to_bytes())
                 self._writer = Writer(self._folder, self._provenance, self._lost)
             shard = self._writer.seal([row for row, _ in self._unsealed])
         except RecordError as error:
@@ -570,6 +583,8 @@ class _Index:
     """(N, 2): seed and epoch."""
     places: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int32))
     """(N, 2): shard and row in it."""
+    num_draws: int = 1
+    """By the highest epoch that was recorded."""
     parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
     """Of the shards added since the last `build`."""
 
@@ -595,6 +610,7 @@ class _Index:
         self.high, self.low, self.draws, self.places = (
             array[order] for array in (high, low, draws, places)
         )
+        self.num_draws = 1 + int(self.draws[:, 1].max(initial=0))
         self.parts.clear()
 
     def find(self, key: bytes) -> list[_Entry]:

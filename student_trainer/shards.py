@@ -1,9 +1,10 @@
 """A record on disk: sealed Parquet shards in a folder, local or wherever fsspec reaches.
 
     shard-00000-1f2e3d4c-<digest>.parquet   sealed; the digest is XXH3-128 of the whole file, hex
-    manifest-1f2e3d4c.json                  what one writer has sealed, so that a loss is noticed
-    id_tables/<digest>.bin                  tables that targets are coded with
-    quarantine/                             shards that were found damaged
+    __record__/                             for this code alone: readers of the folder leave it out
+        manifest-1f2e3d4c.json              what one writer has sealed, so that a loss is noticed
+        id_table-<digest>.bin               tables that targets are coded with
+        quarantine/                         what was found damaged
 
 A shard is written aside, forced to the disk and renamed: a file with its name is whole, or was
 damaged later, which its name tells. What is read of a file that was not compared with its name first
@@ -48,6 +49,9 @@ SCHEMA = pa.schema(
 """One row per sequence and draw; docs/recording.md says what each column holds."""
 IDENTITY = ("key", "seed", "epoch", "row_mask")
 """The columns that say what a row is, without its content."""
+BESIDE = "__record__"
+"""Folder of what is no shard. pandas leaves out names with one underscore, `datasets` with two."""
+QUARANTINE = f"{BESIDE}/quarantine"
 METADATA = "logitstream"
 """Key of a shard's metadata under which its provenance is."""
 GROUP_NBYTES = 256 << 10
@@ -166,13 +170,14 @@ class Folder:
 
     def quarantine(self, name: str) -> None:
         """Puts a damaged file aside. Raises OSError."""
-        self._files.makedirs(self._path("quarantine"), exist_ok=True)
-        self._files.mv(self._path(name), self._path(f"quarantine/{name}"))
+        aside = f"{QUARANTINE}/{name.rpartition('/')[2]}"
+        self._files.makedirs(self._path(QUARANTINE), exist_ok=True)
+        self._files.mv(self._path(name), self._path(aside))
 
     def remove_abandoned(self) -> None:
         """Removes what killed writers left half written."""
         if self.is_local:
-            for path in Path(self.root).glob(".*.partial"):
+            for path in Path(self.root).rglob(".*.partial"):
                 if time.time() - path.stat().st_mtime > ABANDONED_S or _is_of_the_dead(path.name):
                     path.unlink(missing_ok=True)
 
@@ -280,7 +285,8 @@ class Writer:
             "shards": self._sealed,
             "lost": self._lost,
         }
-        self._folder.put(f"manifest-{self._id}.json", json.dumps(manifest, indent=1).encode())
+        content = json.dumps(manifest, indent=1).encode()
+        self._folder.put(f"{BESIDE}/manifest-{self._id}.json", content)
         return name
 
 
@@ -316,11 +322,12 @@ def encode_shard(
 def missing_shards(folder: Folder, present: Sequence[str]) -> tuple[list[str], list[str]]:
     """Shards that a manifest has and the folder has not, and manifests that cannot be read."""
     expected: set[str] = set()
-    known: set[str] = {*present, *folder.names("quarantine")}
+    known: set[str] = {*present, *folder.names(QUARANTINE)}
     unreadable = []
-    for name in sorted(folder.names()):
-        if not (name.startswith("manifest-") and name.endswith(".json")):
+    for file in sorted(folder.names(BESIDE)):
+        if not (file.startswith("manifest-") and file.endswith(".json")):
             continue
+        name = f"{BESIDE}/{file}"
         try:
             manifest = json.loads(folder.read(name))
             expected |= {str(shard["name"]) for shard in manifest["shards"]}
@@ -328,6 +335,11 @@ def missing_shards(folder: Folder, present: Sequence[str]) -> tuple[list[str], l
         except (OSError, ValueError, KeyError, TypeError):
             unreadable.append(name)
     return sorted(expected - known), unreadable
+
+
+def id_table_file(digest: str) -> str:
+    """Where a folder has the id table with this digest, in hex."""
+    return f"{BESIDE}/id_table-{digest}.bin"
 
 
 def _digest_of(content: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -32,7 +33,7 @@ from student_trainer import (
     TeacherError,
 )
 from student_trainer.data import batches
-from student_trainer.shards import Folder, Shards
+from student_trainer.shards import QUARANTINE, Folder, Shards
 from student_trainer.wish import Answer
 from tests import tiny
 from tests.conftest import FORKSERVER, one_torch_thread
@@ -75,6 +76,11 @@ def same(one: Targets, other: Targets) -> bool:
 
 def shards_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard-*.parquet"))
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of every file in it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class Silent:
@@ -236,13 +242,15 @@ def test_pandas_duckdb_and_datasets_read_it(live, tmp_path: Path):
     import duckdb
     import pandas
 
-    write(tmp_path, live)
-    files = [str(path) for path in shards_in(tmp_path)]
+    record = tmp_path / "record"
+    write(record, live)
+    (record / QUARANTINE).mkdir()  # what else is in the folder is left out
+    (record / QUARANTINE / "shard-00000.parquet").write_bytes(b"torn")
     expected = {tuple(ids.tolist()): targets for ids, targets in live.stream(SEQUENCES)}
-    frame = pandas.concat([pandas.read_parquet(path) for path in files])
-    rows = duckdb.sql(f"select input_ids, targets, spec, teacher from read_parquet({files})")
+    frame = pandas.read_parquet(record)
+    rows = duckdb.sql(f"select input_ids, targets from read_parquet('{record}/*.parquet')")
     loaded = datasets.load_dataset(
-        "parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache")
+        "parquet", data_dir=str(record), split="train", cache_dir=str(tmp_path / "cache")
     )
     read = [
         list(zip(frame["input_ids"], frame["targets"], strict=True)),
@@ -256,6 +264,21 @@ def test_pandas_duckdb_and_datasets_read_it(live, tmp_path: Path):
             assert same(targets, expected[tuple(int(one) for one in ids)])
     assert set(frame["spec"]) == {"sampled:64"}
     assert set(frame["teacher"]) == {live.info.teacher_fingerprint}
+
+
+def test_the_code_in_the_docs_reads_it(live, tmp_path: Path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "recording.md").read_text()
+    section = page.partition("## Reading it without this code")[2]
+    programs = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(programs) == 2
+    write(tmp_path / "targets" / "stories", live)
+    monkeypatch.chdir(tmp_path)
+    for program in programs:
+        exec(program, {})
+    printed = capsys.readouterr().out
+    assert live.info.teacher_fingerprint in printed
+    assert "SampledTargets(" in printed
+    assert "mean" in printed
 
 
 def test_a_remote_store_works_as_a_folder_does(live):
@@ -292,9 +315,9 @@ def test_targets_coded_with_a_table_come_with_it(live, tmp_path: Path):
     with Recorded(tmp_path) as record:
         assert [one.digest for one in record.id_tables] == [table.digest]
         assert all(map(same, seen, (targets for _, targets in record.stream(SEQUENCES))))
-    (path,) = (tmp_path / "id_tables").iterdir()
+    (path,) = tmp_path.rglob("id_table-*")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(RecordError, match="id_tables"):
+    with pytest.raises(RecordError, match="id_table-"):
         Recorded(tmp_path)
     Recorded(tmp_path, tabled).close()
 
@@ -364,7 +387,7 @@ def test_a_damaged_shard_is_named_put_aside_and_scored_again(
     with Recorded(tmp_path, live) as record:
         assert all(map(same, seen, (targets for _, targets in record.stream(SEQUENCES))))
         assert 0 < record.counters.asked < len(SEQUENCES)
-    assert (tmp_path / "quarantine" / victim.name).exists() == (damage != "deleted")
+    assert (tmp_path / QUARANTINE / victim.name).exists() == (damage != "deleted")
     assert all((tmp_path / name).read_bytes() == was for name, was in others.items())
     caplog.clear()
     with Recorded(tmp_path) as record:
@@ -383,11 +406,11 @@ def test_damage_that_comes_after_the_opening_is_noticed(live, tmp_path: Path):
 
 def test_a_read_only_folder_is_replayed_and_refuses_to_grow(live, tmp_path: Path):
     write(tmp_path, live, SEQUENCES[:6])
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     with Recorded(tmp_path, live, write=False) as record:
         list(record.stream(SEQUENCES))
         assert record.counters.asked == 6
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(RecordError, match=r"cannot write .*file"), Recorded(file, live) as record:
@@ -426,7 +449,7 @@ def test_a_file_that_cannot_be_written_whole_stops_with_intact_data(live, tmp_pa
         assert recorded
         said = (targets for _, targets in live.stream(recorded))
         assert all(map(same, said, (targets for _, targets in record.stream(recorded))))
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare to mount a small disk")
@@ -521,10 +544,10 @@ def test_a_kill_loses_nothing_that_was_sealed_and_shows_nothing_torn(
                 break
             said = [targets for _, targets in live.stream(recorded)]
             assert all(map(same, said, (targets for _, targets in record.stream(recorded))))
-    manifests = [json.loads(path.read_text()) for path in tmp_path.glob("manifest-*.json")]
+    manifests = [json.loads(path.read_text()) for path in tmp_path.rglob("manifest-*.json")]
     assert {one["name"] for manifest in manifests for one in manifest["shards"]} <= sealed.keys()
     write(tmp_path, live, make_sequences(1, 10**6))
-    assert not list(tmp_path.glob(".*.partial"))
+    assert not list(tmp_path.rglob(".*.partial"))
 
 
 def test_what_was_not_sealed_is_sealed_when_the_program_ends(live, tmp_path: Path):
