@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,7 @@ from student_trainer.errors import (
     RecordError,
     TeacherError,
 )
+from student_trainer.index import Entry, Index
 from student_trainer.shards import (
     DAMAGE,
     QUARANTINE,
@@ -78,22 +79,6 @@ class RecordCounters:
     """Sequences that the live teacher was asked for."""
     quarantined: int = 0
     """Shards that were found damaged."""
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """One draw of a sequence: sealed, still in memory, or on its way."""
-
-    seed: int
-    epoch: int
-    row_mask: bytes | None
-    shard: str = ""
-    row: int = 0
-    """In the shard."""
-    payloads: tuple[bytes, ...] = ()
-    """While it is not sealed."""
-    asked: "Future[Answer] | None" = None
-    """While it is on its way from the live teacher."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,12 +136,12 @@ class Recorded(Teacher):
         self._lock = threading.Lock()
         """Of what is recorded: callers look it up, the worker changes it."""
         self._provenance: Provenance | None = None
-        self._index = _Index()
-        self._fresh: dict[bytes, list[_Entry]] = defaultdict(list)
+        self._index = Index()
+        self._fresh: dict[bytes, list[Entry]] = defaultdict(list)
         """What came since the folder was opened, by key."""
         self._lost: list[str] = []
         self._writer: Writer | None = None
-        self._unsealed: list[tuple[Row, _Entry]] = []
+        self._unsealed: list[tuple[Row, Entry]] = []
         self._unsealed_nbytes = 0
         self._unsealed_since_s = 0.0
         self._failure: TeacherError | None = None
@@ -356,8 +341,9 @@ class Recorded(Teacher):
             name = id_table_file(digest)
             try:
                 table = IdTable.from_bytes(self._folder.read(name))
-                assert table.digest.hex() == digest
-            except (OSError, CodecError, AssertionError) as error:
+                if table.digest.hex() != digest:
+                    raise CodecError("it is another table than its name says")
+            except (OSError, CodecError) as error:
                 raise RecordError(
                     f"{self._folder.root}/{name}, which its targets are coded with, cannot be "
                     f"read: {error}. Give the live teacher as fallback: it has the table too."
@@ -372,7 +358,7 @@ class Recorded(Teacher):
         with self._lock:
             entry = self._find(request)
             if entry is None and self._fallback is not None:
-                new = _Entry(request.wish.seed, request.wish.epoch, request.row_mask)
+                new = Entry(request.wish.seed, request.wish.epoch, request.row_mask)
                 new.asked = future
                 self._fresh[request.key].append(new)
             else:
@@ -402,7 +388,7 @@ class Recorded(Teacher):
         """The same in the epoch whose draw it gets, whenever its sequences come first."""
         return replace(wish, epoch=wish.epoch % self._num_draws(wish.spec))
 
-    def _find(self, request: _Request, *, any_draw: bool = False) -> _Entry | None:
+    def _find(self, request: _Request, *, any_draw: bool = False) -> Entry | None:
         """What answers a request; None if nothing does, or if another draw is to be asked for."""
         usable = {
             (entry.seed, entry.epoch): entry
@@ -417,7 +403,7 @@ class Recorded(Teacher):
             return None
         return usable[sorted(usable)[request.wish.epoch % len(usable)]]
 
-    def _entries(self, key: bytes) -> list[_Entry]:
+    def _entries(self, key: bytes) -> list[Entry]:
         return [*self._index.find(key), *self._fresh.get(key, ())]
 
     def _do(self, future: "Future[Answer]", work: Callable[..., None], *arguments: Any) -> None:
@@ -444,7 +430,7 @@ class Recorded(Teacher):
         else:
             future.set_result(answer)
 
-    def _replay(self, request: _Request, entry: _Entry) -> Answer:
+    def _replay(self, request: _Request, entry: Entry) -> Answer:
         """Reads and decodes. Raises _Damaged."""
         payloads, shard = entry.payloads, entry.shard
         try:
@@ -464,7 +450,7 @@ class Recorded(Teacher):
         self.counters.replayed += 1
         return self._counted(Answer(targets, payloads), request)
 
-    def _ask(self, request: _Request, entry: _Entry, future: "Future[Answer]") -> None:
+    def _ask(self, request: _Request, entry: Entry, future: "Future[Answer]") -> None:
         """Asks the live teacher; the worker writes down what it answers."""
         assert self._fallback is not None
         wish = replace(request.wish, keep_payloads=True)
@@ -488,7 +474,7 @@ class Recorded(Teacher):
         future.add_done_callback(given_up)
         live.add_done_callback(answered)
 
-    def _record(self, request: _Request, entry: _Entry, live: "Future[Answer]") -> Answer:
+    def _record(self, request: _Request, entry: Entry, live: "Future[Answer]") -> Answer:
         """Keeps a live answer to be sealed. Raises what the live teacher raised, RecordError."""
         try:
             answer = live.result()
@@ -547,7 +533,7 @@ class Recorded(Teacher):
             self._put_aside(shard)
             self._lost.append(shard)
 
-    def _remove(self, key: bytes, entry: _Entry) -> None:
+    def _remove(self, key: bytes, entry: Entry) -> None:
         with self._lock:
             self._fresh[key] = [one for one in self._fresh[key] if one is not entry]
 
@@ -567,78 +553,6 @@ class _Damaged(Exception):
     def __init__(self, shard: str) -> None:
         super().__init__(shard)
         self.shard = shard
-
-
-@dataclass(slots=True, eq=False)
-class _Index:
-    """Where each sequence of the sealed shards is: arrays sorted by key, 40 bytes per row."""
-
-    names: list[str] = field(default_factory=list)
-    dropped: set[int] = field(default_factory=set)
-    masks: dict[tuple[int, int], bytes] = field(default_factory=dict)
-    """Of the rows that were not recorded whole, by shard and row."""
-    high: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    low: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    draws: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.uint64))
-    """(N, 2): seed and epoch."""
-    places: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int32))
-    """(N, 2): shard and row in it."""
-    num_draws: int = 1
-    """By the highest epoch that was recorded."""
-    parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
-    """Of the shards added since the last `build`."""
-
-    def add(self, name: str, identities: Any) -> None:
-        """The columns IDENTITY of a shard; they count once `build` was called."""
-        number = len(self.names)
-        keys = b"".join(identities.column("key").to_pylist())
-        halves = np.frombuffer(keys, "<u8").reshape(-1, 2)
-        draws = [identities.column(column).to_numpy() for column in ("seed", "epoch")]
-        places = np.stack([np.full(len(halves), number), np.arange(len(halves))], 1)
-        mask = identities.column("row_mask")
-        for row in np.flatnonzero(mask.is_valid().to_numpy()):
-            self.masks[number, int(row)] = mask[int(row)].as_py()
-        self.names.append(name)
-        self.parts.append((halves[:, 0], halves[:, 1], np.stack(draws, 1), places.astype(np.int32)))
-
-    def build(self) -> None:
-        """Sorts all."""
-        if not self.parts:
-            return
-        high, low, draws, places = (np.concatenate(part) for part in zip(*self.parts, strict=True))
-        order = np.argsort(high, kind="stable")
-        self.high, self.low, self.draws, self.places = (
-            array[order] for array in (high, low, draws, places)
-        )
-        self.num_draws = 1 + int(self.draws[:, 1].max(initial=0))
-        self.parts.clear()
-
-    def find(self, key: bytes) -> list[_Entry]:
-        """Every draw of the sequence with this key."""
-        high, low = np.frombuffer(key, "<u8")
-        found = []
-        start = int(np.searchsorted(self.high, high))
-        for index in range(start, len(self.high)):
-            if self.high[index] != high:
-                break
-            shard, row = self.places[index].tolist()
-            if self.low[index] == low and shard not in self.dropped:
-                seed, epoch = self.draws[index].tolist()
-                mask = self.masks.get((shard, row))
-                found.append(_Entry(seed, epoch, mask, self.names[shard], row))
-        return found
-
-    def drop(self, name: str) -> bool:
-        """Forgets the rows of a shard; whether there were any."""
-        if name not in self.names or self.names.index(name) in self.dropped:
-            return False
-        self.dropped.add(self.names.index(name))
-        return True
-
-    def __len__(self) -> int:
-        if not self.dropped:
-            return len(self.places)
-        return int((~np.isin(self.places[:, 0], list(self.dropped))).sum())
 
 
 def _teacher_of(info: teacher_pb2.TeacherInfo) -> dict[str, Any]:

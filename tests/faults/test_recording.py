@@ -79,7 +79,7 @@ def test_ctrl_c_seals_what_came_and_the_next_run_goes_on(serve, tmp_path: Path):
     folder = tiny.save_model(tmp_path / "teacher", "Gemma2", VOCAB)
     tiny.make_tokenizer(words).save_pretrained(folder)
     text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{number * number % 997}" for number in range(60 * 60)))
+    text.write_text(" ".join(f"w{number * number % 997}" for number in range(30 * 60)))
     record, log = tmp_path / "record", tmp_path / "log"
     with Fleet(serve, folder, 1, flags=SMALL_BATCHES, batch_s=0.1) as fleet:
         command = (
@@ -99,7 +99,7 @@ def test_ctrl_c_seals_what_came_and_the_next_run_goes_on(serve, tmp_path: Path):
         assert first.exitcode == 130, log.read_text()
         assert "Traceback" not in log.read_text()
         came = len(rows_in(record))
-        assert 0 < came < 60
+        assert 0 < came < 30
         fleet.hurry()
         again = FORKSERVER.Process(target=record_command, args=command)
         again.start()
@@ -107,5 +107,5 @@ def test_ctrl_c_seals_what_came_and_the_next_run_goes_on(serve, tmp_path: Path):
         assert again.exitcode == 0, log.read_text()
         fleet.assert_nothing_left()
     numbers = json.loads(re.findall(r"\{.*\}", log.read_text(), re.DOTALL)[-1])
-    assert (numbers["asked"], numbers["sequences"]) == (60 - came, 60)
-    assert len({row[0] for row in rows_in(record)}) == 60
+    assert (numbers["asked"], numbers["sequences"]) == (30 - came, 30)
+    assert len({row[0] for row in rows_in(record)}) == 30

@@ -185,6 +185,24 @@ def test_several_draws_are_recorded_and_then_taken_in_turn(live, tmp_path: Path)
             assert same(record.get(ids, seed=8, epoch=epoch), said(epoch % 3))
 
 
+def test_ranks_that_record_the_same_sequence_get_the_same_draws(live, tmp_path: Path):
+    """Whichever epoch it comes in first, and although they do not see each other's rows."""
+    ids = SEQUENCES[0]
+    epochs = {"a": (0, 1, 3, 4), "b": (3, 5, 2)}
+    seen = {}
+    with (
+        Recorded(tmp_path, live, draws=2) as one,
+        Recorded(tmp_path, live, draws=2) as other,
+    ):
+        for rank, record in (("a", one), ("b", other)):
+            for epoch in epochs[rank]:
+                seen[rank, epoch] = next(record.stream([ids], epoch=epoch))[1]
+    with Recorded(tmp_path) as record, Recorded(tmp_path, Silent(live)) as more:
+        for (_, epoch), targets in seen.items():
+            assert same(targets, record.get(ids, epoch=epoch))
+            assert same(targets, next(more.stream([ids], epoch=epoch))[1])
+
+
 def test_another_teacher_tokenizer_or_spec_is_refused(live, tmp_path: Path):
     write(tmp_path, live)
     other = LocalTeacher(tiny.make_model("Gemma2", VOCAB, seed=1))
@@ -195,7 +213,7 @@ def test_another_teacher_tokenizer_or_spec_is_refused(live, tmp_path: Path):
     with Recorded(tmp_path) as record:
         for asked in ({"targets": "sampled:65"}, {"targets": "top_k:4"}, {"temperature": 2.0}):
             with pytest.raises(InvalidRequest, match="holds sampled:64 at temperature 1"):
-                next(record.stream(SEQUENCES, **asked))
+                record.stream(SEQUENCES, **asked)
     write(tmp_path / "other", other)
     shutil.copy(shards_in(tmp_path / "other")[0], tmp_path)
     with pytest.raises(IncompatibleTeacher, match="holds two records"):
