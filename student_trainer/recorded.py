@@ -254,7 +254,8 @@ class Recorded(Teacher):
             try:
                 found = self._shards.provenance(name)
                 self._index.add(name, self._shards.identities(name))
-            except DAMAGE:
+            except DAMAGE as error:
+                self._check_damaged(name, error)
                 damaged.append(name)
                 continue
             provenances.setdefault((found.fingerprint, found.spec, found.temperature), name)
@@ -282,6 +283,15 @@ class Recorded(Teacher):
             for name, is_whole in zip(names, shown, strict=True):
                 if not is_whole:
                     yield name
+
+    def _check_damaged(self, name: str, error: Exception) -> None:
+        """Raises RecordError for a shard that is as it was sealed, and cannot be read all the same."""
+        if self._shards.is_whole(name):
+            raise RecordError(
+                f"{name} in {self._folder.root} cannot be read, but is what was once sealed: {error}. "
+                "A store that was away for a moment can be read again; a newer version may have "
+                "written it."
+            ) from error
 
     def _put_aside(self, name: str) -> None:
         """Names a damaged file, and moves it to quarantine if this record may write."""
@@ -439,6 +449,7 @@ class Recorded(Teacher):
                 payloads = tuple(self._shards.payloads(shard, entry.row, identity))
             targets = Targets.cat([decode(one, id_tables=self.id_tables) for one in payloads])
         except (*DAMAGE, CodecError) as error:
+            self._check_damaged(shard, error)
             raise _Damaged(shard) from error
         mask = entry.row_mask
         num_rows = len(request.token_ids) - 1 if mask is None else _count_bits(mask)
@@ -484,6 +495,8 @@ class Recorded(Teacher):
         if not self._writes:
             self._remove(request.key, entry)
             return self._counted(answer, request)
+        if self._writer is None:
+            self._writer = self._begin_writing()
         ids = request.token_ids.numpy().astype(np.int32)
         row = Row(request.key, entry.seed, entry.epoch, entry.row_mask, ids, tuple(answer.payloads))
         if not self._unsealed:
@@ -502,16 +515,23 @@ class Recorded(Teacher):
         self.counters.payload_nbytes += sum(map(len, answer.payloads))
         return answer if request.wish.keep_payloads else Answer(answer.targets)
 
+    def _begin_writing(self) -> Writer:
+        """Raises RecordError where nothing can be written; then nothing works any more."""
+        assert self._provenance is not None
+        try:
+            for table in self.id_tables:  # the same bytes, if it is there already
+                self._folder.put(id_table_file(table.digest.hex()), table.to_bytes())
+            return Writer(self._folder, self._provenance, self._lost)
+        except RecordError as error:
+            self._failure = error
+            raise
+
     def _seal(self) -> None:
         """Writes what is not sealed into a shard. Raises RecordError; then nothing works any more."""
         if not self._unsealed:
             return
-        assert self._provenance is not None
+        assert self._writer is not None
         try:
-            if self._writer is None:
-                for table in self.id_tables:  # the same bytes, if it is there already
-                    self._folder.put(id_table_file(table.digest.hex()), table.to_bytes())
-                self._writer = Writer(self._folder, self._provenance, self._lost)
             shard = self._writer.seal([row for row, _ in self._unsealed])
         except RecordError as error:
             self._failure = error

@@ -13,6 +13,7 @@ Several writers may share a folder. docs/recording.md describes the columns for 
 code.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -62,7 +63,7 @@ ABANDONED_S = 600.0
 OPEN_SHARDS = 128
 """Shards of which the footer is kept in memory."""
 DAMAGE = (pa.ArrowException, OSError, KeyError, ValueError, IndexError)
-"""What reading a damaged file can raise."""
+"""What reading a damaged file can raise; other things too, so `is_whole` has the last word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +163,11 @@ class Folder:
             else:  # object stores show a file once it is there as a whole
                 self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
                 self._files.pipe_file(path, bytes(content))
-        except OSError as error:
+        except Exception as error:  # the libraries of stores have errors of their own
+            reason = getattr(error, "strerror", None) or error
             raise RecordError(
-                f"cannot write {path}: {error.strerror or error}. What was sealed before is "
-                "intact; once the cause is removed, the same command goes on from there."
+                f"cannot write {path}: {reason}. What was sealed before is intact; once the cause is "
+                "removed, the same command goes on from there."
             ) from error
 
     def quarantine(self, name: str) -> None:
@@ -202,14 +204,18 @@ class Shards:
         )
 
     def is_whole(self, name: str) -> bool:
-        """Whether the file still is what was sealed."""
+        """Whether the file still is what was sealed. Raises RecordError if it cannot be read."""
         digest = xxhash.xxh3_128()
         try:
             with self._folder.open(name) as file:
                 while chunk := file.read(CHUNK_NBYTES):
                     digest.update(chunk)
-        except DAMAGE:
+        except FileNotFoundError:
             return False
+        except Exception as error:  # the libraries of stores have errors of their own
+            if isinstance(error, OSError) and error.errno == errno.EIO:
+                return False
+            raise RecordError(f"cannot read {name} in {self._folder.root}: {error}") from error
         return name == f"{name.rpartition('-')[0]}-{digest.hexdigest()}.parquet"
 
     def provenance(self, name: str) -> Provenance:
@@ -265,13 +271,15 @@ class Writer:
     """Seals shards of one provenance in a folder, and keeps its manifest."""
 
     def __init__(self, folder: Folder, provenance: Provenance, lost: Sequence[str] = ()) -> None:
-        """lost: shards that were missing when this writer began, and were told of."""
+        """lost: shards that were missing when this writer began, and were told of. Raises
+        RecordError at once where nothing can be written."""
         self._folder = folder
         self._provenance = provenance
         self._lost = list(lost)
         self._id = secrets.token_hex(4)
         self._sealed: list[dict[str, Any]] = []
         folder.remove_abandoned()
+        self._put_manifest()
 
     def seal(self, rows: Sequence[Row]) -> str:
         """Writes a shard; returns its name. Raises RecordError; what was sealed before is intact."""
@@ -280,14 +288,14 @@ class Writer:
         name = f"shard-{number}-{xxhash.xxh3_128_hexdigest(content)}.parquet"
         self._folder.put(name, content)
         self._sealed.append({"name": name, "sequences": len(rows), "nbytes": content.size})
-        manifest = {
-            **self._provenance.to_json(),
-            "shards": self._sealed,
-            "lost": self._lost,
-        }
-        content = json.dumps(manifest, indent=1).encode()
-        self._folder.put(f"{BESIDE}/manifest-{self._id}.json", content)
+        self._put_manifest()
         return name
+
+    def _put_manifest(self) -> None:
+        content = {**self._provenance.to_json(), "shards": self._sealed, "lost": self._lost}
+        self._folder.put(
+            f"{BESIDE}/manifest-{self._id}.json", json.dumps(content, indent=1).encode()
+        )
 
 
 def encode_shard(

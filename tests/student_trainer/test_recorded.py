@@ -358,7 +358,7 @@ def test_every_truncation_and_every_flipped_bit_of_a_shard_is_noticed(live, tmp_
             assert not shards.is_whole(path.name)
 
 
-@pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [199, pytest.param(1, marks=pytest.mark.slow)])
 def test_unverified_damage_is_never_trained_on(live, tmp_path: Path, step: int):
     """Where shards are not read whole first, what is read is right, or asked for again."""
     seen = write(tmp_path / "good", live, SEQUENCES[:3], seal_nbytes=1 << 20)
@@ -601,3 +601,25 @@ def test_given_up_requests_are_asked_for_again(live, tmp_path: Path):
         pairs = record.stream(SEQUENCES)
         said = (targets for _, targets in live.stream(SEQUENCES))
         assert all(map(same, said, (targets for _, targets in pairs)))
+
+
+def test_a_store_that_is_away_for_a_moment_is_no_damage(live, monkeypatch):
+    where = "memory://bucket/away"
+    seen = write(where, live)
+    away = True
+
+    def open_or_not(self, *arguments, **options):
+        if away:
+            raise ConnectionError("the network is down")
+        return opened(self, *arguments, **options)
+
+    with Recorded(where, live) as record:
+        record._shards.close()  # as if more shards had been read than are kept open
+        opened = fsspec.filesystem("memory").__class__.open
+        monkeypatch.setattr(fsspec.filesystem("memory").__class__, "open", open_or_not)
+        with pytest.raises(RecordError, match=r"cannot read shard-.* the network is down"):
+            list(record.stream(SEQUENCES))
+        away = False
+        assert all(map(same, seen, (targets for _, targets in record.stream(SEQUENCES))))
+        assert (record.counters.quarantined, record.counters.asked) == (0, 0)
+    fsspec.filesystem("memory").rm("/bucket", recursive=True)
