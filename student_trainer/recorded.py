@@ -101,9 +101,10 @@ class Recorded(Teacher):
     folder: a path, or a URL that fsspec knows. fallback: a live teacher for what is missing; its
     answers are written to the folder unless `write` is off. tokenizer: the student's; a record of
     another vocabulary is refused. draws: of `sampled` targets, how many draws of a sequence to
-    record, as those of epochs 0 to draws - 1; later epochs take them in turn. verify: read every shard whole and compare its digest before
-    anything is replayed (default: where the folder is local; what is read later is checked anyway).
-    Raises RecordError if there is nothing to replay, IncompatibleTeacher for another teacher.
+    record, as those of epochs 0 to draws - 1; later epochs take them in turn. verify: read every
+    shard whole and compare its digest before anything is replayed (default: where the folder is
+    local; what is read later is checked anyway). Raises RecordError if there is nothing to replay,
+    IncompatibleTeacher for another teacher.
 
     A sequence is found by its ids. A request gets the draw of its seed and of its epoch modulo the
     record's number of draws. Where that was not recorded it gets another one, by its epoch, unless
@@ -194,7 +195,11 @@ class Recorded(Teacher):
             entry = self._find(request, any_draw=True)
         if entry is None or entry.asked is not None:
             raise self._not_recorded()
-        return self._worker.submit(self._replay, request, entry).result().targets
+        try:
+            return self._worker.submit(self._replay, request, entry).result().targets
+        except _Damaged as damaged:
+            self._worker.submit(self._drop, damaged.shard).result()
+        return self.get(token_ids, seed=seed, epoch=epoch)  # another draw, or an error
 
     def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
         """The recorded answer, or the live teacher's."""

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logit_codec import Targets, decode, encode, fit_id_table
+from logit_codec import Targets, decode, encode, fit_id_table, ids_digest
 from student_trainer import (
     ForkedClient,
     IncompatibleTeacher,
@@ -420,6 +420,15 @@ def test_damage_that_comes_after_the_opening_is_noticed(live, tmp_path: Path):
             os.truncate(path, path.stat().st_size // 2)
         assert all(map(same, seen, (targets for _, targets in record.stream(SEQUENCES))))
         assert record.counters.quarantined > 1
+    with Recorded(tmp_path) as record:
+        (one, *_) = shards_in(tmp_path)
+        ids = next(
+            ids for ids in SEQUENCES if record._index.find(ids_digest(ids))[0].shard == one.name
+        )
+        content = one.read_bytes()
+        one.write_bytes(bytes(len(content) // 2) + content[len(content) // 2 :])
+        with pytest.raises(NotRecorded, match=one.name):
+            record.get(ids)
 
 
 def test_a_read_only_folder_is_replayed_and_refuses_to_grow(live, tmp_path: Path):
