@@ -225,8 +225,7 @@ class Shards:
 
     def identities(self, name: str) -> pa.Table:
         """The columns IDENTITY of all rows. Raises one of DAMAGE."""
-        found = self._file(name)[0].read(columns=list(IDENTITY), use_threads=False)
-        return found.select(list(IDENTITY))  # KeyError where reading leaves one out
+        return self._file(name)[0].read(columns=list(IDENTITY), use_threads=False)
 
     def payloads(self, name: str, row: int, identity: tuple[bytes, int, int]) -> list[bytes]:
         """The targets of a row that has this key, seed and epoch. Raises one of DAMAGE."""
@@ -260,6 +259,8 @@ class Shards:
         source = self._folder.open(name)
         try:
             file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
+            if not file.schema_arrow.equals(SCHEMA):
+                raise ValueError(f"{name} has other columns than a shard")
         except BaseException:
             source.close()
             raise
