@@ -1,6 +1,6 @@
 """What a record takes on disk, and what reading it costs.
 
-Run `python -m benchmarks.record` (about 2 minutes on one core; --quick takes half a minute). The rows
+Run `python -m benchmarks.record` (--quick: fewer rows and sequences). The rows
 are those of benchmarks/distributions.py, the ids are drawn from the teacher. Sequences are random
 choices of rows; but for zstd, which would find the repeated ones, each row is used once.
 

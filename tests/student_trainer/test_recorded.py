@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from student_trainer import (
     TeacherError,
 )
 from student_trainer.data import batches
-from student_trainer.shards import QUARANTINE, Folder, Shards
+from student_trainer.shards import DAMAGE, QUARANTINE, Folder, Provenance, Row, Shards, Writer
 from student_trainer.wish import Answer
 from tests import tiny
 from tests.conftest import FORKSERVER, one_torch_thread
@@ -356,6 +357,41 @@ def test_every_truncation_and_every_flipped_bit_of_a_shard_is_noticed(live, tmp_
         for length in reversed(range(len(content))):
             os.ftruncate(file.fileno(), length)
             assert not shards.is_whole(path.name)
+
+
+@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_flipped_bit_of_a_shard_is_noticed_by_whoever_reads_a_row(tmp_path: Path, step: int):
+    """Without comparing the whole file first: what comes is right, or an error."""
+    provenance = Provenance({"model": "m"}, "sampled:64", 1.0)
+    rows = [
+        Row(
+            bytes([i]) * 16,
+            0,
+            i,
+            None if i else b"\x07",
+            np.arange(20 + i, dtype=np.int32),
+            (bytes(range(60)),),
+        )
+        for i in range(3)
+    ]
+    name = Writer(Folder(tmp_path), provenance).seal(rows)
+    path = tmp_path / name
+    content = path.read_bytes()
+    noticed = 0
+    for place in range(0, 8 * len(content), step):
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        shards = Shards(Folder(tmp_path))
+        for number, row in enumerate(rows):
+            try:
+                assert shards.provenance(name) == provenance
+                payloads = shards.payloads(name, number, (row.key, row.seed, row.epoch))
+                assert tuple(payloads) == row.payloads, f"bit {place}"
+            except DAMAGE:
+                noticed += 1
+        shards.close()
+    assert noticed > 3 * 8 * len(content) / step / 3
 
 
 @pytest.mark.parametrize("step", [199, pytest.param(1, marks=pytest.mark.slow)])
