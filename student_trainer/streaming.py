@@ -144,6 +144,12 @@ class Teacher(ABC):
     def check_usable(self) -> None:
         """Raises TeacherError if the teacher is closed, or was made in another process."""
 
+    def make_wish(
+        self, targets: str | TargetSpec | None, temperature: float, seed: int, epoch: int
+    ) -> Wish:
+        """What a stream asks for. Raises InvalidRequest for what is refused in any case."""
+        return Wish.of(targets or self.default_targets, temperature, seed, epoch)
+
     def stream(
         self,
         sequences: Iterable[Any],
@@ -161,7 +167,7 @@ class Teacher(ABC):
         InvalidRequest for what the teacher refuses, TeacherUnavailable after the patience.
         """
         self.check_usable()
-        wish = Wish.of(targets or self.default_targets, temperature, seed, epoch)
+        wish = self.make_wish(targets, temperature, seed, epoch)
         ahead = self.default_ahead if ahead is None else ahead
         return stream_sequences(self.submit, sequences, wish, ahead, self.check_usable)
 
@@ -184,7 +190,7 @@ class Teacher(ABC):
         512 MiB of targets ("30s,2048MiB": in at most 2 GiB); by default `default_look_ahead`.
         """
         self.check_usable()
-        wish = Wish.of(targets or self.default_targets, temperature, seed, epoch)
+        wish = self.make_wish(targets, temperature, seed, epoch)
         ahead = self.default_look_ahead if ahead is None else ahead
         window = make_window(ahead, wish.spec, self.info)
         return stream_loader(self.submit, loader, wish, window, self.check_usable)
