@@ -4,20 +4,26 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from logit_codec import parse_targets
-from student_trainer import data, trainer
+from student_trainer import data, model_card, trainer
 from student_trainer.checkpoint import Checkpoints
 from student_trainer.client import RemoteTeacher, connect
 from student_trainer.config import CorpusConfig, TrainConfig
 from student_trainer.curves import Curves
 from student_trainer.errors import NotRecorded
+from student_trainer.evaluate import evaluate, evaluate_teacher
+from student_trainer.prefetch import prefetch
 from student_trainer.recorded import Recorded
+from student_trainer.results import Results, Scores, StudentResults, TeacherResults
+from student_trainer.shuffled import ShuffledTargets
+from student_trainer.streaming import TargetStream
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +35,7 @@ MAY_CHANGE = {
         "output",
         "ahead",
         "control",
+        "shuffled_control",
         "device",
         "log_every",
         "tensorboard",
@@ -86,30 +93,142 @@ def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher
             yield live
 
 
-def teacher_loss(
-    config: CorpusConfig, teacher: RemoteTeacher | Recorded, held_out: Tensor
-) -> float | None:
-    """The teacher's own loss, in nats; None if a record cannot tell."""
-    if not isinstance(teacher, Recorded):
-        return trainer.teacher_loss(teacher, held_out)
-    if config.temperature != 1.0 or not parse_targets(config.targets).realized:
-        return None
-    try:
-        return trainer.teacher_loss(teacher, held_out, targets=config.targets, seed=config.seed)
-    except NotRecorded:
-        logger.warning("the held-out text was not recorded: the teacher's own loss is unknown")
-        return None
+class HeldOut:
+    """The held-out text, what the teacher makes of it, and what a student did last time."""
+
+    def __init__(
+        self, config: CorpusConfig, teacher: RemoteTeacher | Recorded, sequences: Tensor
+    ) -> None:
+        """Asks the teacher. Raises what `Teacher.stream` does."""
+        self.sequences = sequences
+        self.unknown = ""
+        """Why some of the teacher's scores are not known, as far as they are not."""
+        self.teacher, self._best_ids = self._ask(config, teacher)
+        self.last: Scores | None = None
+
+    def _ask(
+        self, config: CorpusConfig, teacher: RemoteTeacher | Recorded
+    ) -> tuple[Scores, Tensor | None]:
+        if not isinstance(teacher, Recorded):
+            return evaluate_teacher(teacher, self.sequences)
+        try:
+            scores, best_ids = evaluate_teacher(
+                teacher,
+                self.sequences,
+                targets=config.targets,
+                temperature=config.temperature,
+                seed=config.seed,
+            )
+        except NotRecorded:
+            self.unknown = "the held-out text was not recorded"
+            logger.warning("%s: the teacher's own loss is unknown", self.unknown)
+            return Scores(loss=None), None
+        if None not in (scores.loss, scores.accuracy, scores.calibration_error):
+            return scores, best_ids
+        if teacher.fallback is not None:
+            return evaluate_teacher(teacher.fallback, self.sequences)
+        found = f"the record holds {config.targets} at temperature {config.temperature:g}"
+        self.unknown = f"{found}, which does not tell it; with --teacher too, the teacher is asked"
+        return scores, best_ids
+
+    def measure(self, student: nn.Module, batch_size: int) -> Scores:
+        """A student on the text, beside the teacher."""
+        self.last = evaluate(student, self.sequences, self._best_ids, batch_size=batch_size)
+        return self.last
+
+    def beside_the_loss(self) -> dict[str, float]:
+        """What else the last measurement found."""
+        assert self.last is not None
+        found = {
+            "held_out_accuracy": self.last.accuracy,
+            "held_out_top1_agreement": self.last.top1_agreement,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def train(config: TrainConfig) -> Results:
+    """Trains the student, and the controls that were asked for, and saves the student.
+
+    Raises ValueError, OSError, and what a teacher can raise.
+    """
+    corpus = read_corpus(config)
+    config.output.mkdir(parents=True, exist_ok=True)
+    students: dict[str, StudentResults] = {}
+
+    def batches() -> Any:
+        return data.batches(
+            corpus.sequences, batch_size=config.batch_size, steps=config.steps, seed=config.seed
+        )
+
+    with open_teacher(config, corpus.tokenizer) as teacher:
+        info = teacher.info
+        fingerprint = info.teacher_fingerprint
+        held_out = HeldOut(config, teacher, corpus.held_out)
+        if config.control:
+            labels = prefetch(((batch, None) for batch in batches()), ahead=1)
+            _, students["control"] = train_student(config, corpus, held_out, labels, "control")
+
+        def with_targets() -> TargetStream[Any]:
+            return teacher.stream_batches(
+                batches(),
+                targets=config.targets,
+                temperature=config.temperature,
+                seed=config.seed,
+                ahead=int(config.ahead) if config.ahead.isdigit() else config.ahead,
+            )
+
+        counters, pairs = teacher.counters, with_targets()
+        nbytes_before, rows_before = counters.payload_nbytes, counters.rows
+
+        def also() -> dict[str, float]:
+            nbytes, rows = counters.payload_nbytes - nbytes_before, counters.rows - rows_before
+            return {"lookahead": pairs.in_flight, "bytes_per_token": nbytes / max(1, rows)}
+
+        student, students["distilled"] = train_student(
+            config, corpus, held_out, pairs, "distilled", also=also, teacher_fingerprint=fingerprint
+        )
+        save_student(student, corpus, config.output / "student")
+        if config.shuffled_control:
+            wrong = ShuffledTargets(with_targets(), seed=config.seed)
+            _, students["shuffled"] = train_student(
+                config, corpus, held_out, wrong, "shuffled", teacher_fingerprint=fingerprint
+            )
+    return Results(
+        settings=config.model_dump(mode="json"),
+        data_digest=data.digest(corpus.sequences),
+        held_out_digest=data.digest(corpus.held_out),
+        held_out_sequences=len(corpus.held_out),
+        student_parameters=sum(parameter.numel() for parameter in student.parameters()),
+        student_architecture=type(student).__name__,
+        student_license=model_card.license_of(config.student),
+        starts_from_weights=trainer.has_weights(config.student),
+        bytes_per_token=students["distilled"].history[-1].get("bytes_per_token") or None,
+        versions={name: version(name) for name in ("logitstream", "torch", "transformers")},
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        teacher=TeacherResults(
+            model=info.model,
+            revision=info.revision,
+            license=model_card.license_of_hub_model(info.model, info.revision),
+            weights_fingerprint=info.weights_fingerprint,
+            teacher_fingerprint=fingerprint,
+            vocab_size=info.vocab_size,
+            scores=held_out.teacher,
+            unknown=held_out.unknown,
+        ),
+        students=students,
+    )
 
 
 def train_student(
     config: TrainConfig,
     corpus: Corpus,
+    held_out: HeldOut,
     pairs: Any,
     name: str,
     *,
     also: Callable[[], dict[str, float]] = dict,
     **identity: str,
-) -> tuple[nn.Module, trainer.Run]:
+) -> tuple[nn.Module, StudentResults]:
     """Trains one student of the run on its pairs; "distilled" is the one it is about.
 
     also: as for `trainer.train`. identity: what must be the same in a run that goes on, beside the
@@ -131,6 +250,12 @@ def train_student(
         checkpoints.clear()
     student = trainer.make_student(config.student, seed=config.seed, device=find_device(config))
     curves = Curves(config.output / "tensorboard" / name) if config.tensorboard else None
+
+    def loss_of(model: nn.Module) -> float:
+        loss = held_out.measure(model, config.batch_size).loss
+        assert loss is not None
+        return loss
+
     run = trainer.train(
         student,
         pairs,
@@ -140,14 +265,24 @@ def train_student(
         optimizer=config.optimizer,
         kd_weight=config.kd_weight,
         ce_weight=config.ce_weight,
-        measure=lambda model: trainer.held_out_loss(model, corpus.held_out),
+        measure=loss_of,
         label=f"student {name}",
         checkpoints=checkpoints,
         log_every=config.log_every,
         curves=curves,
         also=also,
+        measured=held_out.beside_the_loss,
+        is_aligned=name != "shuffled",
     )
-    return student, run
+    return student, StudentResults(
+        seconds=run.seconds,
+        waiting_s=run.waiting_s,
+        tokens=run.tokens,
+        history=run.history,
+        measurements=run.measurements,
+        # Measured anew, for a run whose last checkpoint was its end measures nothing on the way.
+        scores=held_out.measure(student, config.batch_size),
+    )
 
 
 def find_device(config: TrainConfig) -> str:
