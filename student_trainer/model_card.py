@@ -14,15 +14,15 @@ UNKNOWN = "unknown"
 
 def license_of(folder: Path) -> str | None:
     """The license that the model card of a folder names; None if it has none."""
-    from huggingface_hub import ModelCard
+    import yaml
+    from huggingface_hub import metadata_load
 
     path = folder / "README.md"
     if not path.is_file():
         return None
     try:
-        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-        found = card.data.to_dict().get("license")
-    except (ValueError, UnicodeDecodeError):  # a card that the hub would not read either
+        found = (metadata_load(path) or {}).get("license")
+    except (ValueError, yaml.YAMLError):  # a card that the hub would not read either
         return None
     return str(found) if found else None
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from logit_codec import Targets
@@ -28,8 +29,9 @@ class ShuffledTargets(Iterator[tuple[Any, Targets]]):
             raise ValueError("targets of a single row cannot be shuffled: make batches larger")
         number = self._pairs.state_dict()["handed_out"]
         # Of the seed and the batch alone, so that a run that goes on shuffles as it would have.
-        generator = torch.Generator().manual_seed((self._seed << 32 ^ number) % 2**63)
-        cycle_R = torch.randperm(targets.num_rows, generator=generator)
+        # Not torch's generator: that one looks at the low 32 bits of a seed only.
+        chance = np.random.default_rng((self._seed, number))
+        cycle_R = torch.from_numpy(chance.permutation(targets.num_rows))
         order_R = torch.empty_like(cycle_R)
         order_R[cycle_R] = cycle_R.roll(1)  # one cycle through all rows: none stays where it is
         return batch, targets[order_R]
