@@ -202,7 +202,7 @@ def train(config: TrainConfig) -> Results:
         student_architecture=type(student).__name__,
         student_license=model_card.license_of(config.student),
         starts_from_weights=trainer.has_weights(config.student),
-        bytes_per_token=students["distilled"].history[-1].get("bytes_per_token") or None,
+        bytes_per_token=_last(students["distilled"].history, "bytes_per_token") or None,
         versions={name: version(name) for name in ("logitstream", "torch", "transformers")},
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         teacher=TeacherResults(
@@ -217,6 +217,11 @@ def train(config: TrainConfig) -> Results:
         ),
         students=students,
     )
+
+
+def _last(history: list[dict[str, float]], name: str) -> float | None:
+    """Of a run that was at its end when it went on, too: its history came with the checkpoint."""
+    return next((entry[name] for entry in reversed(history) if name in entry), None)
 
 
 def train_student(

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from student_trainer.charts import ticks
 from student_trainer.cli import main
 from student_trainer.page import look_up, render
-from student_trainer.report import make_report, table, write_report
+from student_trainer.report import draw_losses, make_report, table, write_report
 from student_trainer.results import Results
 from tests.student_trainer.made_up import NUM_SEQUENCES, make_results, seeds
 
@@ -154,6 +155,44 @@ def test_settings_that_differ_are_compared_side_by_side():
         "b": make_results(seed=1, settings={"device": "cpu", "ahead": "3"}),
     }
     assert len(make_report(same)["groups"]) == 1
+
+
+def test_losses_on_different_texts_are_not_compared():
+    report = make_report({"a": make_results(), "b": make_results(held_out_digest="0" * 32)})
+    assert "cannot be compared" in said(report)
+    assert [group["label"] for group in report["groups"]] == [
+        "held_out eeeeeeee",
+        "held_out 00000000",
+    ]
+
+
+def test_a_setting_that_diverged_is_not_the_best():
+    nan = make_results(distilled=math.nan, control=None, settings={"learning_rate": 1.0})
+    report = make_report({"a": nan, "b": make_results()})
+    assert "Lowest loss on held-out text: learning_rate 0.0003" in said(report)
+    assert "All settings diverged" in said(
+        make_report({"a": nan, "b": nan.model_copy(update={"data_digest": "0"})})
+    )
+
+
+@pytest.mark.parametrize("verdict", ["helped", "diverged"])
+def test_the_first_picture_is_drawn_for_where_a_page_is_too_much(verdict: str, tmp_path: Path):
+    draw_losses(tmp_path / "loss.png", make_report(CASES[verdict]))
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 100, [0, 20, 40, 60, 80, 100]),
+        (3.0, 4.1, [3.0, 3.25, 3.5, 3.75, 4.0]),
+        (0.0, 0.053, [0, 0.02, 0.04]),
+        (-0.2, 1.06, [0, 0.5, 1.0]),
+        (5, 5, [5]),
+    ],
+)
+def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]):
+    assert ticks(low, high) == pytest.approx(expected)
 
 
 # The page.
