@@ -190,7 +190,7 @@ def _bars(picture: dict[str, Any], key: str) -> str:
             f'<rect class="{bar["student"]}" x="{left}" y="{y}" width="{max(1.0, width):.2f}" '
             f'height="28" rx="3" data-key="{key}.bars.{number}.value"/>'
             f'<text class="value" x="{left + max(1.0, width) + 8:.1f}" y="{y + 19:.1f}">'
-            f"{bar['value']:,.1f} {picture['unit']}</text>"
+            f"{bar['value']:,{'.1f' if bar['value'] % 1 else '.0f'}} {picture['unit']}</text>"
         )
     return _svg(picture, height, parts)
 

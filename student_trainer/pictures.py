@@ -169,7 +169,8 @@ def _calibration(
             "Positions are put into ten bins by how sure the model was of its likeliest token; each "
             "point says how often it was right there. On the diagonal it is as sure as it should "
             "be, below it is too sure. The error in the legend is the mean distance from the "
-            "diagonal (expected calibration error); large points stand for many positions."
+            "diagonal (expected calibration error); large points stand for many positions. A model that "
+            "is never sure can be on the diagonal and know nothing: read it beside the loss."
             + of_seed
         ),
         "alt": "Accuracy against confidence; "
