@@ -82,6 +82,9 @@ class TrainConfig(CorpusConfig):
     at most that), or a number of batches."""
     control: tyro.conf.FlagCreatePairsOff[bool] = False
     """Also train a second student on labels alone: same seed, data order and steps."""
+    shuffled_control: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Also train a student on targets that are shuffled among the rows of each batch: same loss, same
+    bytes, wrong places. It must be worse, or it was not the teacher's knowledge that helped."""
     log_every: int = Field(default=10, ge=1)
     """Steps that the progress bar, and each point of --tensorboard, is about."""
     tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -94,6 +97,18 @@ class TrainConfig(CorpusConfig):
     """Delete the checkpoints in output and begin at step 0, instead of going on from the newest."""
     device: str = "auto"
     """auto, cpu or cuda."""
+
+
+class ReportConfig(_Section):
+    """Did it help? One page of finished runs, and the same numbers as JSON."""
+
+    runs: tyro.conf.Positional[list[Path]] = Field(min_length=1)
+    """Folders that `train` wrote: one, several seeds of the same, or several settings."""
+    output: Path | None = None
+    """The page, FILE.html; the numbers go to FILE.json. Default: report.html in the folder of the run,
+    or in the current one if there are several."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print the numbers as JSON."""
 
 
 class CheckConfig(_Section):

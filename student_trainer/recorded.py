@@ -183,6 +183,11 @@ class Recorded(Teacher):
         return self._info
 
     @property
+    def fallback(self) -> Teacher | None:
+        """The live teacher behind it."""
+        return self._fallback
+
+    @property
     def temperature(self) -> float:
         """Of what was recorded; 1.0 while nothing is."""
         return 1.0 if self._provenance is None else self._provenance.temperature

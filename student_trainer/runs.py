@@ -4,20 +4,25 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from logit_codec import parse_targets
-from student_trainer import data, trainer
+from student_trainer import data, model_card, trainer
 from student_trainer.checkpoint import Checkpoints
 from student_trainer.client import RemoteTeacher, connect
 from student_trainer.config import CorpusConfig, TrainConfig
 from student_trainer.curves import Curves
 from student_trainer.errors import NotRecorded
+from student_trainer.evaluate import evaluate, evaluate_teacher
+from student_trainer.prefetch import prefetch
 from student_trainer.recorded import Recorded
+from student_trainer.results import Results, Scores, StudentResults, TeacherResults
+from student_trainer.shuffled import ShuffledTargets
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +34,7 @@ MAY_CHANGE = {
         "output",
         "ahead",
         "control",
+        "shuffled_control",
         "device",
         "log_every",
         "tensorboard",
@@ -86,52 +92,258 @@ def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher
             yield live
 
 
-def teacher_loss(
-    config: CorpusConfig, teacher: RemoteTeacher | Recorded, held_out: Tensor
-) -> float | None:
-    """The teacher's own loss, in nats; None if a record cannot tell."""
-    if not isinstance(teacher, Recorded):
-        return trainer.teacher_loss(teacher, held_out)
-    if config.temperature != 1.0 or not parse_targets(config.targets).realized:
-        return None
-    try:
-        return trainer.teacher_loss(teacher, held_out, targets=config.targets, seed=config.seed)
-    except NotRecorded:
-        logger.warning("the held-out text was not recorded: the teacher's own loss is unknown")
-        return None
+class HeldOut:
+    """The held-out text, what the teacher makes of it, and what a student did last time."""
+
+    def __init__(
+        self, config: CorpusConfig, teacher: RemoteTeacher | Recorded, sequences: Tensor
+    ) -> None:
+        """Asks the teacher. Raises what `Teacher.stream` does."""
+        self.sequences = sequences
+        self.unknown = ""
+        """Why some of the teacher's scores are not known, as far as they are not."""
+        self.teacher, self._best_ids = self._ask(config, teacher)
+        self.last: Scores | None = None
+
+    def _ask(
+        self, config: CorpusConfig, teacher: RemoteTeacher | Recorded
+    ) -> tuple[Scores, Tensor | None]:
+        if not isinstance(teacher, Recorded):
+            return evaluate_teacher(teacher, self.sequences)
+        try:
+            scores, best_ids = evaluate_teacher(
+                teacher,
+                self.sequences,
+                targets=config.targets,
+                temperature=config.temperature,
+                seed=config.seed,
+            )
+        except NotRecorded:
+            self.unknown = "the held-out text was not recorded"
+            logger.warning("%s: the teacher's own loss is unknown", self.unknown)
+            return Scores(loss=None), None
+        if None not in (scores.loss, scores.accuracy, scores.calibration_error):
+            return scores, best_ids
+        if teacher.fallback is not None:
+            live, best_ids = evaluate_teacher(teacher.fallback, self.sequences)
+            if scores.loss is not None:  # the same, whether there is a live teacher or not
+                same = {"loss": scores.loss, "sequence_losses": scores.sequence_losses}
+                live = live.model_copy(update=same)
+            return live, best_ids
+        found = f"the record holds {config.targets} at temperature {config.temperature:g}"
+        self.unknown = f"{found}, which does not tell it; with --teacher too, the teacher is asked"
+        return scores, best_ids
+
+    def measure(self, student: nn.Module, batch_size: int) -> Scores:
+        """A student on the text, beside the teacher."""
+        self.last = evaluate(student, self.sequences, self._best_ids, batch_size=batch_size)
+        return self.last
+
+    def beside_the_loss(self) -> dict[str, float]:
+        """What else the last measurement found."""
+        assert self.last is not None
+        found = {
+            "held_out_accuracy": self.last.accuracy,
+            "held_out_top1_agreement": self.last.top1_agreement,
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
 
-def train_student(
-    config: TrainConfig,
-    corpus: Corpus,
-    pairs: Any,
-    name: str,
-    *,
-    also: Callable[[], dict[str, float]] = dict,
-    **identity: str,
-) -> tuple[nn.Module, trainer.Run]:
-    """Trains one student of the run on its pairs; "distilled" is the one it is about.
+def train(config: TrainConfig) -> Results:
+    """Trains the student, and the controls that were asked for, and saves the student.
 
-    also: as for `trainer.train`. identity: what must be the same in a run that goes on, beside the
-    settings and the text.
+    Raises ValueError, OSError, and what a teacher can raise.
+    """
+    corpus = read_corpus(config)
+    config.output.mkdir(parents=True, exist_ok=True)
+    with open_teacher(config, corpus.tokenizer) as teacher:
+        held_out = HeldOut(config, teacher, corpus.held_out)
+        trained = train_students(config, corpus, teacher, held_out)
+        info = teacher.info
+    student = trained.student
+    return Results(
+        settings=config.model_dump(mode="json"),
+        data_digest=data.digest(corpus.sequences),
+        held_out_digest=data.digest(corpus.held_out),
+        held_out_sequences=len(corpus.held_out),
+        student_parameters=sum(parameter.numel() for parameter in student.parameters()),
+        student_architecture=type(student).__name__,
+        student_license=model_card.license_of(config.student),
+        starts_from_weights=trainer.has_weights(config.student),
+        bytes_per_token=trained.bytes_per_token,
+        versions={name: version(name) for name in ("logitstream", "torch", "transformers")},
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        teacher=TeacherResults(
+            model=info.model,
+            revision=info.revision,
+            license=model_card.license_of_hub_model(info.model, info.revision),
+            weights_fingerprint=info.weights_fingerprint,
+            teacher_fingerprint=info.teacher_fingerprint,
+            vocab_size=info.vocab_size,
+            scores=held_out.teacher,
+            unknown=held_out.unknown,
+        ),
+        students=trained.students,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """What a run made."""
+
+    student: nn.Module
+    students: dict[str, StudentResults]
+    """By name: distilled, and control and shuffled if they were asked for."""
+    bytes_per_token: float | None
+    """Of the targets that were received; None if none were."""
+
+
+def train_students(
+    config: TrainConfig, corpus: Corpus, teacher: RemoteTeacher | Recorded, held_out: HeldOut
+) -> Trained:
+    """Trains the student in this process and saves it, and the controls if asked for."""
+    students: dict[str, StudentResults] = {}
+    if config.control:
+        student, checkpoints = begin(config, corpus, "control")
+        pairs = control_pairs(batches(config, corpus))
+        run = train_student(
+            *(config, corpus, student, pairs, "control", checkpoints), held_out=held_out
+        )
+        students["control"] = results_of(run, held_out.measure(student, config.batch_size))
+    fingerprint = teacher.info.teacher_fingerprint
+    student, checkpoints = begin(config, corpus, "distilled", teacher_fingerprint=fingerprint)
+    made = DistilledPairs(config, teacher, batches(config, corpus))
+    run = train_student(
+        *(config, corpus, student, made.stream, "distilled", checkpoints),
+        held_out=held_out,
+        also=made.measured,
+    )
+    nbytes = made.bytes_per_token() or _last(run.history, "bytes_per_token") or None
+    students["distilled"] = results_of(run, held_out.measure(student, config.batch_size))
+    save_student(student, corpus, config.output / "student")
+    if config.shuffled_control:
+        other, checkpoints = begin(config, corpus, "shuffled", teacher_fingerprint=fingerprint)
+        again = DistilledPairs(config, teacher, batches(config, corpus))
+        pairs = ShuffledTargets(again.stream, seed=config.seed)
+        run = train_student(
+            *(config, corpus, other, pairs, "shuffled", checkpoints), held_out=held_out
+        )
+        students["shuffled"] = results_of(run, held_out.measure(other, config.batch_size))
+    return Trained(student, students, nbytes)
+
+
+def results_of(run: trainer.Run, scores: Scores) -> StudentResults:
+    """One student's; scores: at the end, for a run that went on behind its last step measured
+    nothing on the way."""
+    return StudentResults(
+        seconds=run.seconds,
+        waiting_s=run.waiting_s,
+        tokens=run.tokens,
+        history=run.history,
+        measurements=run.measurements,
+        scores=scores,
+    )
+
+
+def batches(config: TrainConfig, corpus: Corpus) -> Iterator[dict[str, Any]]:
+    """What the run trains on, in this order."""
+    return data.batches(
+        corpus.sequences, batch_size=config.batch_size, steps=config.steps, seed=config.seed
+    )
+
+
+def control_pairs(batches: Iterator[dict[str, Any]]) -> Any:
+    """Batches without targets."""
+    return prefetch(((batch, None) for batch in batches), ahead=1)
+
+
+class DistilledPairs:
+    """Batches with their targets, and what the targets weigh."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        teacher: RemoteTeacher | Recorded,
+        batches: Iterator[dict[str, Any]],
+    ) -> None:
+        self._counters = teacher.counters
+        self._before = self._counters.payload_nbytes, self._counters.rows
+        self.stream = teacher.stream_batches(
+            batches,
+            targets=config.targets,
+            temperature=config.temperature,
+            seed=config.seed,
+            ahead=int(config.ahead) if config.ahead.isdigit() else config.ahead,
+        )
+
+    def bytes_per_token(self) -> float | None:
+        """None before the first targets."""
+        nbytes, rows = self._before
+        received = self._counters.rows - rows
+        return (self._counters.payload_nbytes - nbytes) / received if received else None
+
+    def measured(self) -> dict[str, float]:
+        """For the curves."""
+        return {"lookahead": self.stream.in_flight, "bytes_per_token": self.bytes_per_token() or 0}
+
+
+def begin(
+    config: TrainConfig, corpus: Corpus, name: str, **identity: str
+) -> tuple[nn.Module, Checkpoints]:
+    """One student of the run, untrained, and its checkpoints; "distilled" is what the run is about.
+
+    identity: as for `identity_of`.
     """
     folder = config.output / "checkpoints"
     checkpoints = Checkpoints(
         folder if name == "distilled" else folder / name,
         every=config.checkpoint_every,
-        identity={
-            **config.model_dump(mode="json", exclude=MAY_CHANGE),
-            "data_digest": data.digest(corpus.sequences),
-            "held_out_digest": data.digest(corpus.held_out),
-            **identity,
-        },
+        identity=identity_of(config, corpus, **identity),
         keep=config.keep_checkpoints,
     )
     if config.start_over:
         checkpoints.clear()
-    student = trainer.make_student(config.student, seed=config.seed, device=find_device(config))
+    return trainer.make_student(
+        config.student, seed=config.seed, device=find_device(config)
+    ), checkpoints
+
+
+def identity_of(config: TrainConfig, corpus: Corpus, **more: str) -> dict[str, Any]:
+    """What must be the same in a run that goes on; more: beside the settings and the text."""
+    return {
+        **config.model_dump(mode="json", exclude=MAY_CHANGE),
+        "data_digest": data.digest(corpus.sequences),
+        "held_out_digest": data.digest(corpus.held_out),
+        **more,
+    }
+
+
+def train_student(
+    config: TrainConfig,
+    corpus: Corpus,
+    student: nn.Module,
+    pairs: Any,
+    name: str,
+    checkpoints: Checkpoints,
+    *,
+    held_out: HeldOut | None = None,
+    also: Callable[[], dict[str, float]] = dict,
+) -> trainer.Run:
+    """Trains one student of the run on its pairs.
+
+    held_out: what to measure on, beside the teacher; without it the loss alone is measured. also: as
+    for `trainer.train`.
+    """
     curves = Curves(config.output / "tensorboard" / name) if config.tensorboard else None
-    run = trainer.train(
+
+    def measure(model: nn.Module) -> float:
+        if held_out is None:
+            return trainer.held_out_loss(model, corpus.held_out)
+        loss = held_out.measure(model, config.batch_size).loss
+        assert loss is not None
+        return loss
+
+    return trainer.train(
         student,
         pairs,
         steps=config.steps,
@@ -140,14 +352,20 @@ def train_student(
         optimizer=config.optimizer,
         kd_weight=config.kd_weight,
         ce_weight=config.ce_weight,
-        measure=lambda model: trainer.held_out_loss(model, corpus.held_out),
+        measure=measure,
         label=f"student {name}",
         checkpoints=checkpoints,
         log_every=config.log_every,
         curves=curves,
         also=also,
+        measured=dict if held_out is None else held_out.beside_the_loss,
+        is_aligned=name != "shuffled",
     )
-    return student, run
+
+
+def _last(history: list[dict[str, float]], name: str) -> float | None:
+    """Of a run that was at its end when it went on, too: its history came with the checkpoint."""
+    return next((entry[name] for entry in reversed(history) if name in entry), None)
 
 
 def find_device(config: TrainConfig) -> str:
