@@ -415,10 +415,15 @@ def _beside_the_teacher(
         stats[name] for name in ("teacher_loss", "distilled_loss", "control_loss", "gap_closed")
     )
     assert distilled is not None
+    why = next((one["teacher_unknown"] for one in numbers if one["teacher_unknown"]), "")
     if teacher is None:
-        why = next((one["teacher_unknown"] for one in numbers if one["teacher_unknown"]), "")
         return [f"The teacher's own loss is not known{f': {why}' if why else ''}."]
     sentences = []
+    if why:
+        sentences.append(
+            "How often the student agrees with the teacher, and whether the teacher's probabilities "
+            f"can be believed, is not known: {why}."
+        )
     if closed is not None and closed["mean"] < 0:
         sentences.append(
             f"The teacher itself reaches {teacher['mean']:.3f} nats: there was something to learn from "

@@ -33,7 +33,8 @@ def test_the_card_says_from_whom_with_what_and_how_good(tmp_path: Path):
     assert card.data.library_name == "transformers"  # type: ignore[attr-defined]
     assert "knowledge-distillation" in card.data.tags  # type: ignore[attr-defined]
     assert "base_model" not in card.data.to_dict()
-    results = {one.metric_type: one.metric_value for one in card.data.eval_results or []}
+    found = card.data.eval_results or []  # type: ignore[attr-defined]
+    results = {one.metric_type: one.metric_value for one in found}
     assert results["loss"] == report["distilled_loss"]
     assert results["agreement with the teacher"] == report["distilled_top1_agreement"]
     for words in ("a" * 64, "`sampled`", "6,000 trained on", "ask before you publish", "3.400"):

@@ -134,6 +134,9 @@ def test_a_teacher_whose_loss_nobody_knows_is_said_to_be_unknown():
     report = make_report({"a": make_results(teacher=None, unknown="the text was not recorded")})
     assert report["teacher_loss"] is None
     assert "the text was not recorded" in said(report)
+    part = make_report({"a": make_results(unknown="the record holds samples")})
+    assert "agrees with the teacher" in said(part)
+    assert "is not known: the record holds samples." in said(part)
 
 
 def test_more_time_for_the_same_steps_and_waiting_are_told():
