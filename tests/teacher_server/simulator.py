@@ -365,3 +365,22 @@ class CancelStorm:
             simulation.at(simulation.now + after_s, go)
 
         simulation.at(0.0, storm)
+
+
+class Quitter:
+    """A team that cancels each of its `count` jobs as soon as it is computed, and sends another."""
+
+    def __init__(
+        self, simulation: Simulation, team: Team, lengths: Iterator[int], *, count: int = 100
+    ) -> None:
+        jobs: list[Job | None] = []
+
+        def look() -> None:
+            for job in jobs:
+                if job is not None and not job.waiting:
+                    simulation.cancel(job)
+            jobs[:] = [job for job in jobs if job is not None and job.waiting]
+            jobs.extend(simulation.submit(team, next(lengths)) for _ in range(count - len(jobs)))
+            simulation.at(simulation.now + 0.02, look)
+
+        simulation.at(0.0, look)
