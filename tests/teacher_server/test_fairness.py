@@ -409,9 +409,9 @@ def test_storms_and_strangers_leave_nothing_behind() -> None:
 def test_a_flood_fills_its_own_part_of_the_queue() -> None:
     run = Simulation(max_queued_tokens=20_000)
     for number in range(8):
-        Closed(run, team(f"flood{number}"), sizes(256), window=1000, credentials=20)
+        Closed(run, team(f"flood{number}"), sizes(256), window=100, credentials=20)
     Open(run, team("light"), sizes(256), period_s=0.2)
-    run.run(10.0)
+    run.run(3.0)
     assert run.refused["flood0"] > 0
     assert run.refused["light"] == 0
     assert run.queue.queued_tokens <= 4 * 20_000 + 2 * BATCH_TOKENS
