@@ -52,8 +52,12 @@ def main() -> None:
             f"{name:24} {run.total() / SECONDS:8,.0f}   {shares}   {waits[len(waits) // 2]:6.2f} "
             f"{waits[-1]:8.2f}"
         )
-    entitled = f"{'':15}{1 / 4:15.1%}{3 / 4:15.1%}"
-    print(f"{'of what the trainers got':24} {'':8}   {entitled}   is what their weights say")
+    # The light team asks for less than its part; the others divide what it leaves.
+    run = runs["fair among teams"]
+    light = run.dispatched(LIGHT.name) / run.total()
+    weights = [team.weight for team in (FLOOD, *TRAINERS)]
+    entitled = [(1 - light) * weight / sum(weights) for weight in weights]
+    print(f"{'by their weights':36}" + "".join(f"{share:15.1%}" for share in (*entitled, light)))
     draw(runs, options.picture)
 
 
@@ -83,7 +87,7 @@ def draw(runs: dict[str, Simulation], path: Path) -> None:
             share = run.dispatched(team.name) / run.total()
             label = f"{team.name} (weight {team.weight:g})" if row == 0 else None
             shares.barh(row, share, left=left, color=color, label=label)
-            if share > 0.04:
+            if share > 0.055:
                 shares.text(left + share / 2, row, f"{share:.0%}", ha="center", va="center")
             left += share
         ordered = sorted(run.waits["light"])

@@ -265,6 +265,16 @@ def test_the_queue_is_bounded_and_a_full_one_is_waited_out(serve, model_folder):
     assert service.stop() == 0
 
 
+def test_a_request_that_is_larger_than_the_queue_enters_it_piece_by_piece(serve, model_folder):
+    service = serve(model_folder("Gemma2", VOCAB), "--batch.max-queued-tokens", "512")
+    batch = {"input_ids": torch.arange(200).repeat(12, 1)}
+    with connect(service.address) as teacher:
+        ((_, targets),) = teacher.stream_batches([batch])
+        assert targets.num_rows == 12 * 199
+        assert teacher.counters.resent == 0
+    assert service.stop() == 0
+
+
 def test_a_reader_that_stops_reading_holds_up_nobody_else(serve, model_folder):
     service = serve(model_folder("Llama", 32003))
     release = threading.Event()
