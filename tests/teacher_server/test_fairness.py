@@ -135,7 +135,7 @@ def test_every_two_teams_stay_within_a_largest_job_of_each(
     assert run.dispatched("good") > 0
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     st.lists(
         st.fixed_dictionaries(
@@ -143,8 +143,8 @@ def test_every_two_teams_stay_within_a_largest_job_of_each(
                 "weight": st.sampled_from([0.25, 1.0, 3.0, 10.0]),
                 "lengths": st.sets(st.sampled_from([32, 96, 512, 4096, 9000]), min_size=1),
                 "window": st.sampled_from([1, 3, 30, 200]),
-                "start": st.floats(0.0, 3.0),
-                "end": st.floats(0.5, 6.0),
+                "start": st.floats(0.0, 1.0),
+                "end": st.floats(0.5, 2.0),
                 "on_s": st.sampled_from([0.01, 0.3, 9.0]),
                 "off_s": st.sampled_from([0.01, 0.3]),
                 "back_s": st.sampled_from([0.0, 0.01, 0.2]),
@@ -165,7 +165,7 @@ def test_whatever_teams_do_the_bound_holds(plans: list[dict]) -> None:
             CancelStorm(run, one, lengths, count=plan["window"], after_s=plan["on_s"])
         else:
             Closed(run, one, lengths, **plan)
-    found = gaps(run.run(3.0))
+    found = gaps(run.run(1.5))
     assert max(found.values(), default=0.0) <= ROUNDING, found
 
 
