@@ -40,6 +40,7 @@ def score_server(pipe: Connection) -> None:
     from teacher_server.metrics import Metrics
     from teacher_server.replica import keep_freed_memory, server_options
     from teacher_server.service import Scored, TeacherService
+    from teacher_server.standing import Standing
 
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -73,6 +74,7 @@ def score_server(pipe: Connection) -> None:
             teacher_fingerprint=teacher.teacher_fingerprint,
             id_table=None,
             metrics=Metrics(),
+            standing=Standing(),
         )
         server = grpc.aio.server(options=server_options(limits))
         teacher_pb2_grpc.add_TeacherServicer_to_server(service, server)

@@ -19,9 +19,11 @@ class BatchConfig(_Section):
     """How sequences are joined into batches."""
 
     max_tokens: int = Field(default=4096, ge=1)
-    """Padded tokens in one forward pass, unless one sequence is longer."""
+    """Padded tokens in one batch, unless one sequence is longer. Between two batches the teacher
+    goes over to whoever's turn it is."""
     max_queued_tokens: int = Field(default=1 << 20, ge=1)
-    """Padded tokens that may wait, of all clients; beyond that requests are told to come back."""
+    """Padded tokens that may wait, of one team; beyond that requests are told to come back. All
+    teams together may have four times as many, each an equal part of them."""
 
 
 class TargetsConfig(_Section):
@@ -47,7 +49,8 @@ class AdmissionConfig(_Section):
     max_stream_mib: int = Field(default=16, ge=1)
     """Unfinished answers of one stream, in MiB; further requests of it wait unread."""
     max_answers_mib: int = Field(default=1024, ge=1)
-    """Unfinished answers of all streams of a replica, in MiB; a stream may always have one."""
+    """Unfinished answers of all streams of a replica, in MiB, shared by the teams that have any;
+    a stream may always have one."""
 
 
 class ServeConfig(_Section):

@@ -30,12 +30,14 @@ from logit_codec.spec import KINDS
 from protos import teacher_pb2, teacher_pb2_grpc
 from teacher_server.admission import Admission, Limits
 from teacher_server.config import ServeConfig
+from teacher_server.cost import CostModel
 from teacher_server.errors import RequestRefused, ServeError
 from teacher_server.head import VocabularyHead
 from teacher_server.metrics import Metrics
 from teacher_server.model import TeacherModel, load
 from teacher_server.scheduler import Job, Scheduler
 from teacher_server.service import Scored, TeacherService
+from teacher_server.standing import Standing
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +85,14 @@ class Replica:
         self._fingerprint = model.teacher_fingerprint
         self._head = VocabularyHead(model, chunk_nbytes=head_chunk_nbytes)
         self._exactness = "bytes" if self._head.is_exact() else "tolerance"
+        self.standing = Standing()
+        costs = CostModel.of(model)
         self._scheduler = Scheduler(
             max_batch_tokens=max_batch_tokens,
             max_batch_reply_nbytes=limits.max_reply_nbytes,
             max_queued_tokens=limits.max_queued_tokens,
+            cost=lambda job: costs.cost(job.bucket, len(job.wanted.rows), job.reply_nbytes),
+            standing=self.standing,
         )
         self._waiting: dict[Job, asyncio.Future[Scored]] = {}
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -149,6 +155,7 @@ class Replica:
             teacher_fingerprint=self._fingerprint,
             id_table=self.model.id_table,
             metrics=self.metrics,
+            standing=self.standing,
         )
         self.metrics.watch(
             "teacher_queued_tokens", "Padded tokens that wait.", lambda: self.queued_tokens
@@ -320,17 +327,25 @@ class Replica:
 
     def _compute_loop(self) -> None:
         while batch := self._scheduler.next_batch():
-            started = self._batch_since_s = time.monotonic()
-            for job, result in self._score_batch(batch, started):
-                self._loop.call_soon_threadsafe(self._resolve, job, result)
-            self._batch_since_s = None
-            tokens = sum(job.bucket for job in batch)
-            seconds = time.monotonic() - started
-            self._longest_batch_s = max(self._longest_batch_s, seconds)
-            self._scheduler.record_speed(tokens, seconds)
-            logger.debug(
-                "batch scored sequences=%d tokens=%d ms=%.0f", len(batch), tokens, 1e3 * seconds
-            )
+            groups: dict[int, list[Job]] = {}  # jobs of one canonical length share a forward pass
+            for job in batch:
+                groups.setdefault(job.bucket, []).append(job)
+            for group in groups.values():
+                self._score_group(group)
+
+    def _score_group(self, group: list[Job]) -> None:
+        """One forward pass, and what it says to those who wait for it."""
+        started = self._batch_since_s = time.monotonic()
+        for job, result in self._score_batch(group, started):
+            self._loop.call_soon_threadsafe(self._resolve, job, result)
+        self._batch_since_s = None
+        tokens = sum(job.bucket for job in group)
+        seconds = time.monotonic() - started
+        self._longest_batch_s = max(self._longest_batch_s, seconds)
+        self._scheduler.record_speed(tokens, seconds)
+        logger.debug(
+            "batch scored sequences=%d tokens=%d ms=%.0f", len(group), tokens, 1e3 * seconds
+        )
 
     def _score_batch(
         self, batch: list[Job], started: float

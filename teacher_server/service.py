@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 import xxhash
@@ -28,6 +29,7 @@ from teacher_server.head import StageTimes
 from teacher_server.metrics import Metrics
 from teacher_server.room import ProcessRoom, StreamRoom
 from teacher_server.scheduler import Job
+from teacher_server.standing import Standing
 from teacher_server.teams import DEFAULT_TEAM, Team
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         teacher_fingerprint: str,
         id_table: IdTable | None,
         metrics: Metrics,
+        standing: Standing,
     ) -> None:
         self._describe = describe
         self._admission = admission
@@ -82,6 +85,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self._fingerprint = teacher_fingerprint
         self._id_table = id_table
         self._metrics = metrics
+        self._standing = standing
         self._room = ProcessRoom(admission.limits.max_answers_nbytes)
         metrics.watch("teacher_streams", "Open Score streams.", lambda: self._room.num_streams)
         metrics.watch(
@@ -178,22 +182,39 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         wanted = [(i, item) for i, item in enumerate(admitted) if len(item.wanted.rows)]
         answer.unfinished = len(wanted)
         stream.unanswered[request.request_id] = answer
+        team = answer.team.name
         for index, item in wanted:
-            await stream.room.take(item.reply_nbytes)
+            job = Job(
+                item.wanted,
+                self._bucket_length(len(item.wanted.token_ids)),
+                item.reply_nbytes,
+                level,
+                answer.team,
+            )
+            # A request that is larger than the queue enters it piece by piece.
+            await answer.wait_below(self._admission.limits.max_queued_tokens // 2 - job.bucket)
+            await stream.room.take(item.reply_nbytes, team)
             if answer.failed:
-                stream.room.give(item.reply_nbytes)
+                stream.room.give(item.reply_nbytes, team)
                 return
-            task = tasks.create_task(self._answer(answer, index, item, level, stream))
-            answer.tasks.add(task)
-            task.add_done_callback(answer.tasks.discard)
+            task = tasks.create_task(self._answer(answer, index, item, job, stream))
+            answer.started(task, job.bucket)
+            self._standing.admitted(team, job.bucket)
+            task.add_done_callback(partial(self._ended, answer, job, stream))
+
+    def _ended(
+        self, answer: "_Answer", job: Job, stream: "_Stream", task: asyncio.Task[None]
+    ) -> None:
+        """One sequence is answered, or never will be."""
+        answer.ended(task, job.bucket)
+        self._standing.answered(answer.team.name, job.bucket)
+        stream.room.give(job.reply_nbytes, answer.team.name)
 
     async def _answer(
-        self, answer: "_Answer", index: int, item: Admitted, level: int, stream: "_Stream"
+        self, answer: "_Answer", index: int, item: Admitted, job: Job, stream: "_Stream"
     ) -> None:
         """Scores, encodes and writes one sequence."""
         try:
-            bucket = self._bucket_length(len(item.wanted.token_ids))
-            job = Job(item.wanted, bucket, item.reply_nbytes, level, answer.team)
             scored = await self._score(job)
             began = time.perf_counter()
             loop = asyncio.get_running_loop()
@@ -230,8 +251,6 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
             answer.failed = True  # nobody takes it: the client has gone
         except Exception as error:
             await self._fail(answer, stream, error, sequence=index, rows=item.wanted.rows)
-        finally:
-            stream.room.give(item.reply_nbytes)
 
     def _encode(self, item: Admitted, scored: Scored) -> list[tuple[int, int, bytes]]:
         limit = self._admission.limits.max_part_nbytes - PART_SLACK_NBYTES
@@ -253,6 +272,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
             return
         message = _error_message(error, sequence, rows)
         self._metrics.rejected.labels(answer.team.name, message.reason).inc()
+        self._standing.rejected(answer.team.name)
         response = teacher_pb2.ScoreResponse(request_id=answer.request_id, error=message)
         await stream.write(answer, response)
         current = asyncio.current_task()
@@ -311,6 +331,25 @@ class _Answer:
     """Sequences whose final part has not been made."""
     failed: bool = False
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    tokens: int = 0
+    """Padded tokens of these tasks."""
+    progress: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when one of them ends."""
+
+    def started(self, task: asyncio.Task[None], tokens: int) -> None:
+        self.tasks.add(task)
+        self.tokens += tokens
+
+    def ended(self, task: asyncio.Task[None], tokens: int) -> None:
+        self.tasks.discard(task)
+        self.tokens -= tokens
+        self.progress.set()
+
+    async def wait_below(self, tokens: int) -> None:
+        """Until no more than so many tokens are under way, or none at all."""
+        while self.tasks and self.tokens > tokens:
+            self.progress.clear()
+            await self.progress.wait()
 
 
 class _Stream:
