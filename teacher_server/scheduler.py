@@ -33,6 +33,8 @@ class Job:
     """Upper bound of its answer."""
     level: int = 1
     team: Team = DEFAULT_TEAM
+    held: int = 0
+    """Tokens that accounts.py has reserved for it."""
     waiting: bool = field(default=False, init=False)
     """Queued and not departed: it counts towards the queue's tokens."""
     order: int = field(default=0, init=False)
