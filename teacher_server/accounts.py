@@ -37,8 +37,6 @@ ANSWER_S = 5.0
 """How long the directory may take to answer."""
 ADOPT_S = 15.0
 """How often a replica looks for journals that others left behind."""
-SEGMENTS = 8
-"""Sent to the directory at once."""
 FORESIGHT_S = 3.0
 """A lease covers the use of so long."""
 FORGET_S = 600.0
@@ -393,12 +391,12 @@ class Accounts:
                 if now - account.used_s < FORGET_S and _is_limited(account.team)
             }
         try:
-            segments = self._journal.sealed(SEGMENTS)
-            if not segments and not wishes and not ended:
+            segment = self._journal.oldest()
+            if segment is None and not wishes and not ended:
                 return
             async with asyncio.timeout(ANSWER_S):
                 grants = await self._directory.sync(
-                    self._journal.name, segments, wishes, ended=ended
+                    self._journal.name, segment, wishes, ended=ended
                 )
         except (DirectoryAway, TimeoutError, OSError) as error:
             if not self._away:
@@ -408,7 +406,8 @@ class Accounts:
         if self._away:
             logger.info("the directory is back")
         self._away = False
-        self._journal.drop(number for number, _ in segments)
+        if segment is not None:
+            self._journal.drop(segment[0])
         for name, grant in grants.items():
             account = self._accounts.get(name)
             if account is None:
@@ -454,7 +453,7 @@ class Accounts:
                     for number, path in files:
                         segment = number, path.read_bytes()
                         async with asyncio.timeout(ANSWER_S):
-                            await self._directory.sync(name, [segment], {}, ended=True)
+                            await self._directory.sync(name, segment, {}, ended=True)
                         path.unlink()
                     logger.info("took over what another replica had not reported journal=%s", name)
         except (DirectoryAway, TimeoutError):

@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +63,9 @@ CREATE TABLE leases (
 COLUMNS = {
     Kind.DISPATCHED: ("sequences", "tokens"),
     Kind.DELIVERED: ("delivered_rows", "delivered_bytes"),
-    Kind.REJECTED: ("rejected", None),
+    Kind.REJECTED: ("rejected",),
 }
+"""What the numbers of a record are added to."""
 
 
 class DirectoryAway(Exception):
@@ -122,7 +123,7 @@ class DirectoryLink(Protocol):
     async def sync(
         self,
         holder: str,
-        segments: Sequence[tuple[int, bytes]],
+        segment: tuple[int, bytes] | None,
         wishes: dict[str, Wish],
         *,
         ended: bool = False,
@@ -164,16 +165,17 @@ class Directory:
     def sync(
         self,
         holder: str,
-        segments: Sequence[tuple[int, bytes]],
+        segment: tuple[int, bytes] | None,
         wishes: dict[str, Wish],
         *,
         ended: bool = False,
     ) -> dict[str, Grant]:
-        """Applies segments that it has not had yet, then grants wishes. ended: nothing is held."""
+        """Applies a segment unless it has had it, then grants wishes. ended: nothing is held."""
         now = self._clock()
         today = int(now // 86400)
         with _Transaction(self._base):
-            self._apply(holder, segments, today)
+            if segment is not None:
+                self._apply(holder, *segment, today)
             if ended:
                 self._base.execute("DELETE FROM leases WHERE holder = ?", (holder,))
             return {
@@ -187,26 +189,20 @@ class Directory:
     def close(self) -> None:
         self._base.close()
 
-    def _apply(self, journal: str, segments: Sequence[tuple[int, bytes]], today: int) -> None:
-        if not segments:
-            return
+    def _apply(self, journal: str, number: int, data: bytes, today: int) -> None:
         row = self._base.execute(
             "SELECT segment FROM journals WHERE journal = ?", (journal,)
         ).fetchone()
-        last = row[0] if row else 0
+        if row and number <= row[0]:
+            return
         totals: dict[tuple[int, str], dict[str, int]] = {}
-        for number, data in segments:
-            if number <= last:
+        for record in from_bytes(data):
+            if record.kind is Kind.DELIVERED and not self._is_first(record, today):
                 continue
-            last = number
-            for record in from_bytes(data):
-                if record.kind is Kind.DELIVERED and not self._is_first(record, today):
-                    continue
-                sums = totals.setdefault((record.day, record.team), {})
-                counts, amounts = COLUMNS[record.kind]
-                sums[counts] = sums.get(counts, 0) + record.number
-                if amounts is not None:
-                    sums[amounts] = sums.get(amounts, 0) + record.amount
+            sums = totals.setdefault((record.day, record.team), {})
+            numbers = record.number, record.amount
+            for name, value in zip(COLUMNS[record.kind], numbers, strict=False):
+                sums[name] = sums.get(name, 0) + value
         for (day, team), sums in totals.items():
             self._base.execute("INSERT OR IGNORE INTO usage (day, team) VALUES (?, ?)", (day, team))
             columns = ", ".join(f"{name} = {name} + ?" for name in sums)
@@ -215,7 +211,7 @@ class Directory:
                 (*sums.values(), day, team),
             )
         self._base.execute(
-            "INSERT OR REPLACE INTO journals VALUES (?, ?, ?)", (journal, last, today)
+            "INSERT OR REPLACE INTO journals VALUES (?, ?, ?)", (journal, number, today)
         )
         self._base.execute(
             "DELETE FROM delivered WHERE (day, key) IN"
@@ -307,12 +303,12 @@ class LocalDirectory:
     async def sync(
         self,
         holder: str,
-        segments: Sequence[tuple[int, bytes]],
+        segment: tuple[int, bytes] | None,
         wishes: dict[str, Wish],
         *,
         ended: bool = False,
     ) -> dict[str, Grant]:
-        return await self._do(lambda: self._directory.sync(holder, segments, wishes, ended=ended))
+        return await self._do(lambda: self._directory.sync(holder, segment, wishes, ended=ended))
 
     async def usage(self, team: str | None, since: int) -> list[UsageRow]:
         return await self._do(lambda: self._directory.usage(team, since))

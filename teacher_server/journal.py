@@ -19,7 +19,7 @@ import os
 import secrets
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -129,24 +129,25 @@ class Journal:
             if self._size:
                 self._seal()
 
-    def sealed(self, most: int) -> list[tuple[int, bytes]]:
-        """The oldest sealed segments: number and records."""
+    def oldest(self) -> tuple[int, bytes] | None:
+        """The first segment that is sealed: its number and records."""
         with self._mutex:
-            numbers = self._sealed[:most]
-        return [(number, self._read(number)) for number in numbers]
+            if not self._sealed:
+                return None
+            number = self._sealed[0]
+        return number, self._read(number)
 
     @property
     def num_sealed(self) -> int:
         return len(self._sealed)
 
-    def drop(self, numbers: Iterable[int]) -> None:
-        """The directory has these segments."""
-        for number in numbers:
-            with self._mutex:
-                self._sealed.remove(number)
-                self._kept.pop(number, None)
-            if self._folder is not None:
-                _segment(self._folder, self.name, number).unlink(missing_ok=True)
+    def drop(self, number: int) -> None:
+        """The directory has this segment."""
+        with self._mutex:
+            self._sealed.remove(number)
+            self._kept.pop(number, None)
+        if self._folder is not None:
+            _segment(self._folder, self.name, number).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Nothing is appended any more; what was not dropped is left to others as an orphan."""
