@@ -13,6 +13,7 @@ A record, little-endian: XXH3-64 of what follows it (8 bytes), length of the res
 since 1970-01-01 UTC (4), two counts (8 each), key (16), the team's name in UTF-8.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -241,7 +242,7 @@ def _written(file: int | None, data: bytes) -> bool:
         if os.write(file, data) == len(data):
             return True
         os.ftruncate(file, size)
-        logger.error("the journal of this replica cannot grow; its records wait in memory")
+        _complain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     except OSError as error:
         _complain(error)
     return False
