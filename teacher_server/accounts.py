@@ -316,6 +316,11 @@ class Accounts:
 
     # What is known.
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether the directory is away, as far as is known."""
+        return self._away
+
     async def usage(self, team: str | None, since: int) -> list[UsageRow]:
         """From the directory, with what this replica has not told it yet. Raises DirectoryAway."""
         await self.sync()
