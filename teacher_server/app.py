@@ -569,7 +569,10 @@ def _delete(name: str, seconds: float) -> None:
                 logger.warning("the replicas did not stop in %.0f s", seconds)
                 break
             time.sleep(POLL_S)
-        ray.kill(ray.get_actor(name, NAMESPACE))
+        books = ray.get_actor(name, NAMESPACE)
+        with contextlib.suppress(RayError):
+            ray.get(books.close.remote(), timeout=STOP_MARGIN_S)
+        ray.kill(books)
         for key in (_service_key(name), _directory_key(name)):
             internal_kv._internal_kv_del(key)
 

@@ -173,6 +173,11 @@ class Replica:
         self.metrics.watch(
             "teacher_queued_tokens", "Padded tokens that wait.", lambda: self.queued_tokens
         )
+        self.metrics.watch(
+            "teacher_directory_away",
+            "1 while quotas and usage cannot reach the directory.",
+            lambda: float(self._accounts.is_alone),
+        )
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         for name in ("", SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
