@@ -64,13 +64,6 @@ def test_describe_prints_what_the_service_says(gemma_service: Served):
         ),
         (("serve", "--standalone", "--model", "{empty}"), 1, ["config.json"]),
         (("serve", "--model", "{empty}", "--port", "99999"), 2, ["65535"]),
-        (
-            ("serve", "--standalone", "--model", "{empty}", "--ledger", "/dev/null/x"),
-            1,
-            ["cannot keep a ledger in /dev/null/x", "--ledger"],
-        ),
-        (("usage", "--ledger", "{empty}"), 1, ["no ledger in {empty}"]),
-        (("usage",), 2, ["HOST:PORT", "--ledger"]),
         (("serve", "--modle", "x"), 2, ["--modle"]),
         (("serve", "@{empty}/none.toml"), 2, ["none.toml"]),
         (("serve", "--model", "{empty}", "--host", "0.0.0.0"), 2, ["--allow-public"]),
@@ -83,7 +76,7 @@ def test_server_errors_are_one_clear_line(tmp_path: Path, command, code, words):
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
     text = " ".join((ended.stderr + ended.stdout).split())
-    assert all(word.format(empty=tmp_path) in text for word in words), text
+    assert all(word in text for word in words), text
 
 
 def test_a_folder_with_pickled_weights_only_is_refused(model_folder, tmp_path: Path):

@@ -81,6 +81,10 @@ def test_usage_is_shown_to_its_team_and_read_from_the_file(
     assert "PERMISSION_DENIED" in capsys.readouterr().err
     assert show_usage(UsageConfig(address=served.address, since="yesterday")) == 1
     assert "2027-01-31" in capsys.readouterr().err
+    assert show_usage(UsageConfig(ledger=tmp_path)) == 1
+    assert f"no ledger in {tmp_path}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="HOST:PORT of a service or a --ledger"):
+        UsageConfig()
     assert served.stop() == 0
     (row,) = csv.DictReader(io.StringIO(shown(ledger=ledger, as_csv=True)))
     assert int(row["delivered_rows"]) == second["delivered_rows"]

@@ -12,8 +12,9 @@ from logit_codec import TopKSpec
 from teacher_server import accounts
 from teacher_server.accounts import Accounts, origin
 from teacher_server.directory import Directory, DirectoryAway, Grant, LocalDirectory, UsageRow, Wish
-from teacher_server.errors import RequestRefused
+from teacher_server.errors import RequestRefused, ServeError
 from teacher_server.head import WantedRows
+from teacher_server.replica import open_accounts
 from teacher_server.scheduler import Job
 from teacher_server.teams import Team, TeamLimits
 
@@ -302,3 +303,8 @@ def test_what_another_replica_left_is_told_to_the_directory(tmp_path: Path):
 
     with_link(test)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_used_is_refused():
+    with pytest.raises(ServeError, match="cannot keep a ledger in /dev/null/x: .* --ledger"):
+        open_accounts(Path("/dev/null/x"))
