@@ -78,8 +78,10 @@ class _Account:
     free_s: float = 0.0
     """From when on the rate allows the next request; time.monotonic()."""
     rejected: int = 0
-    used_s: float = 0.0
+    used_s: float = -FORGET_S
     """When it last had work; time.monotonic()."""
+    asked_s: float = -FORGET_S
+    """When somebody wanted to know what is left of its quota."""
 
     @property
     def share(self) -> float:
@@ -147,7 +149,8 @@ class Accounts:
                 if turn.done() and not turn.cancelled():
                     self._leave(account, tokens)
                 else:
-                    account.turns.remove((tokens, turn))
+                    with contextlib.suppress(ValueError):  # passed over already
+                        account.turns.remove((tokens, turn))
                     self._give_turns(account)
                 raise
         else:
@@ -277,7 +280,9 @@ class Accounts:
 
     def settle(self, job: Job) -> None:
         """This job is over: answered, refused or departed. Exactly once for each reserved job."""
-        account = self._account(job.team)
+        account = self._accounts.get(job.team.name)
+        if account is None:
+            return  # the books are closed
         with self._lock:
             if job.held:
                 account.reserved -= job.held
@@ -331,8 +336,10 @@ class Accounts:
         if team.limits.max_tokens_per_day is None:
             return None
         account = self._account(team)
-        account.used_s = account.used_s or time.monotonic()
-        if account.grant is None or account.grant.left_today is None:
+        before_s = max(account.used_s, account.asked_s)
+        account.asked_s = time.monotonic()
+        stale = account.asked_s - before_s > FORGET_S
+        if stale or account.grant is None or account.grant.left_today is None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self.sync()
@@ -358,6 +365,10 @@ class Accounts:
                 if time.monotonic() - adopted_s > ADOPT_S and not self._away:
                     adopted_s = time.monotonic()
                     await self._adopt()
+            except Exception:
+                # Nobody may wait for ever for books that nobody keeps.
+                logger.exception("keeping the books failed, it is tried again")
+                self._away = True
             finally:
                 if waiting is not None:
                     waiting.set_result(None)
@@ -393,7 +404,8 @@ class Accounts:
             wishes = {
                 name: self._wish(account, now, elapsed_s)
                 for name, account in self._accounts.items()
-                if now - account.used_s < FORGET_S and _is_limited(account.team)
+                if now - max(account.used_s, account.asked_s) < FORGET_S
+                and _is_limited(account.team)
             }
         try:
             segment = self._journal.oldest()

@@ -148,7 +148,10 @@ class Journal:
             self._sealed.remove(number)
             self._kept.pop(number, None)
         if self._folder is not None:
-            _segment(self._folder, self.name, number).unlink(missing_ok=True)
+            try:
+                _segment(self._folder, self.name, number).unlink(missing_ok=True)
+            except OSError as error:  # it would be found again as an orphan's, and not be counted
+                _complain(error)
 
     def close(self) -> None:
         """Nothing is appended any more; what was not dropped is left to others as an orphan."""
@@ -245,8 +248,8 @@ def _written(file: int | None, data: bytes) -> bool:
         _complain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     except OSError as error:
         _complain(error)
-    return False
+    return False  # its records wait in memory
 
 
 def _complain(error: OSError) -> None:
-    logger.error("the journal of this replica: %s; its records wait in memory", error.strerror)
+    logger.error("the journal of this replica: %s", error.strerror)

@@ -306,5 +306,5 @@ def test_what_another_replica_left_is_told_to_the_directory(tmp_path: Path):
 
 
 def test_a_folder_that_cannot_be_used_is_refused():
-    with pytest.raises(ServeError, match="cannot keep a ledger in /dev/null/x: .* --ledger"):
+    with pytest.raises(ServeError, match=r"cannot keep a ledger in /dev/null/x: .* --ledger"):
         open_accounts(Path("/dev/null/x"))
