@@ -26,6 +26,7 @@ from teacher_server.config import (
     DescribeConfig,
     FitIdsConfig,
     ServeConfig,
+    UsageConfig,
     expand_files,
     is_loopback,
 )
@@ -37,6 +38,7 @@ Command = (
     Annotated[ServeConfig, tyro.conf.subcommand("serve", prefix_name=False)]
     | Annotated[DescribeConfig, tyro.conf.subcommand("describe", prefix_name=False)]
     | Annotated[FitIdsConfig, tyro.conf.subcommand("fit-ids", prefix_name=False)]
+    | Annotated[UsageConfig, tyro.conf.subcommand("usage", prefix_name=False)]
 )
 
 
@@ -64,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(command)
     if isinstance(command, FitIdsConfig):
         return fit_ids(command)
+    if isinstance(command, UsageConfig):
+        from teacher_server.usage import show_usage
+
+        return show_usage(command)
     return describe(command)
 
 

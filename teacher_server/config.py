@@ -113,6 +113,9 @@ class ServeConfig(_Section):
     advertise: str = ""
     """Host name or address that clients are told for this replica; by default --host, or this
     machine's address if that is a wildcard."""
+    ledger: Path | None = None
+    """Folder for what teams have used (SQLite) and what replicas have not reported yet; on a local
+    disk. By default in memory: it ends with the service."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Serve Prometheus metrics on this port of --host; 0 takes a free one and logs it. Replicas
     that share a host take the next free ones."""
@@ -171,6 +174,10 @@ class ServeConfig(_Section):
             "everyone who can reach the port may use the teacher."
         )
 
+    def ledger_folder(self) -> Path | None:
+        """Where usage is kept; None: in memory."""
+        return self.ledger
+
     def advertised_host(self) -> str:
         """The host part of a replica's address, for clients."""
         if self.advertise or self.host not in ("0.0.0.0", "::", "[::]"):
@@ -200,6 +207,33 @@ class FitIdsConfig(_Section):
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights and the forward pass; auto is what the model was saved in."""
+
+
+class UsageConfig(_Section):
+    """Print what teams have used, by day (UTC): of the own team, or of all with the scope admin.
+
+    The team's token is read from the environment variable TEACHER_TOKEN."""
+
+    address: tyro.conf.Positional[str] = ""
+    """HOST:PORT of the service."""
+    team: str = ""
+    """Of this team only."""
+    since: str = ""
+    """First day, such as 2027-01-31; by default today."""
+    ledger: Path | None = None
+    """Read the ledger in this folder instead of asking a service."""
+    as_csv: Annotated[bool, tyro.conf.arg(name="csv"), tyro.conf.FlagCreatePairsOff] = False
+    """Print CSV."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "UsageConfig":
+        if bool(self.address) == (self.ledger is not None):
+            raise ValueError("usage needs either the HOST:PORT of a service or a --ledger FOLDER")
+        if self.as_csv and self.as_json:
+            raise ValueError("--csv or --json, not both")
+        return self
 
 
 class DescribeConfig(_Section):

@@ -13,11 +13,13 @@ import ctypes
 import logging
 import os
 import secrets
+import sqlite3
 import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+from pathlib import Path
 from typing import Self
 
 import grpc
@@ -28,9 +30,11 @@ from grpc_reflection.v1alpha import reflection
 from logit_codec import FORMAT_VERSION
 from logit_codec.spec import KINDS
 from protos import teacher_pb2, teacher_pb2_grpc
+from teacher_server.accounts import Accounts
 from teacher_server.admission import Admission, Limits
 from teacher_server.config import ServeConfig
 from teacher_server.cost import CostModel
+from teacher_server.directory import Directory, DirectoryLink, LocalDirectory
 from teacher_server.errors import RequestRefused, ServeError
 from teacher_server.head import VocabularyHead
 from teacher_server.metrics import Metrics
@@ -41,6 +45,8 @@ from teacher_server.standing import Standing
 
 logger = logging.getLogger(__name__)
 
+JOURNALS = "journals"
+"""In the folder of the ledger: one journal per replica."""
 SERVICE_NAME = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"].full_name
 WATCH_S = 0.5
 """How often the watchdog looks."""
@@ -70,6 +76,7 @@ class Replica:
         head_chunk_nbytes: int,
         service_id: str = "",
         stuck_after_s: float = 120.0,
+        accounts: Accounts | None = None,
     ) -> None:
         self.model = model
         self.limits = limits
@@ -94,19 +101,30 @@ class Replica:
             cost=lambda job: costs.cost(job.bucket, len(job.wanted.rows), job.reply_nbytes),
             standing=self.standing,
         )
+        self._accounts = accounts or open_accounts(None)
         self._waiting: dict[Job, asyncio.Future[Scored]] = {}
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._compute = threading.Thread(target=self._compute_loop, name="compute", daemon=True)
 
     @classmethod
-    def from_config(cls, config: ServeConfig, *, service_id: str = "") -> Self:
-        """Loads the teacher and makes a replica of it. Raises ModelError."""
+    def from_config(
+        cls,
+        config: ServeConfig,
+        *,
+        service_id: str = "",
+        directory: DirectoryLink | None = None,
+    ) -> Self:
+        """Loads the teacher and makes a replica of it. Raises ModelError, and ServeError.
+
+        directory: by default one in this process.
+        """
         # Fresh pages of a chunk of logits cost several times what is done with them, unless they
         # are huge ones; torch reads this at its first large allocation (docs/log.md).
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         keep_freed_memory()
         if config.threads:
             torch.set_num_threads(config.threads)
+        accounts = open_accounts(config.ledger_folder(), directory)
         model = load(
             config.model,
             revision=config.revision,
@@ -134,6 +152,7 @@ class Replica:
             head_chunk_nbytes=config.head_chunk_mib << 20,
             service_id=service_id or config.service_id,
             stuck_after_s=config.stuck_after_s,
+            accounts=accounts,
         )
 
     async def start(
@@ -151,6 +170,7 @@ class Replica:
             admission=Admission(self.model, self.limits),
             bucket_length=self.model.bucket_length,
             score=self._score,
+            accounts=self._accounts,
             encoder=self._encoder,
             teacher_fingerprint=self._fingerprint,
             id_table=self.model.id_table,
@@ -159,6 +179,11 @@ class Replica:
         )
         self.metrics.watch(
             "teacher_queued_tokens", "Padded tokens that wait.", lambda: self.queued_tokens
+        )
+        self.metrics.watch(
+            "teacher_directory_away",
+            "1 while quotas and usage cannot reach the directory.",
+            lambda: float(self._accounts.is_alone),
         )
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         for name in ("", SERVICE_NAME):
@@ -174,6 +199,7 @@ class Replica:
         for server in self._servers:
             await server.start()
         self._watchdog = asyncio.create_task(self._watch())
+        self._bookkeeping = asyncio.create_task(self._accounts.run())
         return bound
 
     def _server(self, host: str, port: int, *, shared: bool) -> tuple[grpc.aio.Server, int]:
@@ -222,6 +248,8 @@ class Replica:
         # A forward cannot be interrupted; the process may end without it.
         await asyncio.get_running_loop().run_in_executor(None, self._compute.join, seconds)
         self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._bookkeeping.cancel()
+        await self._accounts.close()
 
     @property
     def queued_tokens(self) -> int:
@@ -370,6 +398,21 @@ class Replica:
             (job, Scored(kept, times, len(batch), tokens, started))
             for job, kept in zip(batch, targets, strict=True)
         ]
+
+
+def open_accounts(folder: Path | None, directory: DirectoryLink | None = None) -> Accounts:
+    """The books of one replica, in `folder` or in memory; by default with a directory of its own.
+
+    Raises ServeError if the folder cannot be used.
+    """
+    try:
+        directory = directory or LocalDirectory(Directory(folder))
+        return Accounts(directory, None if folder is None else folder / JOURNALS)
+    except (OSError, sqlite3.Error) as error:
+        raise ServeError(
+            f"cannot keep a ledger in {folder}: {error}. Give --ledger a folder on a local disk "
+            "that this user may write to."
+        ) from error
 
 
 def _refusal(error: Exception) -> Exception:

@@ -48,6 +48,8 @@ class Job:
     """Upper bound of its answer."""
     level: int = 1
     team: Team = DEFAULT_TEAM
+    held: int = 0
+    """Tokens that accounts.py has reserved for it."""
     cost: float = field(default=0.0, init=False)
     """What its team is charged, known when it is submitted; see `cost.CostModel`."""
     waiting: bool = field(default=False, init=False)

@@ -9,10 +9,12 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NoReturn
 
 import grpc
 import xxhash
@@ -23,7 +25,9 @@ from logit_codec import CodecError, IdTable, Targets, encode_parts
 from protos import teacher_pb2, teacher_pb2_grpc
 from protos.check import answer_check, request_digest
 from teacher_server.access import Caller, current_caller
-from teacher_server.admission import Admission, Admitted
+from teacher_server.accounts import Accounts, origin
+from teacher_server.admission import SESSION_ID_NBYTES, Admission, Admitted
+from teacher_server.directory import DirectoryAway
 from teacher_server.errors import RequestRefused, invalid
 from teacher_server.head import StageTimes
 from teacher_server.metrics import Metrics
@@ -31,6 +35,7 @@ from teacher_server.room import ProcessRoom, StreamRoom
 from teacher_server.scheduler import Job
 from teacher_server.standing import Standing
 from teacher_server.teams import DEFAULT_TEAM, Team
+from teacher_server.usage import first_day, usage_row
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +76,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         admission: Admission,
         bucket_length: Callable[[int], int],
         score: Score,
+        accounts: Accounts,
         encoder: Executor,
         teacher_fingerprint: str,
         id_table: IdTable | None,
@@ -81,6 +87,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self._admission = admission
         self._bucket_length = bucket_length
         self._score = score
+        self._accounts = accounts
         self._encoder = encoder
         self._fingerprint = teacher_fingerprint
         self._id_table = id_table
@@ -111,7 +118,14 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
     async def Describe(
         self, request: teacher_pb2.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> teacher_pb2.TeacherInfo:
-        return self._describe()
+        info = self._describe()
+        try:
+            left = await self._accounts.left_today(current_caller().team())
+        except RequestRefused as refused:
+            await _abort(context, refused)
+        if left is not None:
+            info.caller.tokens_left_today = left
+        return info
 
     async def FetchIdTable(
         self, request: teacher_pb2.FetchIdTableRequest, context: grpc.aio.ServicerContext
@@ -125,13 +139,28 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 "those that are.",
                 field="digest",
             )
-            error = _error_message(refused, None, None)
-            await context.abort(
-                refused.code,
-                error.message,
-                ((ERROR_METADATA, error.SerializeToString()),),
-            )
+            await _abort(context, refused)
         return teacher_pb2.FetchIdTableResponse(data=table.to_bytes())
+
+    async def Usage(
+        self, request: teacher_pb2.UsageRequest, context: grpc.aio.ServicerContext
+    ) -> teacher_pb2.UsageResponse:
+        try:
+            team = current_caller().team()
+            wanted = _whose_usage(team, request.team)
+            try:
+                since = first_day(request.since)
+            except ValueError as error:
+                raise invalid("BAD_DAY", str(error), field="since") from None
+            rows = await self._accounts.usage(wanted, since)
+        except RequestRefused as refused:
+            await _abort(context, refused)
+        except DirectoryAway as error:
+            logger.warning("usage was asked for, and the directory is away: %s", error)
+            await context.abort(
+                grpc.StatusCode.UNAVAILABLE, "the ledger cannot be read now; try again in a moment"
+            )
+        return teacher_pb2.UsageResponse(rows=map(usage_row, rows))
 
     async def Score(
         self,
@@ -165,6 +194,9 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
     ) -> None:
         """Admits one request and submits its sequences as the stream has room for their answers."""
         answer = _Answer(request.request_id, request_digest(request))
+        answer.origin = origin(
+            request.session_id or stream.session_id, request.item_id or request.request_id
+        )
         try:
             answer.team = stream.caller.team()
             if request.request_id in stream.unanswered:
@@ -175,40 +207,52 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                     field="request_id",
                 )
             admitted = self._admission.admit(request)
+            level = LEVELS[request.level]
+            works = [(item, self._job(item, level, answer.team)) for item in admitted]
+            tokens = sum(job.bucket for _, job in works if job is not None)
+            await self._accounts.reserve(answer.team, tokens)
         except Exception as error:
             await self._fail(answer, stream, error)
             return
-        level = LEVELS[request.level]
-        wanted = [(i, item) for i, item in enumerate(admitted) if len(item.wanted.rows)]
-        answer.unfinished = len(wanted)
+        waiting = deque((i, item, job) for i, (item, job) in enumerate(works) if job is not None)
+        answer.unfinished = len(waiting)
         stream.unanswered[request.request_id] = answer
-        team = answer.team.name
-        for index, item in wanted:
-            job = Job(
-                item.wanted,
-                self._bucket_length(len(item.wanted.token_ids)),
-                item.reply_nbytes,
-                level,
-                answer.team,
-            )
-            # A request that is larger than the queue enters it piece by piece.
-            await answer.wait_below(self._admission.limits.max_queued_tokens // 2 - job.bucket)
-            await stream.room.take(item.reply_nbytes, team)
-            if answer.failed:
-                stream.room.give(item.reply_nbytes, team)
-                return
-            task = tasks.create_task(self._answer(answer, index, item, job, stream))
-            answer.started(task, job.bucket)
-            self._standing.admitted(team, job.bucket)
-            task.add_done_callback(partial(self._ended, answer, job, stream))
+        team, room = answer.team.name, stream.room
+        try:
+            while waiting:
+                index, item, job = waiting[0]
+                # A request that is larger than the queue enters it piece by piece.
+                await answer.wait_below(self._admission.limits.max_queued_tokens // 2 - job.bucket)
+                await room.take(job.reply_nbytes, team)
+                if answer.failed:
+                    room.give(job.reply_nbytes, team)
+                    return
+                waiting.popleft()
+                task = tasks.create_task(self._answer(answer, index, item, job, stream))
+                answer.started(task, job.bucket)
+                self._standing.admitted(team, job.bucket)
+                # Not in a finally of the task: one that is cancelled before it begins has none.
+                task.add_done_callback(partial(self._ended, answer, job, stream))
+        finally:
+            for *_, job in waiting:
+                self._accounts.settle(job)
+
+    def _job(self, item: Admitted, level: int, team: Team) -> Job | None:
+        """Of an admitted sequence; None if no row of it is wanted."""
+        if not len(item.wanted.rows):
+            return None
+        bucket = self._bucket_length(len(item.wanted.token_ids))
+        return Job(item.wanted, bucket, item.reply_nbytes, level, team, held=bucket)
 
     def _ended(
         self, answer: "_Answer", job: Job, stream: "_Stream", task: asyncio.Task[None]
     ) -> None:
         """One sequence is answered, or never will be."""
+        team = answer.team.name
         answer.ended(task, job.bucket)
-        self._standing.answered(answer.team.name, job.bucket)
-        stream.room.give(job.reply_nbytes, answer.team.name)
+        stream.room.give(job.reply_nbytes, team)
+        self._standing.answered(team, job.bucket)
+        self._accounts.settle(job)
 
     async def _answer(
         self, answer: "_Answer", index: int, item: Admitted, job: Job, stream: "_Stream"
@@ -231,6 +275,11 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
             self._metrics.encode_s.observe(timing.encode_us / 1e6)
             del scored  # a reader that stopped holds the bytes, not the tensors too
             digest = xxhash.xxh3_128_digest(item.ids_bytes)
+            nbytes = sum(len(payload) for *_, payload in parts)
+            delivered = partial(
+                *(self._accounts.delivered, answer.team, answer.origin, index, digest),
+                *(len(item.wanted.rows), nbytes),
+            )
             for position, (first_row, num_rows, payload) in enumerate(parts):
                 final = position == len(parts) - 1
                 if final:
@@ -245,7 +294,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 part.payload = payload
                 part.teacher_fingerprint = self._fingerprint
                 part.timing.CopyFrom(timing)
-                await stream.write(answer, response)
+                await stream.write(answer, response, before=delivered if final else None)
                 self._metrics.bytes_sent.labels(answer.team.name).inc(len(payload))
         except grpc.aio.InternalError:
             answer.failed = True  # nobody takes it: the client has gone
@@ -273,12 +322,34 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         message = _error_message(error, sequence, rows)
         self._metrics.rejected.labels(answer.team.name, message.reason).inc()
         self._standing.rejected(answer.team.name)
+        if isinstance(error, RequestRefused) and error.code != grpc.StatusCode.UNAUTHENTICATED:
+            self._accounts.rejected(answer.team)
         response = teacher_pb2.ScoreResponse(request_id=answer.request_id, error=message)
         await stream.write(answer, response)
         current = asyncio.current_task()
         for task in answer.tasks:
             if task is not current:
                 task.cancel()
+
+
+async def _abort(context: grpc.aio.ServicerContext, refused: RequestRefused) -> NoReturn:
+    """Ends a unary call with an error that programs can read too."""
+    error = _error_message(refused, None, None)
+    await context.abort(refused.code, error.message, ((ERROR_METADATA, error.SerializeToString()),))
+
+
+def _whose_usage(team: Team, name: str) -> str | None:
+    """The team whose usage is told, None for all. Raises RequestRefused."""
+    if "admin" in team.scopes:
+        return name or None
+    if name not in ("", team.name):
+        raise RequestRefused(
+            grpc.StatusCode.PERMISSION_DENIED,
+            "SCOPE_MISSING",
+            f'team "{team.name}" may see its own usage; that of others needs the scope admin.',
+            field="team",
+        )
+    return team.name
 
 
 def _error_message(
@@ -327,6 +398,8 @@ class _Answer:
     request_digest: bytes
     team: Team = DEFAULT_TEAM
     """Whose request it is."""
+    origin: bytes = b""
+    """Names it in the ledger."""
     unfinished: int = 0
     """Sequences whose final part has not been made."""
     failed: bool = False
@@ -359,11 +432,22 @@ class _Stream:
         self.room = room
         self.caller = caller
         self.unanswered: dict[int, _Answer] = {}
+        self.session_id = secrets.token_bytes(SESSION_ID_NBYTES)
+        """Of requests that name none."""
         self._context = context
         self._lock = asyncio.Lock()
 
-    async def write(self, answer: _Answer, response: teacher_pb2.ScoreResponse) -> None:
-        """Writes one part or error; nothing follows an error of the same request."""
+    async def write(
+        self,
+        answer: _Answer,
+        response: teacher_pb2.ScoreResponse,
+        *,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """Writes one part or error; nothing follows an error of the same request.
+
+        before: called if it is really written, just before that.
+        """
         async with self._lock:
             if answer.failed:
                 return
@@ -372,6 +456,8 @@ class _Stream:
             if ended and self.unanswered.get(answer.request_id) is answer:
                 del self.unanswered[answer.request_id]
             response.check = answer_check(answer.request_digest, response)
+            if before is not None:
+                before()
             await self._context.write(response)
 
 
