@@ -1,4 +1,4 @@
-"""`teacher-server serve` and `teacher-server describe`: parse first, then import the rest.
+"""The command line of `teacher-server`: parse first, then import the rest.
 
 Exit codes: 0 done (also a drained serve), 1 something went wrong, 2 command line or configuration,
 130 Ctrl-C in a client.
@@ -22,14 +22,19 @@ import tyro
 from google.protobuf import json_format
 
 from protos import teacher_pb2, teacher_pb2_grpc
+from protos.connection import Connection
+from protos.diagnosis import diagnose
 from teacher_server.config import (
+    CertsConfig,
     DescribeConfig,
     FitIdsConfig,
     ServeConfig,
+    TeamConfig,
     expand_files,
     is_loopback,
 )
 from teacher_server.errors import ModelError, ServeError, TeacherServerError
+from teacher_server.teams import read_teams
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +42,8 @@ Command = (
     Annotated[ServeConfig, tyro.conf.subcommand("serve", prefix_name=False)]
     | Annotated[DescribeConfig, tyro.conf.subcommand("describe", prefix_name=False)]
     | Annotated[FitIdsConfig, tyro.conf.subcommand("fit-ids", prefix_name=False)]
+    | Annotated[TeamConfig, tyro.conf.subcommand("team", prefix_name=False)]
+    | Annotated[CertsConfig, tyro.conf.subcommand("certs", prefix_name=False)]
 )
 
 
@@ -64,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(command)
     if isinstance(command, FitIdsConfig):
         return fit_ids(command)
+    if isinstance(command, TeamConfig):
+        return team(command)
+    if isinstance(command, CertsConfig):
+        return make_certificates(command)
     return describe(command)
 
 
@@ -71,6 +82,15 @@ def serve(config: ServeConfig) -> int:
     """Loads the teacher and serves it until a signal; returns the exit code."""
     if problem := config.exposure():
         print(f"teacher-server: {problem}", file=sys.stderr)
+        return 2
+    config = config.with_absolute_paths()
+    try:
+        if config.teams is not None:
+            read_teams(config.teams)
+        if tls := config.tls():
+            tls.read()
+    except TeacherServerError as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
         return 2
     try:
         if not config.ray_address:
@@ -207,19 +227,47 @@ def fit_ids(config: FitIdsConfig) -> int:
     return 0
 
 
+def team(config: TeamConfig) -> int:
+    """Edits a teams file; returns the exit code."""
+    from teacher_server import team_commands
+
+    try:
+        team_commands.run(config)
+    except TeacherServerError as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_certificates(config: CertsConfig) -> int:
+    """Makes certificates and prints where they are; returns the exit code."""
+    from teacher_server import certs
+
+    try:
+        paths = certs.make(
+            config.out, config.host, config.client, days=config.days, replace=config.force
+        )
+    except TeacherServerError as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 1
+    for path in paths:
+        print(path)
+    return 0
+
+
 def describe(config: DescribeConfig) -> int:
     """Prints what a running service says of itself; returns the exit code."""
     try:
-        with grpc.insecure_channel(config.address) as channel:
-            stub = teacher_pb2_grpc.TeacherStub(channel)
-            info = stub.Describe(teacher_pb2.DescribeRequest(), timeout=10, wait_for_ready=False)
+        connection = Connection.to(config.address, ca=config.ca, cert=config.cert, key=config.key)
+        with connection.blocking_channel(connection.addresses[0]) as channel:
+            info = teacher_pb2_grpc.TeacherStub(channel).Describe(
+                teacher_pb2.DescribeRequest(), timeout=10, metadata=connection.metadata
+            )
+    except (OSError, ValueError) as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 2
     except grpc.RpcError as error:
-        code, details = error.code(), error.details()  # type: ignore[attr-defined]
-        print(
-            f"teacher-server: no answer from {config.address}: {code.name}: {details}. "
-            "Is the address right, and the service ready?",
-            file=sys.stderr,
-        )
+        print(f"teacher-server: {no_answer(connection, error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -235,10 +283,25 @@ def describe(config: DescribeConfig) -> int:
             value = ", ".join(f"{key} {number}" for key, number in value.items())
         elif name == "replicas":
             value = ", ".join(f"{r['id']} {r['address']} {r['state']}" for r in value)
+        elif name == "caller":
+            shown = {k: v for k, v in value.items() if k != "team" and v not in ("0", [])}
+            shown |= {"scopes": " ".join(value["scopes"])}
+            value = ", ".join(f"{key} {v}" for key, v in shown.items())
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
         print(f"{name:22} {value}")
     return 0
+
+
+def no_answer(connection: Connection, error: grpc.RpcError) -> str:
+    """Why a service did not answer a blocking call, for whoever typed the command."""
+    code, details = error.code(), error.details()  # type: ignore[attr-defined]
+    address = connection.addresses[0]
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return f"{address} refused: {details}"
+    why = diagnose(address, connection) if code == grpc.StatusCode.UNAVAILABLE else ""
+    hint = why or "Is the address right, and the service ready?"
+    return f"no answer from {address}: {code.name}: {details}. {hint}"
 
 
 def _numbers_as_numbers(message: teacher_pb2.Limits, content: dict[str, object]) -> None:

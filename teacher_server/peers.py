@@ -2,9 +2,12 @@
 
 On Kubernetes this is one replica per pod and the name of a headless Service; on two machines it is
 `--peers other:50051`. On a Ray cluster app.py does the same through Serve.
+To its peers a replica is a client as any other: with TLS and teams it needs TEACHER_CA and
+TEACHER_TOKEN (or TEACHER_CERT and TEACHER_KEY) in its environment.
 """
 
 import asyncio
+import functools
 import logging
 import socket
 from collections.abc import Sequence
@@ -12,31 +15,45 @@ from collections.abc import Sequence
 import grpc
 
 from protos import teacher_pb2, teacher_pb2_grpc
+from protos.connection import Connection
 from teacher_server.replica import Replica
 
 logger = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
 ASK_TIMEOUT_S = 2.0
+REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 
 async def watch_peers(replica: Replica, peers: Sequence[str]) -> None:
     """Keeps `replica.set_others` up to date for ever; `peers` are HOST:PORT, names of several too."""
     channels: dict[str, grpc.aio.Channel] = {}
+    connection = Connection.to(peers) if peers else None
     try:
-        while True:
-            found = await asyncio.gather(*map(_resolve, peers))
-            for address in sorted(set().union(*found) - set(channels)):
-                channels[address] = grpc.aio.insecure_channel(
-                    address, options=[("grpc.use_local_subchannel_pool", 1)]
-                )
+        while connection is not None:
+            found = dict(zip(peers, await asyncio.gather(*map(_resolve, peers)), strict=True))
+            for peer, addresses in found.items():
+                for address in addresses - channels.keys():
+                    options = [("grpc.use_local_subchannel_pool", 1)]
+                    if connection.ca is not None:  # its certificate has the name, not the address
+                        name = peer.rpartition(":")[0].strip("[]")
+                        options.append(("grpc.ssl_target_name_override", name))
+                    channels[address] = connection.channel(address, options)
             answers = await asyncio.gather(
-                *(_ask(address, channel, replica) for address, channel in channels.items())
+                *(
+                    _ask(address, channel, replica, connection.metadata)
+                    for address, channel in channels.items()
+                )
             )
             replica.set_others([card for card in answers if card is not None])
             await asyncio.sleep(INTERVAL_S)
     finally:
         await asyncio.gather(*(channel.close() for channel in channels.values()))
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 async def _resolve(peer: str) -> set[str]:
@@ -55,13 +72,20 @@ async def _resolve(peer: str) -> set[str]:
 
 
 async def _ask(
-    address: str, channel: grpc.aio.Channel, replica: Replica
+    address: str,
+    channel: grpc.aio.Channel,
+    replica: Replica,
+    metadata: tuple[tuple[str, str], ...],
 ) -> teacher_pb2.Replica | None:
     """The card of the replica at `address`, if it lives and is of this service."""
     stub = teacher_pb2_grpc.TeacherStub(channel)
     try:
-        info = await stub.Describe(teacher_pb2.DescribeRequest(), timeout=ASK_TIMEOUT_S)
-    except grpc.aio.AioRpcError:
+        info = await stub.Describe(
+            teacher_pb2.DescribeRequest(), timeout=ASK_TIMEOUT_S, metadata=metadata
+        )
+    except grpc.aio.AioRpcError as error:
+        if error.code() in REFUSALS:
+            _tell_once(f"the peer at {address} refuses this replica: {error.details()}")
         return None
     if info.service_id != replica.service_id:
         logger.warning("the peer at %s is of another service id=%s", address, info.service_id)

@@ -21,9 +21,9 @@ from torch import Tensor
 from logit_codec import CodecError, IdTable, Targets, encode_parts
 from protos import teacher_pb2, teacher_pb2_grpc
 from protos.check import answer_check, request_digest
-from teacher_server.access import Caller, current_caller
+from teacher_server.access import Caller, check_request, current_caller
 from teacher_server.admission import Admission, Admitted
-from teacher_server.errors import RequestRefused, invalid
+from teacher_server.errors import RequestRefused, abort, invalid, request_error
 from teacher_server.head import StageTimes
 from teacher_server.metrics import Metrics
 from teacher_server.room import ProcessRoom, StreamRoom
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 PART_SLACK_NBYTES = 1024
 """Room in a part for everything beside its payload."""
-ERROR_METADATA = "logitstream-error-bin"
 LEVELS = {
     teacher_pb2.LEVEL_UNSPECIFIED: 1,
     teacher_pb2.LEVEL_INTERACTIVE: 0,
@@ -107,7 +106,11 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
     async def Describe(
         self, request: teacher_pb2.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> teacher_pb2.TeacherInfo:
-        return self._describe()
+        info = self._describe()
+        team = current_caller().team()
+        info.team = team.name
+        info.caller.CopyFrom(_caller_message(team))
+        return info
 
     async def FetchIdTable(
         self, request: teacher_pb2.FetchIdTableRequest, context: grpc.aio.ServicerContext
@@ -121,12 +124,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 "those that are.",
                 field="digest",
             )
-            error = _error_message(refused, None, None)
-            await context.abort(
-                refused.code,
-                error.message,
-                ((ERROR_METADATA, error.SerializeToString()),),
-            )
+            await abort(context, refused)
         return teacher_pb2.FetchIdTableResponse(data=table.to_bytes())
 
     async def Score(
@@ -163,6 +161,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         answer = _Answer(request.request_id, request_digest(request))
         try:
             answer.team = stream.caller.team()
+            check_request(answer.team, request)
             if request.request_id in stream.unanswered:
                 raise invalid(
                     "DUPLICATE_REQUEST_ID",
@@ -287,15 +286,23 @@ def _error_message(
             "the service's log.",
             sequence=sequence,
         )
-    number, _ = error.code.value
-    return teacher_pb2.RequestError(
-        code=number,
-        message=str(error),
-        field=error.field,
-        retry_after_ms=error.retry_after_ms,
-        reason=error.reason,
-        sequence=error.sequence if error.sequence is not None else sequence,
-        row=error.row,
+    message = request_error(error)
+    if error.sequence is None and sequence is not None:
+        message.sequence = sequence
+    return message
+
+
+def _caller_message(team: Team) -> teacher_pb2.Caller:
+    """What a caller is told of its team."""
+    limits = team.limits
+    return teacher_pb2.Caller(
+        team=team.name,
+        weight=team.weight,
+        scopes=sorted(team.scopes),
+        max_tokens_in_flight=limits.max_tokens_in_flight or 0,
+        max_tokens_per_second=limits.max_tokens_per_second or 0,
+        max_tokens_per_day=limits.max_tokens_per_day or 0,
+        max_request_tokens=limits.max_request_tokens or 0,
     )
 
 
