@@ -56,14 +56,11 @@ class Connection:
         ca, cert, key: paths, or PEM itself. Raises ValueError, OSError where a file is missing.
         """
         given: dict[str, Any] = {}
-        if isinstance(address, str | os.PathLike):
-            text = os.fspath(address).removeprefix("@")
-            if text.endswith(FILE_SUFFIX):
-                given = _read_file(Path(text))
-                address = given.pop("address")
-            else:
-                address = [text]
-        addresses = (address,) if isinstance(address, str) else tuple(address)
+        texts = [os.fspath(address)] if isinstance(address, str | os.PathLike) else address
+        if len(texts) == 1 and texts[0].endswith(FILE_SUFFIX):
+            given = _read_file(Path(texts[0]))
+            texts = given["address"]
+        addresses = tuple(texts)
         if not addresses or any(":" not in one for one in addresses):
             raise ValueError(
                 "an address is host:port, such as teacher.lab:50051, or a connection file such as "
@@ -140,10 +137,12 @@ def _read_file(path: Path) -> dict[str, Any]:
             f"{path}: there is no key {unknown[0]!r}; there are {', '.join(sorted(FILE_KEYS))}. A "
             "token is never in a file like this: token_env names the variable that has it."
         )
-    addresses = content.get("address")
-    texts = [addresses] if isinstance(addresses, str) else addresses
+    texts = content.get("address", [])
+    content["address"] = texts = [texts] if isinstance(texts, str) else texts
     rest = [content[key] for key in FILE_KEYS - {"address"} if key in content]
-    if not texts or not all(isinstance(one, str) for one in [*texts, *rest]):
+    if not (
+        isinstance(texts, list) and texts and all(isinstance(one, str) for one in [*texts, *rest])
+    ):
         raise ValueError(f"{path}: address must be host:port or a list of them, the rest strings")
     for key in ("ca", "cert", "key"):
         value = content.get(key)

@@ -12,7 +12,7 @@ import hmac
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -354,14 +354,14 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         return guarded
 
 
-def _certificate(context: Mapping[str, Sequence[bytes]]) -> Credential:
+def _certificate(context: Mapping[str, Iterable[bytes]]) -> Credential:
     """The client certificate of a connection, which TLS has verified; empty without one."""
     names = tuple(
         dict.fromkeys(
             name.decode(errors="replace") for key in IDENTITIES for name in context.get(key, ())
         )
     )
-    pem = context.get("x509_pem_cert", ())
+    pem = list(context.get("x509_pem_cert", ()))
     if not names or not pem:
         return Credential(names=names)
     from cryptography import x509  # needed with client certificates only

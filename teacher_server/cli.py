@@ -259,13 +259,14 @@ def describe(config: DescribeConfig) -> int:
     """Prints what a running service says of itself; returns the exit code."""
     try:
         connection = Connection.to(config.address, ca=config.ca, cert=config.cert, key=config.key)
+    except (OSError, ValueError) as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 2
+    try:
         with connection.blocking_channel(connection.addresses[0]) as channel:
             info = teacher_pb2_grpc.TeacherStub(channel).Describe(
                 teacher_pb2.DescribeRequest(), timeout=10, metadata=connection.metadata
             )
-    except (OSError, ValueError) as error:
-        print(f"teacher-server: {error}", file=sys.stderr)
-        return 2
     except grpc.RpcError as error:
         print(f"teacher-server: {no_answer(connection, error)}", file=sys.stderr)
         return 1

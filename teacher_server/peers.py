@@ -34,7 +34,7 @@ async def watch_peers(replica: Replica, peers: Sequence[str]) -> None:
             found = dict(zip(peers, await asyncio.gather(*map(_resolve, peers)), strict=True))
             for peer, addresses in found.items():
                 for address in addresses - channels.keys():
-                    options = [("grpc.use_local_subchannel_pool", 1)]
+                    options: list[tuple[str, int | str]] = [("grpc.use_local_subchannel_pool", 1)]
                     if connection.ca is not None:  # its certificate has the name, not the address
                         name = peer.rpartition(":")[0].strip("[]")
                         options.append(("grpc.ssl_target_name_override", name))

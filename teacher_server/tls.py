@@ -27,7 +27,9 @@ class Tls:
         """What a gRPC port is opened with; new connections see replaced files. Raises ServeError."""
         watched = _Watched(self)
         return grpc.dynamic_ssl_server_credentials(
-            watched.first, watched.changed, require_client_authentication=bool(self.client_ca)
+            watched.first,
+            watched.changed,  # pyright: ignore[reportArgumentType]  None: as before
+            require_client_authentication=bool(self.client_ca),
         )
 
     def check(self) -> None:

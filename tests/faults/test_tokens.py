@@ -6,7 +6,7 @@ import pytest
 
 from student_trainer import AccessDenied, connect
 from tests import tiny
-from tests.faults.oracle import VOCAB, digest, within
+from tests.faults.oracle import VOCAB
 from tests.teams import add_team, make_certs
 
 SEQUENCES = tiny.random_sequences(40, VOCAB, seed=31)
