@@ -31,8 +31,8 @@ async def check_entry(host: str, port: int, service_id: str, tls: Tls | None) ->
     if (found is None) != (tls is None):
         speaks = "without TLS" if found is None else "with TLS"
         raise ServeError(
-            f"another service answers at {address}, {speaks}. Give every service an entry port of "
-            "its own with --port."
+            f"a service answers at {address} {speaks}, unlike this one. Give every service an entry "
+            "port of its own with --port; to turn TLS on or off, stop the service first."
         )
     credentials = None
     if found is not None and tls is not None:

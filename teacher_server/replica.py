@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import resource
 import secrets
 import threading
 import time
@@ -114,6 +115,7 @@ class Replica:
         # are huge ones; torch reads this at its first large allocation (docs/log.md).
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         keep_freed_memory()
+        allow_many_connections()
         if config.threads:
             torch.set_num_threads(config.threads)
         model = load(
@@ -388,6 +390,13 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 128 << 20)
 
 
+def allow_many_connections() -> None:
+    """Raises this process's soft limit of open files, often 1,024, to its hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def server_options(limits: Limits, *, shared: bool = False) -> list[tuple[str, int]]:
     """gRPC settings of a replica's server."""
     return [
@@ -402,6 +411,8 @@ def server_options(limits: Limits, *, shared: bool = False) -> list[tuple[str, i
         # Also one that sends, but cannot be understood any more; slow links answer a ping in time.
         ("grpc.http2.ping_timeout_ms", 25_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # Whoever connects and says nothing is not waited for.
+        ("grpc.server_handshake_timeout_ms", 20_000),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ]
