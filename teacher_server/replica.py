@@ -53,6 +53,7 @@ SLOW_FACTOR = 10
 EXIT_S = 2.0
 """How long a stuck replica lives on, so that its health checks and Describe can say so."""
 STOP_GRACE_S = 0.5
+MAX_METADATA_NBYTES = 16 << 10
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 
@@ -411,6 +412,9 @@ def server_options(limits: Limits, *, shared: bool = False) -> list[tuple[str, i
         # Also one that sends, but cannot be understood any more; slow links answer a ping in time.
         ("grpc.http2.ping_timeout_ms", 25_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # Of all entries of a call together; both, because gRPC refuses by chance in between.
+        ("grpc.max_metadata_size", MAX_METADATA_NBYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_NBYTES),
         # Whoever connects and says nothing is not waited for.
         ("grpc.server_handshake_timeout_ms", 20_000),
         ("grpc.http2.max_pings_without_data", 0),
