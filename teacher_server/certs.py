@@ -23,7 +23,13 @@ CLIENT, SERVER = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUT
 
 
 def make(
-    out: Path, hosts: Iterable[str], clients: Iterable[str], *, days: int, replace: bool
+    out: Path,
+    hosts: Iterable[str],
+    clients: Iterable[str],
+    *,
+    days: int,
+    replace: bool,
+    with_local: bool = True,
 ) -> list[Path]:
     """Writes what is wanted into a folder; returns the paths. An authority that is there signs it.
 
@@ -43,7 +49,7 @@ def make(
         ca, ca_key = _authority(out)
         for name in wanted:
             if name == "server":
-                names = dict.fromkeys([*(hosts or _own_names()), *ALWAYS])
+                names = dict.fromkeys([*(hosts or _own_names()), *(ALWAYS if with_local else ())])
                 certificate, key = _sign(ca, ca_key, next(iter(names)), list(names), days, SERVER)
             else:
                 client = name.removeprefix("client-")

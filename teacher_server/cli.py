@@ -245,7 +245,12 @@ def make_certificates(config: CertsConfig) -> int:
 
     try:
         paths = certs.make(
-            config.out, config.host, config.client, days=config.days, replace=config.force
+            config.out,
+            config.host,
+            config.client,
+            days=config.days,
+            replace=config.force,
+            with_local=not config.only_these,
         )
     except TeacherServerError as error:
         print(f"teacher-server: {error}", file=sys.stderr)

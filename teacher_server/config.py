@@ -318,8 +318,9 @@ class CertsConfig(_Section):
     """Folder for ca.pem, server.pem, client-NAME.pem and their keys. An authority that is there signs
     the new certificates."""
     host: tuple[str, ...] = ()
-    """Names and addresses by which clients reach the service, by default those of this machine;
-    localhost is always one of them."""
+    """Names and addresses by which clients reach the service, by default those of this machine."""
+    only_these: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave out localhost, which is added otherwise: the near ends of tunnels are there."""
     client: tuple[str, ...] = ()
     """Names of clients to make certificates for, such as those of teams."""
     days: int = Field(default=365, ge=1, le=3650)

@@ -471,3 +471,58 @@ def test_what_is_wrong_with_a_connection_is_told(shared: Shared, tmp_path: Path)
     make_certs(tmp_path)
     with pytest.raises(TeacherUnavailable, match="not signed by the given authority"):
         connect(address, ca=tmp_path / "ca.pem", patience_s=0.1)
+
+
+def as_client(token: str, ca: str) -> None:
+    """Runs in a replica: to its peers it is a client."""
+    from teacher_server import peers
+
+    peers.INTERVAL_S = 0.2
+    os.environ.update(TEACHER_TOKEN=token, TEACHER_CA=ca)
+
+
+def test_replicas_know_each_other_through_tls_and_strange_names_are_left_out(
+    serve, folder, tmp_path: Path
+):
+    teams = tmp_path / "teams.toml"
+    token, replicas = add_team(teams, "search"), add_team(teams, "replicas", "--scopes", "generate")
+    tls = make_certs(tmp_path, "--host", "127.0.0.1", "--only-these")
+    ca = tmp_path / "ca.pem"
+    ports = [free_port(), free_port()]
+    addresses = [f"127.0.0.1:{port}" for port in ports]
+    served = [
+        serve(
+            folder,
+            *("--port", str(port), "--peers", *addresses, "--service-id", "one", *tls),
+            # Whoever listens there shows a certificate that does not have this name.
+            *("--teams", str(teams), "--threads", "1", "--advertise", advertised),
+            hook=partial(as_client, replicas, str(ca)),
+            ready=False,
+        )
+        for port, advertised in zip(ports, ("127.0.0.1", "localhost"), strict=True)
+    ]
+    for one in served:
+        one.wait_ready()
+
+    def listed(address: str) -> set[str]:
+        with connect(address, token=token, ca=ca) as teacher:
+            return {card.address for card in teacher.info.replicas}
+
+    both = {addresses[0], f"localhost:{ports[1]}"}
+    for address in addresses:
+        wait_until(lambda address=address: listed(address) == both, "they know each other")
+    with connect(addresses[0], token=token, ca=ca) as teacher:
+        began = time.monotonic()
+        while time.monotonic() - began < 3.0:
+            assert len(list(teacher.stream(SEQUENCES))) == len(SEQUENCES)
+        assert teacher.replicas == addresses[:1]
+        assert teacher.counters.reconnects == 0
+    with connect(addresses[1], token=token, ca=ca) as teacher:
+
+        def both_used() -> bool:
+            list(teacher.stream(SEQUENCES, ahead=40))
+            return set(teacher.replicas) == set(addresses)
+
+        wait_until(both_used, "the other one is found by its own address")
+    for one in served:
+        assert one.stop() == 0
