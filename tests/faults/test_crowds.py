@@ -113,7 +113,7 @@ def test_a_service_may_have_as_many_files_open_as_it_can(fleet: Fleet):
 
 def test_a_crowd_that_does_nothing_slows_nobody_down(fleet: Fleet):
     address = fleet.own[0]
-    before = latencies(address, 100)
+    before = latencies(address, 60)
     with (
         crowd("idle", 300, address) as idle,
         crowd("silent", 50, address),
@@ -121,8 +121,8 @@ def test_a_crowd_that_does_nothing_slows_nobody_down(fleet: Fleet):
         crowd("flood", 10, address) as flood,
         quiet_streams(200, address),
     ):
-        assert fleet.gauge(0, "teacher_streams") == 200
-        assert_unchanged(fleet, before, 100, "a crowd of all kinds")
+        wait_until(lambda: fleet.gauge(0, "teacher_streams") == 200, "200 streams")
+        assert_unchanged(fleet, before, 60, "a crowd of all kinds")
     assert idle == ["closed 0"], "who answers pings may stay"
     assert int(flood[0].split()[1]) > 0, "who floods is sent away"
     wait_until(lambda: fleet.gauge(0, "teacher_streams") == 0, "the streams are gone")
@@ -139,7 +139,7 @@ def test_ten_thousand_idle_connections_and_two_thousand_streams(fleet: Fleet):
         ]
         assert_unchanged(fleet, before, 500, "10,000 idle connections")
         crowds.enter_context(quiet_streams(2000, address))
-        assert fleet.gauge(0, "teacher_streams") == 2000
+        wait_until(lambda: fleet.gauge(0, "teacher_streams") == 2000, "2,000 streams", 60.0)
         assert_unchanged(fleet, before, 500, "and 2,000 quiet streams")
         crowds.enter_context(crowd("slow", 500, address))
         crowds.enter_context(crowd("flood", 50, address))
