@@ -8,11 +8,12 @@ why.
 """
 
 import asyncio
+import contextlib
 import hmac
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -152,7 +153,7 @@ class Access:
         self._now = now
         self._on_refusal = on_refusal
         self.service_id = service_id
-        self._streams: set[KnownCaller] = set()
+        self._calls: set[KnownCaller] = set()
 
     async def watch(self) -> None:
         """Keeps the teams up to date and ends the streams of callers that are let in no more."""
@@ -160,7 +161,7 @@ class Access:
             await asyncio.sleep(LOOK_S)
             # In a thread: a file on a network may take its time.
             await asyncio.to_thread(self._file.look)
-            for caller in list(self._streams):
+            for caller in list(self._calls):
                 caller.check()
 
     def enter(self, context: grpc.aio.ServicerContext, rule: Rule, method: str) -> KnownCaller:
@@ -227,13 +228,14 @@ class Access:
             )
         raise _unauthenticated("TOKEN_MISSING", "this service is shared by teams and needs a token")
 
-    def opened(self, caller: KnownCaller) -> None:
-        """From here on the caller of this stream is asked about regularly."""
-        self._streams.add(caller)
-
-    def closed(self, caller: KnownCaller) -> None:
-        """Its stream has ended."""
-        self._streams.discard(caller)
+    @contextlib.contextmanager
+    def watched(self, caller: KnownCaller) -> Iterator[None]:
+        """Meanwhile the caller is asked about regularly."""
+        self._calls.add(caller)
+        try:
+            yield
+        finally:
+            self._calls.discard(caller)
 
     async def refuse(self, context: grpc.aio.ServicerContext, refused: RequestRefused) -> None:
         """Ends a call with the refusal."""
@@ -285,21 +287,25 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         rule = RULES.get(method)
         if handler is None or (rule is not None and rule.everybody):
             return handler
-        if handler.request_streaming:
-            # Whether the answers are yielded or written decides how gRPC calls a handler.
-            yields = inspect.isasyncgenfunction(handler.stream_stream)
-            guard = self._yielding if yields else self._writing
-            make = grpc.stream_stream_rpc_method_handler
-            wrapped = guard(handler.stream_stream or handler.stream_unary, rule, method)
-            if not handler.response_streaming:
-                make = grpc.stream_unary_rpc_method_handler
-        elif handler.response_streaming:
-            make = grpc.unary_stream_rpc_method_handler
-            wrapped = self._once(handler.unary_stream, rule, method)
-        else:
-            make = grpc.unary_unary_rpc_method_handler
-            wrapped = self._once(handler.unary_unary, rule, method)
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        behaviour = (
+            handler.unary_unary
+            or handler.unary_stream
+            or handler.stream_unary
+            or handler.stream_stream
+        )
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[handler.request_streaming, handler.response_streaming]
+        # Whether answers are yielded or written and returned decides how gRPC calls a handler.
+        guard = self._yielding if inspect.isasyncgenfunction(behaviour) else self._returning
+        return make(
+            guard(behaviour, rule, method),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
 
     async def _enter(
         self, context: grpc.aio.ServicerContext, rule: Rule | None, method: str
@@ -316,21 +322,11 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         CURRENT.set(caller)  # of this call's task alone
         return caller
 
-    def _once(self, behaviour: Any, rule: Rule | None, method: str) -> Any:
+    def _returning(self, behaviour: Any, rule: Rule | None, method: str) -> Any:
         async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            await self._enter(context, rule, method)
-            return await behaviour(request, context)
-
-        return guarded
-
-    def _writing(self, behaviour: Any, rule: Rule | None, method: str) -> Any:
-        async def guarded(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> Any:
             caller = await self._enter(context, rule, method)
-            self._access.opened(caller)
-            try:
-                answer = await behaviour(Requests(requests, caller), context)
-            finally:
-                self._access.closed(caller)
+            with self._access.watched(caller):
+                answer = await behaviour(_bounded(request, caller), context)
             if caller.refused is not None:
                 await self._access.refuse(context, caller.refused)
             return answer
@@ -338,20 +334,22 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         return guarded
 
     def _yielding(self, behaviour: Any, rule: Rule | None, method: str) -> Any:
-        async def guarded(
-            requests: AsyncIterator[Any], context: grpc.aio.ServicerContext
-        ) -> AsyncIterator[Any]:
+        async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             caller = await self._enter(context, rule, method)
-            self._access.opened(caller)
-            try:
-                async for response in behaviour(Requests(requests, caller), context):
+            with self._access.watched(caller):
+                async for response in behaviour(_bounded(request, caller), context):
                     yield response
-            finally:
-                self._access.closed(caller)
+                    if caller.refused is not None and not hasattr(request, "__anext__"):
+                        break  # answers to one request, as many as there may be
             if caller.refused is not None:
                 await self._access.refuse(context, caller.refused)
 
         return guarded
+
+
+def _bounded(request: Any, caller: KnownCaller) -> Any:
+    """The request of a call, or those of a stream as long as its caller is let in."""
+    return Requests(request, caller) if hasattr(request, "__anext__") else request
 
 
 def _certificate(context: Mapping[str, Iterable[bytes]]) -> Credential:

@@ -20,6 +20,7 @@ import grpc
 import pydantic
 import tyro
 from google.protobuf import json_format
+from google.protobuf.message import Message
 
 from protos import teacher_pb2, teacher_pb2_grpc
 from protos.connection import Connection
@@ -89,7 +90,9 @@ def serve(config: ServeConfig) -> int:
             read_teams(config.teams)
         if tls := config.tls():
             tls.read()
-    except TeacherServerError as error:
+        if config.peers:
+            Connection.to(config.peers)  # what replicas need to ask each other
+    except (TeacherServerError, OSError, ValueError) as error:
         print(f"teacher-server: {error}", file=sys.stderr)
         return 2
     try:
@@ -281,6 +284,7 @@ def describe(config: DescribeConfig) -> int:
         info, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
     _numbers_as_numbers(info.limits, content["limits"])
+    _numbers_as_numbers(info.caller, content["caller"])
     if config.as_json:
         print(json.dumps(content, indent=2))
         return 0
@@ -290,9 +294,8 @@ def describe(config: DescribeConfig) -> int:
         elif name == "replicas":
             value = ", ".join(f"{r['id']} {r['address']} {r['state']}" for r in value)
         elif name == "caller":
-            shown = {k: v for k, v in value.items() if k != "team" and v not in ("0", [])}
-            shown |= {"scopes": " ".join(value["scopes"])}
-            value = ", ".join(f"{key} {v}" for key, v in shown.items())
+            value["scopes"] = " ".join(value["scopes"])
+            value = ", ".join(f"{key} {v}" for key, v in value.items() if v and key != "team")
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
         print(f"{name:22} {value}")
@@ -310,10 +313,12 @@ def no_answer(connection: Connection, error: grpc.RpcError) -> str:
     return f"no answer from {address}: {code.name}: {details}. {hint}"
 
 
-def _numbers_as_numbers(message: teacher_pb2.Limits, content: dict[str, object]) -> None:
+def _numbers_as_numbers(message: Message, content: dict[str, object]) -> None:
     """Protobuf's JSON writes 64-bit numbers as strings; ours are small enough to be numbers."""
     for name in content:
-        content[name] = getattr(message, name)
+        value = getattr(message, name)
+        if isinstance(value, int | float):
+            content[name] = value
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ TEACHER_TOKEN (or TEACHER_CERT and TEACHER_KEY) in its environment.
 """
 
 import asyncio
-import functools
 import logging
 import socket
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import grpc
 
 from protos import teacher_pb2, teacher_pb2_grpc
 from protos.connection import Connection
+from protos.diagnosis import diagnose
 from teacher_server.replica import Replica
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 async def watch_peers(replica: Replica, peers: Sequence[str]) -> None:
     """Keeps `replica.set_others` up to date for ever; `peers` are HOST:PORT, names of several too."""
     channels: dict[str, grpc.aio.Channel] = {}
+    names: dict[str, str] = {}
+    told: set[str] = set()
     connection = Connection.to(peers) if peers else None
     try:
         while connection is not None:
@@ -39,9 +41,10 @@ async def watch_peers(replica: Replica, peers: Sequence[str]) -> None:
                         name = peer.rpartition(":")[0].strip("[]")
                         options.append(("grpc.ssl_target_name_override", name))
                     channels[address] = connection.channel(address, options)
+                    names[address] = peer
             answers = await asyncio.gather(
                 *(
-                    _ask(address, channel, replica, connection.metadata)
+                    _ask(address, channel, replica, connection, names[address], told)
                     for address, channel in channels.items()
                 )
             )
@@ -49,11 +52,6 @@ async def watch_peers(replica: Replica, peers: Sequence[str]) -> None:
             await asyncio.sleep(INTERVAL_S)
     finally:
         await asyncio.gather(*(channel.close() for channel in channels.values()))
-
-
-@functools.cache
-def _tell_once(message: str) -> None:
-    logger.warning("%s", message)
 
 
 async def _resolve(peer: str) -> set[str]:
@@ -75,19 +73,42 @@ async def _ask(
     address: str,
     channel: grpc.aio.Channel,
     replica: Replica,
-    metadata: tuple[tuple[str, str], ...],
+    connection: Connection,
+    peer: str,
+    told: set[str],
 ) -> teacher_pb2.Replica | None:
     """The card of the replica at `address`, if it lives and is of this service."""
     stub = teacher_pb2_grpc.TeacherStub(channel)
     try:
         info = await stub.Describe(
-            teacher_pb2.DescribeRequest(), timeout=ASK_TIMEOUT_S, metadata=metadata
+            teacher_pb2.DescribeRequest(), timeout=ASK_TIMEOUT_S, metadata=connection.metadata
         )
     except grpc.aio.AioRpcError as error:
-        if error.code() in REFUSALS:
-            _tell_once(f"the peer at {address} refuses this replica: {error.details()}")
+        await _tell_why(address, error, connection, peer, told)
         return None
     if info.service_id != replica.service_id:
         logger.warning("the peer at %s is of another service id=%s", address, info.service_id)
         return None
     return next((card for card in info.replicas if card.id == info.replica_id), None)
+
+
+async def _tell_why(
+    address: str,
+    error: grpc.aio.AioRpcError,
+    connection: Connection,
+    peer: str,
+    told: set[str],
+) -> None:
+    """Logs, once for each address, why somebody who is there does not answer this replica."""
+    details = error.details() or ""
+    if address in told or "connection refused" in details.lower():  # nobody is there
+        return
+    if error.code() in REFUSALS:
+        why = details
+    elif error.code() == grpc.StatusCode.UNAVAILABLE:
+        why = await asyncio.to_thread(diagnose, peer, connection)
+    else:
+        return
+    told.add(address)
+    if why:
+        logger.warning("the peer at %s does not answer this replica: %s", address, why)
