@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
 """How often the teams file is looked at, and the callers of open streams are asked about again."""
+GRACE_S = 20.0
+"""How long a call may take to write its last answers when its caller is let in no more."""
 SERVICE_METADATA = "logitstream-service"
 """Trailing metadata of refusals: the service's id, so that replicas know each other without a token."""
 IDENTITIES = ("x509_subject_alternative_name", "x509_common_name")
@@ -118,6 +120,8 @@ class KnownCaller(Caller):
         """Why it is not let in any more."""
         self.reader: asyncio.Task[Any] | None = None
         """The task that waits for the next request of its stream."""
+        self._call = asyncio.current_task()
+        self._refused_s = 0.0
 
     def team(self) -> Team:
         team = self._access.team(self._credential)
@@ -126,13 +130,15 @@ class KnownCaller(Caller):
         return team
 
     def check(self) -> None:
-        """Ends its stream's requests, once, if it is not let in any more."""
+        """Ends its stream's requests if it is not let in any more, and later what is left of it."""
         if self.refused is not None:
+            if time.monotonic() - self._refused_s > GRACE_S and self._call is not None:
+                self._call.cancel()  # it does not read what it asked for
             return
         try:
             self.team()
         except RequestRefused as refused:
-            self.refused = refused
+            self.refused, self._refused_s = refused, time.monotonic()
             if self.reader is not None:
                 self.reader.cancel()
 

@@ -87,7 +87,7 @@ def hurried(folder: Path) -> None:
     """Runs in the service: it looks at the file often, and its clock can be set ahead."""
     from teacher_server import access
 
-    access.LOOK_S = 0.05
+    access.LOOK_S, access.GRACE_S = 0.05, 0.5
     begin = access.Access.__init__
 
     def ahead() -> float:
@@ -229,6 +229,35 @@ def test_an_idle_stream_ends_when_its_token_does(shared: Shared, how: str):
         finally:
             shared.set_clock(0)
             quiet.set()
+
+
+def test_a_reader_that_stopped_does_not_keep_its_stream(shared: Shared):
+    token = shared.add("stalled", "--scopes", "score", "dense")
+    connection = Connection.to(shared.served.address, ca=shared.ca, token=token)
+    requests = [
+        teacher_pb2.ScoreRequest(
+            request_id=number,
+            token_ids=SEQUENCES[0].numpy().astype("<i4").tobytes(),
+            lengths=[len(SEQUENCES[0])],
+            targets=teacher_pb2.TargetSpec(dense=teacher_pb2.Dense(bits=32)),
+        )
+        for number in range(400)
+    ]
+    with connection.blocking_channel(shared.served.address) as channel:
+        stub = teacher_pb2_grpc.TeacherStub(channel)
+        call = stub.Score(iter(requests), metadata=connection.metadata)
+
+        def stuck() -> bool:
+            page = shared.page()
+            taken = re.search(r"^teacher_answer_bytes (\S+)$", page, re.MULTILINE)
+            full = taken is not None and float(taken[1]) > 15 << 20
+            return full and "teacher_queued_tokens 0.0" in page
+
+        wait_until(stuck, "all is scored, and more than the client's window waits for it", 60.0)
+        command("team", "disable", "stalled", "--teams", shared.teams)
+        wait_until(lambda: "teacher_streams 0.0" in shared.page(), "the stream is gone")
+        wait_until(lambda: "teacher_answer_bytes 0.0" in shared.page(), "its answers too")
+        call.cancel()
 
 
 def test_rotation_lets_both_tokens_in_for_a_while(shared: Shared):
