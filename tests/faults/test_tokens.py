@@ -1,5 +1,6 @@
 """Tokens that are foreign, expired, revoked or malformed, and certificates that change (row 17)."""
 
+import json
 import os
 import re
 import threading
@@ -20,6 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from protos import teacher_pb2, teacher_pb2_grpc
 from protos.connection import Connection
 from student_trainer import AccessDenied, TeacherUnavailable, connect
+from teacher_server import cli
 from tests import tiny
 from tests.conftest import Served
 from tests.end_to_end.test_processes import free_port
@@ -261,8 +263,6 @@ def test_a_reader_that_stopped_does_not_keep_its_stream(shared: Shared):
 
 
 def test_rotation_lets_both_tokens_in_for_a_while(shared: Shared):
-    import json
-
     old = shared.add("changing")
     made = command("team", "rotate", "changing", "--teams", shared.teams, "--json")
     new = json.loads(made)["token"]
@@ -442,13 +442,36 @@ def test_no_token_is_in_logs_metrics_or_arguments(shared: Shared, tmp_path: Path
                 places[str(process)] = process.read_bytes().decode(errors="replace")
             except OSError:
                 continue  # it has ended
+    ids = ", ".join(map(str, SEQUENCES[0][:8].tolist()))
     for place, text in places.items():
+        assert ids not in text, place
         assert token not in text, place
         assert foreign not in text, place
         assert token[10:30] not in text, place
     assert 'teacher_rejected_total{reason="TOKEN_UNKNOWN",team=""}' in places["metrics"]
     environment = Path(f"/proc/{os.getpid()}/environ").read_bytes()
     assert token.encode() not in environment
+
+
+def test_commands_take_the_connection_file(
+    shared: Shared, folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from student_trainer import runs
+    from student_trainer.config import CorpusConfig
+
+    address = ("--address", shared.served.address, "--ca", shared.ca, "--out", tmp_path)
+    monkeypatch.setenv("TEACHER_TOKEN", shared.add("filed", *address))
+    file = tmp_path / "filed-connection.toml"
+    described = json.loads(command("describe", file, "--json"))
+    assert described["caller"]["team"] == described["team"] == "filed"
+    assert described["caller"]["max_tokens_per_day"] == 0
+    assert "scopes score" in command("describe", file)
+    for place in ({"teacher": str(file)}, {"teacher": shared.served.address, "ca": shared.ca}):
+        config = CorpusConfig(student=folder, data=[], **place)
+        with runs.open_teacher(config, None) as teacher:
+            assert teacher.info.team == "filed"
+    monkeypatch.delenv("TEACHER_TOKEN")
+    assert cli.main(["describe", str(file)]) == 1
 
 
 def test_a_certificate_stands_for_a_team(serve, folder, tmp_path: Path):
