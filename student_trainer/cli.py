@@ -157,7 +157,14 @@ def run_check(config: CheckConfig) -> int:
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.student)
     wanted = None if config.tokens is None else parse_count(config.tokens)
-    result = check(config.address, tokenizer=tokenizer, targets=config.targets)
+    result = check(
+        config.address,
+        tokenizer=tokenizer,
+        targets=config.targets,
+        ca=config.ca,
+        cert=config.cert,
+        key=config.key,
+    )
     numbers = dataclasses.asdict(result)
     if wanted is not None:
         numbers["tokens"] = wanted

@@ -11,11 +11,22 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class CorpusConfig(_Section):
+class ServiceConfig(_Section):
+    """How to reach a service; the token comes from TEACHER_TOKEN, never as a flag."""
+
+    ca: Path | None = None
+    """PEM of the authority that signed the service's certificate: use TLS. By default TEACHER_CA."""
+    cert: Path | None = None
+    """Client certificate, PEM; by default TEACHER_CERT."""
+    key: Path | None = None
+    """Its key, PEM; by default TEACHER_KEY."""
+
+
+class CorpusConfig(ServiceConfig):
     """What is asked of which teacher, about which text."""
 
     teacher: str = ""
-    """HOST:PORT of the service; may be left out if --record has all that is needed."""
+    """HOST:PORT of the service, or a connection file (*.toml) of it; may be left out if --record has all that is needed."""
     record: str = ""
     """Folder, or URL such as s3://bucket/targets, of recorded targets: they are replayed. With
     --teacher, what is missing there is asked for, and recorded."""
@@ -111,11 +122,11 @@ class ReportConfig(_Section):
     """Print the numbers as JSON."""
 
 
-class CheckConfig(_Section):
+class CheckConfig(ServiceConfig):
     """Is this teacher the right one, are its targets in the right place, and how fast is it?"""
 
     address: tyro.conf.Positional[str]
-    """HOST:PORT of the service."""
+    """HOST:PORT of the service, or a connection file (*.toml) of it."""
     student: Path | None = None
     """Folder of the student: its tokenizer is compared with the teacher's."""
     tokens: str | None = None

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = {
     *(
         "teacher",
+        "ca",
+        "cert",
+        "key",
         "record",
         "draws",
         "output",
@@ -83,7 +86,10 @@ def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher
     with ExitStack() as ending:
         live = None
         if config.teacher:
-            live = ending.enter_context(connect(config.teacher, tokenizer=tokenizer))
+            teacher = connect(
+                config.teacher, tokenizer=tokenizer, ca=config.ca, cert=config.cert, key=config.key
+            )
+            live = ending.enter_context(teacher)
         if config.record:
             record = Recorded(config.record, live, tokenizer=tokenizer, draws=config.draws)
             yield ending.enter_context(record)

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NoReturn
 
 import grpc
 import xxhash
@@ -24,11 +23,11 @@ from torch import Tensor
 from logit_codec import CodecError, IdTable, Targets, encode_parts
 from protos import teacher_pb2, teacher_pb2_grpc
 from protos.check import answer_check, request_digest
-from teacher_server.access import Caller, current_caller
+from teacher_server.access import Caller, check_request, current_caller
 from teacher_server.accounts import Accounts, origin
 from teacher_server.admission import SESSION_ID_NBYTES, Admission, Admitted
 from teacher_server.directory import DirectoryAway
-from teacher_server.errors import RequestRefused, invalid
+from teacher_server.errors import RequestRefused, abort, invalid, request_error
 from teacher_server.head import StageTimes
 from teacher_server.metrics import Metrics
 from teacher_server.room import ProcessRoom, StreamRoom
@@ -41,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 PART_SLACK_NBYTES = 1024
 """Room in a part for everything beside its payload."""
-ERROR_METADATA = "logitstream-error-bin"
 LEVELS = {
     teacher_pb2.LEVEL_UNSPECIFIED: 1,
     teacher_pb2.LEVEL_INTERACTIVE: 0,
@@ -120,9 +118,12 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
     ) -> teacher_pb2.TeacherInfo:
         info = self._describe()
         try:
-            left = await self._accounts.left_today(current_caller().team())
+            team = current_caller().team()
         except RequestRefused as refused:
-            await _abort(context, refused)
+            await abort(context, refused)
+        info.team = team.name
+        info.caller.CopyFrom(_caller_message(team))
+        left = await self._accounts.left_today(team)
         if left is not None:
             info.caller.tokens_left_today = left
         return info
@@ -139,7 +140,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 "those that are.",
                 field="digest",
             )
-            await _abort(context, refused)
+            await abort(context, refused)
         return teacher_pb2.FetchIdTableResponse(data=table.to_bytes())
 
     async def Usage(
@@ -154,7 +155,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 raise invalid("BAD_DAY", str(error), field="since") from None
             rows = await self._accounts.usage(wanted, since)
         except RequestRefused as refused:
-            await _abort(context, refused)
+            await abort(context, refused)
         except DirectoryAway as error:
             logger.warning("usage was asked for, and the directory is away: %s", error)
             await context.abort(
@@ -199,6 +200,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         )
         try:
             answer.team = stream.caller.team()
+            check_request(answer.team, request)
             if request.request_id in stream.unanswered:
                 raise invalid(
                     "DUPLICATE_REQUEST_ID",
@@ -332,12 +334,6 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 task.cancel()
 
 
-async def _abort(context: grpc.aio.ServicerContext, refused: RequestRefused) -> NoReturn:
-    """Ends a unary call with an error that programs can read too."""
-    error = _error_message(refused, None, None)
-    await context.abort(refused.code, error.message, ((ERROR_METADATA, error.SerializeToString()),))
-
-
 def _whose_usage(team: Team, name: str) -> str | None:
     """The team whose usage is told, None for all. Raises RequestRefused."""
     if "admin" in team.scopes:
@@ -378,15 +374,23 @@ def _error_message(
             "the service's log.",
             sequence=sequence,
         )
-    number, _ = error.code.value
-    return teacher_pb2.RequestError(
-        code=number,
-        message=str(error),
-        field=error.field,
-        retry_after_ms=error.retry_after_ms,
-        reason=error.reason,
-        sequence=error.sequence if error.sequence is not None else sequence,
-        row=error.row,
+    message = request_error(error)
+    if error.sequence is None and sequence is not None:
+        message.sequence = sequence
+    return message
+
+
+def _caller_message(team: Team) -> teacher_pb2.Caller:
+    """What a caller is told of its team."""
+    limits = team.limits
+    return teacher_pb2.Caller(
+        team=team.name,
+        weight=team.weight,
+        scopes=sorted(team.scopes),
+        max_tokens_in_flight=limits.max_tokens_in_flight or 0,
+        max_tokens_per_second=limits.max_tokens_per_second or 0,
+        max_tokens_per_day=limits.max_tokens_per_day or 0,
+        max_request_tokens=limits.max_request_tokens or 0,
     )
 
 

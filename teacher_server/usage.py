@@ -3,15 +3,13 @@
 import csv
 import datetime
 import json
-import os
 import sqlite3
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import grpc
-
-from protos import teacher_pb2, teacher_pb2_grpc
+from protos import teacher_pb2
+from teacher_server.asking import NotAnswered, ask, connection_of, told
 from teacher_server.config import UsageConfig
 from teacher_server.directory import FILE_NAME, UsageRow, read_usage
 
@@ -28,11 +26,10 @@ def show_usage(config: UsageConfig) -> int:
         if config.ledger is not None:
             rows = _from_file(config.ledger, config.team, config.since)
         else:
-            rows = _from_service(config.address, config.team, config.since)
-    except grpc.RpcError as error:
-        code, details = error.code(), error.details()  # type: ignore[attr-defined]
-        print(f"teacher-server: {config.address}: {code.name}: {details}", file=sys.stderr)
-        return 1
+            request = teacher_pb2.UsageRequest(team=config.team, since=config.since)
+            rows = ask(connection_of(config), lambda stub: stub.Usage, request).rows
+    except NotAnswered as error:
+        return told(error)
     except (OSError, ValueError, sqlite3.Error) as error:
         print(f"teacher-server: {error}", file=sys.stderr)
         return 1
@@ -72,15 +69,6 @@ def first_day(since: str) -> int:
     except ValueError:
         raise ValueError(f'since is a day such as "2027-01-31", got "{since[:40]}".') from None
     return (first - EPOCH).days
-
-
-def _from_service(address: str, team: str, since: str) -> Sequence[teacher_pb2.UsageRow]:
-    token = os.environ.get("TEACHER_TOKEN", "")
-    metadata = [("authorization", f"Bearer {token}")] if token else []
-    with grpc.insecure_channel(address) as channel:
-        request = teacher_pb2.UsageRequest(team=team, since=since)
-        stub = teacher_pb2_grpc.TeacherStub(channel)
-        return stub.Usage(request, timeout=10, metadata=metadata).rows
 
 
 def _from_file(folder: Path, team: str, since: str) -> Sequence[teacher_pb2.UsageRow]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from examples import hf_trainer, plain_loop
+from examples.two_teams import __main__ as two_teams
 from tests.conftest import one_torch_thread
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
@@ -52,3 +53,14 @@ def test_the_hf_trainer_example_trains_and_goes_on(
     (tmp_path / "stopped").mkdir()
     (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "stopped" / "checkpoint-3")
     assert torch.equal(run("stopped"), whole)
+
+
+@pytest.mark.slow
+def test_two_teams_share_a_teacher(tmp_path: Path, capfd):
+    got = two_teams.main(tmp_path, 3.0)
+    assert set(got) == {"search", "ranking"}
+    assert all(tokens > 0 for tokens in got.values())
+    printed = capfd.readouterr()
+    assert "ranking" in printed.out
+    assert "lst_" not in printed.out + printed.err, "no token is shown"
+    assert "lst_" not in "".join(path.read_text() for path in tmp_path.glob("*.toml"))
