@@ -27,6 +27,7 @@ def test_the_plain_loop_is_short_and_goes_on_where_it_stopped(
     whole = run(6, "whole")
     assert capsys.readouterr().out.count("step ") == 2
     assert run(4, "stopped")["position"] == {"handed_out": 3}
+    (tmp_path / "stopped.new").write_bytes(b"killed while it was written")
     again = run(6, "stopped")
     assert again["position"] == whole["position"] == {"handed_out": 6}
     assert all(
