@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import hf_trainer, plain_loop
+from examples import hf_trainer, many_epochs, plain_loop
 from tests.conftest import one_torch_thread
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
@@ -52,3 +52,20 @@ def test_the_hf_trainer_example_trains_and_goes_on(
     (tmp_path / "stopped").mkdir()
     (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "stopped" / "checkpoint-3")
     assert torch.equal(run("stopped"), whole)
+
+
+def test_many_epochs_of_a_record_go_on_helping_where_labels_overfit(
+    trained_service, student_folder, text: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(many_epochs, "SEQUENCES", 16)
+    monkeypatch.setattr(many_epochs, "EPOCHS", 30)
+    monkeypatch.setattr(many_epochs, "DRAWS", 2)
+    arguments = str(student_folder), str(tmp_path / "record"), str(text)
+    losses = many_epochs.main(trained_service.address, *arguments)
+    assert "32 in the record, 32 of them new" in capsys.readouterr().out
+    print(losses)
+    assert losses["labels"][-1] > min(losses["labels"]) + 0.05
+    assert losses["distilled"][-1] < min(losses["labels"]) - 0.05
+    again = many_epochs.main(trained_service.address, *arguments)
+    assert "32 in the record, 0 of them new" in capsys.readouterr().out
+    assert again == losses
