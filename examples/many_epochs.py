@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from student_trainer import Recorded, connect, data, distillation_loss
 from student_trainer.trainer import held_out_loss
 
-SEQUENCES, EPOCHS, DRAWS, BATCH = 480, 16, 4, 8
+SEQUENCES, HELD_OUT, EPOCHS, DRAWS = 480, 128, 16, 4
+BATCH, LEARNING_RATE = 8, 3e-3
 
 
 def main(address: str, folder: str, record: str, *texts: str) -> dict[str, list[float]]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     everything = data.pack([Path(text) for text in texts], tokenizer, 64, label="text")
-    sequences, held_out = everything[:SEQUENCES], everything[SEQUENCES:][:128]
+    sequences, held_out = everything[:SEQUENCES], everything[SEQUENCES:][:HELD_OUT]
     with (
         connect(address, tokenizer=tokenizer) as live,
         Recorded(record, live, tokenizer=tokenizer, draws=DRAWS) as recording,
@@ -32,7 +33,7 @@ def main(address: str, folder: str, record: str, *texts: str) -> dict[str, list[
     def train(teacher: Recorded | None) -> list[float]:
         torch.manual_seed(0)
         student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-        optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
         per_epoch = len(sequences) // BATCH
         batches = data.batches(sequences, batch_size=BATCH, steps=EPOCHS * per_epoch, seed=0)
         # Each batch says which epoch it is of, and so which draw it gets.

@@ -57,15 +57,16 @@ def test_the_hf_trainer_example_trains_and_goes_on(
 def test_many_epochs_of_a_record_go_on_helping_where_labels_overfit(
     trained_service, student_folder, text: Path, tmp_path: Path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(many_epochs, "SEQUENCES", 16)
-    monkeypatch.setattr(many_epochs, "EPOCHS", 30)
-    monkeypatch.setattr(many_epochs, "DRAWS", 2)
+    assert len(Path(many_epochs.__file__).read_text().splitlines()) < 70
+    sizes = {"SEQUENCES": 8, "HELD_OUT": 16, "EPOCHS": 25, "BATCH": 4, "LEARNING_RATE": 3e-2}
+    for name, value in sizes.items():
+        monkeypatch.setattr(many_epochs, name, value)
     arguments = str(student_folder), str(tmp_path / "record"), str(text)
     losses = many_epochs.main(trained_service.address, *arguments)
     assert "32 in the record, 32 of them new" in capsys.readouterr().out
-    print(losses)
-    assert losses["labels"][-1] > min(losses["labels"]) + 0.05
-    assert losses["distilled"][-1] < min(losses["labels"]) - 0.05
+    assert losses["labels"][-1] > min(losses["labels"]) + 0.2
+    assert losses["distilled"][-1] < min(losses["labels"]) - 0.2
+    monkeypatch.setattr(many_epochs, "EPOCHS", 1)
     again = many_epochs.main(trained_service.address, *arguments)
     assert "32 in the record, 0 of them new" in capsys.readouterr().out
-    assert again == losses
+    assert again == {name: curve[:1] for name, curve in losses.items()}
