@@ -6,19 +6,21 @@ per token) is measured after each epoch. "4 draws" are recorded in four passes w
 own, and take turns; "redrawn" is one draw per epoch, which is what a live teacher sends. The students
 of a seed begin with the same weights and see the same batches; another seed is other text, weights,
 order and samples. The learning rate stays where it is after the warm-up, so that each epoch is a
-place to stop.
+place to stop. Curves are kept in a file: what is there is not trained again.
 
     python -m benchmarks.replay [--seeds 0 1 2] [--epochs 16] [--picture docs/replay.png]
 """
 
 import argparse
+import json
 import math
 import multiprocessing
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from examples import demo_teacher
-from examples.demo_teacher import BATCH, SEQUENCE, WARMUP
+from examples.demo_teacher import SEQUENCE, WARMUP
 from logit_codec import Targets
 from student_trainer import LocalTeacher, Recorded, data, distillation_loss
 from student_trainer.trainer import held_out_loss, make_optimizers, make_student
 
 LEARNING_RATE = 1e-2
-TOKENS = 61_440
+TOKENS = 20_480
+BATCH = 8  # sequences
 EPOCHS = 16
 SHOWN = (1, 2, 4, 6, 8, 10, 12, 14, 16)
 """Epochs that get a column."""
@@ -42,11 +45,11 @@ EACH_EPOCH = 0
 ARMS: dict[str, tuple[str | None, int]] = {
     "labels": (None, 1),
     "dense": ("dense:f32", 1),
-    "top_k 32 + tail": ("top_k:32", 1),
     "sampled N=12": ("sampled:12", 1),
-    "sampled N=12, 4 draws": ("sampled:12", 4),
     "sampled N=12, redrawn": ("sampled:12", EACH_EPOCH),
     "sampled N=64": ("sampled:64", 1),
+    "top_k 32 + tail": ("top_k:32", 1),
+    "sampled N=12, 4 draws": ("sampled:12", 4),
     "sampled N=64, redrawn": ("sampled:64", EACH_EPOCH),
     "sampled N=256": ("sampled:256", 1),
 }
@@ -57,7 +60,7 @@ ARMS: dict[str, tuple[str | None, int]] = {
 class Settings:
     """What is the same for every student."""
 
-    teacher: Path
+    teacher: str
     tokens: int
     epochs: int
     learning_rate: float
@@ -144,14 +147,16 @@ def train(
 def run(arm: str, seed: int, settings: Settings) -> Curve:
     """Records, then trains from the record."""
     torch.set_num_threads(1)
-    teacher, everything, held_out = read(settings.teacher)
+    teacher, everything, held_out = read(Path(settings.teacher))
     sequences = limited(everything, settings.tokens, seed)
     targets, draws = ARMS[arm]
     steps_per_epoch = len(sequences) // BATCH
     batches = data.batches(
         sequences, batch_size=BATCH, steps=settings.epochs * steps_per_epoch, seed=seed
     )
-    student = make_student(demo_teacher.student_folder(settings.teacher), seed=seed, device="cpu")
+    student = make_student(
+        demo_teacher.student_folder(Path(settings.teacher)), seed=seed, device="cpu"
+    )
 
     def losses(pairs: Iterable[tuple[dict[str, Any], Targets | None]]) -> list[float]:
         return train(
@@ -178,10 +183,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of text, in each epoch")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
-    parser.add_argument("--held-out", type=int, default=256, help="sequences to measure on")
+    parser.add_argument("--held-out", type=int, default=128, help="sequences to measure on")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--processes", type=int, default=2, help="students trained at a time")
     parser.add_argument("--teacher", type=Path, default=Path("runs/demo/teacher"))
+    parser.add_argument("--curves", type=Path, default=Path("runs/replay.jsonl"))
     parser.add_argument("--picture", type=Path, help="where a picture of the curves goes")
     options = parser.parse_args()
     if options.tokens < 1 or options.tokens % (BATCH * SEQUENCE):
@@ -189,29 +195,50 @@ def main() -> None:
 
     facts = demo_teacher.build_teacher(options.teacher)
     settings = Settings(
-        options.teacher, options.tokens, options.epochs, options.learning_rate, options.held_out
+        str(options.teacher),
+        options.tokens,
+        options.epochs,
+        options.learning_rate,
+        options.held_out,
     )
-    curves: dict[str, list[Curve]] = {arm: [] for arm in options.arms}
+    wanted = [(arm, seed) for arm in options.arms for seed in options.seeds]
+    found = load(options.curves, settings)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=spawn) as processes:
         pending = {
-            (arm, seed): processes.submit(run, arm, seed, settings)
-            for seed in options.seeds
-            for arm in options.arms
+            processes.submit(run, arm, seed, settings): (arm, seed)
+            for arm, seed in wanted
+            if (arm, seed) not in found
         }
-        for (arm, seed), future in pending.items():
-            curve = future.result()
-            curves[arm].append(curve)
-            losses = " ".join(f"{loss:.3f}" for loss in curve.losses)
-            print(f"{arm:22} seed {seed}  {losses}", flush=True)
+        for future in as_completed(pending):
+            arm, seed = pending[future]
+            found[arm, seed] = curve = future.result()
+            keep(options.curves, settings, arm, seed, curve)
+            print(f"{arm}, seed {seed}: {curve.losses[-1]:.3f}", file=sys.stderr, flush=True)
+    curves = {arm: [found[arm, seed] for seed in options.seeds] for arm in options.arms}
 
     print(
-        f"\n{settings.tokens:,} tokens, learning rate {settings.learning_rate:g}, held-out loss of "
+        f"{settings.tokens:,} tokens, learning rate {settings.learning_rate:g}, held-out loss of "
         f"seeds {', '.join(map(str, options.seeds))}; the teacher has {facts['held_out_loss']:.3f}"
     )
     print_table(curves)
     if options.picture:
         draw(curves, options.picture)
+
+
+def load(path: Path, settings: Settings) -> dict[tuple[str, int], Curve]:
+    """The curves that were kept, of these settings, by arm and seed."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [entry for entry in map(json.loads, lines) if entry["settings"] == asdict(settings)]
+    return {(entry["arm"], entry["seed"]): Curve(**entry["curve"]) for entry in kept}
+
+
+def keep(path: Path, settings: Settings, arm: str, seed: int, curve: Curve) -> None:
+    """Adds a line to the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entry = {"settings": asdict(settings), "arm": arm, "seed": seed, "curve": asdict(curve)}
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def print_table(curves: dict[str, list[Curve]]) -> None:
