@@ -22,6 +22,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from protos import teacher_pb2
+from protos.connection import Connection
 from teacher_server.asking import NotAnswered, ask, connection_of, told
 from teacher_server.config import (
     CertsConfig,

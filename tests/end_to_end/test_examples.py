@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import hf_trainer, plain_loop
+from examples import hf_trainer, many_epochs, plain_loop
 from examples.two_teams import __main__ as two_teams
 from tests.conftest import one_torch_thread
 
@@ -65,3 +65,21 @@ def test_two_teams_share_a_teacher(tmp_path: Path, capfd):
     assert "ranking" in printed.out
     assert "lst_" not in printed.out + printed.err, "no token is shown"
     assert "lst_" not in "".join(path.read_text() for path in tmp_path.glob("*.toml"))
+
+
+def test_many_epochs_of_a_record_go_on_helping_where_labels_overfit(
+    trained_service, student_folder, text: Path, tmp_path: Path, monkeypatch, capsys
+):
+    assert len(Path(many_epochs.__file__).read_text().splitlines()) < 70
+    sizes = {"SEQUENCES": 8, "HELD_OUT": 16, "EPOCHS": 25, "BATCH": 4, "LEARNING_RATE": 3e-2}
+    for name, value in sizes.items():
+        monkeypatch.setattr(many_epochs, name, value)
+    arguments = str(student_folder), str(tmp_path / "record"), str(text)
+    losses = many_epochs.main(trained_service.address, *arguments)
+    assert "32 in the record, 32 of them new" in capsys.readouterr().out
+    assert losses["labels"][-1] > min(losses["labels"]) + 0.2
+    assert losses["distilled"][-1] < min(losses["labels"]) - 0.2
+    monkeypatch.setattr(many_epochs, "EPOCHS", 1)
+    again = many_epochs.main(trained_service.address, *arguments)
+    assert "32 in the record, 0 of them new" in capsys.readouterr().out
+    assert again == {name: curve[:1] for name, curve in losses.items()}
