@@ -364,6 +364,7 @@ class Replica:
 
     def _compute_loop(self) -> None:
         while batch := self._scheduler.next_batch():
+            self._accounts.dispatched(batch)
             groups: dict[int, list[Job]] = {}  # jobs of one canonical length share a forward pass
             for job in batch:
                 groups.setdefault(job.bucket, []).append(job)
