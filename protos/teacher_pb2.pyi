@@ -58,12 +58,14 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("replica", "teams")
+    __slots__ = ("replica", "teams", "cost_per_second")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     TEAMS_FIELD_NUMBER: _ClassVar[int]
+    COST_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     replica: ReplicaStatus
     teams: _containers.RepeatedCompositeFieldContainer[TeamStatus]
-    def __init__(self, replica: _Optional[_Union[ReplicaStatus, _Mapping]] = ..., teams: _Optional[_Iterable[_Union[TeamStatus, _Mapping]]] = ...) -> None: ...
+    cost_per_second: float
+    def __init__(self, replica: _Optional[_Union[ReplicaStatus, _Mapping]] = ..., teams: _Optional[_Iterable[_Union[TeamStatus, _Mapping]]] = ..., cost_per_second: _Optional[float] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
     __slots__ = ("id", "address", "state", "queued_tokens", "streams", "batch_fill", "forward_ms", "head_ms", "encode_ms", "tokens_per_second", "memory_bytes", "device_memory_bytes", "busy")

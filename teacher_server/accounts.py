@@ -326,6 +326,10 @@ class Accounts:
         """Whether the directory is away, as far as is known."""
         return self._away
 
+    def teams(self) -> dict[str, Team]:
+        """The teams that have asked for anything here, by name, as each was declared then."""
+        return {account.team.name: account.team for account in list(self._accounts.values())}
+
     async def usage(self, team: str | None, since: int) -> list[UsageRow]:
         """From the directory, with what this replica has not told it yet. Raises DirectoryAway."""
         await self.sync()

@@ -40,12 +40,26 @@ def ask(
     timeout_s: float = ANSWER_S,
 ) -> Answer:
     """One answer to one call, such as `lambda stub: stub.Describe`. Raises NotAnswered."""
+    address = address or connection.addresses[0]
+    with connection.blocking_channel(address) as channel:
+        return ask_on(channel, connection, address, call, request, timeout_s=timeout_s)
+
+
+def ask_on(
+    channel: grpc.Channel,
+    connection: Connection,
+    address: str,
+    call: Callable[[teacher_pb2_grpc.TeacherStub], Callable[..., Answer]],
+    request: object,
+    *,
+    timeout_s: float = ANSWER_S,
+) -> Answer:
+    """As `ask`, over a channel to `address` that is there already. Raises NotAnswered."""
     try:
-        with connection.blocking_channel(address or connection.addresses[0]) as channel:
-            method = call(teacher_pb2_grpc.TeacherStub(channel))
-            return method(request, timeout=timeout_s, metadata=connection.metadata)
+        method = call(teacher_pb2_grpc.TeacherStub(channel))
+        return method(request, timeout=timeout_s, metadata=connection.metadata)
     except grpc.RpcError as error:
-        raise NotAnswered(no_answer(connection, error), 1) from None
+        raise NotAnswered(no_answer(connection, address, error), 1) from None
 
 
 def told(error: NotAnswered) -> int:
@@ -54,10 +68,9 @@ def told(error: NotAnswered) -> int:
     return error.exit_code
 
 
-def no_answer(connection: Connection, error: grpc.RpcError) -> str:
+def no_answer(connection: Connection, address: str, error: grpc.RpcError) -> str:
     """Why a service did not answer a blocking call, for whoever typed the command."""
     code, details = error.code(), error.details()  # type: ignore[attr-defined]
-    address = connection.addresses[0]
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return f"{address} refused: {details}"
     why = diagnose(address, connection) if code == grpc.StatusCode.UNAVAILABLE else ""

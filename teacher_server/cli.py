@@ -29,6 +29,7 @@ from teacher_server.config import (
     DescribeConfig,
     FitIdsConfig,
     ServeConfig,
+    StatusConfig,
     TeamConfig,
     UsageConfig,
     expand_files,
@@ -43,6 +44,7 @@ Command = (
     Annotated[ServeConfig, tyro.conf.subcommand("serve", prefix_name=False)]
     | Annotated[DescribeConfig, tyro.conf.subcommand("describe", prefix_name=False)]
     | Annotated[FitIdsConfig, tyro.conf.subcommand("fit-ids", prefix_name=False)]
+    | Annotated[StatusConfig, tyro.conf.subcommand("status", prefix_name=False)]
     | Annotated[UsageConfig, tyro.conf.subcommand("usage", prefix_name=False)]
     | Annotated[TeamConfig, tyro.conf.subcommand("team", prefix_name=False)]
     | Annotated[CertsConfig, tyro.conf.subcommand("certs", prefix_name=False)]
@@ -73,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(command)
     if isinstance(command, FitIdsConfig):
         return fit_ids(command)
+    if isinstance(command, StatusConfig):
+        from teacher_server.status import show_status
+
+        return show_status(command)
     if isinstance(command, UsageConfig):
         from teacher_server.usage import show_usage
 

@@ -387,6 +387,16 @@ class DescribeConfig(ServiceConfig):
     """Print JSON."""
 
 
+class StatusConfig(ServiceConfig):
+    """Show how a running service is doing: of the own team, or of all teams and the replicas with the
+    scope admin. Rates and times are of the last minute."""
+
+    watch: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Again every 2 s, until Ctrl-C."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON; with --watch one line each time."""
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`."""
     if host == "localhost":

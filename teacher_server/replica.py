@@ -47,6 +47,7 @@ from teacher_server.service import Scored, TeacherService
 from teacher_server.standing import Standing
 from teacher_server.teams import TeamsFile
 from teacher_server.tls import Tls
+from teacher_server.workload import WorkloadCounter
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,8 @@ class Replica:
         self._head = VocabularyHead(model, chunk_nbytes=head_chunk_nbytes)
         self._exactness = "bytes" if self._head.is_exact() else "tolerance"
         self.standing = Standing()
+        self.workload = WorkloadCounter()
+        self._max_batch_tokens = max_batch_tokens
         costs = CostModel.of(model)
         self._scheduler = Scheduler(
             max_batch_tokens=max_batch_tokens,
@@ -195,6 +198,9 @@ class Replica:
             id_table=self.model.id_table,
             metrics=self.metrics,
             standing=self.standing,
+            status=self._status,
+            team_standings=lambda: self.standing.teams(self._scheduler.queued_by_team()),
+            workload=self.workload,
         )
         self.metrics.watch(
             "teacher_queued_tokens", "Padded tokens that wait.", lambda: self.queued_tokens
@@ -282,6 +288,25 @@ class Replica:
             busy_ms=max(0, int(1000 * busy_s)),
         )
 
+    def _status(self) -> teacher_pb2.ReplicaStatus:
+        """How this replica is doing, for Status."""
+        card, device = self.card(), self.model.device
+        load = self.workload.numbers(computing_s=card.busy_ms / 1e3)
+        return teacher_pb2.ReplicaStatus(
+            id=card.id,
+            address=card.address,
+            state=card.state,
+            queued_tokens=self.queued_tokens,
+            batch_fill=load.pass_tokens / self._max_batch_tokens,
+            forward_ms=1e3 * load.forward_s,
+            head_ms=1e3 * load.head_s,
+            encode_ms=1e3 * load.encode_s,
+            tokens_per_second=load.tokens_per_s,
+            memory_bytes=resident_nbytes(),
+            device_memory_bytes=device_nbytes(device),
+            busy=load.busy,
+        )
+
     def set_others(self, cards: Iterable[teacher_pb2.Replica]) -> None:
         """Who else lives of this service; the replica's own card among them is left out."""
         self._others = [card for card in cards if card.id != self.replica_id]
@@ -364,6 +389,7 @@ class Replica:
 
     def _compute_loop(self) -> None:
         while batch := self._scheduler.next_batch():
+            self._accounts.dispatched(batch)
             groups: dict[int, list[Job]] = {}  # jobs of one canonical length share a forward pass
             for job in batch:
                 groups.setdefault(job.bucket, []).append(job)
@@ -378,6 +404,7 @@ class Replica:
         self._batch_since_s = None
         tokens = sum(job.bucket for job in group)
         seconds = time.monotonic() - started
+        self.workload.computed(seconds)
         self._longest_batch_s = max(self._longest_batch_s, seconds)
         self._scheduler.record_speed(tokens, seconds)
         logger.debug(
@@ -403,6 +430,7 @@ class Replica:
         self.metrics.batch_tokens.observe(tokens)
         self.metrics.forward_s.observe(times.forward_s)
         self.metrics.head_s.observe(times.head_s)
+        self.workload.passed(tokens, times.forward_s, times.head_s)
         return [
             (job, Scored(kept, times, len(batch), tokens, started))
             for job, kept in zip(batch, targets, strict=True)
@@ -434,6 +462,18 @@ def _refusal(error: Exception) -> Exception:
             "fewer rows.",
         )
     return error
+
+
+def resident_nbytes() -> int:
+    """Memory of this process that is in RAM; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return 0
+
+
+def device_nbytes(device: torch.device) -> int:
+    """Memory that tensors of this process have on an accelerator; 0 on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def keep_freed_memory() -> None:

@@ -35,7 +35,7 @@ class ProcessRoom:
     @property
     def fullest_nbytes(self) -> int:
         """What the stream holds that holds most."""
-        return max((room.taken_nbytes for room in self._streams), default=0)
+        return max((room.taken_nbytes for room in tuple(self._streams)), default=0)
 
     def _team(self, name: str) -> "_TeamRoom":
         return self._teams.setdefault(name, _TeamRoom())

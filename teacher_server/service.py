@@ -32,9 +32,10 @@ from teacher_server.head import StageTimes
 from teacher_server.metrics import Metrics
 from teacher_server.room import ProcessRoom, StreamRoom
 from teacher_server.scheduler import Job
-from teacher_server.standing import Standing
+from teacher_server.standing import Standing, TeamStanding, idle
 from teacher_server.teams import DEFAULT_TEAM, Team
 from teacher_server.usage import first_day, usage_row
+from teacher_server.workload import WorkloadCounter
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,9 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         id_table: IdTable | None,
         metrics: Metrics,
         standing: Standing,
+        status: Callable[[], teacher_pb2.ReplicaStatus],
+        team_standings: Callable[[], list[TeamStanding]],
+        workload: WorkloadCounter,
     ) -> None:
         self._describe = describe
         self._admission = admission
@@ -91,6 +95,9 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self._id_table = id_table
         self._metrics = metrics
         self._standing = standing
+        self._status = status
+        self._team_standings = team_standings
+        self._workload = workload
         self._room = ProcessRoom(admission.limits.max_answers_nbytes)
         metrics.watch("teacher_streams", "Open Score streams.", lambda: self._room.num_streams)
         metrics.watch(
@@ -162,6 +169,34 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 grpc.StatusCode.UNAVAILABLE, "the ledger cannot be read now; try again in a moment"
             )
         return teacher_pb2.UsageResponse(rows=map(usage_row, rows))
+
+    async def Status(
+        self, request: teacher_pb2.StatusRequest, context: grpc.aio.ServicerContext
+    ) -> teacher_pb2.StatusResponse:
+        try:
+            caller = current_caller().team()
+        except RequestRefused as refused:
+            await abort(context, refused)
+        replica = self._status()
+        replica.streams = self._room.num_streams
+        known = {**self._accounts.teams(), caller.name: caller}
+        standings = {standing.team: standing for standing in self._team_standings()}
+        cost_per_s = sum(standing.cost_per_s for standing in standings.values())
+        if "admin" not in caller.scopes:
+            replica = teacher_pb2.ReplicaStatus(
+                id=replica.id, address=replica.address, state=replica.state
+            )
+            standings = {caller.name: standings.get(caller.name, idle(caller.name))}
+        teams = [known.get(name) or Team(name, standings[name].weight) for name in standings]
+        left = await asyncio.gather(*map(self._accounts.left_today, teams))
+        return teacher_pb2.StatusResponse(
+            replica=replica,
+            teams=[
+                _team_status(standings[team.name], team, tokens)
+                for team, tokens in zip(teams, left, strict=True)
+            ],
+            cost_per_second=cost_per_s,
+        )
 
     async def Score(
         self,
@@ -275,6 +310,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
             )
             self._metrics.queue_s.observe(timing.queue_us / 1e6)
             self._metrics.encode_s.observe(timing.encode_us / 1e6)
+            self._workload.encoded(timing.encode_us / 1e6)
             del scored  # a reader that stopped holds the bytes, not the tensors too
             digest = xxhash.xxh3_128_digest(item.ids_bytes)
             nbytes = sum(len(payload) for *_, payload in parts)
@@ -391,6 +427,24 @@ def _caller_message(team: Team) -> teacher_pb2.Caller:
         max_tokens_per_second=limits.max_tokens_per_second or 0,
         max_tokens_per_day=limits.max_tokens_per_day or 0,
         max_request_tokens=limits.max_request_tokens or 0,
+    )
+
+
+def _team_status(
+    standing: TeamStanding, team: Team, tokens_left_today: int | None
+) -> teacher_pb2.TeamStatus:
+    """How this replica serves a team."""
+    return teacher_pb2.TeamStatus(
+        team=team.name,
+        weight=team.weight,
+        tokens_in_flight=standing.tokens_in_flight,
+        queued_tokens=standing.queued_tokens,
+        tokens_per_second=standing.tokens_per_s,
+        share=standing.share,
+        entitled=standing.entitled,
+        waiting_p95_ms=1e3 * standing.waiting_p95_s,
+        rejected=standing.rejected,
+        tokens_left_today=tokens_left_today,
     )
 
 

@@ -40,6 +40,8 @@ class TeamStanding:
     """The part of them that waits for a batch."""
     tokens_per_s: float
     """Dispatched."""
+    cost_per_s: float
+    """Dispatched."""
     share: float
     """Of the cost dispatched for all teams."""
     entitled: float
@@ -67,6 +69,11 @@ class _Slot:
     counts: dict[str, _Counts] = field(default_factory=dict)
     working: dict[str, float] = field(default_factory=dict)
     """Weights of the teams that had work."""
+
+
+def idle(team: str) -> TeamStanding:
+    """Of a team that did nothing in the last minute."""
+    return TeamStanding(team, 1.0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
 
 class Standing:
@@ -141,6 +148,7 @@ class Standing:
                     tokens_in_flight=self._in_flight[team],
                     queued_tokens=queued_tokens.get(team, 0),
                     tokens_per_s=totals.get(team, nothing).tokens / seconds,
+                    cost_per_s=totals.get(team, nothing).cost / seconds,
                     share=totals.get(team, nothing).cost / cost,
                     entitled=entitled[team] / cost,
                     waiting_p95_s=_percentile(totals.get(team, nothing).waits, 0.95),

@@ -78,7 +78,7 @@ def test_usage_is_shown_to_its_team_and_read_from_the_file(
     assert second["delivered_rows"] == first["delivered_rows"] + 7  # one piece of work
 
     assert show_usage(UsageConfig(address=served.address, team="ranking")) == 1
-    assert "PERMISSION_DENIED" in capsys.readouterr().err
+    assert "needs the scope admin" in capsys.readouterr().err
     assert show_usage(UsageConfig(address=served.address, since="yesterday")) == 1
     assert "2027-01-31" in capsys.readouterr().err
     assert show_usage(UsageConfig(ledger=tmp_path)) == 1

@@ -1,0 +1,102 @@
+"""How busy a replica is: what its stages took in the last minute, for `Status`.
+
+Counted in slots of one second, as `standing` does. Thread-safe: the compute thread and the event
+loop count, whoever asks reads.
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+WINDOW_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Means and rates of the last minute; 0 where there was nothing."""
+
+    pass_tokens: float
+    """Padded tokens of one forward pass."""
+    forward_s: float
+    """The base model, one pass."""
+    head_s: float
+    """Vocabulary head and selection, one pass."""
+    encode_s: float
+    """One sequence, its wait for the encode thread included."""
+    tokens_per_s: float
+    """Padded tokens that were scored."""
+    busy: float
+    """Part of the time that the teacher was computing."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    second: int
+    passes: int = 0
+    tokens: int = 0
+    forward_s: float = 0.0
+    head_s: float = 0.0
+    sequences: int = 0
+    encode_s: float = 0.0
+    busy_s: float = 0.0
+
+
+class WorkloadCounter:
+    """Counts what the stages of one replica take."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._started_s = clock()
+        self._slots: deque[_Slot] = deque()
+
+    def passed(self, tokens: int, forward_s: float, head_s: float) -> None:
+        """A forward pass of so many padded tokens has ended well."""
+        with self._lock:
+            slot = self._slot()
+            slot.passes += 1
+            slot.tokens += tokens
+            slot.forward_s += forward_s
+            slot.head_s += head_s
+
+    def encoded(self, seconds: float) -> None:
+        """A sequence's targets are bytes."""
+        with self._lock:
+            slot = self._slot()
+            slot.sequences += 1
+            slot.encode_s += seconds
+
+    def computed(self, seconds: float) -> None:
+        """The compute thread was busy for so long, until now."""
+        with self._lock:
+            self._slot().busy_s += seconds
+
+    def numbers(self, *, computing_s: float = 0.0) -> Workload:
+        """Of the last minute. computing_s: how long the pass in hand has been going on."""
+        with self._lock:
+            self._slot()
+            seconds = min(WINDOW_S, max(1.0, self._clock() - self._started_s))
+            passes = max(1, sum(slot.passes for slot in self._slots))
+            tokens = sum(slot.tokens for slot in self._slots)
+            sequences = max(1, sum(slot.sequences for slot in self._slots))
+            busy_s = computing_s + sum(slot.busy_s for slot in self._slots)
+            return Workload(
+                pass_tokens=tokens / passes,
+                forward_s=sum(slot.forward_s for slot in self._slots) / passes,
+                head_s=sum(slot.head_s for slot in self._slots) / passes,
+                encode_s=sum(slot.encode_s for slot in self._slots) / sequences,
+                tokens_per_s=tokens / seconds,
+                busy=min(1.0, busy_s / seconds),
+            )
+
+    def _slot(self) -> _Slot:
+        """The slot of this second; older ones than a minute are dropped."""
+        second = math.floor(self._clock())
+        while self._slots and self._slots[0].second <= second - WINDOW_S:
+            self._slots.popleft()
+        if not self._slots or self._slots[-1].second != second:
+            self._slots.append(_Slot(second))
+        return self._slots[-1]

@@ -1,0 +1,169 @@
+"""What `teacher-server status` shows of a service that teams share."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from student_trainer import connect
+from teacher_server import status
+from teacher_server.cli import main
+from tests.conftest import Served
+from tests.end_to_end.test_processes import free_port
+from tests.faults.fleet import wait_until
+from tests.teams import add_team
+
+LENGTHS = [5, 40, 33, 64]
+QUOTA = 100_000
+
+
+def be(token: str) -> None:
+    """Runs in the service: it asks its peers with this token."""
+    os.environ["TEACHER_TOKEN"] = token
+
+
+class Shared:
+    """Two replicas that teams share."""
+
+    def __init__(self, serve, model: Path, folder: Path) -> None:
+        teams = folder / "teams.toml"
+        self.tokens = {
+            "search": add_team(teams, "search", "--weight", 3),
+            "ranking": add_team(teams, "ranking"),
+            "ops": add_team(teams, "ops", "--scopes", "score", "admin"),
+        }
+        quota = f"[teams.search]\nlimits = {{ max_tokens_per_day = {QUOTA} }}\n"
+        teams.write_text(teams.read_text().replace("[teams.search]\n", quota))
+        ports = [free_port(), free_port()]
+        peers = [f"127.0.0.1:{port}" for port in ports]
+        self.replicas: list[Served] = [
+            serve(
+                model,
+                *("--port", str(port), "--peers", *peers, "--service-id", "shared"),
+                *("--teams", str(teams), "--threads", "1"),
+                hook=partial(be, self.tokens["ops"]),
+                ready=False,
+            )
+            for port in ports
+        ]
+        self.addresses = [replica.wait_ready() for replica in self.replicas]
+
+    def use(self, team: str, address: str, lengths: Sequence[int]) -> None:
+        with connect([address], token=self.tokens[team]) as teacher:
+            for _ in teacher.stream([torch.arange(n) for n in lengths]):
+                pass
+
+
+@pytest.fixture(scope="module")
+def shared(serve, model_folder, tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    return Shared(serve, model_folder("Gemma2", 1001), tmp_path_factory.mktemp("shared"))
+
+
+def test_status_puts_the_replicas_together_and_shows_each_caller_its_own(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    address, other = shared.addresses
+
+    def shown(team: str, *flags: str) -> str:
+        monkeypatch.setenv("TEACHER_TOKEN", shared.tokens[team])
+        assert main(["status", address, *flags]) == 0
+        return capsys.readouterr().out
+
+    def numbers(team: str) -> dict[str, Any]:
+        return json.loads(shown(team, "--json"))
+
+    def knows_both() -> bool:
+        seen = numbers("ops")
+        return len(seen["replicas"]) == 2 and not seen["unreachable"]
+
+    wait_until(knows_both, "the replicas know each other")
+    assert "no team did anything" in shown("ops")
+    (idle,) = numbers("search")["teams"]
+    assert (idle["weight"], idle["tokens_per_second"], idle["share"]) == (3.0, 0.0, 0.0)
+    assert idle["tokens_left_today"] == QUOTA
+
+    shared.use("search", address, LENGTHS)
+    shared.use("ranking", other, LENGTHS)
+    shared.use("ranking", other, LENGTHS)
+
+    def charged() -> bool:
+        (line,) = numbers("search")["teams"]
+        return line["tokens_left_today"] <= QUOTA - sum(LENGTHS)
+
+    wait_until(charged, "the quota is known to be smaller")
+    seen = numbers("ops")
+    ranking, search = seen["teams"]
+    assert (ranking["team"], search["team"]) == ("ranking", "search")
+    assert (ranking["tokens_in_flight"], ranking["queued_tokens"]) == (0, 0)
+    # Both had a replica to themselves: that they share the service unequally is nobody's fault.
+    assert ranking["share"] == pytest.approx(ranking["entitled"])
+    assert ranking["share"] + search["share"] == pytest.approx(1.0)
+    assert 0.5 < ranking["share"] < 0.8
+    assert ranking["tokens_left_today"] is None
+    assert {one["address"] for one in seen["replicas"]} == {address, other}
+    for replica in seen["replicas"]:
+        assert replica["state"] == "ready"
+        for name in ("batch_fill", "forward_ms", "head_ms", "encode_ms", "busy", "memory_bytes"):
+            assert replica[name] > 0, name
+        assert replica["batch_fill"] <= 1
+        assert replica["busy"] <= 1
+        assert replica["device_memory_bytes"] == 0
+
+    (own,) = numbers("search")["teams"]
+    assert {**own, "tokens_per_second": 0} == {**search, "tokens_per_second": 0}
+    assert all(one["memory_bytes"] == 0 for one in numbers("search")["replicas"])
+    header, first, second, *_ = shown("ops").splitlines()
+    assert " ".join(header.split()) == (
+        "team in flight tokens/s share entitled waiting p95 rejected left today"
+    )
+    assert (first.split()[0], second.split()[0]) == ("ranking", "search")
+    assert first.split()[-1] == "-"
+    assert "GiB" in shown("ops")
+    assert "GiB" not in shown("search")
+
+    watch = subprocess.Popen(
+        [sys.executable, "-m", "teacher_server", "status", address, "--watch"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watch.stdout is not None
+    times = filter(lambda line: line.startswith(address), watch.stdout)
+    assert next(times) < next(times)  # 2 s later
+    watch.send_signal(signal.SIGINT)
+    out, err = watch.communicate(timeout=20)
+    assert watch.returncode == 130
+    assert "\x1b" not in out
+    assert err == ""
+
+
+def test_a_replica_that_cannot_be_reached_is_named(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    address, other = shared.addresses
+    monkeypatch.setenv("TEACHER_TOKEN", shared.tokens["ops"])
+    monkeypatch.setattr(status, "REPLICA_S", 0.5)
+    shared.replicas[1].send_signal(signal.SIGSTOP)  # frozen: it is listed for a few seconds more
+    try:
+        assert main(["status", address]) == 0
+        assert f"no answer from {other}: DEADLINE_EXCEEDED" in capsys.readouterr().out
+    finally:
+        shared.replicas[1].send_signal(signal.SIGCONT)
+
+
+def test_status_says_why_a_service_does_not_answer(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("TEACHER_TOKEN", "nobody's")
+    assert main(["status", shared.addresses[0]]) == 1
+    err = capsys.readouterr().err
+    assert "belongs to no team" in err
+    assert "nobody's" not in err
