@@ -1,6 +1,6 @@
 """What each way to keep a distribution costs, and what it does to the gradient.
 
-Run `python -m benchmarks.codec` (about 7 minutes on one core; --quick takes half a minute) or with
+Run `python -m benchmarks.codec` (about 9 minutes on one core; --quick takes half a minute) or with
 `--device cuda`. The distributions are those of benchmarks/distributions.py.
 
     bytes     per token: a container of 1,024 rows, header and digest included
@@ -28,11 +28,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.distributions import Chunk, Distributions, entropies
+from benchmarks.distributions import EARLY, LATE, Chunk, Distributions, entropies
 from logit_codec import (
     IdTable,
     SparseTargets,
     Targets,
+    TopKSpec,
     TopKTargets,
     decode,
     encode,
@@ -43,12 +44,13 @@ from logit_codec import (
 )
 from logit_codec.ids import code_ids
 
-SETTINGS: list[tuple[int, float, float, float]] = [
-    (32_768, 1.5, 2.0, 0.0),
-    (262_144, 2.4, 1.5, 0.0),
-    (262_144, 2.4, 1.5, 0.5),
+SETTINGS: list[tuple[int, float, float, float, tuple[float, float]]] = [
+    (32_768, 1.5, 2.0, 0.0, EARLY),
+    (262_144, 2.4, 1.5, 0.0, EARLY),
+    (262_144, 2.4, 1.5, 0.5, EARLY),
+    (262_144, 2.4, 1.5, 0.0, LATE),
 ]
-"""Arguments of Distributions: vocabulary, mean entropy in nats, noise, spread."""
+"""Arguments of Distributions: vocabulary, mean entropy in nats, noise, spread, student."""
 OURS = (
     "dense:f32,log_z=0",
     "top_k:64,log_z=0",
@@ -156,7 +158,7 @@ def measure(source: Distributions, num_rows: int, fit_rows: int, draws: int) -> 
             continue
         whole = Targets.cat(row.kept)
         for used in (None, table) if isinstance(whole, SparseTargets) else (None,):
-            data = encode(whole, id_table=used)
+            data = encode(whole, bits=code_bits(row.spec), id_table=used)
             encoded, topk = encode_rate(speed_chunk, row.spec, used)
             decoded = rate(lambda data=data: decode(data, id_tables=[table]), len(whole))
             line = (
@@ -170,15 +172,23 @@ def measure(source: Distributions, num_rows: int, fit_rows: int, draws: int) -> 
 
 
 def ours(text: str) -> Callable[[Chunk, Tensor, Tensor], tuple[Tensor, float]]:
+    bits = code_bits(text)
+
     def gradient(chunk: Chunk, q: Tensor, u: Tensor) -> tuple[Tensor, float]:
         targets = kept(chunk, text, u)
-        targets = decode(encode(targets)).to(q.device)
+        targets = decode(encode(targets, bits=bits)).to(q.device)
         p = targets.to_dense()
         if isinstance(targets, TopKTargets):
             p = with_tail(p, q, targets.tail_logprob.exp())
         return q - p, 0.0
 
     return gradient
+
+
+def code_bits(text: str) -> int:
+    """Of the logprobs of top_k; other kinds have none, and encode looks at none."""
+    spec = parse_targets(text)
+    return spec.bits if isinstance(spec, TopKSpec) else 7
 
 
 def kept(chunk: Chunk, text: str, u: Tensor) -> Targets:
@@ -247,7 +257,8 @@ def encode_rate(chunk: Chunk, text: str, table: IdTable | None) -> tuple[float, 
     table = table.to(chunk.logits.device) if table else None
 
     def work() -> None:
-        encode(select(chunk.logits, spec, uniforms=u, realized_ids=chunk.realized), id_table=table)
+        targets = select(chunk.logits, spec, uniforms=u, realized_ids=chunk.realized)
+        encode(targets, bits=code_bits(text), id_table=table)
 
     topk = rate(lambda: chunk.logits.topk(64), len(chunk.logits))
     return rate(work, len(chunk.logits)), topk

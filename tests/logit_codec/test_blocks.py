@@ -1,0 +1,54 @@
+"""Where the mass of a row lies: block by block, for rows that float32 can hardly hold."""
+
+import pytest
+import torch
+
+from logit_codec import blocks, select
+from logit_codec.blocks import BLOCK, block_masses
+
+
+def wide(rows: int, columns: int, span: float, seed: int = 0) -> torch.Tensor:
+    """(rows, columns) logits whose probabilities span exp(span)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, columns, generator=generator).neg_().mul_(span)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_a_cpu_meets_no_denormal_numbers_which_would_make_it_several_times_slower(temperature):
+    logits = wide(3, 1000, 200.0)
+    weights = blocks._weights(logits, temperature, torch.empty_like(logits))
+    assert float(weights.min()) >= torch.finfo(torch.float32).tiny
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shares_are_those_of_float64_and_of_no_mass_is_none(columns, dtype):
+    logits = wide(4, columns, 100.0).to(dtype)
+    logits[1, 1:] = -torch.inf
+    logits[2, : columns - 1] = -torch.inf
+    shares, entropy = block_masses(logits, 1.5, entropy=True)
+    p = (logits.double() / 1.5).softmax(1)
+    wanted = torch.nn.functional.pad(p, (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK)).sum(2)
+    torch.testing.assert_close(shares, wanted, rtol=1e-5, atol=1e-30)
+    assert (shares[wanted == 0] == 0).all()
+    assert entropy is not None
+    torch.testing.assert_close(entropy, torch.special.entr(p).sum(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        pytest.param(wide(3, 20_000, 1e-3), id="flat"),
+        pytest.param(wide(3, 20_000, 60.0), id="wide"),
+        pytest.param(torch.cat([wide(2, 20_000, 1.0), wide(1, 20_000, 900.0)]), id="both"),
+        pytest.param(wide(3, 20_000, 20.0).round(), id="tied"),
+        pytest.param(wide(3, 20_000, 20.0).index_fill(1, torch.arange(9), 300.0), id="peaked"),
+    ],
+)
+def test_the_likeliest_are_found_whichever_way_they_are_looked_for(logits):
+    for k in (1, 16, 64):
+        targets = select(logits, f"top_k:{k},realized=0", temperature=1.3)
+        ids = logits.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
+        for row, wanted in enumerate(ids):
+            kept = targets.token_ids[targets.row_splits[row] : targets.row_splits[row + 1]]
+            assert torch.equal(kept, wanted)
