@@ -63,9 +63,7 @@ class Checkpoints:
         partial = self.folder / f".step-{step}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_model(student, str(partial / "student.safetensors"))
-        torch.save({**state, "random": _random_states()}, partial / "state.pt")
-        (partial / "run.json").write_text(json.dumps(self._identity, indent=2) + "\n")
+        write(partial, student, state, self._identity)
         for path in (*partial.iterdir(), partial):
             _force_to_disk(path)
         partial.rename(whole)
@@ -86,15 +84,11 @@ class Checkpoints:
         if newest is None:
             return None
         try:
-            self._compare(newest, json.loads((newest / "run.json").read_text()))
-            # Only tensors and plain values are read back: a file cannot run code here.
-            state = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
-            load_model(student, newest / "student.safetensors")
+            return read(newest, student, self._identity)
         except UNREADABLE as error:
             raise ValueError(
                 f"{newest} cannot be read ({error}). Delete it to go on from the one before it."
             ) from error
-        return state
 
     def clear(self) -> None:
         """Removes every checkpoint of the folder."""
@@ -115,21 +109,46 @@ class Checkpoints:
         checkpoint.rename(condemned)
         shutil.rmtree(condemned)
 
-    def _compare(self, newest: Path, saved: dict[str, Any]) -> None:
-        names = [*self._identity, *(name for name in saved if name not in self._identity)]
-        different = [
-            f"{name} was {saved.get(name)!r} and is {self._identity.get(name)!r}"
-            for name in names
-            if saved.get(name) != self._identity.get(name)
-        ]
-        if different:
-            raise ValueError(
-                f"{newest} belongs to another run: {'; '.join(different)}. Give what it had, "
-                "another --output, or --start-over to delete it and begin again."
-            )
+
+def write(
+    folder: Path, student: nn.Module, state: Mapping[str, Any], identity: Mapping[str, Any]
+) -> None:
+    """Puts the three files into a folder; the random generators are added to the state."""
+    save_model(student, str(folder / "student.safetensors"))
+    torch.save({**state, "random": random_states()}, folder / "state.pt")
+    (folder / "run.json").write_text(json.dumps(identity, indent=2) + "\n")
 
 
-def _random_states() -> dict[str, Any]:
+def read(
+    folder: Path, student: nn.Module, identity: Mapping[str, Any], where: object = None
+) -> dict[str, Any]:
+    """Puts the weights in place and returns the state.
+
+    Raises ValueError if it is of another run, and UNREADABLE; `where` is how it is called then.
+    """
+    _compare(where or folder, json.loads((folder / "run.json").read_text()), identity)
+    # Only tensors and plain values are read back: a file cannot run code here.
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    load_model(student, folder / "student.safetensors")
+    return state
+
+
+def _compare(where: object, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    names = [*identity, *(name for name in saved if name not in identity)]
+    different = [
+        f"{name} was {saved.get(name)!r} and is {identity.get(name)!r}"
+        for name in names
+        if saved.get(name) != identity.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"{where} belongs to another run: {'; '.join(different)}. Give what it had, "
+            "another --output, or --start-over to delete it and begin again."
+        )
+
+
+def random_states() -> dict[str, Any]:
+    """Of all generators of this process, for `restore_random_states`."""
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),

@@ -21,6 +21,7 @@ from student_trainer.checkpoint import Checkpoints, restore_random_states
 from student_trainer.curves import Curves
 from student_trainer.losses import distillation_loss
 from student_trainer.meter import Meter, cross_entropy_sum, means
+from student_trainer.ranks import Ranks, unwrapped
 from student_trainer.streaming import Teacher
 
 logger = logging.getLogger(__name__)
@@ -73,17 +74,23 @@ def train(
     log_every: int = 10,
     curves: Curves | None = None,
     also: Callable[[], dict[str, float]] = dict,
+    log: Callable[[str], None] | None = None,
 ) -> Run:
     """Trains `student` on (batch, targets) pairs; targets None trains on the labels alone.
 
     batch["input_ids"]: (B, L) without padding; targets: B * (L-1) rows in reading order. `measure`
     gives the held-out loss, called about ten times. With `checkpoints`, goes on from the newest and
     writes new ones; `pairs` then has a state, as streams and `prefetch` do. The progress bar shows
-    the last `log_every` steps; so do `curves`, together with what `also` returns. Raises ValueError
-    for checkpoints that cannot be used, ProtocolError for targets of other tokens, and what `pairs`
-    raises.
+    the last `log_every` steps; so do `curves`, together with what `also` returns; with `log`, a line
+    of text goes there instead of the bar.
+
+    A student in DistributedDataParallel is trained by all its ranks: a batch is then the share of
+    one of them, as `data.share` makes it, and what is logged is of the whole step.
+
+    Raises ValueError for checkpoints that cannot be used, ProtocolError for targets of other tokens,
+    and what `pairs` raises.
     """
-    run = Run()
+    run, ranks = Run(), Ranks.of(student)
     start, saved = 0, None
     optimizers = make_optimizers(student, optimizer, learning_rate)
     schedules = [
@@ -113,7 +120,11 @@ def train(
     logged = replace(run)
     student.train()
     with ExitStack() as ending:
-        progress = ending.enter_context(tqdm(total=steps, initial=start, desc=label, unit=" steps"))
+        progress = ending.enter_context(
+            tqdm(
+                total=steps, initial=start, desc=label, unit=" steps", disable=log is not None
+            )
+        )
         if curves is not None:
             ending.enter_context(curves.behind(start))
         for step in range(start, steps):
@@ -125,9 +136,10 @@ def train(
             ids = batch["input_ids"].to(device)
             logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
             labels = ids[:, 1:].flatten()
+            num_items = batch.get("num_items", labels.numel())
             ce = None
             if targets is None or ce_weight:
-                ce = nn.functional.cross_entropy(logits.float(), labels)
+                ce = nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / num_items
             if targets is None:
                 loss = ce
             else:
@@ -135,20 +147,20 @@ def train(
                     check_alignment(batch, targets)
                     warn_of_tail(targets, ce_weight)
                 targets = targets.to(device)
-                kd = distillation_loss(logits, targets)
+                kd = distillation_loss(logits, targets, num_items=num_items)
                 loss = kd_weight * kd if ce is None else kd_weight * kd + ce_weight * ce
                 if curves is not None:
                     with torch.no_grad():
                         meter.add(
                             targets,
-                            kd_sum=kd * targets.num_rows,
+                            kd_sum=kd * num_items,
                             ce_sum=cross_entropy_sum(logits, labels)
                             if ce is None
-                            else ce * targets.num_rows,
+                            else ce * num_items,
                             best_R=logits.argmax(1),
                         )
             assert loss is not None
-            loss.backward()
+            (loss * ranks.count).backward()  # the ranks' gradients are averaged
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             rate = schedules[0].get_last_lr()[0]
             for one, schedule in zip(optimizers, schedules, strict=True):
@@ -161,21 +173,26 @@ def train(
             is_saved = checkpoints is not None and checkpoints.is_due(done, steps)
             is_logged = done % log_every == 0 or done == steps
             if is_measured or is_saved or is_logged:
-                run.train_losses += torch.stack(losses).tolist()  # waits for the device
+                # Waits for the device.
+                run.train_losses += ranks.add_up(torch.stack(losses)).tolist()
                 losses.clear()
-            run.tokens += labels.numel()
+            run.tokens += num_items
             run.waiting_s += began - asked
             run.seconds += time.perf_counter() - asked
             progress.update()
             if is_logged:
                 values = {"learning_rate": rate, **run.since(logged, log_every)}
                 logged = replace(run)
-                progress.set_postfix_str(
+                line = (
                     f"loss {values['loss']:.3f}, {values['tokens_per_s']:,.0f} tokens/s, "
                     f"waiting {values['waiting_fraction']:.1%}"
                 )
+                progress.set_postfix_str(line)
+                if log is not None:
+                    log(f"{label}: step {done} of {steps}, {line}")
                 if curves is not None:
-                    curves.add(done, {**values, **means(meter.take()), **also()})
+                    measured = means(ranks.add_up(meter.take()))
+                    curves.add(done, {**values, **measured, **also()})
             if is_measured:
                 run.curve.append((done, measure(student)))
                 if curves is not None:
@@ -217,14 +234,18 @@ def make_optimizers(
 
 @torch.inference_mode()
 def held_out_loss(student: nn.Module, sequences: Tensor, *, batch_size: int = 32) -> float:
-    """Mean cross-entropy, in nats, of the student on (N, L) sequences."""
-    student.eval()
+    """Mean cross-entropy, in nats, of the student on (N, L) sequences.
+
+    The ranks of a student in DistributedDataParallel measure a share each.
+    """
+    ranks, student = Ranks.of(student), unwrapped(student).eval()
     device = next(student.parameters()).device
-    total = 0.0
-    for ids in sequences.split(batch_size):
+    total = torch.zeros((), dtype=torch.float64)
+    for ids in sequences[ranks.rank :: ranks.count].split(batch_size):
         ids = ids.to(device)
         logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
         total += float(nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
+    total = float(ranks.add_up(total.to(device)))
     return total / (sequences.shape[0] * (sequences.shape[1] - 1))
 
 
