@@ -11,7 +11,7 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pydantic
 import tyro
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
-    from student_trainer.errors import TeacherError
+    from student_trainer.errors import TeacherError, TrainingFailed
 
     try:
         if isinstance(command, TrainConfig):
@@ -49,51 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("student-trainer: interrupted", file=sys.stderr)
         return 130
-    except (TeacherError, OSError, ValueError) as error:
+    except (TeacherError, TrainingFailed, OSError, ValueError) as error:
         print(f"student-trainer: {error}", file=sys.stderr)
         return 1
 
 
 def run_train(config: TrainConfig) -> int:
     """Trains the student, and the control if asked for; prints and writes the report."""
-    from student_trainer import data, prefetch, report, runs
+    from student_trainer import report, runs
 
     corpus = runs.read_corpus(config)
     config.output.mkdir(parents=True, exist_ok=True)
-
-    def batches() -> Any:
-        return data.batches(
-            corpus.sequences, batch_size=config.batch_size, steps=config.steps, seed=config.seed
-        )
-
+    if config.workers:
+        from student_trainer.ray_train import train_students
+    else:
+        from student_trainer.runs import train_students
     with runs.open_teacher(config, corpus.tokenizer) as teacher:
         reached = runs.teacher_loss(config, teacher, corpus.held_out)
-        control = None
-        if config.control:
-            pairs = prefetch(((batch, None) for batch in batches()), ahead=1)
-            _, control = runs.train_student(config, corpus, pairs, "control")
-        counters, info = teacher.counters, teacher.info
-        nbytes_before, rows_before = counters.payload_nbytes, counters.rows
-        pairs = teacher.stream_batches(
-            batches(),
-            targets=config.targets,
-            temperature=config.temperature,
-            seed=config.seed,
-            ahead=int(config.ahead) if config.ahead.isdigit() else config.ahead,
-        )
-
-        def bytes_per_token() -> float:
-            received = counters.payload_nbytes - nbytes_before
-            return received / max(1, counters.rows - rows_before)
-
-        student, distilled = runs.train_student(
-            config,
-            corpus,
-            pairs,
-            "distilled",
-            also=lambda: {"lookahead": pairs.in_flight, "bytes_per_token": bytes_per_token()},
-            teacher_fingerprint=info.teacher_fingerprint,
-        )
+        trained = train_students(config, corpus, teacher)
+        info = teacher.info
+    student, distilled, control = trained.student, trained.distilled, trained.control
     runs.save_student(student, corpus, config.output / "student")
     lower = None if control is None else control.held_out_loss - distilled.held_out_loss
     numbers = {
@@ -110,7 +85,7 @@ def run_train(config: TrainConfig) -> int:
         "held_out_tokens": corpus.held_out.numel(),
         "waiting_fraction": distilled.waiting_s / distilled.seconds,
         "tokens_per_s": distilled.tokens / distilled.seconds,
-        "bytes_per_token": bytes_per_token() or None,
+        "bytes_per_token": trained.bytes_per_token,
         "distilled_seconds": distilled.seconds,
         "control_seconds": None if control is None else control.seconds,
         "student_parameters": sum(parameter.numel() for parameter in student.parameters()),

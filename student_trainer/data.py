@@ -112,7 +112,9 @@ def share(
                 "batches of at least one sequence for each"
             )
         mine = {
-            name: value[rank::num_ranks] if hasattr(value, "__len__") and len(value) == size else value
+            name: value[rank::num_ranks]
+            if hasattr(value, "__len__") and len(value) == size
+            else value
             for name, value in batch.items()
         }
         yield {**mine, "num_items": int(Layout.of(batch).trained.sum())}

@@ -17,6 +17,8 @@ from student_trainer.client import RemoteTeacher, connect
 from student_trainer.config import CorpusConfig, TrainConfig
 from student_trainer.curves import Curves
 from student_trainer.errors import NotRecorded
+from student_trainer.prefetch import prefetch
+from student_trainer.ranks import Ranks
 from student_trainer.recorded import Recorded
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ MAY_CHANGE = {
         "tensorboard",
     ),
     *("checkpoint_every", "keep_checkpoints", "start_over"),
+    *("workers", "ray_address", "max_failures"),
 }
 """What a run that goes on from a checkpoint may set otherwise."""
 
@@ -101,37 +104,125 @@ def teacher_loss(
         return None
 
 
-def train_student(
-    config: TrainConfig,
-    corpus: Corpus,
-    pairs: Any,
-    name: str,
-    *,
-    also: Callable[[], dict[str, float]] = dict,
-    **identity: str,
-) -> tuple[nn.Module, trainer.Run]:
-    """Trains one student of the run on its pairs; "distilled" is the one it is about.
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """What a run made."""
 
-    also: as for `trainer.train`. identity: what must be the same in a run that goes on, beside the
-    settings and the text.
+    student: nn.Module
+    distilled: trainer.Run
+    control: trainer.Run | None
+    bytes_per_token: float | None
+    """Of the targets that were received; None if none were."""
+
+
+def train_students(
+    config: TrainConfig, corpus: Corpus, teacher: RemoteTeacher | Recorded
+) -> Trained:
+    """Trains the student in this process, and before it the control if asked for."""
+    control = None
+    if config.control:
+        student, checkpoints = begin(config, corpus, "control")
+        pairs = control_pairs(batches(config, corpus))
+        control = train_student(config, corpus, student, pairs, "control", checkpoints)
+    fingerprint = teacher.info.teacher_fingerprint
+    student, checkpoints = begin(config, corpus, "distilled", teacher_fingerprint=fingerprint)
+    pairs = DistilledPairs(config, teacher, batches(config, corpus))
+    distilled = train_student(
+        *(config, corpus, student, pairs.stream, "distilled", checkpoints), also=pairs.measured
+    )
+    return Trained(student, distilled, control, pairs.bytes_per_token())
+
+
+def batches(config: TrainConfig, corpus: Corpus) -> Iterator[dict[str, Any]]:
+    """What the run trains on, in this order."""
+    return data.batches(
+        corpus.sequences, batch_size=config.batch_size, steps=config.steps, seed=config.seed
+    )
+
+
+def control_pairs(batches: Iterator[dict[str, Any]]) -> Any:
+    """Batches without targets."""
+    return prefetch(((batch, None) for batch in batches), ahead=1)
+
+
+class DistilledPairs:
+    """Batches with their targets, and what the targets weigh."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        teacher: RemoteTeacher | Recorded,
+        batches: Iterator[dict[str, Any]],
+    ) -> None:
+        self._counters = teacher.counters
+        self._before = self._counters.payload_nbytes, self._counters.rows
+        self.stream = teacher.stream_batches(
+            batches,
+            targets=config.targets,
+            temperature=config.temperature,
+            seed=config.seed,
+            ahead=int(config.ahead) if config.ahead.isdigit() else config.ahead,
+        )
+
+    def bytes_per_token(self) -> float | None:
+        """None before the first targets."""
+        nbytes, rows = self._before
+        received = self._counters.rows - rows
+        return (self._counters.payload_nbytes - nbytes) / received if received else None
+
+    def measured(self) -> dict[str, float]:
+        """For the curves."""
+        return {"lookahead": self.stream.in_flight, "bytes_per_token": self.bytes_per_token() or 0}
+
+
+def begin(
+    config: TrainConfig, corpus: Corpus, name: str, **identity: str
+) -> tuple[nn.Module, Checkpoints]:
+    """One student of the run, untrained, and its checkpoints; "distilled" is what the run is about.
+
+    identity: as for `identity_of`.
     """
     folder = config.output / "checkpoints"
     checkpoints = Checkpoints(
         folder if name == "distilled" else folder / name,
         every=config.checkpoint_every,
-        identity={
-            **config.model_dump(mode="json", exclude=MAY_CHANGE),
-            "data_digest": data.digest(corpus.sequences),
-            "held_out_digest": data.digest(corpus.held_out),
-            **identity,
-        },
+        identity=identity_of(config, corpus, **identity),
         keep=config.keep_checkpoints,
     )
     if config.start_over:
         checkpoints.clear()
-    student = trainer.make_student(config.student, seed=config.seed, device=find_device(config))
-    curves = Curves(config.output / "tensorboard" / name) if config.tensorboard else None
-    run = trainer.train(
+    return trainer.make_student(
+        config.student, seed=config.seed, device=find_device(config)
+    ), checkpoints
+
+
+def identity_of(config: TrainConfig, corpus: Corpus, **more: str) -> dict[str, Any]:
+    """What must be the same in a run that goes on; more: beside the settings and the text."""
+    return {
+        **config.model_dump(mode="json", exclude=MAY_CHANGE),
+        "data_digest": data.digest(corpus.sequences),
+        "held_out_digest": data.digest(corpus.held_out),
+        **more,
+    }
+
+
+def train_student(
+    config: TrainConfig,
+    corpus: Corpus,
+    student: nn.Module,
+    pairs: Any,
+    name: str,
+    checkpoints: Checkpoints,
+    *,
+    also: Callable[[], dict[str, float]] = dict,
+    log: Callable[[str], None] | None = None,
+) -> trainer.Run:
+    """Trains one student of the run on its pairs. also, log: as for `trainer.train`."""
+    curves = None
+    if config.tensorboard:
+        is_first = Ranks.of(student).rank == 0
+        curves = Curves(config.output / "tensorboard" / name if is_first else None)
+    return trainer.train(
         student,
         pairs,
         steps=config.steps,
@@ -146,8 +237,8 @@ def train_student(
         log_every=config.log_every,
         curves=curves,
         also=also,
+        log=log,
     )
-    return student, run
 
 
 def find_device(config: TrainConfig) -> str:

@@ -121,9 +121,7 @@ def train(
     student.train()
     with ExitStack() as ending:
         progress = ending.enter_context(
-            tqdm(
-                total=steps, initial=start, desc=label, unit=" steps", disable=log is not None
-            )
+            tqdm(total=steps, initial=start, desc=label, unit=" steps", disable=log is not None)
         )
         if curves is not None:
             ending.enter_context(curves.behind(start))
@@ -139,7 +137,9 @@ def train(
             num_items = batch.get("num_items", labels.numel())
             ce = None
             if targets is None or ce_weight:
-                ce = nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / num_items
+                ce = (
+                    nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / num_items
+                )
             if targets is None:
                 loss = ce
             else:

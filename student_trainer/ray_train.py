@@ -1,0 +1,504 @@
+"""Several workers train one student: `student-trainer train --workers N`, on Ray Train.
+
+Every worker goes through the same batches, takes its share of each (`data.share`) and has a stream of
+its own, from the service or from a record. The loop is that of trainer.py; Ray starts the workers,
+notices when one fails, starts all of them again and keeps the checkpoints. A position counts
+whole batches, so a run may go on with another number of workers.
+
+Nothing of Ray is imported before something is trained here: what this module puts into the
+environment for a Ray of its own is read when Ray is imported.
+"""
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from student_trainer import checkpoint, data, runs, trainer
+from student_trainer.client import RemoteTeacher
+from student_trainer.config import TrainConfig
+from student_trainer.errors import AccessDenied, NotRecorded, ProtocolError, TrainingFailed
+from student_trainer.ranks import unwrapped
+from student_trainer.recorded import Recorded
+
+if TYPE_CHECKING:
+    import ray.train
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "ray_train"
+"""In the output folder: what Ray Train keeps."""
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Where Ray Train notes which checkpoints there are."""
+STORE_NBYTES = 100 << 20
+"""Ray's object store, which only carries the settings."""
+POLL_S = 0.5
+"""How often the workers of a Ray of our own are looked at; Ray's 2 s delay each checkpoint by 1 s."""
+PERMANENT = (ValueError, AccessDenied, NotRecorded, ProtocolError)
+"""What a worker would fail with again; IncompatibleTeacher and InvalidRequest are ValueErrors."""
+RENDEZVOUS_S = 1800
+"""How long ranks wait for each other; Ray's own number."""
+
+
+def train_students(
+    config: TrainConfig, corpus: runs.Corpus, teacher: RemoteTeacher | Recorded
+) -> runs.Trained:
+    """Trains the student with `config.workers` workers, and before it the control if asked for.
+
+    teacher: only says who it is; each worker opens its own. The output folder, the student and a
+    record must be reachable under the same paths on all machines of a cluster. Uses the Ray that
+    this process is connected to, the one at `config.ray_address`, or starts one on this machine.
+    Raises TrainingFailed, ValueError, OSError.
+    """
+    config = _with_whole_paths(config)
+    with _ray(config), _written(corpus, config.output / FOLDER) as texts:
+        on_gpus = _has_gpus(config)
+
+        def fit(name: str, **identity: str) -> tuple[nn.Module, trainer.Run, float | None]:
+            identified = runs.identity_of(config, corpus, **identity)
+            return _fit(_Job(config, name, texts, corpus.tokenizer, identified, on_gpus))
+
+        control = fit("control")[1] if config.control else None
+        fingerprint = teacher.info.teacher_fingerprint
+        student, distilled, nbytes = fit("distilled", teacher_fingerprint=fingerprint)
+    return runs.Trained(student, distilled, control, nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What every worker is told about one student."""
+
+    config: TrainConfig
+    name: str
+    texts: Path
+    """A file with the sequences of the run: read where it is, not sent to each worker."""
+    tokenizer: Any
+    identity: Mapping[str, Any]
+    on_gpus: bool
+    found: Path | None = None
+    """A checkpoint that Ray does not know of any more."""
+
+    @property
+    def folder(self) -> Path:
+        return self.config.output / FOLDER / self.name
+
+
+# The driver: what runs in the process that was started.
+
+
+def _fit(job: _Job) -> tuple[nn.Module, trainer.Run, float | None]:
+    """One student, trained, and the bytes per token of its targets."""
+    import ray.train
+    from ray.exceptions import RayError
+
+    config = job.config
+    if config.start_over:
+        shutil.rmtree(job.folder, ignore_errors=True)
+    job = _mended(job)
+    with tempfile.TemporaryDirectory(prefix="student-ranks-") as meeting, _sigint_kept():
+        fitting = _trainer_class()(
+            lambda: _work(job),
+            torch_config=_on_loopback(meeting) if _is_on_loopback() else None,
+            scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=job.on_gpus),
+            run_config=ray.train.RunConfig(
+                name=job.name,
+                storage_path=str(job.folder.parent),
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+                callbacks=[_give_up_callback()],
+            ),
+        )
+        try:
+            result = fitting.fit()
+        except SystemExit:  # how Ray Train's own handler of Ctrl-C ends
+            raise KeyboardInterrupt from None
+        except (ray.train.TrainingFailedError, RayError) as error:
+            cause = getattr(error, "controller_failure", None)
+            if isinstance(cause, PERMANENT):
+                raise cause from error
+            raise TrainingFailed(_reason(job, error)) from error
+    student = trainer.make_student(config.student, seed=config.seed, device="cpu")
+    with result.checkpoint.as_directory() as folder:
+        load_model(student, Path(folder) / "student.safetensors")
+    returned = result.return_value
+    return student, trainer.Run(**returned["run"]), returned["bytes_per_token"]
+
+
+def _with_whole_paths(config: TrainConfig) -> TrainConfig:
+    """Workers have working directories of their own."""
+    record = config.record
+    if record and "://" not in record:
+        record = str(Path(record).absolute())
+    whole = {"student": config.student.absolute(), "output": config.output.absolute()}
+    return config.model_copy(update={**whole, "record": record})
+
+
+@contextmanager
+def _written(corpus: runs.Corpus, folder: Path) -> Iterator[Path]:
+    """A file with the text, while the workers need it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "texts.safetensors"
+    texts = {"sequences": corpus.sequences, "held_out": corpus.held_out}
+    save_file({name: ids.contiguous() for name, ids in texts.items()}, path)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _mended(job: _Job) -> _Job:
+    """The job, with the newest checkpoint if Ray's note of what there is was damaged by a kill.
+
+    Ray Train writes it in place, and refuses a folder in which it is cut off.
+    """
+    snapshot = job.folder / SNAPSHOT
+    try:
+        noted = json.loads(snapshot.read_text())["checkpoint_results"]
+        if all((job.folder / one["checkpoint_dir_name"]).is_dir() for one in noted):
+            return job
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError):
+        logger.warning("%s is damaged and not used: the newest checkpoint is", snapshot)
+    snapshot.unlink(missing_ok=True)
+    steps = {
+        int(path.name.removeprefix("step-")): path
+        for path in job.folder.glob("step-*")
+        if path.name.removeprefix("step-").isdigit()
+    }
+    found = steps[max(steps)] if steps else None
+    return _Job(*(getattr(job, name) for name in _Job.__slots__[:-1]), found)
+
+
+def _reason(job: _Job, error: BaseException) -> str:
+    """What to tell a person: the first worker's own error, rather than Ray's account of it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    failures = getattr(error, "worker_failures", {})
+    if failures:
+        rank, first = min(failures.items())
+        lines = str(first).strip().splitlines() or [type(first).__name__]
+        lines = [f"worker {rank}: {lines[-1]}"]
+    again = f"--max-failures {job.config.max_failures}"
+    return (
+        f"student {job.name}: {lines[-1] if failures else lines[0]}. The workers failed more often "
+        f"than {again} allows; the same command goes on from the newest checkpoint in {job.folder}."
+    )
+
+
+def _trainer_class() -> Any:
+    """Ray's TorchTrainer, without an actor that needs the dashboard, which no Ray of ours has."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            found = super()._create_default_callbacks()
+            if not _is_on_loopback():
+                return found
+            return [one for one in found if not isinstance(one, PlacementGroupCleanerCallback)]
+
+    return Trainer
+
+
+def _give_up_callback() -> Any:
+    """Ends a run at once whose workers failed with what would happen again."""
+    from ray.train import UserCallback
+
+    class GiveUp(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
+            for error in worker_exceptions.values():
+                error = getattr(error, "_base_exc", error)
+                if isinstance(error, PERMANENT):
+                    raise error
+
+    return GiveUp()
+
+
+@contextmanager
+def _ray(config: TrainConfig) -> Iterator[None]:
+    """A connection to Ray, or a Ray of our own that ends with this block."""
+    address = config.ray_address
+    if "ray" in sys.modules:
+        import ray
+
+        if ray.is_initialized():
+            yield
+            return
+        if not address:
+            raise ValueError(
+                "Ray was imported before, and can no longer be told to stay on this machine: call "
+                "ray.init() first, or give ray_address"
+            )
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+    if not address:
+        os.environ.update(own_ray_environment(config.workers))
+    elif address.startswith(("127.", "localhost:")):
+        os.environ.update(ONE_MACHINE)
+    try:
+        import ray
+        import ray.train
+    except ImportError as error:
+        raise ValueError(
+            f"several workers need Ray Train: pip install 'logitstream[ray-train]' ({error})"
+        ) from None
+    folder = ""
+    try:
+        if address:
+            ray.init(address, logging_level=logging.WARNING)
+        else:
+            # Its sockets have paths, which have to be short: not in TMPDIR.
+            folder = tempfile.mkdtemp(prefix="student-", dir="/tmp")
+            ray.init(
+                "local",
+                num_cpus=config.workers,
+                object_store_memory=STORE_NBYTES,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                _temp_dir=folder,
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        where = f"cannot reach Ray at {address}" if address else "no Ray"
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TrainingFailed(f"{where}: {first}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# All sockets of Ray are on loopback then; it has no other switch for that.
+ONE_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+def own_ray_environment(num_workers: int) -> dict[str, str]:
+    """How a Ray that is started here behaves; its processes inherit this."""
+    threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
+    wanted = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
+        "OMP_NUM_THREADS": str(threads),
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    return {
+        **{name: os.environ.get(name) or value for name, value in wanted.items()},
+        **ONE_MACHINE,
+        # Without the token nobody can make this Ray run anything. It is in no argument and no file.
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_COLOR_PREFIX": "0",
+        # One machine is not taken away with notice.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        # What Ray will do anyway, and warns of until then.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+
+def _has_gpus(config: TrainConfig) -> bool:
+    """Whether each worker gets a GPU. Raises ValueError if there are too few."""
+    import ray
+
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    if config.device == "cpu" or (config.device == "auto" and not num_gpus):
+        return False
+    if num_gpus < config.workers:
+        raise ValueError(
+            f"{config.workers} workers need a GPU each, Ray has {num_gpus}: give at most --workers "
+            f"{num_gpus}, or --device cpu"
+        )
+    return True
+
+
+def _is_on_loopback() -> bool:
+    """Whether this Ray is of one machine, as the one is that is started here."""
+    import ray.util
+
+    return ray.util.get_node_ip_address().startswith("127.")
+
+
+def _on_loopback(folder: str) -> Any:
+    """A TorchConfig whose ranks meet in a file: the store of torch would listen on all addresses."""
+    from ray.train.torch.config import TorchConfig, _TorchBackend
+
+    class Backend(_TorchBackend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            import ray
+
+            backend = "nccl" if worker_group.get_resources_per_worker().get("GPU") else "gloo"
+            file = f"{folder}/{secrets.token_hex(8)}"  # of this start of the workers alone
+            count = len(worker_group)
+            ray.get(
+                [
+                    worker_group.execute_single_async(rank, _meet, backend, file, rank, count)
+                    for rank in range(count)
+                ]
+            )
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return Backend
+
+    return Config()
+
+
+@contextmanager
+def _sigint_kept() -> Iterator[None]:
+    """Ray Train leaves its own handler of Ctrl-C behind."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is not before:
+            signal.signal(signal.SIGINT, before)
+
+
+# The workers.
+
+
+def _meet(backend: str, file: str, rank: int, count: int) -> None:
+    """Forms the process group of one machine, on loopback."""
+    from datetime import timedelta
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group(
+        backend,
+        init_method=f"file://{file}",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=RENDEZVOUS_S),
+    )
+
+
+def _work(job: _Job) -> dict[str, Any]:
+    """What every worker does; what the first returns is the result."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    rank, num_ranks = context.get_world_rank(), context.get_world_size()
+    log = _log_to_stderr(rank)
+    config = job.config
+    texts = load_file(job.texts)
+    corpus = runs.Corpus(job.tokenizer, texts["sequences"], texts["held_out"])
+    device = ray.train.torch.get_device() if job.on_gpus else torch.device("cpu")
+    student = trainer.make_student(config.student, seed=config.seed, device=str(device))
+    if rank:  # else all would drop the same units
+        torch.manual_seed(config.seed + (rank << 32))
+    student = DistributedDataParallel(
+        student, device_ids=[device] if job.on_gpus else None, forward_sync_buffers=False
+    )
+    checkpoints = _Checkpoints(job, rank)
+    shares = data.share(runs.batches(config, corpus), rank=rank, num_ranks=num_ranks)
+    with ExitStack() as ending:
+        if job.name == "control":
+            made = None
+            pairs = runs.control_pairs(shares)
+        else:
+            teacher = ending.enter_context(runs.open_teacher(config, job.tokenizer))
+            made = runs.DistilledPairs(config, teacher, shares)
+            pairs = made.stream
+        run = runs.train_student(
+            *(config, corpus, student, pairs, job.name, checkpoints),
+            also=made.measured if made else dict,
+            log=log,
+        )
+        return {"run": asdict(run), "bytes_per_token": made.bytes_per_token() if made else None}
+
+
+class _Checkpoints:
+    """The checkpoints of a run as Ray Train keeps them; what `trainer.train` needs of them.
+
+    The files of checkpoint.py, of the first worker, and random-N.pt: the generators of worker N.
+    """
+
+    def __init__(self, job: _Job, rank: int) -> None:
+        self._job = job
+        self._rank = rank
+
+    def newest(self) -> "ray.train.Checkpoint | None":
+        """The one to go on from."""
+        import ray.train
+
+        found = ray.train.get_checkpoint()
+        if found is None and self._job.found is not None:
+            found = ray.train.Checkpoint(self._job.found)
+        return found
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to save behind `step`; the last always is: the student comes from there."""
+        every = self._job.config.checkpoint_every
+        return step == steps or (every > 0 and step % every == 0)
+
+    def load(self, student: nn.Module) -> dict[str, Any] | None:
+        """As `Checkpoints.load`."""
+        newest = self.newest()
+        if newest is None:
+            return None
+        try:
+            with newest.as_directory() as name:
+                folder = Path(name)
+                state = checkpoint.read(
+                    folder, unwrapped(student), self._job.identity, where=newest.path
+                )
+                own = folder / f"random-{self._rank}.pt"
+                if own.exists():  # there were as many workers then
+                    state["random"] = torch.load(own, weights_only=True)
+        except checkpoint.UNREADABLE as error:
+            raise ValueError(
+                f"{newest.path} cannot be read ({error}). --start-over deletes it and begins again."
+            ) from error
+        return state
+
+    def save(self, step: int, student: nn.Module, state: Mapping[str, Any]) -> None:
+        """All workers together; returns when it is written."""
+        import ray.train
+
+        with tempfile.TemporaryDirectory(prefix="student-step-") as name:
+            folder = Path(name)
+            torch.save(checkpoint.random_states(), folder / f"random-{self._rank}.pt")
+            if self._rank == 0:
+                checkpoint.write(folder, unwrapped(student), state, self._job.identity)
+            metrics = {"step": step, "loss": state["run"]["train_losses"][-1]}
+            if state["run"]["curve"]:
+                metrics["held_out_loss"] = state["run"]["curve"][-1][1]
+            ray.train.report(
+                metrics,
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=f"step-{step}",
+            )
+
+
+def _log_to_stderr(rank: int) -> Callable[[str], None]:
+    """Ray hands the stderr of a worker on; of the workers, only the first says how it goes."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    ours = logging.getLogger("student_trainer")
+    ours.handlers = [handler]
+    ours.setLevel(logging.WARNING if rank else logging.INFO)
+    ours.propagate = False
+    # Each worker would say so for each checkpoint.
+    from ray.train.v2._internal.execution import context
+
+    context.logger.setLevel(logging.WARNING)
+    return logger.info
