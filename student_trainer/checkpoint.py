@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,26 @@ UNREADABLE = (
     *(pickle.UnpicklingError, json.JSONDecodeError),
 )
 """What files can raise that are cut off or damaged."""
+
+
+class KeepsCheckpoints(Protocol):
+    """What `trainer.train` needs: `Checkpoints`, or Ray Train's in ray_train.py."""
+
+    def newest(self) -> object | None:
+        """The one to go on from, for a log."""
+        ...
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to save behind `step` of `steps`."""
+        ...
+
+    def load(self, student: nn.Module) -> dict[str, Any] | None:
+        """Puts the newest weights in place and returns the state, if there is one."""
+        ...
+
+    def save(self, step: int, student: nn.Module, state: Mapping[str, Any]) -> object:
+        """Keeps both; the random generators are added."""
+        ...
 
 
 class Checkpoints:
@@ -83,12 +103,7 @@ class Checkpoints:
         newest = self.newest()
         if newest is None:
             return None
-        try:
-            return read(newest, student, self._identity)
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{newest} cannot be read ({error}). Delete it to go on from the one before it."
-            ) from error
+        return read(newest, student, self._identity)
 
     def clear(self) -> None:
         """Removes every checkpoint of the folder."""
@@ -124,12 +139,19 @@ def read(
 ) -> dict[str, Any]:
     """Puts the weights in place and returns the state.
 
-    Raises ValueError if it is of another run, and UNREADABLE; `where` is how it is called then.
+    where: how the folder is called in what is raised. Raises ValueError if it is of another run or
+    cannot be read.
     """
-    _compare(where or folder, json.loads((folder / "run.json").read_text()), identity)
-    # Only tensors and plain values are read back: a file cannot run code here.
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    load_model(student, folder / "student.safetensors")
+    where = where or folder
+    try:
+        _compare(where, json.loads((folder / "run.json").read_text()), identity)
+        # Only tensors and plain values are read back: a file cannot run code here.
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        load_model(student, folder / "student.safetensors")
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{where} cannot be read ({error}). Delete it to go on from the one before it."
+        ) from error
     return state
 
 

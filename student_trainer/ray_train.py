@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +133,9 @@ def _fit(job: _Job) -> tuple[nn.Module, trainer.Run, float | None]:
                 raise cause from error
             raise TrainingFailed(_reason(job, error)) from error
     student = trainer.make_student(config.student, seed=config.seed, device="cpu")
-    with result.checkpoint.as_directory() as folder:
+    # Where nothing was left to do, nothing was reported either.
+    last = result.checkpoint or ray.train.Checkpoint(job.found)
+    with last.as_directory() as folder:
         load_model(student, Path(folder) / "student.safetensors")
     returned = result.return_value
     return student, trainer.Run(**returned["run"]), returned["bytes_per_token"]
@@ -172,9 +174,9 @@ def _mended(job: _Job) -> _Job:
         if all((job.folder / one["checkpoint_dir_name"]).is_dir() for one in noted):
             return job
     except FileNotFoundError:
-        pass
+        return job  # a checkpoint that was not noted may be half of one
     except (ValueError, KeyError, TypeError):
-        logger.warning("%s is damaged and not used: the newest checkpoint is", snapshot)
+        logger.warning("%s is damaged: going on from the newest checkpoint beside it", snapshot)
     snapshot.unlink(missing_ok=True)
     steps = {
         int(path.name.removeprefix("step-")): path
@@ -182,7 +184,7 @@ def _mended(job: _Job) -> _Job:
         if path.name.removeprefix("step-").isdigit()
     }
     found = steps[max(steps)] if steps else None
-    return _Job(*(getattr(job, name) for name in _Job.__slots__[:-1]), found)
+    return replace(job, found=found)
 
 
 def _reason(job: _Job, error: BaseException) -> str:
@@ -195,8 +197,8 @@ def _reason(job: _Job, error: BaseException) -> str:
         lines = [f"worker {rank}: {lines[-1]}"]
     again = f"--max-failures {job.config.max_failures}"
     return (
-        f"student {job.name}: {lines[-1] if failures else lines[0]}. The workers failed more often "
-        f"than {again} allows; the same command goes on from the newest checkpoint in {job.folder}."
+        f"student {job.name}: {lines[0]} (the workers failed more often than {again} allows; the "
+        f"same command goes on from the newest checkpoint in {job.folder})"
     )
 
 
@@ -455,19 +457,13 @@ class _Checkpoints:
         newest = self.newest()
         if newest is None:
             return None
-        try:
-            with newest.as_directory() as name:
-                folder = Path(name)
-                state = checkpoint.read(
-                    folder, unwrapped(student), self._job.identity, where=newest.path
-                )
-                own = folder / f"random-{self._rank}.pt"
-                if own.exists():  # there were as many workers then
-                    state["random"] = torch.load(own, weights_only=True)
-        except checkpoint.UNREADABLE as error:
-            raise ValueError(
-                f"{newest.path} cannot be read ({error}). --start-over deletes it and begins again."
-            ) from error
+        with newest.as_directory() as name:
+            state = checkpoint.read(
+                Path(name), unwrapped(student), self._job.identity, where=newest.path
+            )
+            own = Path(name) / f"random-{self._rank}.pt"
+            if own.exists():  # else there were fewer workers
+                state["random"] = torch.load(own, weights_only=True)
         return state
 
     def save(self, step: int, student: nn.Module, state: Mapping[str, Any]) -> None:

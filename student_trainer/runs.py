@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from logit_codec import parse_targets
 from student_trainer import data, trainer
-from student_trainer.checkpoint import Checkpoints
+from student_trainer.checkpoint import Checkpoints, KeepsCheckpoints
 from student_trainer.client import RemoteTeacher, connect
 from student_trainer.config import CorpusConfig, TrainConfig
 from student_trainer.curves import Curves
@@ -212,7 +212,7 @@ def train_student(
     student: nn.Module,
     pairs: Any,
     name: str,
-    checkpoints: Checkpoints,
+    checkpoints: KeepsCheckpoints,
     *,
     also: Callable[[], dict[str, float]] = dict,
     log: Callable[[str], None] | None = None,

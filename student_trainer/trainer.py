@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from logit_codec import Targets
 from student_trainer.check import check_alignment, warn_of_tail
-from student_trainer.checkpoint import Checkpoints, restore_random_states
+from student_trainer.checkpoint import KeepsCheckpoints, restore_random_states
 from student_trainer.curves import Curves
 from student_trainer.losses import distillation_loss
 from student_trainer.meter import Meter, cross_entropy_sum, means
@@ -70,7 +70,7 @@ def train(
     ce_weight: float,
     measure: Callable[[nn.Module], float],
     label: str,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: KeepsCheckpoints | None = None,
     log_every: int = 10,
     curves: Curves | None = None,
     also: Callable[[], dict[str, float]] = dict,
@@ -134,7 +134,7 @@ def train(
             ids = batch["input_ids"].to(device)
             logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
             labels = ids[:, 1:].flatten()
-            num_items = batch.get("num_items", labels.numel())
+            num_items = int(batch.get("num_items", labels.numel()))
             ce = None
             if targets is None or ce_weight:
                 ce = (

@@ -222,7 +222,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
     with training(with_dropout, output, *flags, on=service) as first:
         first.wait_saved(5)
         first.process.send_signal(signal.SIGINT)
-        assert first.process.wait(60) == 130, first.log.read_text()
+        assert first.process.wait(120) == 130, first.log.read_text()
         assert "interrupted" in first.log.read_text()
     with training(with_dropout, output, *flags, on=service) as second:
         second.wait_saved(first.saved() + 5)
@@ -252,7 +252,7 @@ def test_another_number_of_workers_goes_on_with_the_same_steps(
     with training(settings, output, *flags, on=service, workers=2) as first:
         first.wait_saved(8)
         first.process.send_signal(signal.SIGINT)
-        assert first.process.wait(60) == 130
+        assert first.process.wait(120) == 130
     assert first.saved() < 40
     with training(settings, output, *flags, on=service, workers=3) as second:
         assert "going on from" in second.end()
