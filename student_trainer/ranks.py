@@ -23,7 +23,9 @@ class Ranks:
         if not isinstance(student, DistributedDataParallel):
             return cls()
         group = student.process_group
-        return cls(torch.distributed.get_rank(group), torch.distributed.get_world_size(group), group)
+        return cls(
+            torch.distributed.get_rank(group), torch.distributed.get_world_size(group), group
+        )
 
     def add_up(self, values: Tensor) -> Tensor:
         """The sum over all ranks, which all have to ask for."""
