@@ -279,9 +279,9 @@ def test_a_ray_of_its_own_is_on_loopback_and_leaves_nothing_behind(
         wait_for(lambda: not launched.processes(), 20)
     report = json.loads((output / "report.json").read_text())
     assert report["gain"] == pytest.approx(report["control_loss"] - report["distilled_loss"])
-    assert not [
-        path for path in Path("/tmp").glob("student-*") if str(run.process.pid) in str(path)
-    ]
+    left = Path("/tmp").glob("student-*/session_*")
+    assert not [path for path in left if path.name.endswith(f"_{run.process.pid}")]
+    assert (output / "tensorboard" / "distilled").is_dir()
 
 
 @pytest.mark.slow
