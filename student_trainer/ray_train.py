@@ -18,11 +18,12 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
@@ -50,6 +51,8 @@ POLL_S = 0.5
 """How often the workers of a Ray of our own are looked at; Ray's 2 s delay each checkpoint by 1 s."""
 PERMANENT = (ValueError, AccessDenied, NotRecorded, ProtocolError)
 """What a worker would fail with again; IncompatibleTeacher and InvalidRequest are ValueErrors."""
+STOP_S = 10.0
+"""How long the processes of a Ray of our own may take to end."""
 RENDEZVOUS_S = 1800
 """How long ranks wait for each other; Ray's own number."""
 
@@ -260,7 +263,7 @@ def _ray(config: TrainConfig) -> Iterator[None]:
         raise ValueError(
             f"several workers need Ray Train: pip install 'logitstream[ray-train]' ({error})"
         ) from None
-    folder = ""
+    folder, before = "", _descendants()
     try:
         if address:
             ray.init(address, logging_level=logging.WARNING)
@@ -283,9 +286,19 @@ def _ray(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     finally:
+        started = _descendants() - before
         ray.shutdown()
         if folder:
+            # On a busy machine a controller of Ray Train was seen to hang at its end for ever.
+            for process in psutil.wait_procs(started, timeout=STOP_S)[1]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _descendants() -> set[psutil.Process]:
+    """All processes below this one."""
+    return set(psutil.Process().children(recursive=True))
 
 
 # All sockets of Ray are on loopback then; it has no other switch for that.
