@@ -136,8 +136,10 @@ def _fit(job: _Job) -> tuple[nn.Module, trainer.Run, float | None]:
                 raise cause from error
             raise TrainingFailed(_reason(job, error)) from error
     student = trainer.make_student(config.student, seed=config.seed, device="cpu")
-    # Where nothing was left to do, nothing was reported either.
-    last = result.checkpoint or ray.train.Checkpoint(job.found)
+    last = result.checkpoint
+    if last is None:  # nothing was left to do, and so nothing was reported
+        assert job.found is not None
+        last = ray.train.Checkpoint(job.found)
     with last.as_directory() as folder:
         load_model(student, Path(folder) / "student.safetensors")
     returned = result.return_value
