@@ -38,8 +38,9 @@ def score_server(pipe: Connection) -> None:
     from teacher_server.admission import Admission, Limits
     from teacher_server.head import StageTimes
     from teacher_server.metrics import Metrics
-    from teacher_server.replica import keep_freed_memory, server_options
+    from teacher_server.replica import keep_freed_memory, open_accounts, server_options
     from teacher_server.service import Scored, TeacherService
+    from teacher_server.standing import Standing
 
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -69,10 +70,12 @@ def score_server(pipe: Connection) -> None:
             admission=Admission(teacher, limits),  # type: ignore[arg-type]
             bucket_length=lambda length: length,
             score=ready,
+            accounts=open_accounts(None),
             encoder=ThreadPoolExecutor(1),
             teacher_fingerprint=teacher.teacher_fingerprint,
             id_table=None,
             metrics=Metrics(),
+            standing=Standing(),
         )
         server = grpc.aio.server(options=server_options(limits))
         teacher_pb2_grpc.add_TeacherServicer_to_server(service, server)

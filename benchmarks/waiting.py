@@ -6,6 +6,7 @@ which is a sleep beside a tiny student. An outage holds every answer back that f
 """
 
 import itertools
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -39,22 +40,26 @@ class LateTeacher:
         self.latency_s = 0.0
         self.outage: tuple[float, float] | None = None
         """When it begins and ends, on time.monotonic's clock."""
+        self._due: queue.SimpleQueue[tuple[float, Future[Answer], Answer]] = queue.SimpleQueue()
+        # One for all answers: to start one for each would keep the trainer waiting for it.
+        threading.Thread(target=self._answer, daemon=True).start()
 
     def submit(self, ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
         future: Future[Answer] = Future()
         at = time.monotonic() + self.latency_s
         if self.outage is not None and self.outage[0] <= at < self.outage[1]:
             at = self.outage[1]
-        targets = self._targets[ids[None].numpy().tobytes()]
-
-        def answer() -> None:
-            if future.set_running_or_notify_cancel():
-                future.set_result(Answer(targets))
-
-        timer = threading.Timer(at - time.monotonic(), answer)
-        timer.daemon = True
-        timer.start()
+        answer = Answer(self._targets[ids[None].numpy().tobytes()])
+        self._due.put((at, future, answer))
         return future
+
+    def _answer(self) -> None:
+        """Gives each answer when it is due. What is asked for later is never due earlier."""
+        while True:
+            at, future, answer = self._due.get()
+            if future.set_running_or_notify_cancel():
+                time.sleep(max(0.0, at - time.monotonic()))
+                future.set_result(answer)
 
 
 class SleepyStudent(nn.Module):

@@ -31,6 +31,11 @@ def main() -> int:
     )
     parser.add_argument("--targets", default=TARGETS, help="what to ask the teacher for")
     parser.add_argument(
+        "--shuffled-control",
+        action="store_true",
+        help="also train on targets in the wrong places, which must be worse",
+    )
+    parser.add_argument(
         "--standalone",
         action="store_true",
         help="serve one replica without Ray instead of two on it",
@@ -81,14 +86,19 @@ def run(options: argparse.Namespace) -> int:
     if None in reports:
         return 1
     print_table([report for report in reports if report is not None])
-    print(f"page: {options.output / 'report.html'}   ({time.monotonic() - started:.0f} s in all)")
+    page = options.output / "report.html"
+    if len(options.seeds) > 1:
+        page = options.output / "seeds.html"
+        folders = [str(output_of(options, seed)) for seed in options.seeds]
+        command = [sys.executable, "-m", "student_trainer", "report", *folders]
+        subprocess.run([*command, "--output", str(page)], check=True)
+    print(f"page: {page}   ({time.monotonic() - started:.0f} s in all)")
     return 0
 
 
 def compare(options: argparse.Namespace, address: str, seed: int) -> dict | None:
     """Trains the control and the distilled student in a process of their own; None if it failed."""
-    first = seed == options.seeds[0]
-    output = options.output if first else options.output / f"seed-{seed}"
+    output = output_of(options, seed)
     train, held_out = demo_teacher.corpus_files()
     settings = {
         "teacher": address,
@@ -104,6 +114,7 @@ def compare(options: argparse.Namespace, address: str, seed: int) -> dict | None
         "targets": options.targets,
         "seed": seed,
         "control": True,
+        "shuffled_control": options.shuffled_control,
     }
     output.mkdir(parents=True, exist_ok=True)
     config = output / "train.toml"
@@ -115,6 +126,12 @@ def compare(options: argparse.Namespace, address: str, seed: int) -> dict | None
     if subprocess.run(command, check=False).returncode != 0:
         return None
     return json.loads((output / "report.json").read_text())
+
+
+def output_of(options: argparse.Namespace, seed: int) -> Path:
+    """The folder of a comparison: the demo's own of the first seed, one below it of the others."""
+    first = seed == options.seeds[0]
+    return options.output if first else options.output / f"seed-{seed}"
 
 
 def print_table(reports: list[dict]) -> None:

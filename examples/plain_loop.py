@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from student_trainer import connect, data, distillation_loss, prefetch
+from student_trainer import connect, data, distillation_loss
 
 STEPS, SAVE_EVERY = 100, 20
 
@@ -17,9 +17,8 @@ def main(address: str, folder: str, checkpoint: str, *texts: str) -> None:
     student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     sequences = data.pack([Path(text) for text in texts], tokenizer, 64, label="text")
-    batches = data.batches(sequences, batch_size=8, steps=STEPS, seed=0)
     with connect(address, tokenizer=tokenizer) as teacher:
-        pairs = prefetch(teacher.stream_batches(batches, targets="sampled", ahead=8), ahead=2)
+        pairs = teacher.stream_batches(data.batches(sequences, batch_size=8, steps=STEPS, seed=0))
         parts = {"student": student, "optimizer": optimizer, "position": pairs}
         if Path(checkpoint).exists():
             for name, state in torch.load(checkpoint, weights_only=True).items():
@@ -32,7 +31,8 @@ def main(address: str, folder: str, checkpoint: str, *texts: str) -> None:
             optimizer.zero_grad()
             if (step := pairs.state_dict()["handed_out"]) % SAVE_EVERY == 0:
                 print(f"step {step}, loss {float(loss.detach()):.3f}", flush=True)
-                torch.save({name: part.state_dict() for name, part in parts.items()}, checkpoint)
+                torch.save({k: part.state_dict() for k, part in parts.items()}, f"{checkpoint}.new")
+                Path(f"{checkpoint}.new").replace(checkpoint)  # half of one is never in its place
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from logit_codec.targets import DenseTargets, SampledTargets, Targets, TopKTarge
 
 SMALLEST_MIN_P = 1 / 1024
 """From here up, the blocks that can hold an entry of min_p are few: at most 1 / min_p of a row."""
+SMALLEST_SHARE = 1e-30
+"""Float32 keeps smaller probabilities with fewer digits, or not at all."""
 
 
 def select(
@@ -129,7 +131,7 @@ def _top(
     if spec.min_p >= SMALLEST_MIN_P:
         rows_E, ids_E = _candidates(logits, shares_RB, log_z_R, spec.min_p, temperature)
     else:
-        rows_E, ids_E = _likeliest(logits, most)
+        rows_E, ids_E = _likeliest(logits, shares_RB, log_z_R, most, temperature)
     logits_E = logits[rows_E, ids_E].float()
     logprobs_E = logits_E.double() / temperature - log_z_R[rows_E]
     # An id of probability 0 is no entry.
@@ -137,8 +139,11 @@ def _top(
     keep_E = logprobs_E.float() >= floor
     counts_R = torch.zeros(num_rows, dtype=torch.int64, device=logits.device)
     counts_R.index_add_(0, rows_E, keep_E.long())
-    if bool((counts_R > most).any()):
-        keep_E &= _rank_in_row(rows_E, logits_E.where(keep_E, -torch.inf)) < most
+    over_R = counts_R > most
+    if bool(over_R.any()):
+        over_E = over_R[rows_E].nonzero()[:, 0]
+        values_E = logits_E[over_E].where(keep_E[over_E], -torch.inf)
+        keep_E[over_E] &= _rank_in_row(rows_E[over_E], values_E) < most
         counts_R.clamp_(max=most)
     empty = (counts_R == 0).nonzero()[:, 0]
     if len(empty) == 0:
@@ -169,11 +174,39 @@ def _candidates(
     return rows_H[hit_E], blocks_H[hit_E] * BLOCK + column_E
 
 
-def _likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _likeliest(
+    logits: Tensor, shares_RB: Tensor, log_z_R: Tensor, k: int, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Rows and ids (E,), ascending: the k largest logits of each row, equal ones by lowest id.
 
-    There may be a few more. At least k logits are no smaller than the k-th largest maximum of a
-    block, so no smaller one is among the k largest.
+    There may be a few more. The k blocks of largest shares hold k logits that are no smaller than
+    some `least` of them, so no smaller one is among the k largest of the row, and a block that
+    holds a larger one has at least that one's share. Where that leaves too many blocks, as in flat
+    rows, `_likeliest_by_maxima` looks at all logits once more.
+    """
+    num_rows, num_blocks = shares_RB.shape
+    if 4 * k <= num_blocks:
+        heavy_RK = shares_RB.topk(k, sorted=False).indices
+        rows_RK = torch.arange(num_rows, device=logits.device)[:, None].expand_as(heavy_RK)
+        heavy_HW = block_logits(logits, rows_RK.flatten(), heavy_RK.flatten())
+        least_R = heavy_HW.view(num_rows, -1).topk(k, sorted=False).values.amin(1)
+        floor_R = 0.999 * (least_R.double() / temperature - log_z_R).exp()
+        hit_RB = shares_RB >= floor_R[:, None]
+        # Shares below that are rounded by more than the 0.001.
+        sound = not bool((floor_R < SMALLEST_SHARE).any())
+        if sound and int(hit_RB.sum()) <= 4 * k * num_rows:
+            rows_H, blocks_H = hit_RB.nonzero(as_tuple=True)
+            values_HW = block_logits(logits, rows_H, blocks_H)
+            hit_E, column_E = (values_HW >= least_R[rows_H, None]).nonzero(as_tuple=True)
+            return rows_H[hit_E], blocks_H[hit_E] * BLOCK + column_E
+    return _likeliest_by_maxima(logits, k)
+
+
+def _likeliest_by_maxima(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What `_likeliest` says, from the logits alone.
+
+    At least k logits are no smaller than the k-th largest maximum of a block, so no smaller one is
+    among the k largest.
     """
     num_rows, num_columns = logits.shape
     block = 1 << max(4, round(math.log2(math.sqrt(num_columns / k))))

@@ -21,6 +21,124 @@ class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class UsageRequest(_message.Message):
+    __slots__ = ("team", "since")
+    TEAM_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    team: str
+    since: str
+    def __init__(self, team: _Optional[str] = ..., since: _Optional[str] = ...) -> None: ...
+
+class UsageResponse(_message.Message):
+    __slots__ = ("rows",)
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    rows: _containers.RepeatedCompositeFieldContainer[UsageRow]
+    def __init__(self, rows: _Optional[_Iterable[_Union[UsageRow, _Mapping]]] = ...) -> None: ...
+
+class UsageRow(_message.Message):
+    __slots__ = ("day", "team", "sequences", "tokens", "delivered_rows", "delivered_bytes", "rejected")
+    DAY_FIELD_NUMBER: _ClassVar[int]
+    TEAM_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DELIVERED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    DELIVERED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    day: str
+    team: str
+    sequences: int
+    tokens: int
+    delivered_rows: int
+    delivered_bytes: int
+    rejected: int
+    def __init__(self, day: _Optional[str] = ..., team: _Optional[str] = ..., sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., delivered_rows: _Optional[int] = ..., delivered_bytes: _Optional[int] = ..., rejected: _Optional[int] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusResponse(_message.Message):
+    __slots__ = ("replica", "teams")
+    REPLICA_FIELD_NUMBER: _ClassVar[int]
+    TEAMS_FIELD_NUMBER: _ClassVar[int]
+    replica: ReplicaStatus
+    teams: _containers.RepeatedCompositeFieldContainer[TeamStatus]
+    def __init__(self, replica: _Optional[_Union[ReplicaStatus, _Mapping]] = ..., teams: _Optional[_Iterable[_Union[TeamStatus, _Mapping]]] = ...) -> None: ...
+
+class ReplicaStatus(_message.Message):
+    __slots__ = ("id", "address", "state", "queued_tokens", "streams", "batch_fill", "forward_ms", "head_ms", "encode_ms", "tokens_per_second", "memory_bytes", "device_memory_bytes", "busy")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FILL_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_MS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_MS_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_MS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUSY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    address: str
+    state: str
+    queued_tokens: int
+    streams: int
+    batch_fill: float
+    forward_ms: float
+    head_ms: float
+    encode_ms: float
+    tokens_per_second: float
+    memory_bytes: int
+    device_memory_bytes: int
+    busy: float
+    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., queued_tokens: _Optional[int] = ..., streams: _Optional[int] = ..., batch_fill: _Optional[float] = ..., forward_ms: _Optional[float] = ..., head_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., busy: _Optional[float] = ...) -> None: ...
+
+class TeamStatus(_message.Message):
+    __slots__ = ("team", "weight", "tokens_in_flight", "queued_tokens", "tokens_per_second", "share", "entitled", "waiting_p95_ms", "rejected", "tokens_left_today")
+    TEAM_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    ENTITLED_FIELD_NUMBER: _ClassVar[int]
+    WAITING_P95_MS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_LEFT_TODAY_FIELD_NUMBER: _ClassVar[int]
+    team: str
+    weight: float
+    tokens_in_flight: int
+    queued_tokens: int
+    tokens_per_second: float
+    share: float
+    entitled: float
+    waiting_p95_ms: float
+    rejected: int
+    tokens_left_today: int
+    def __init__(self, team: _Optional[str] = ..., weight: _Optional[float] = ..., tokens_in_flight: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., share: _Optional[float] = ..., entitled: _Optional[float] = ..., waiting_p95_ms: _Optional[float] = ..., rejected: _Optional[int] = ..., tokens_left_today: _Optional[int] = ...) -> None: ...
+
+class Caller(_message.Message):
+    __slots__ = ("team", "weight", "scopes", "max_tokens_in_flight", "max_tokens_per_second", "max_tokens_per_day", "max_request_tokens", "tokens_left_today")
+    TEAM_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    SCOPES_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_PER_DAY_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_LEFT_TODAY_FIELD_NUMBER: _ClassVar[int]
+    team: str
+    weight: float
+    scopes: _containers.RepeatedScalarFieldContainer[str]
+    max_tokens_in_flight: int
+    max_tokens_per_second: int
+    max_tokens_per_day: int
+    max_request_tokens: int
+    tokens_left_today: int
+    def __init__(self, team: _Optional[str] = ..., weight: _Optional[float] = ..., scopes: _Optional[_Iterable[str]] = ..., max_tokens_in_flight: _Optional[int] = ..., max_tokens_per_second: _Optional[int] = ..., max_tokens_per_day: _Optional[int] = ..., max_request_tokens: _Optional[int] = ..., tokens_left_today: _Optional[int] = ...) -> None: ...
+
 class FetchIdTableRequest(_message.Message):
     __slots__ = ("digest",)
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -34,7 +152,7 @@ class FetchIdTableResponse(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("session_id", "request_id", "token_ids", "lengths", "first_rows", "row_mask", "targets", "temperature", "seed", "epoch", "level", "teacher_fingerprint")
+    __slots__ = ("session_id", "request_id", "token_ids", "lengths", "first_rows", "row_mask", "targets", "temperature", "seed", "epoch", "level", "teacher_fingerprint", "item_id")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +165,7 @@ class ScoreRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     TEACHER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     request_id: int
     token_ids: bytes
@@ -59,7 +178,8 @@ class ScoreRequest(_message.Message):
     epoch: int
     level: Level
     teacher_fingerprint: str
-    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., lengths: _Optional[_Iterable[int]] = ..., first_rows: _Optional[_Iterable[int]] = ..., row_mask: _Optional[bytes] = ..., targets: _Optional[_Union[TargetSpec, _Mapping]] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., epoch: _Optional[int] = ..., level: _Optional[_Union[Level, str]] = ..., teacher_fingerprint: _Optional[str] = ...) -> None: ...
+    item_id: int
+    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., lengths: _Optional[_Iterable[int]] = ..., first_rows: _Optional[_Iterable[int]] = ..., row_mask: _Optional[bytes] = ..., targets: _Optional[_Union[TargetSpec, _Mapping]] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., epoch: _Optional[int] = ..., level: _Optional[_Union[Level, str]] = ..., teacher_fingerprint: _Optional[str] = ..., item_id: _Optional[int] = ...) -> None: ...
 
 class TargetSpec(_message.Message):
     __slots__ = ("top_k", "dense", "sampled", "omit_realized_logprob", "entropy", "omit_log_z", "id_table")
@@ -168,7 +288,7 @@ class RequestError(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., reason: _Optional[str] = ..., sequence: _Optional[int] = ..., row: _Optional[int] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("service_id", "model", "revision", "weights_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint", "vocab_size", "effective_vocab_size", "max_sequence_tokens", "limits", "kinds", "exactness", "replicas", "team", "architecture", "dtype", "device", "attention", "format_versions", "server_version", "replica_id", "id_tables")
+    __slots__ = ("service_id", "model", "revision", "weights_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint", "vocab_size", "effective_vocab_size", "max_sequence_tokens", "limits", "kinds", "exactness", "replicas", "team", "architecture", "dtype", "device", "attention", "format_versions", "server_version", "replica_id", "id_tables", "caller")
     SERVICE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -191,6 +311,7 @@ class TeacherInfo(_message.Message):
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     ID_TABLES_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     service_id: str
     model: str
     revision: str
@@ -213,7 +334,8 @@ class TeacherInfo(_message.Message):
     server_version: str
     replica_id: str
     id_tables: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, service_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., teacher_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., effective_vocab_size: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kinds: _Optional[_Iterable[str]] = ..., exactness: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., team: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., format_versions: _Optional[_Iterable[int]] = ..., server_version: _Optional[str] = ..., replica_id: _Optional[str] = ..., id_tables: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    caller: Caller
+    def __init__(self, service_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., teacher_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., effective_vocab_size: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kinds: _Optional[_Iterable[str]] = ..., exactness: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., team: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., format_versions: _Optional[_Iterable[int]] = ..., server_version: _Optional[str] = ..., replica_id: _Optional[str] = ..., id_tables: _Optional[_Iterable[bytes]] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_request_tokens", "max_request_sequences", "max_request_bytes", "max_top_k", "max_reply_bytes", "max_stream_bytes", "max_queued_tokens", "max_part_bytes", "max_answers_bytes")

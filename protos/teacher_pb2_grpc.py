@@ -49,6 +49,16 @@ class TeacherStub(object):
                 request_serializer=protos_dot_teacher__pb2.FetchIdTableRequest.SerializeToString,
                 response_deserializer=protos_dot_teacher__pb2.FetchIdTableResponse.FromString,
                 _registered_method=True)
+        self.Usage = channel.unary_unary(
+                '/logitstream.v1.Teacher/Usage',
+                request_serializer=protos_dot_teacher__pb2.UsageRequest.SerializeToString,
+                response_deserializer=protos_dot_teacher__pb2.UsageResponse.FromString,
+                _registered_method=True)
+        self.Status = channel.unary_unary(
+                '/logitstream.v1.Teacher/Status',
+                request_serializer=protos_dot_teacher__pb2.StatusRequest.SerializeToString,
+                response_deserializer=protos_dot_teacher__pb2.StatusResponse.FromString,
+                _registered_method=True)
 
 
 class TeacherServicer(object):
@@ -84,6 +94,22 @@ class TeacherServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Usage(self, request, context):
+        """What teams have used, from the ledger of the whole service. A team may ask for its own, the scope
+        admin for all; PERMISSION_DENIED (7) otherwise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Status(self, request, context):
+        """How the replica that answers is doing now, and how it serves teams: the caller's own, all of them
+        for the scope admin. Ask every replica that Describe names for the whole service.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TeacherServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -101,6 +127,16 @@ def add_TeacherServicer_to_server(servicer, server):
                     servicer.FetchIdTable,
                     request_deserializer=protos_dot_teacher__pb2.FetchIdTableRequest.FromString,
                     response_serializer=protos_dot_teacher__pb2.FetchIdTableResponse.SerializeToString,
+            ),
+            'Usage': grpc.unary_unary_rpc_method_handler(
+                    servicer.Usage,
+                    request_deserializer=protos_dot_teacher__pb2.UsageRequest.FromString,
+                    response_serializer=protos_dot_teacher__pb2.UsageResponse.SerializeToString,
+            ),
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=protos_dot_teacher__pb2.StatusRequest.FromString,
+                    response_serializer=protos_dot_teacher__pb2.StatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -184,6 +220,60 @@ class Teacher(object):
             '/logitstream.v1.Teacher/FetchIdTable',
             protos_dot_teacher__pb2.FetchIdTableRequest.SerializeToString,
             protos_dot_teacher__pb2.FetchIdTableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Usage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/logitstream.v1.Teacher/Usage',
+            protos_dot_teacher__pb2.UsageRequest.SerializeToString,
+            protos_dot_teacher__pb2.UsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/logitstream.v1.Teacher/Status',
+            protos_dot_teacher__pb2.StatusRequest.SerializeToString,
+            protos_dot_teacher__pb2.StatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

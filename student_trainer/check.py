@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from logit_codec import SampledTargets, SparseTargets, Targets, TopKTargets
+from protos.connection import Pem
 from student_trainer.client import connect
 from student_trainer.errors import ProtocolError
 from student_trainer.streaming import Teacher, split_batch
@@ -147,10 +148,19 @@ def written_by(teacher: Teacher, num_tokens: int = 24) -> Tensor:
 
 
 def check(
-    address: str, *, tokenizer: Any = None, targets: str = "sampled", seconds: float = 5.0
+    address: str,
+    *,
+    tokenizer: Any = None,
+    targets: str = "sampled",
+    seconds: float = 5.0,
+    ca: Pem | None = None,
+    cert: Pem | None = None,
+    key: Pem | None = None,
 ) -> CheckResult:
     """Connects, compares, measures for about `seconds`. Raises a TeacherError that says what is wrong."""
-    with connect(address, tokenizer=tokenizer, patience_s=10.0) as teacher:
+    with connect(
+        address, tokenizer=tokenizer, ca=ca, cert=cert, key=key, patience_s=10.0
+    ) as teacher:
         info = teacher.info
         ids = written_by(teacher)
         width = min(64, info.limits.max_top_k, info.effective_vocab_size)

@@ -1,4 +1,4 @@
-"""`student-trainer train`, `record` and `check`: parse first, then import the rest.
+"""`student-trainer train`, `report`, `record` and `check`: parse first, then import the rest.
 
 Exit codes: 0 done, 1 something went wrong, 2 command line or configuration, 130 Ctrl-C.
 """
@@ -16,10 +16,11 @@ from typing import Annotated
 import pydantic
 import tyro
 
-from student_trainer.config import CheckConfig, RecordConfig, TrainConfig
+from student_trainer.config import CheckConfig, RecordConfig, ReportConfig, TrainConfig
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train", prefix_name=False)]
+    | Annotated[ReportConfig, tyro.conf.subcommand("report", prefix_name=False)]
     | Annotated[RecordConfig, tyro.conf.subcommand("record", prefix_name=False)]
     | Annotated[CheckConfig, tyro.conf.subcommand("check", prefix_name=False)]
 )
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if isinstance(command, TrainConfig):
             return run_train(command)
+        if isinstance(command, ReportConfig):
+            return run_report(command)
         return run_record(command) if isinstance(command, RecordConfig) else run_check(command)
     except KeyboardInterrupt:
         print("student-trainer: interrupted", file=sys.stderr)
@@ -55,47 +58,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_train(config: TrainConfig) -> int:
-    """Trains the student, and the control if asked for; prints and writes the report."""
-    from student_trainer import report, runs
+    """Trains the student, and the controls if asked for; prints and writes the report."""
+    from student_trainer import model_card, report, runs
 
-    corpus = runs.read_corpus(config)
-    config.output.mkdir(parents=True, exist_ok=True)
-    if config.workers:
-        from student_trainer.ray_train import train_students
+    results = runs.train(config)
+    results.save(config.output)
+    found = report.make_report({str(config.output): results})
+    report.write_report(config.output / "report.html", found)
+    report.draw_losses(config.output / "loss.png", found)
+    model_card.write_model_card(config.output / "student", results, found)
+    print(report.table(found))
+    print("\n".join(found["sentences"]))
+    print(
+        f"written: {config.output / 'report.html'}, report.json, results.json, loss.png, student/"
+    )
+    return 0
+
+
+def run_report(config: ReportConfig) -> int:
+    """Makes the page of finished runs anew; prints what they say."""
+    from student_trainer import report
+    from student_trainer.results import Results
+
+    same = [
+        one
+        for one in config.runs
+        if [two.resolve() for two in config.runs].count(one.resolve()) > 1
+    ]
+    if same:
+        raise ValueError(f"{same[0]} is given twice: each run counts once")
+    found = report.make_report({str(folder): Results.load(folder) for folder in config.runs})
+    folder = config.runs[0] if len(config.runs) == 1 else Path()
+    page, beside = report.write_report(config.output or folder / "report.html", found)
+    if config.as_json:
+        print(json.dumps(found, indent=2))
     else:
-        from student_trainer.runs import train_students
-    with runs.open_teacher(config, corpus.tokenizer) as teacher:
-        reached = runs.teacher_loss(config, teacher, corpus.held_out)
-        trained = train_students(config, corpus, teacher)
-        info = teacher.info
-    student, distilled, control = trained.student, trained.distilled, trained.control
-    runs.save_student(student, corpus, config.output / "student")
-    lower = None if control is None else control.held_out_loss - distilled.held_out_loss
-    numbers = {
-        "teacher_loss": reached,
-        "control_loss": None if control is None else control.held_out_loss,
-        "distilled_loss": distilled.held_out_loss,
-        "gain": lower,
-        "steps": config.steps,
-        "seed": config.seed,
-        "targets": config.targets,
-        "batch_size": config.batch_size,
-        "sequence_length": config.sequence_length,
-        "trained_tokens": distilled.tokens,
-        "held_out_tokens": corpus.held_out.numel(),
-        "waiting_fraction": distilled.waiting_s / distilled.seconds,
-        "tokens_per_s": distilled.tokens / distilled.seconds,
-        "bytes_per_token": trained.bytes_per_token,
-        "distilled_seconds": distilled.seconds,
-        "control_seconds": None if control is None else control.seconds,
-        "student_parameters": sum(parameter.numel() for parameter in student.parameters()),
-        "teacher": info.model,
-        "teacher_fingerprint": info.teacher_fingerprint,
-    }
-    report.write_report(config.output, numbers, distilled, control)
-    print(report.table(numbers))
-    print(report.verdict(numbers))
-    print(f"written: {config.output / 'report.json'}, report.html, loss.png, student/")
+        print("\n".join(found["sentences"]))
+        print(f"written: {page}, {beside}")
     return 0
 
 
@@ -158,7 +157,14 @@ def run_check(config: CheckConfig) -> int:
 
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.student)
     wanted = None if config.tokens is None else parse_count(config.tokens)
-    result = check(config.address, tokenizer=tokenizer, targets=config.targets)
+    result = check(
+        config.address,
+        tokenizer=tokenizer,
+        targets=config.targets,
+        ca=config.ca,
+        cert=config.cert,
+        key=config.key,
+    )
     numbers = dataclasses.asdict(result)
     if wanted is not None:
         numbers["tokens"] = wanted

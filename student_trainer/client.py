@@ -7,7 +7,6 @@ the replicas of the service, `resume.py` keeps what has no answer yet.
 
 import logging
 import os
-from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -24,6 +23,7 @@ from logit_codec import (
     tokenizer_fingerprint,
 )
 from protos import teacher_pb2
+from protos.connection import Address, Connection, Pem
 from student_trainer.errors import ForkedClient, IncompatibleTeacher, ProtocolError, TeacherError
 from student_trainer.io_thread import IoThread
 from student_trainer.resume import Pending
@@ -38,28 +38,40 @@ CONNECT_S = 10.0
 
 
 def connect(
-    address: str | Sequence[str], *, tokenizer: Any = None, patience_s: float = 300.0
+    address: Address,
+    *,
+    tokenizer: Any = None,
+    token: str | None = None,
+    ca: Pem | None = None,
+    cert: Pem | None = None,
+    key: Pem | None = None,
+    patience_s: float = 300.0,
 ) -> "RemoteTeacher":
-    """A teacher that is served at `address` (host:port, or several of one service).
+    """A teacher that is served at `address`: host:port, several of one service, or the path of a
+    connection file (*.toml) as operators hand it out.
 
     tokenizer: the student's, of transformers or tokenizers; a teacher with another vocabulary is
-    refused. patience_s: how long to wait, in all, while nobody answers; the first answer is waited
-    for at most 10 s. Raises TeacherUnavailable, IncompatibleTeacher or AccessDenied.
+    refused. token: by default the environment variable TEACHER_TOKEN, or the one that the connection
+    file names. ca: PEM, or the path of it, of the authority that signed the service's certificate,
+    "public" for the public ones; without it (and TEACHER_CA) the connection is plain text. cert, key:
+    of a client certificate, also TEACHER_CERT and TEACHER_KEY. patience_s: how long to wait, in all,
+    while nobody answers; the first answer is waited for at most 10 s.
+    Raises TeacherUnavailable, IncompatibleTeacher or AccessDenied; ValueError, OSError where what is
+    given here cannot be used.
     """
-    addresses = [address] if isinstance(address, str) else list(address)
-    if not addresses or any(":" not in one for one in addresses):
-        raise ValueError(f"an address is host:port, such as teacher.lab:50051; got {address!r}")
-    return RemoteTeacher(addresses, tokenizer=tokenizer, patience_s=patience_s)
+    connection = Connection.to(address, token=token, ca=ca, cert=cert, key=key)
+    connection.warn()
+    return RemoteTeacher(connection, tokenizer=tokenizer, patience_s=patience_s)
 
 
 class RemoteTeacher(Teacher):
     """A served teacher; use `connect` to make one, and `with` or `close()` to end it."""
 
-    def __init__(self, addresses: list[str], *, tokenizer: Any, patience_s: float) -> None:
+    def __init__(self, connection: Connection, *, tokenizer: Any, patience_s: float) -> None:
         self._pid = os.getpid()
         self._io = IoThread.shared()
         self._closed = False
-        self._session = Session(addresses, patience_s)
+        self._session = Session(connection, patience_s)
         try:
             self._info = self._io.run(self._session.open(min(CONNECT_S, patience_s)))
             self.id_tables = self._session.id_tables

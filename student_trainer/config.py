@@ -11,11 +11,22 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class CorpusConfig(_Section):
+class ServiceConfig(_Section):
+    """How to reach a service; the token comes from TEACHER_TOKEN, never as a flag."""
+
+    ca: Path | None = None
+    """PEM of the authority that signed the service's certificate: use TLS. By default TEACHER_CA."""
+    cert: Path | None = None
+    """Client certificate, PEM; by default TEACHER_CERT."""
+    key: Path | None = None
+    """Its key, PEM; by default TEACHER_KEY."""
+
+
+class CorpusConfig(ServiceConfig):
     """What is asked of which teacher, about which text."""
 
     teacher: str = ""
-    """HOST:PORT of the service; may be left out if --record has all that is needed."""
+    """HOST:PORT of the service, or a connection file (*.toml) of it; may be left out if --record has all that is needed."""
     record: str = ""
     """Folder, or URL such as s3://bucket/targets, of recorded targets: they are replayed. With
     --teacher, what is missing there is asked for, and recorded."""
@@ -82,6 +93,9 @@ class TrainConfig(CorpusConfig):
     at most that), or a number of batches."""
     control: tyro.conf.FlagCreatePairsOff[bool] = False
     """Also train a second student on labels alone: same seed, data order and steps."""
+    shuffled_control: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Also train a student on targets that are shuffled among the rows of each batch: same loss, same
+    bytes, wrong places. It must be worse, or it was not the teacher's knowledge that helped."""
     log_every: int = Field(default=10, ge=1)
     """Steps that the progress bar, and each point of --tensorboard, is about."""
     tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -115,11 +129,23 @@ class TrainConfig(CorpusConfig):
         return self
 
 
-class CheckConfig(_Section):
+class ReportConfig(_Section):
+    """Did it help? One page of finished runs, and the same numbers as JSON."""
+
+    runs: tyro.conf.Positional[list[Path]] = Field(min_length=1)
+    """Folders that `train` wrote: one, several seeds of the same, or several settings."""
+    output: Path | None = None
+    """The page, FILE.html; the numbers go to FILE.json. Default: report.html in the folder of the run,
+    or in the current one if there are several."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print the numbers as JSON."""
+
+
+class CheckConfig(ServiceConfig):
     """Is this teacher the right one, are its targets in the right place, and how fast is it?"""
 
     address: tyro.conf.Positional[str]
-    """HOST:PORT of the service."""
+    """HOST:PORT of the service, or a connection file (*.toml) of it."""
     student: Path | None = None
     """Folder of the student: its tokenizer is compared with the teacher's."""
     tokens: str | None = None

@@ -15,26 +15,31 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+import xxhash
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from protos.connection import FILE_SUFFIX, Connection
 from student_trainer import checkpoint, data, runs, trainer
 from student_trainer.client import RemoteTeacher
 from student_trainer.config import TrainConfig
 from student_trainer.errors import AccessDenied, NotRecorded, ProtocolError, TrainingFailed
 from student_trainer.ranks import unwrapped
 from student_trainer.recorded import Recorded
+from student_trainer.results import StudentResults
+from student_trainer.shuffled import ShuffledTargets
 
 if TYPE_CHECKING:
     import ray.train
@@ -58,27 +63,40 @@ RENDEZVOUS_S = 1800
 
 
 def train_students(
-    config: TrainConfig, corpus: runs.Corpus, teacher: RemoteTeacher | Recorded
+    config: TrainConfig,
+    corpus: runs.Corpus,
+    teacher: RemoteTeacher | Recorded,
+    held_out: runs.HeldOut,
 ) -> runs.Trained:
-    """Trains the student with `config.workers` workers, and before it the control if asked for.
+    """Trains the student with `config.workers` workers and saves it, and the controls if asked for.
 
-    teacher: only says who it is; each worker opens its own. The output folder, the student and a
-    record must be reachable under the same paths on all machines of a cluster. Uses the Ray that
-    this process is connected to, the one at `config.ray_address`, or starts one on this machine.
-    Raises TrainingFailed, ValueError, OSError.
+    teacher: only says who it is; each worker opens its own. The output folder, the student, a record
+    and certificates must be reachable under the same paths on all machines of a cluster. Uses the
+    Ray that this process is connected to, the one at `config.ray_address`, or starts one on this
+    machine. Raises TrainingFailed, ValueError, OSError.
     """
     config = _with_whole_paths(config)
-    with _ray(config), _written(corpus, config.output / FOLDER) as texts:
+    students: dict[str, StudentResults] = {}
+    with _ray(config), _written(corpus, held_out, config.output / FOLDER) as texts:
         on_gpus = _has_gpus(config)
 
-        def fit(name: str, **identity: str) -> tuple[nn.Module, trainer.Run, float | None]:
+        def fit(name: str, **identity: str) -> _Fitted:
             identified = runs.identity_of(config, corpus, **identity)
-            return _fit(_Job(config, name, texts, corpus.tokenizer, identified, on_gpus))
+            fitted = _fit(_Job(config, name, texts, corpus.tokenizer, identified, on_gpus))
+            students[name] = fitted.results
+            return fitted
 
-        control = fit("control")[1] if config.control else None
+        if config.control:
+            fit("control")
         fingerprint = teacher.info.teacher_fingerprint
-        student, distilled, nbytes = fit("distilled", teacher_fingerprint=fingerprint)
-    return runs.Trained(student, distilled, control, nbytes)
+        fitted = fit("distilled", teacher_fingerprint=fingerprint)
+        student = trainer.make_student(config.student, seed=config.seed, device="cpu")
+        with fitted.last.as_directory() as folder:
+            load_model(student, Path(folder) / "student.safetensors")
+        runs.save_student(student, corpus, config.output / "student")
+        if config.shuffled_control:
+            fit("shuffled", teacher_fingerprint=fingerprint)
+    return runs.Trained(student, students, fitted.bytes_per_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +106,8 @@ class _Job:
     config: TrainConfig
     name: str
     texts: Path
-    """A file with the sequences of the run: read where it is, not sent to each worker."""
+    """A file with the sequences of the run, and the teacher's likeliest ids of those held out: read
+    where it is, not sent to each worker."""
     tokenizer: Any
     identity: Mapping[str, Any]
     on_gpus: bool
@@ -100,11 +119,21 @@ class _Job:
         return self.config.output / FOLDER / self.name
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fitted:
+    """What became of one student."""
+
+    results: StudentResults
+    bytes_per_token: float | None
+    """Of its targets."""
+    last: "ray.train.Checkpoint"
+
+
 # The driver: what runs in the process that was started.
 
 
-def _fit(job: _Job) -> tuple[nn.Module, trainer.Run, float | None]:
-    """One student, trained, and the bytes per token of its targets."""
+def _fit(job: _Job) -> _Fitted:
+    """Trains one student."""
     import ray.train
     from ray.exceptions import RayError
 
@@ -135,32 +164,36 @@ def _fit(job: _Job) -> tuple[nn.Module, trainer.Run, float | None]:
             if isinstance(cause, PERMANENT):
                 raise cause from error
             raise TrainingFailed(_reason(job, error)) from error
-    student = trainer.make_student(config.student, seed=config.seed, device="cpu")
     last = result.checkpoint
     if last is None:  # nothing was left to do, and so nothing was reported
         assert job.found is not None
         last = ray.train.Checkpoint(job.found)
-    with last.as_directory() as folder:
-        load_model(student, Path(folder) / "student.safetensors")
-    returned = result.return_value
-    return student, trainer.Run(**returned["run"]), returned["bytes_per_token"]
+    results, nbytes = result.return_value
+    return _Fitted(StudentResults.model_validate(results), nbytes, last)
 
 
 def _with_whole_paths(config: TrainConfig) -> TrainConfig:
     """Workers have working directories of their own."""
-    record = config.record
-    if record and "://" not in record:
-        record = str(Path(record).absolute())
-    whole = {"student": config.student.absolute(), "output": config.output.absolute()}
-    return config.model_copy(update={**whole, "record": record})
+    whole: dict[str, Any] = {
+        name: path.absolute()
+        for name in ("student", "output", "ca", "cert", "key")
+        if (path := getattr(config, name)) is not None
+    }
+    if config.record and "://" not in config.record:
+        whole["record"] = str(Path(config.record).absolute())
+    if config.teacher.endswith(FILE_SUFFIX):
+        whole["teacher"] = str(Path(config.teacher).absolute())
+    return config.model_copy(update=whole)
 
 
 @contextmanager
-def _written(corpus: runs.Corpus, folder: Path) -> Iterator[Path]:
+def _written(corpus: runs.Corpus, held_out: runs.HeldOut, folder: Path) -> Iterator[Path]:
     """A file with the text, while the workers need it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "texts.safetensors"
     texts = {"sequences": corpus.sequences, "held_out": corpus.held_out}
+    if held_out.best_ids is not None:
+        texts["best_ids"] = held_out.best_ids
     save_file({name: ids.contiguous() for name, ids in texts.items()}, path)
     try:
         yield path
@@ -315,8 +348,12 @@ def own_ray_environment(num_workers: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
+    files = {
+        name: os.environ.get(name, "") for name in ("TEACHER_CA", "TEACHER_CERT", "TEACHER_KEY")
+    }
     return {
         **{name: os.environ.get(name) or value for name, value in wanted.items()},
+        **{name: os.path.abspath(value) for name, value in files.items() if os.path.isfile(value)},
         **ONE_MACHINE,
         # Without the token nobody can make this Ray run anything. It is in no argument and no file.
         "RAY_AUTH_MODE": "token",
@@ -407,8 +444,9 @@ def _meet(backend: str, file: str, rank: int, count: int) -> None:
     )
 
 
-def _work(job: _Job) -> dict[str, Any]:
-    """What every worker does; what the first returns is the result."""
+def _work(job: _Job) -> tuple[dict[str, Any], float | None]:
+    """What every worker does; the first one's StudentResults, as plain values, and bytes per token
+    are the result."""
     import ray.train
     import ray.train.torch
 
@@ -421,13 +459,15 @@ def _work(job: _Job) -> dict[str, Any]:
     device = ray.train.torch.get_device() if job.on_gpus else torch.device("cpu")
     student = trainer.make_student(config.student, seed=config.seed, device=str(device))
     if rank:  # else all would drop the same units
-        torch.manual_seed(config.seed + (rank << 32))
+        torch.manual_seed(_seed_of(config.seed, rank))
     student = DistributedDataParallel(
         student, device_ids=[device] if job.on_gpus else None, forward_sync_buffers=False
     )
     checkpoints = _Checkpoints(job, rank)
+    held_out = runs.HeldOut(corpus.held_out, texts.get("best_ids"))
     shares = data.share(runs.batches(config, corpus), rank=rank, num_ranks=num_ranks)
     with ExitStack() as ending:
+        ending.enter_context(_token_missed(config))
         if job.name == "control":
             made = None
             pairs = runs.control_pairs(shares)
@@ -435,12 +475,39 @@ def _work(job: _Job) -> dict[str, Any]:
             teacher = ending.enter_context(runs.open_teacher(config, job.tokenizer))
             made = runs.DistilledPairs(config, teacher, shares)
             pairs = made.stream
+        if job.name == "shuffled":
+            assert made is not None
+            pairs = ShuffledTargets(made.stream, seed=config.seed)
         run = runs.train_student(
-            *(config, corpus, student, pairs, job.name, checkpoints),
-            also=made.measured if made else dict,
+            *(config, student, pairs, job.name, checkpoints),
+            held_out=held_out,
+            also=made.measured if made and job.name == "distilled" else dict,
             log=log,
         )
-        return {"run": asdict(run), "bytes_per_token": made.bytes_per_token() if made else None}
+        results = runs.results_of(run, held_out.measure(student, config.batch_size))
+        nbytes = None if made is None else runs.bytes_per_token(made, run.history)
+        return results.model_dump(), nbytes
+
+
+@contextmanager
+def _token_missed(config: TrainConfig) -> Iterator[None]:
+    """Says where the token has to be. It is in no job: a worker has it from its environment."""
+    try:
+        yield
+    except AccessDenied as error:
+        seen = Connection.to(config.teacher, ca=config.ca, cert=config.cert, key=config.key)
+        if seen.token is not None or seen.cert is not None:
+            raise
+        raise AccessDenied(
+            f"the worker on {socket.gethostname()} has no token in its environment: set "
+            "TEACHER_TOKEN (or what the connection file names) where `ray start` is called, on every "
+            f"machine of the cluster; it is not sent to them. {error}"
+        ) from error
+
+
+def _seed_of(*numbers: int) -> int:
+    """Of a generator of torch, whose one for the CPU looks at the low 32 bits only."""
+    return xxhash.xxh32_intdigest(" ".join(map(str, numbers)).encode())
 
 
 class _Checkpoints:
@@ -477,8 +544,11 @@ class _Checkpoints:
                 Path(name), unwrapped(student), self._job.identity, where=newest.path
             )
             own = Path(name) / f"random-{self._rank}.pt"
-            if own.exists():  # else there were fewer workers
+            if own.exists():
                 state["random"] = torch.load(own, weights_only=True)
+            else:  # there were fewer workers
+                torch.manual_seed(_seed_of(self._job.config.seed, self._rank, state["step"]))
+                state["random"] = checkpoint.random_states()
         return state
 
     def save(self, step: int, student: nn.Module, state: Mapping[str, Any]) -> None:

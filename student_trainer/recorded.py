@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,13 +41,16 @@ from student_trainer.errors import (
     RecordError,
     TeacherError,
 )
+from student_trainer.index import Entry, Index
 from student_trainer.shards import (
     DAMAGE,
+    QUARANTINE,
     Folder,
     Provenance,
     Row,
     Shards,
     Writer,
+    id_table_file,
     missing_shards,
 )
 from student_trainer.streaming import Teacher, as_token_ids
@@ -78,22 +81,6 @@ class RecordCounters:
     """Shards that were found damaged."""
 
 
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """One draw of a sequence: sealed, still in memory, or on its way."""
-
-    seed: int
-    epoch: int
-    row_mask: bytes | None
-    shard: str = ""
-    row: int = 0
-    """In the shard."""
-    payloads: tuple[bytes, ...] = ()
-    """While it is not sealed."""
-    asked: "Future[Answer] | None" = None
-    """While it is on its way from the live teacher."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Request:
     token_ids: Tensor
@@ -114,13 +101,14 @@ class Recorded(Teacher):
     folder: a path, or a URL that fsspec knows. fallback: a live teacher for what is missing; its
     answers are written to the folder unless `write` is off. tokenizer: the student's; a record of
     another vocabulary is refused. draws: of `sampled` targets, how many draws of a sequence to
-    record before they are replayed. verify: read every shard whole and compare its digest before
-    anything is replayed (default: where the folder is local; what is read later is checked anyway).
-    Raises RecordError if there is nothing to replay, IncompatibleTeacher for another teacher.
+    record, as those of epochs 0 to draws - 1; later epochs take them in turn. verify: read every
+    shard whole and compare its digest before anything is replayed (default: where the folder is
+    local; what is read later is checked anyway). Raises RecordError if there is nothing to replay,
+    IncompatibleTeacher for another teacher.
 
-    A sequence is found by its ids. Where several draws of it were recorded, a request gets the one
-    of its seed and epoch, or, in the order of seeds and epochs, number `epoch` modulo how many
-    there are.
+    A sequence is found by its ids. A request gets the draw of its seed and of its epoch modulo the
+    record's number of draws. Where that was not recorded it gets another one, by its epoch, unless
+    a live teacher can be asked and there are fewer than that number.
     """
 
     def __init__(
@@ -149,12 +137,12 @@ class Recorded(Teacher):
         self._lock = threading.Lock()
         """Of what is recorded: callers look it up, the worker changes it."""
         self._provenance: Provenance | None = None
-        self._index = _Index()
-        self._fresh: dict[bytes, list[_Entry]] = defaultdict(list)
+        self._index = Index()
+        self._fresh: dict[bytes, list[Entry]] = defaultdict(list)
         """What came since the folder was opened, by key."""
         self._lost: list[str] = []
         self._writer: Writer | None = None
-        self._unsealed: list[tuple[Row, _Entry]] = []
+        self._unsealed: list[tuple[Row, Entry]] = []
         self._unsealed_nbytes = 0
         self._unsealed_since_s = 0.0
         self._failure: TeacherError | None = None
@@ -187,12 +175,17 @@ class Recorded(Teacher):
             return False
         request = self._request_of(token_ids, seed, epoch)
         with self._lock:
-            return self._find(request, self._draws_of(request.wish.spec)) is not None
+            return self._find(request) is not None
 
     @property
     def info(self) -> teacher_pb2.TeacherInfo:
         """Of the teacher that was recorded."""
         return self._info
+
+    @property
+    def fallback(self) -> Teacher | None:
+        """The live teacher behind it."""
+        return self._fallback
 
     @property
     def temperature(self) -> float:
@@ -204,16 +197,22 @@ class Recorded(Teacher):
         self.check_usable()
         request = self._request_of(token_ids, seed, epoch)
         with self._lock:
-            entry = self._find(request, 1)
+            entry = self._find(request, any_draw=True)
         if entry is None or entry.asked is not None:
             raise self._not_recorded()
-        return self._worker.submit(self._replay, request, entry).result().targets
+        try:
+            return self._worker.submit(self._replay, request, entry).result().targets
+        except _Damaged as damaged:
+            self._worker.submit(self._drop, damaged.shard).result()
+        return self.get(token_ids, seed=seed, epoch=epoch)  # another draw, or an error
 
     def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
         """The recorded answer, or the live teacher's."""
         self.check_usable()
-        self._check_same_wish(wish)
-        request = _Request.of(token_ids, rows, wish)
+        self._check_wish(wish)
+        if self._provenance is None:
+            self._begin(wish)
+        request = _Request.of(token_ids, rows, self._of_a_draw(wish))
         future: Future[Answer] = Future()
         self._answer(request, future)
         return future
@@ -233,6 +232,13 @@ class Recorded(Teacher):
         finally:
             self._worker.shutdown(cancel_futures=True)
             self._shards.close()
+
+    def make_wish(
+        self, targets: str | TargetSpec | None, temperature: float, seed: int, epoch: int
+    ) -> Wish:
+        wish = super().make_wish(targets, temperature, seed, epoch)
+        self._check_wish(wish)
+        return wish
 
     def check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -258,7 +264,8 @@ class Recorded(Teacher):
             try:
                 found = self._shards.provenance(name)
                 self._index.add(name, self._shards.identities(name))
-            except DAMAGE:
+            except DAMAGE as error:
+                self._check_damaged(name, error)
                 damaged.append(name)
                 continue
             provenances.setdefault((found.fingerprint, found.spec, found.temperature), name)
@@ -287,6 +294,15 @@ class Recorded(Teacher):
                 if not is_whole:
                     yield name
 
+    def _check_damaged(self, name: str, error: Exception) -> None:
+        """Raises RecordError for a shard that is as it was sealed, and cannot be read all the same."""
+        if self._shards.is_whole(name):
+            raise RecordError(
+                f"{name} in {self._folder.root} cannot be read, but is what was once sealed: {error}. "
+                "A store that was away for a moment can be read again; a newer version may have "
+                "written it."
+            ) from error
+
     def _put_aside(self, name: str) -> None:
         """Names a damaged file, and moves it to quarantine if this record may write."""
         self.counters.quarantined += 1
@@ -295,9 +311,9 @@ class Recorded(Teacher):
         if self._writes:
             try:
                 self._folder.quarantine(name)
-                where = "moved to quarantine/"
+                where = f"moved to {QUARANTINE}/"
             except OSError as error:
-                where = f"not used, and cannot be moved to quarantine/: {error}"
+                where = f"not used, and cannot be moved to {QUARANTINE}/: {error}"
         logger.warning("%s in %s is damaged: %s", name, self._folder.root, where)
 
     def _check_same_teacher(self, info: teacher_pb2.TeacherInfo) -> None:
@@ -310,23 +326,26 @@ class Recorded(Teacher):
             f"{info.teacher_fingerprint}. Record it to another folder."
         )
 
-    def _check_same_wish(self, wish: Wish) -> None:
-        """The first one decides for a record that holds nothing yet."""
-        asked = str(wish.spec), wish.temperature
+    def _check_wish(self, wish: Wish) -> None:
         if self._provenance is None:
-            self._provenance = Provenance(
-                _teacher_of(self._info),
-                *asked,
-                tuple(table.digest.hex() for table in self.id_tables),
-            )
-            self.default_targets = self._provenance.spec
-        recorded = self._provenance.spec, self._provenance.temperature
-        if asked != recorded:
+            return
+        spec, temperature = self._provenance.spec, self._provenance.temperature
+        if (str(wish.spec), wish.temperature) != (spec, temperature):
             raise InvalidRequest(
-                f"{self._folder.root} holds {recorded[0]} at temperature {recorded[1]}, asked for "
-                f"{asked[0]} at temperature {asked[1]}. Ask for what it holds, or record the "
-                "other to another folder."
+                f"{self._folder.root} holds {spec} at temperature {temperature}, asked for "
+                f"{wish.spec} at temperature {wish.temperature}. Ask for what it holds, or record "
+                "the other to another folder."
             )
+
+    def _begin(self, wish: Wish) -> None:
+        """The first request decides what a record holds."""
+        self._provenance = Provenance(
+            _teacher_of(self._info),
+            str(wish.spec),
+            wish.temperature,
+            tuple(table.digest.hex() for table in self.id_tables),
+        )
+        self.default_targets = self._provenance.spec
 
     def _provenance_info(self) -> teacher_pb2.TeacherInfo:
         assert self._provenance is not None
@@ -339,11 +358,12 @@ class Recorded(Teacher):
         for digest in wanted:
             if any(table.digest.hex() == digest for table in tables):
                 continue
-            name = f"id_tables/{digest}.bin"
+            name = id_table_file(digest)
             try:
                 table = IdTable.from_bytes(self._folder.read(name))
-                assert table.digest.hex() == digest
-            except (OSError, CodecError, AssertionError) as error:
+                if table.digest.hex() != digest:
+                    raise CodecError("it is another table than its name says")
+            except (OSError, CodecError) as error:
                 raise RecordError(
                     f"{self._folder.root}/{name}, which its targets are coded with, cannot be "
                     f"read: {error}. Give the live teacher as fallback: it has the table too."
@@ -355,11 +375,10 @@ class Recorded(Teacher):
 
     def _answer(self, request: _Request, future: "Future[Answer]") -> None:
         """Sees to it that the future gets the answer, from wherever it is."""
-        num_draws = self._draws_of(request.wish.spec)
         with self._lock:
-            entry = self._find(request, num_draws)
+            entry = self._find(request)
             if entry is None and self._fallback is not None:
-                new = _Entry(request.wish.seed, request.wish.epoch, request.row_mask)
+                new = Entry(request.wish.seed, request.wish.epoch, request.row_mask)
                 new.asked = future
                 self._fresh[request.key].append(new)
             else:
@@ -376,33 +395,35 @@ class Recorded(Teacher):
             self._do(future, self._resolve, request, future, partial(self._replay, request, entry))
 
     def _request_of(self, token_ids: Any, seed: int, epoch: int) -> _Request:
-        wish = Wish.of(self.default_targets, self.temperature, seed, epoch)
-        return _Request.of(as_token_ids(token_ids, 0), None, wish)
+        wish = self.make_wish(None, self.temperature, seed, epoch)
+        return _Request.of(as_token_ids(token_ids, 0), None, self._of_a_draw(wish))
 
-    def _draws_of(self, spec: TargetSpec) -> int:
-        """How many draws a sequence needs before they are replayed for other epochs."""
-        live = self._fallback is not None
-        return self._draws if live and isinstance(spec, SampledSpec) else 1
+    def _num_draws(self, spec: TargetSpec) -> int:
+        """Of each sequence; a record that was made with more of them keeps its number."""
+        if not isinstance(spec, SampledSpec):
+            return 1
+        return max(self._draws, self._index.num_draws)
 
-    def _find(self, request: _Request, num_draws: int) -> _Entry | None:
-        """What answers a request, if enough draws are there to choose from."""
+    def _of_a_draw(self, wish: Wish) -> Wish:
+        """The same in the epoch whose draw it gets, whenever its sequences come first."""
+        return replace(wish, epoch=wish.epoch % self._num_draws(wish.spec))
+
+    def _find(self, request: _Request, *, any_draw: bool = False) -> Entry | None:
+        """What answers a request; None if nothing does, or if another draw is to be asked for."""
         usable = {
             (entry.seed, entry.epoch): entry
             for entry in self._entries(request.key)
             if entry.row_mask is None or entry.row_mask == request.row_mask
         }
-        if not usable:
-            return None
-        if not isinstance(request.wish.spec, SampledSpec):
-            return next(iter(usable.values()))
         exact = usable.get((request.wish.seed, request.wish.epoch))
-        if exact is not None:
+        if exact is not None or not usable:
             return exact
-        if len(usable) < num_draws:
+        missing = len(usable) < self._num_draws(request.wish.spec)
+        if missing and self._fallback is not None and not any_draw:
             return None
         return usable[sorted(usable)[request.wish.epoch % len(usable)]]
 
-    def _entries(self, key: bytes) -> list[_Entry]:
+    def _entries(self, key: bytes) -> list[Entry]:
         return [*self._index.find(key), *self._fresh.get(key, ())]
 
     def _do(self, future: "Future[Answer]", work: Callable[..., None], *arguments: Any) -> None:
@@ -429,14 +450,16 @@ class Recorded(Teacher):
         else:
             future.set_result(answer)
 
-    def _replay(self, request: _Request, entry: _Entry) -> Answer:
+    def _replay(self, request: _Request, entry: Entry) -> Answer:
         """Reads and decodes. Raises _Damaged."""
         payloads, shard = entry.payloads, entry.shard
         try:
             if not payloads:
-                payloads = tuple(self._shards.payloads(shard, entry.row))
+                identity = request.key, entry.seed, entry.epoch
+                payloads = tuple(self._shards.payloads(shard, entry.row, identity))
             targets = Targets.cat([decode(one, id_tables=self.id_tables) for one in payloads])
         except (*DAMAGE, CodecError) as error:
+            self._check_damaged(shard, error)
             raise _Damaged(shard) from error
         mask = entry.row_mask
         num_rows = len(request.token_ids) - 1 if mask is None else _count_bits(mask)
@@ -448,7 +471,7 @@ class Recorded(Teacher):
         self.counters.replayed += 1
         return self._counted(Answer(targets, payloads), request)
 
-    def _ask(self, request: _Request, entry: _Entry, future: "Future[Answer]") -> None:
+    def _ask(self, request: _Request, entry: Entry, future: "Future[Answer]") -> None:
         """Asks the live teacher; the worker writes down what it answers."""
         assert self._fallback is not None
         wish = replace(request.wish, keep_payloads=True)
@@ -472,7 +495,7 @@ class Recorded(Teacher):
         future.add_done_callback(given_up)
         live.add_done_callback(answered)
 
-    def _record(self, request: _Request, entry: _Entry, live: "Future[Answer]") -> Answer:
+    def _record(self, request: _Request, entry: Entry, live: "Future[Answer]") -> Answer:
         """Keeps a live answer to be sealed. Raises what the live teacher raised, RecordError."""
         try:
             answer = live.result()
@@ -482,6 +505,8 @@ class Recorded(Teacher):
         if not self._writes:
             self._remove(request.key, entry)
             return self._counted(answer, request)
+        if self._writer is None:
+            self._writer = self._begin_writing()
         ids = request.token_ids.numpy().astype(np.int32)
         row = Row(request.key, entry.seed, entry.epoch, entry.row_mask, ids, tuple(answer.payloads))
         if not self._unsealed:
@@ -500,18 +525,23 @@ class Recorded(Teacher):
         self.counters.payload_nbytes += sum(map(len, answer.payloads))
         return answer if request.wish.keep_payloads else Answer(answer.targets)
 
+    def _begin_writing(self) -> Writer:
+        """Raises RecordError where nothing can be written; then nothing works any more."""
+        assert self._provenance is not None
+        try:
+            for table in self.id_tables:  # the same bytes, if it is there already
+                self._folder.put(id_table_file(table.digest.hex()), table.to_bytes())
+            return Writer(self._folder, self._provenance, self._lost)
+        except RecordError as error:
+            self._failure = error
+            raise
+
     def _seal(self) -> None:
         """Writes what is not sealed into a shard. Raises RecordError; then nothing works any more."""
         if not self._unsealed:
             return
-        assert self._provenance is not None
+        assert self._writer is not None
         try:
-            if self._writer is None:
-                for table in self.id_tables:
-                    name = f"id_tables/{table.digest.hex()}.bin"
-                    if name.rpartition("/")[2] not in self._folder.names("id_tables"):
-                        self._folder.put(name, table.to_bytes())
-                self._writer = Writer(self._folder, self._provenance, self._lost)
             shard = self._writer.seal([row for row, _ in self._unsealed])
         except RecordError as error:
             self._failure = error
@@ -533,7 +563,7 @@ class Recorded(Teacher):
             self._put_aside(shard)
             self._lost.append(shard)
 
-    def _remove(self, key: bytes, entry: _Entry) -> None:
+    def _remove(self, key: bytes, entry: Entry) -> None:
         with self._lock:
             self._fresh[key] = [one for one in self._fresh[key] if one is not entry]
 
@@ -553,75 +583,6 @@ class _Damaged(Exception):
     def __init__(self, shard: str) -> None:
         super().__init__(shard)
         self.shard = shard
-
-
-@dataclass(slots=True, eq=False)
-class _Index:
-    """Where each sequence of the sealed shards is: arrays sorted by key, 40 bytes per row."""
-
-    names: list[str] = field(default_factory=list)
-    dropped: set[int] = field(default_factory=set)
-    masks: dict[tuple[int, int], bytes] = field(default_factory=dict)
-    """Of the rows that were not recorded whole, by shard and row."""
-    high: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    low: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    draws: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.uint64))
-    """(N, 2): seed and epoch."""
-    places: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int32))
-    """(N, 2): shard and row in it."""
-    parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
-    """Of the shards added since the last `build`."""
-
-    def add(self, name: str, identities: Any) -> None:
-        """The columns IDENTITY of a shard; they count once `build` was called."""
-        number = len(self.names)
-        keys = b"".join(identities.column("key").to_pylist())
-        halves = np.frombuffer(keys, "<u8").reshape(-1, 2)
-        draws = [identities.column(column).to_numpy() for column in ("seed", "epoch")]
-        places = np.stack([np.full(len(halves), number), np.arange(len(halves))], 1)
-        mask = identities.column("row_mask")
-        for row in np.flatnonzero(mask.is_valid().to_numpy()):
-            self.masks[number, int(row)] = mask[int(row)].as_py()
-        self.names.append(name)
-        self.parts.append((halves[:, 0], halves[:, 1], np.stack(draws, 1), places.astype(np.int32)))
-
-    def build(self) -> None:
-        """Sorts all."""
-        if not self.parts:
-            return
-        high, low, draws, places = (np.concatenate(part) for part in zip(*self.parts, strict=True))
-        order = np.argsort(high, kind="stable")
-        self.high, self.low, self.draws, self.places = (
-            array[order] for array in (high, low, draws, places)
-        )
-        self.parts.clear()
-
-    def find(self, key: bytes) -> list[_Entry]:
-        """Every draw of the sequence with this key."""
-        high, low = np.frombuffer(key, "<u8")
-        found = []
-        start = int(np.searchsorted(self.high, high))
-        for index in range(start, len(self.high)):
-            if self.high[index] != high:
-                break
-            shard, row = self.places[index].tolist()
-            if self.low[index] == low and shard not in self.dropped:
-                seed, epoch = self.draws[index].tolist()
-                mask = self.masks.get((shard, row))
-                found.append(_Entry(seed, epoch, mask, self.names[shard], row))
-        return found
-
-    def drop(self, name: str) -> bool:
-        """Forgets the rows of a shard; whether there were any."""
-        if name not in self.names or self.names.index(name) in self.dropped:
-            return False
-        self.dropped.add(self.names.index(name))
-        return True
-
-    def __len__(self) -> int:
-        if not self.dropped:
-            return len(self.places)
-        return int((~np.isin(self.places[:, 0], list(self.dropped))).sum())
 
 
 def _teacher_of(info: teacher_pb2.TeacherInfo) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class Dispatch:
     def submit(self, pending: Pending) -> None:
         """A new request, or one that is to be asked again."""
         pending.order = pending.order or next(self._orders)
+        pending.request.item_id = pending.order  # however often it is sent, it is one piece of work
         self._place(pending, avoid=None)
 
     def open(self, link: Link) -> None:

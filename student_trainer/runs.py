@@ -4,33 +4,41 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from logit_codec import parse_targets
-from student_trainer import data, trainer
+from student_trainer import data, model_card, trainer
 from student_trainer.checkpoint import Checkpoints, KeepsCheckpoints
 from student_trainer.client import RemoteTeacher, connect
 from student_trainer.config import CorpusConfig, TrainConfig
 from student_trainer.curves import Curves
 from student_trainer.errors import NotRecorded
+from student_trainer.evaluate import evaluate, evaluate_teacher
 from student_trainer.prefetch import prefetch
 from student_trainer.ranks import Ranks
 from student_trainer.recorded import Recorded
+from student_trainer.results import Results, Scores, StudentResults, TeacherResults
+from student_trainer.shuffled import ShuffledTargets
 
 logger = logging.getLogger(__name__)
 
 MAY_CHANGE = {
     *(
         "teacher",
+        "ca",
+        "cert",
+        "key",
         "record",
         "draws",
         "output",
         "ahead",
         "control",
+        "shuffled_control",
         "device",
         "log_every",
         "tensorboard",
@@ -80,7 +88,10 @@ def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher
     with ExitStack() as ending:
         live = None
         if config.teacher:
-            live = ending.enter_context(connect(config.teacher, tokenizer=tokenizer))
+            teacher = connect(
+                config.teacher, tokenizer=tokenizer, ca=config.ca, cert=config.cert, key=config.key
+            )
+            live = ending.enter_context(teacher)
         if config.record:
             record = Recorded(config.record, live, tokenizer=tokenizer, draws=config.draws)
             yield ending.enter_context(record)
@@ -89,19 +100,110 @@ def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher
             yield live
 
 
-def teacher_loss(
-    config: CorpusConfig, teacher: RemoteTeacher | Recorded, held_out: Tensor
-) -> float | None:
-    """The teacher's own loss, in nats; None if a record cannot tell."""
-    if not isinstance(teacher, Recorded):
-        return trainer.teacher_loss(teacher, held_out)
-    if config.temperature != 1.0 or not parse_targets(config.targets).realized:
-        return None
-    try:
-        return trainer.teacher_loss(teacher, held_out, targets=config.targets, seed=config.seed)
-    except NotRecorded:
-        logger.warning("the held-out text was not recorded: the teacher's own loss is unknown")
-        return None
+class HeldOut:
+    """The held-out text, what the teacher makes of it, and what a student did last time."""
+
+    def __init__(
+        self,
+        sequences: Tensor,
+        best_ids: Tensor | None = None,
+        teacher: Scores | None = None,
+        unknown: str = "",
+    ) -> None:
+        """best_ids: as for `evaluate`. teacher: its scores; unknown: why some of them are not known."""
+        self.sequences = sequences
+        self.best_ids = best_ids
+        self.teacher = teacher or Scores(loss=None)
+        self.unknown = unknown
+        self.last: Scores | None = None
+
+    @classmethod
+    def ask(
+        cls, config: CorpusConfig, teacher: RemoteTeacher | Recorded, sequences: Tensor
+    ) -> Self:
+        """Asks the teacher, as far as it can tell. Raises what `Teacher.stream` does."""
+        if not isinstance(teacher, Recorded):
+            scores, best_ids = evaluate_teacher(teacher, sequences)
+            return cls(sequences, best_ids, scores)
+        try:
+            scores, best_ids = evaluate_teacher(
+                teacher,
+                sequences,
+                targets=config.targets,
+                temperature=config.temperature,
+                seed=config.seed,
+            )
+        except NotRecorded:
+            unknown = "the held-out text was not recorded"
+            logger.warning("%s: the teacher's own loss is unknown", unknown)
+            return cls(sequences, unknown=unknown)
+        if None not in (scores.loss, scores.accuracy, scores.calibration_error):
+            return cls(sequences, best_ids, scores)
+        if teacher.fallback is not None:
+            live, best_ids = evaluate_teacher(teacher.fallback, sequences)
+            if scores.loss is not None:  # the same, whether there is a live teacher or not
+                same = {"loss": scores.loss, "sequence_losses": scores.sequence_losses}
+                live = live.model_copy(update=same)
+            return cls(sequences, best_ids, live)
+        found = f"the record holds {config.targets} at temperature {config.temperature:g}"
+        unknown = f"{found}, which does not tell it; with --teacher too, the teacher is asked"
+        return cls(sequences, best_ids, scores, unknown)
+
+    def measure(self, student: nn.Module, batch_size: int) -> Scores:
+        """A student on the text, beside the teacher."""
+        self.last = evaluate(student, self.sequences, self.best_ids, batch_size=batch_size)
+        return self.last
+
+    def beside_the_loss(self) -> dict[str, float]:
+        """What else the last measurement found."""
+        assert self.last is not None
+        found = {
+            "held_out_accuracy": self.last.accuracy,
+            "held_out_top1_agreement": self.last.top1_agreement,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def train(config: TrainConfig) -> Results:
+    """Trains the student, and the controls that were asked for, and saves the student.
+
+    Raises ValueError, OSError, TrainingFailed, and what a teacher can raise.
+    """
+    if config.workers:
+        from student_trainer.ray_train import train_students as train_them
+    else:
+        train_them = train_students
+    corpus = read_corpus(config)
+    config.output.mkdir(parents=True, exist_ok=True)
+    with open_teacher(config, corpus.tokenizer) as teacher:
+        held_out = HeldOut.ask(config, teacher, corpus.held_out)
+        trained = train_them(config, corpus, teacher, held_out)
+        info = teacher.info
+    student = trained.student
+    return Results(
+        settings=config.model_dump(mode="json"),
+        data_digest=data.digest(corpus.sequences),
+        held_out_digest=data.digest(corpus.held_out),
+        held_out_sequences=len(corpus.held_out),
+        student_parameters=sum(parameter.numel() for parameter in student.parameters()),
+        student_architecture=type(student).__name__,
+        student_license=model_card.license_of(config.student),
+        starts_from_weights=trainer.has_weights(config.student),
+        bytes_per_token=trained.bytes_per_token,
+        versions={name: version(name) for name in ("logitstream", "torch", "transformers")},
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        teacher=TeacherResults(
+            model=info.model,
+            revision=info.revision,
+            license=model_card.license_of_hub_model(info.model, info.revision),
+            weights_fingerprint=info.weights_fingerprint,
+            teacher_fingerprint=info.teacher_fingerprint,
+            vocab_size=info.vocab_size,
+            scores=held_out.teacher,
+            unknown=held_out.unknown,
+        ),
+        students=trained.students,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,28 +211,53 @@ class Trained:
     """What a run made."""
 
     student: nn.Module
-    distilled: trainer.Run
-    control: trainer.Run | None
+    students: dict[str, StudentResults]
+    """By name: distilled, and control and shuffled if they were asked for."""
     bytes_per_token: float | None
     """Of the targets that were received; None if none were."""
 
 
 def train_students(
-    config: TrainConfig, corpus: Corpus, teacher: RemoteTeacher | Recorded
+    config: TrainConfig, corpus: Corpus, teacher: RemoteTeacher | Recorded, held_out: HeldOut
 ) -> Trained:
-    """Trains the student in this process, and before it the control if asked for."""
-    control = None
+    """Trains the student in this process and saves it, and the controls if asked for."""
+    students: dict[str, StudentResults] = {}
     if config.control:
         student, checkpoints = begin(config, corpus, "control")
         pairs = control_pairs(batches(config, corpus))
-        control = train_student(config, corpus, student, pairs, "control", checkpoints)
+        run = train_student(*(config, student, pairs, "control", checkpoints), held_out=held_out)
+        students["control"] = results_of(run, held_out.measure(student, config.batch_size))
     fingerprint = teacher.info.teacher_fingerprint
     student, checkpoints = begin(config, corpus, "distilled", teacher_fingerprint=fingerprint)
-    pairs = DistilledPairs(config, teacher, batches(config, corpus))
-    distilled = train_student(
-        *(config, corpus, student, pairs.stream, "distilled", checkpoints), also=pairs.measured
+    made = DistilledPairs(config, teacher, batches(config, corpus))
+    run = train_student(
+        *(config, student, made.stream, "distilled", checkpoints),
+        held_out=held_out,
+        also=made.measured,
     )
-    return Trained(student, distilled, control, pairs.bytes_per_token())
+    nbytes = bytes_per_token(made, run.history)
+    students["distilled"] = results_of(run, held_out.measure(student, config.batch_size))
+    save_student(student, corpus, config.output / "student")
+    if config.shuffled_control:
+        other, checkpoints = begin(config, corpus, "shuffled", teacher_fingerprint=fingerprint)
+        again = DistilledPairs(config, teacher, batches(config, corpus))
+        pairs = ShuffledTargets(again.stream, seed=config.seed)
+        run = train_student(*(config, other, pairs, "shuffled", checkpoints), held_out=held_out)
+        students["shuffled"] = results_of(run, held_out.measure(other, config.batch_size))
+    return Trained(student, students, nbytes)
+
+
+def results_of(run: trainer.Run, scores: Scores) -> StudentResults:
+    """One student's; scores: at the end, for a run that went on behind its last step measured
+    nothing on the way."""
+    return StudentResults(
+        seconds=run.seconds,
+        waiting_s=run.waiting_s,
+        tokens=run.tokens,
+        history=run.history,
+        measurements=run.measurements,
+        scores=scores,
+    )
 
 
 def batches(config: TrainConfig, corpus: Corpus) -> Iterator[dict[str, Any]]:
@@ -208,20 +335,29 @@ def identity_of(config: TrainConfig, corpus: Corpus, **more: str) -> dict[str, A
 
 def train_student(
     config: TrainConfig,
-    corpus: Corpus,
     student: nn.Module,
     pairs: Any,
     name: str,
     checkpoints: KeepsCheckpoints,
     *,
+    held_out: HeldOut,
     also: Callable[[], dict[str, float]] = dict,
     log: Callable[[str], None] | None = None,
 ) -> trainer.Run:
-    """Trains one student of the run on its pairs. also, log: as for `trainer.train`."""
+    """Trains one student of the run on its pairs.
+
+    held_out: what to measure on. also, log: as for `trainer.train`.
+    """
     curves = None
     if config.tensorboard:
         is_first = Ranks.of(student).rank == 0
         curves = Curves(config.output / "tensorboard" / name if is_first else None)
+
+    def measure(model: nn.Module) -> float:
+        loss = held_out.measure(model, config.batch_size).loss
+        assert loss is not None
+        return loss
+
     return trainer.train(
         student,
         pairs,
@@ -231,14 +367,22 @@ def train_student(
         optimizer=config.optimizer,
         kd_weight=config.kd_weight,
         ce_weight=config.ce_weight,
-        measure=lambda model: trainer.held_out_loss(model, corpus.held_out),
+        measure=measure,
         label=f"student {name}",
         checkpoints=checkpoints,
         log_every=config.log_every,
         curves=curves,
         also=also,
         log=log,
+        measured=held_out.beside_the_loss,
+        is_aligned=name != "shuffled",
     )
+
+
+def bytes_per_token(pairs: DistilledPairs, history: list[dict[str, float]]) -> float | None:
+    """Of the targets of a run; what it last logged, if it was at its end when it went on."""
+    logged = (entry["bytes_per_token"] for entry in reversed(history) if "bytes_per_token" in entry)
+    return pairs.bytes_per_token() or next(logged, None) or None
 
 
 def find_device(config: TrainConfig) -> str:

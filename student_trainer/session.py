@@ -21,6 +21,8 @@ import grpc
 
 from logit_codec import CodecError, IdTable
 from protos import teacher_pb2, teacher_pb2_grpc
+from protos.connection import Connection
+from protos.diagnosis import diagnose
 from student_trainer.errors import (
     BY_CODE,
     IncompatibleTeacher,
@@ -139,12 +141,13 @@ class _Failures:
 class Session:
     """Sends requests to whoever can answer them; every method runs in the io thread's loop."""
 
-    def __init__(self, addresses: list[str], patience_s: float) -> None:
+    def __init__(self, connection: Connection, patience_s: float) -> None:
         self.counters = Counters()
         self.session_id = secrets.token_bytes(16)
         self.id_tables: list[IdTable] = []
         """What answers may be coded with, beside the built-in identity."""
-        self._addresses = addresses
+        self._connection = connection
+        self._addresses = list(connection.addresses)
         self._patience_s = patience_s
         self._info: teacher_pb2.TeacherInfo | None = None
         self._links: dict[str, _Link] = {}
@@ -181,7 +184,7 @@ class Session:
         deadline = time.monotonic() + patience_s
         while not await self._reach():
             if time.monotonic() >= deadline:
-                raise self._nobody(patience_s)
+                raise await self._nobody(patience_s)
             await asyncio.sleep(0.1)
         assert self._info is not None
         if len(self._addresses) > 1:
@@ -198,7 +201,9 @@ class Session:
         link = next(iter(self._links.values()))
         request = teacher_pb2.FetchIdTableRequest(digest=digest)
         try:
-            response = await link.stub.FetchIdTable(request, timeout=FETCH_S)
+            response = await link.stub.FetchIdTable(
+                request, timeout=FETCH_S, metadata=self._connection.metadata
+            )
             table = IdTable.from_bytes(response.data)
         except (grpc.aio.AioRpcError, CodecError) as error:
             raise ProtocolError(f"the id table of {self._where()} did not come: {error}") from None
@@ -267,7 +272,7 @@ class Session:
         while not await self._reach():
             now = time.monotonic()
             if now - self._quiet_since_s > self._patience_s:
-                raise self._nobody(now - self._quiet_since_s)
+                raise await self._nobody(now - self._quiet_since_s)
             if now - told > TELL_S:
                 told = now
                 logger.warning(
@@ -297,15 +302,15 @@ class Session:
         Raises IncompatibleTeacher or AccessDenied where it makes no sense to try again.
         """
         failures = self._failures.setdefault(address, _Failures())
-        channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        channel = self._connection.channel(address, CHANNEL_OPTIONS)
         link = None
         try:
             timeout_s = TRY_S[min(failures.count, len(TRY_S) - 1)]
-            info = await _describe(channel, timeout_s)
+            info = await self._describe(channel, timeout_s)
             refusal = self._refusal(info, address, given)
             if refusal and given and not self._links:
                 # Plain TCP delivers flipped bits: what ends a training run is asked twice.
-                info = await _describe(channel, timeout_s)
+                info = await self._describe(channel, timeout_s)
                 refusal = self._refusal(info, address, given)
                 if refusal:
                     raise IncompatibleTeacher(refusal)
@@ -340,6 +345,27 @@ class Session:
         self._dispatch.open(link)
         return True
 
+    async def _describe(
+        self, channel: grpc.aio.Channel, timeout_s: float
+    ) -> teacher_pb2.TeacherInfo:
+        """Asks twice before an error that ends a training run: plain TCP delivers flipped bits."""
+        stub = teacher_pb2_grpc.TeacherStub(channel)
+        for attempt in (1, 2):
+            try:
+                info = await stub.Describe(
+                    teacher_pb2.DescribeRequest(),
+                    timeout=timeout_s,
+                    metadata=self._connection.metadata,
+                )
+            except grpc.aio.AioRpcError as error:
+                if attempt == 2 or error.code() in RETRIED:
+                    raise
+                continue
+            if info is not None:  # gRPC's way to hand out bytes that are no message
+                return info
+        nothing = grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, nothing, nothing, NO_MESSAGE)
+
     def _refusal(self, info: teacher_pb2.TeacherInfo, address: str, given: bool) -> str:
         """Why this is not the teacher that the run began with; empty if it is."""
         if self._info is None:
@@ -361,9 +387,9 @@ class Session:
 
     async def _check_same_service(self, address: str) -> None:
         """Raises IncompatibleTeacher if another service answers at a given address."""
-        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        async with self._connection.channel(address, CHANNEL_OPTIONS) as channel:
             try:
-                info = await _describe(channel, TRY_S[0])
+                info = await self._describe(channel, TRY_S[0])
             except grpc.aio.AioRpcError:
                 return  # it may come up later
         if refusal := self._refusal(info, address, given=False):
@@ -383,7 +409,7 @@ class Session:
     async def _refresh(self, link: _Link) -> None:
         """Asks one replica who else is there."""
         try:
-            info = await _describe(link.channel, PROBE_S)
+            info = await self._describe(link.channel, PROBE_S)
         except grpc.aio.AioRpcError:
             return  # the link itself will tell
         if not self._refusal(info, link.address, given=False):
@@ -449,7 +475,7 @@ class Session:
         """Loses a link whose replica is frozen, or stuck in a forward while others are ready."""
         asked_s = time.monotonic()
         try:
-            info = await _describe(link.channel, PROBE_S)
+            info = await self._describe(link.channel, PROBE_S)
         except grpc.aio.AioRpcError as error:
             if link.heard_s <= asked_s:  # nothing at all came meanwhile
                 silent_s = time.monotonic() - link.heard_s
@@ -490,14 +516,14 @@ class Session:
             "lost the teacher at %s; %d requests go to %s", self._last_error, count, others
         )
         if now - self._quiet_since_s > self._patience_s:
-            self._fail_all(self._nobody(now - self._quiet_since_s))
+            self._fail_all(self._gone(now - self._quiet_since_s, ""))
         self._wake.set()
 
     # One link: requests out, answers in.
 
     async def _converse(self, link: _Link) -> None:
         """Sends and receives on one stream until it ends."""
-        call = link.stub.Score()
+        call = link.stub.Score(metadata=self._connection.metadata)
         sending = asyncio.create_task(self._send(link, call))
         link.tasks.append(sending)
         try:
@@ -638,30 +664,19 @@ class Session:
         for pending in self._dispatch.take_all():
             _resolve(pending, type(error)(str(error)))
 
-    def _nobody(self, waited_s: float) -> TeacherUnavailable:
+    async def _nobody(self, waited_s: float) -> TeacherUnavailable:
+        """What to raise when nobody answers; looks for the reason, which gRPC often hides."""
+        work = asyncio.to_thread(diagnose, self._addresses[0], self._connection)
+        return self._gone(waited_s, await work)
+
+    def _gone(self, waited_s: float, why: str) -> TeacherUnavailable:
         return TeacherUnavailable(
             f"no teacher answers at {self._where()} after {waited_s:.0f} s: {self._last_error}. "
-            "Is the address right, and has the service said 'ready'?"
+            + (why or "Is the address right, and has the service said 'ready'?")
         )
 
     def _where(self) -> str:
         return ", ".join(self._addresses)
-
-
-async def _describe(channel: grpc.aio.Channel, timeout_s: float) -> teacher_pb2.TeacherInfo:
-    """Asks twice before an error that ends a training run: plain TCP delivers flipped bits."""
-    stub = teacher_pb2_grpc.TeacherStub(channel)
-    for attempt in (1, 2):
-        try:
-            info = await stub.Describe(teacher_pb2.DescribeRequest(), timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            if attempt == 2 or error.code() in RETRIED:
-                raise
-            continue
-        if info is not None:  # gRPC's way to hand out bytes that are no message
-            return info
-    nothing = grpc.aio.Metadata()
-    raise grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, nothing, nothing, NO_MESSAGE)
 
 
 def _own_card(info: teacher_pb2.TeacherInfo) -> teacher_pb2.Replica:

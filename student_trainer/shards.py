@@ -1,15 +1,19 @@
 """A record on disk: sealed Parquet shards in a folder, local or wherever fsspec reaches.
 
     shard-00000-1f2e3d4c-<digest>.parquet   sealed; the digest is XXH3-128 of the whole file, hex
-    manifest-1f2e3d4c.json                  what one writer has sealed, so that a loss is noticed
-    id_tables/<digest>.bin                  tables that targets are coded with
-    quarantine/                             shards that were found damaged
+    __record__/                             for this code alone: readers of the folder leave it out
+        manifest-1f2e3d4c.json              what one writer has sealed, so that a loss is noticed
+        id_table-<digest>.bin               tables that targets are coded with
+        quarantine/                         what was found damaged
 
 A shard is written aside, forced to the disk and renamed: a file with its name is whole, or was
-damaged later, which its name tells. Several writers may share a folder. docs/replay.md describes
-the columns for readers without this code.
+damaged later, which its name tells. What is read of a file that was not compared with its name first
+is checked too: pages, targets and provenance have digests of their own, and a row says which it is.
+Several writers may share a folder. docs/recording.md describes the columns for readers without this
+code.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -43,11 +47,14 @@ SCHEMA = pa.schema(
         ("temperature", pa.float64()),
     ]
 )
-"""One row per sequence and draw; docs/replay.md says what each column holds."""
+"""One row per sequence and draw; docs/recording.md says what each column holds."""
 IDENTITY = ("key", "seed", "epoch", "row_mask")
 """The columns that say what a row is, without its content."""
-METADATA = b"logitstream"
-"""Where a shard's schema keeps the provenance, as JSON."""
+BESIDE = "__record__"
+"""Folder of what is no shard. pandas leaves out names with one underscore, `datasets` with two."""
+QUARANTINE = f"{BESIDE}/quarantine"
+METADATA = "logitstream"
+"""Key of a shard's metadata under which its provenance is."""
 GROUP_NBYTES = 256 << 10
 """Targets per row group, which is read whole to get at one row: a fraction of what decoding costs."""
 CHUNK_NBYTES = 4 << 20
@@ -56,7 +63,7 @@ ABANDONED_S = 600.0
 OPEN_SHARDS = 128
 """Shards of which the footer is kept in memory."""
 DAMAGE = (pa.ArrowException, OSError, KeyError, ValueError, IndexError)
-"""What reading a damaged file can raise."""
+"""What reading a damaged file can raise; other things too, so `is_whole` has the last word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +91,17 @@ class Provenance:
             "id_tables": list(self.id_tables),
         }
 
+    def signed(self) -> str:
+        """As JSON that says what its own digest is, for the metadata of a shard."""
+        content = self.to_json()
+        return json.dumps({**content, "digest": _digest_of(content)})
+
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Self:
+    def from_signed(cls, text: bytes) -> Self:
+        """Raises KeyError or ValueError if it is not what `signed` made."""
+        found = json.loads(text)
+        if found.pop("digest") != _digest_of(found):
+            raise ValueError("the provenance of a shard was changed")
         return cls(found["teacher"], found["spec"], found["temperature"], tuple(found["id_tables"]))
 
 
@@ -147,21 +163,23 @@ class Folder:
             else:  # object stores show a file once it is there as a whole
                 self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
                 self._files.pipe_file(path, bytes(content))
-        except OSError as error:
+        except Exception as error:  # the libraries of stores have errors of their own
+            reason = getattr(error, "strerror", None) or error
             raise RecordError(
-                f"cannot write {path}: {error.strerror or error}. What was sealed before is "
-                "intact; once the cause is removed, the same command goes on from there."
+                f"cannot write {path}: {reason}. What was sealed before is intact; once the cause is "
+                "removed, the same command goes on from there."
             ) from error
 
     def quarantine(self, name: str) -> None:
         """Puts a damaged file aside. Raises OSError."""
-        self._files.makedirs(self._path("quarantine"), exist_ok=True)
-        self._files.mv(self._path(name), self._path(f"quarantine/{name}"))
+        aside = f"{QUARANTINE}/{name.rpartition('/')[2]}"
+        self._files.makedirs(self._path(QUARANTINE), exist_ok=True)
+        self._files.mv(self._path(name), self._path(aside))
 
     def remove_abandoned(self) -> None:
         """Removes what killed writers left half written."""
         if self.is_local:
-            for path in Path(self.root).glob(".*.partial"):
+            for path in Path(self.root).rglob(".*.partial"):
                 if time.time() - path.stat().st_mtime > ABANDONED_S or _is_of_the_dead(path.name):
                     path.unlink(missing_ok=True)
 
@@ -186,31 +204,41 @@ class Shards:
         )
 
     def is_whole(self, name: str) -> bool:
-        """Whether the file still is what was sealed."""
+        """Whether the file still is what was sealed. Raises RecordError if it cannot be read."""
         digest = xxhash.xxh3_128()
         try:
             with self._folder.open(name) as file:
                 while chunk := file.read(CHUNK_NBYTES):
                     digest.update(chunk)
-        except DAMAGE:
+        except FileNotFoundError:
             return False
+        except Exception as error:  # the libraries of stores have errors of their own
+            if isinstance(error, OSError) and error.errno == errno.EIO:
+                return False
+            raise RecordError(f"cannot read {name} in {self._folder.root}: {error}") from error
         return name == f"{name.rpartition('-')[0]}-{digest.hexdigest()}.parquet"
 
     def provenance(self, name: str) -> Provenance:
         """Raises one of DAMAGE."""
-        metadata = self._file(name)[0].schema_arrow.metadata or {}
-        return Provenance.from_json(json.loads(metadata[METADATA]))
+        metadata = self._file(name)[0].metadata.metadata or {}
+        return Provenance.from_signed(metadata[METADATA.encode()])
 
     def identities(self, name: str) -> pa.Table:
         """The columns IDENTITY of all rows. Raises one of DAMAGE."""
         return self._file(name)[0].read(columns=list(IDENTITY), use_threads=False)
 
-    def payloads(self, name: str, row: int) -> list[bytes]:
-        """The targets of one row. Raises one of DAMAGE."""
+    def payloads(self, name: str, row: int, identity: tuple[bytes, int, int]) -> list[bytes]:
+        """The targets of a row that has this key, seed and epoch. Raises one of DAMAGE."""
         file, firsts = self._file(name)
         group = int(np.searchsorted(firsts, row, side="right")) - 1
-        column = file.read_row_group(group, columns=["targets"], use_threads=False).column(0)
-        return column[row - int(firsts[group])].as_py()
+        columns = ["key", "seed", "epoch", "targets"]
+        found = file.read_row_group(group, columns=columns, use_threads=False)
+        *said, payloads = (
+            found.column(column)[row - int(firsts[group])].as_py() for column in columns
+        )
+        if tuple(said) != identity:
+            raise ValueError(f"row {row} of {name} is another one than the shard said at first")
+        return payloads
 
     def forget(self, name: str) -> None:
         """Closes its file."""
@@ -231,6 +259,8 @@ class Shards:
         source = self._folder.open(name)
         try:
             file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
+            if not file.schema_arrow.equals(SCHEMA):
+                raise ValueError(f"{name} has other columns than a shard")
         except BaseException:
             source.close()
             raise
@@ -243,45 +273,50 @@ class Writer:
     """Seals shards of one provenance in a folder, and keeps its manifest."""
 
     def __init__(self, folder: Folder, provenance: Provenance, lost: Sequence[str] = ()) -> None:
-        """lost: shards that were missing when this writer began, and were told of."""
+        """lost: shards that were missing when this writer began, and were told of. Raises
+        RecordError at once where nothing can be written."""
         self._folder = folder
         self._provenance = provenance
         self._lost = list(lost)
         self._id = secrets.token_hex(4)
         self._sealed: list[dict[str, Any]] = []
         folder.remove_abandoned()
+        self._put_manifest()
 
     def seal(self, rows: Sequence[Row]) -> str:
-        """Writes a shard; returns its name. Raises RecordError; then there is none."""
+        """Writes a shard; returns its name. Raises RecordError; what was sealed before is intact."""
         content = encode_shard(rows, self._provenance)
         number = f"{len(self._sealed):05}-{self._id}"
         name = f"shard-{number}-{xxhash.xxh3_128_hexdigest(content)}.parquet"
         self._folder.put(name, content)
         self._sealed.append({"name": name, "sequences": len(rows), "nbytes": content.size})
-        manifest = {
-            **self._provenance.to_json(),
-            "shards": self._sealed,
-            "lost": self._lost,
-        }
-        self._folder.put(f"manifest-{self._id}.json", json.dumps(manifest, indent=1).encode())
+        self._put_manifest()
         return name
 
+    def _put_manifest(self) -> None:
+        content = {**self._provenance.to_json(), "shards": self._sealed, "lost": self._lost}
+        self._folder.put(
+            f"{BESIDE}/manifest-{self._id}.json", json.dumps(content, indent=1).encode()
+        )
 
-def encode_shard(rows: Sequence[Row], provenance: Provenance) -> pa.Buffer:
+
+def encode_shard(
+    rows: Sequence[Row], provenance: Provenance, *, compression: str = "none"
+) -> pa.Buffer:
     """The bytes of a shard.
 
     Ids are packed by DELTA_BINARY_PACKED, which takes as few bytes as zstd at half the time; target
-    bytes are as dense as they get, and are stored as they are (`python -m benchmarks.replay`).
+    bytes are as dense as they get, and are stored as they are (`python -m benchmarks.record`).
     """
-    metadata = {METADATA: json.dumps(provenance.to_json(), sort_keys=True)}
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink,
-        SCHEMA.with_metadata(metadata),
-        compression="none",
+        SCHEMA,
+        compression=compression,
         use_dictionary=["teacher", "spec"],  # type: ignore[arg-type]
         column_encoding={"input_ids.list.element": "DELTA_BINARY_PACKED"},
         write_statistics=False,
+        store_schema=False,
         write_page_checksum=True,
     ) as writer:
         start, nbytes = 0, 0
@@ -290,17 +325,19 @@ def encode_shard(rows: Sequence[Row], provenance: Provenance) -> pa.Buffer:
             if nbytes >= GROUP_NBYTES or stop == len(rows):
                 writer.write_table(_table(rows[start:stop], provenance))
                 start, nbytes = stop, 0
+        writer.add_key_value_metadata({METADATA: provenance.signed()})
     return sink.getvalue()
 
 
 def missing_shards(folder: Folder, present: Sequence[str]) -> tuple[list[str], list[str]]:
     """Shards that a manifest has and the folder has not, and manifests that cannot be read."""
     expected: set[str] = set()
-    known: set[str] = {*present, *folder.names("quarantine")}
+    known: set[str] = {*present, *folder.names(QUARANTINE)}
     unreadable = []
-    for name in sorted(folder.names()):
-        if not (name.startswith("manifest-") and name.endswith(".json")):
+    for file in sorted(folder.names(BESIDE)):
+        if not (file.startswith("manifest-") and file.endswith(".json")):
             continue
+        name = f"{BESIDE}/{file}"
         try:
             manifest = json.loads(folder.read(name))
             expected |= {str(shard["name"]) for shard in manifest["shards"]}
@@ -308,6 +345,15 @@ def missing_shards(folder: Folder, present: Sequence[str]) -> tuple[list[str], l
         except (OSError, ValueError, KeyError, TypeError):
             unreadable.append(name)
     return sorted(expected - known), unreadable
+
+
+def id_table_file(digest: str) -> str:
+    """Where a folder has the id table with this digest, in hex."""
+    return f"{BESIDE}/id_table-{digest}.bin"
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _table(rows: Sequence[Row], provenance: Provenance) -> pa.Table:

@@ -144,6 +144,12 @@ class Teacher(ABC):
     def check_usable(self) -> None:
         """Raises TeacherError if the teacher is closed, or was made in another process."""
 
+    def make_wish(
+        self, targets: str | TargetSpec | None, temperature: float, seed: int, epoch: int
+    ) -> Wish:
+        """What a stream asks for. Raises InvalidRequest for what is refused in any case."""
+        return Wish.of(targets or self.default_targets, temperature, seed, epoch)
+
     def stream(
         self,
         sequences: Iterable[Any],
@@ -161,7 +167,7 @@ class Teacher(ABC):
         InvalidRequest for what the teacher refuses, TeacherUnavailable after the patience.
         """
         self.check_usable()
-        wish = Wish.of(targets or self.default_targets, temperature, seed, epoch)
+        wish = self.make_wish(targets, temperature, seed, epoch)
         ahead = self.default_ahead if ahead is None else ahead
         return stream_sequences(self.submit, sequences, wish, ahead, self.check_usable)
 
@@ -184,7 +190,7 @@ class Teacher(ABC):
         512 MiB of targets ("30s,2048MiB": in at most 2 GiB); by default `default_look_ahead`.
         """
         self.check_usable()
-        wish = Wish.of(targets or self.default_targets, temperature, seed, epoch)
+        wish = self.make_wish(targets, temperature, seed, epoch)
         ahead = self.default_look_ahead if ahead is None else ahead
         window = make_window(ahead, wish.spec, self.info)
         return stream_loader(self.submit, loader, wish, window, self.check_usable)
@@ -213,8 +219,8 @@ def stream_sequences(
     check_usable: Callable[[], None] = lambda: None,
 ) -> TargetStream[Tensor]:
     """`Teacher.stream` over a submit function."""
-    if ahead < 1:
-        raise InvalidRequest(f"ahead must be at least 1 sequence, got {ahead}")
+    if not isinstance(ahead, int) or ahead < 1:
+        raise InvalidRequest(f"ahead must be a number of sequences, at least 1, got {ahead!r}")
 
     def requests(numbered: Iterator[tuple[int, Any]]) -> Iterator[_Request]:
         for number, sequence in numbered:
@@ -351,13 +357,40 @@ def as_token_ids(sequence: Any, position: int) -> Tensor:
             f"sequence {position} has {len(ids)} tokens; at least 2 are needed for one row"
         )
     ids = ids.to("cpu", torch.int64)
+    _check_ids(ids, f"sequence {position}")
+    return ids
+
+
+def _batch_ids(batch: Any, number: int) -> Tensor:
+    """(B, T) int64 input_ids on the CPU. Raises InvalidRequest."""
+    if not isinstance(batch, Mapping):
+        raise InvalidRequest(
+            f"batch {number} must be a mapping with input_ids, got {type(batch).__name__}"
+        )
+    if "input_ids" not in batch:
+        raise InvalidRequest(f"batch {number} has no input_ids; it has {', '.join(batch)}")
+    wanted = f"batch {number}: input_ids must be whole numbers of shape (B, T) or (T,)"
+    try:
+        ids = torch.atleast_2d(torch.as_tensor(batch["input_ids"]))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidRequest(f"{wanted}: {error}") from None
+    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InvalidRequest(
+            f"{wanted}, got {str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
+        )
+    return ids.to("cpu", torch.int64)
+
+
+def _check_ids(ids: Tensor, whose: str) -> None:
+    """Raises InvalidRequest for what is no token id."""
+    if not ids.numel():
+        return
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= 2**31:
         raise InvalidRequest(
-            f"sequence {position} has id {low if low < 0 else high}; ids are 0 to 2**31-1 "
+            f"{whose} has id {low if low < 0 else high}; ids are 0 to 2**31-1 "
             "(is this padded with labels such as -100?)"
         )
-    return ids
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -384,9 +417,7 @@ class Layout:
         labels[t+1] is not -100 (where given). Raises InvalidRequest for shapes that do not fit;
         `number` is the batch's, for that message.
         """
-        if "input_ids" not in batch:
-            raise InvalidRequest(f"batch {number} has no input_ids; it has {', '.join(batch)}")
-        ids = torch.atleast_2d(torch.as_tensor(batch["input_ids"])).to("cpu", torch.int64)
+        ids = _batch_ids(batch, number)
 
         def beside(name: str) -> Tensor | None:
             """What the batch has of that name, of the shape of its ids."""
@@ -401,7 +432,13 @@ class Layout:
             return found
 
         mask = beside("attention_mask")
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask == 1
+        if mask is not None and bool((~real & (mask != 0)).any()):
+            odd = mask[~real & (mask != 0)][0].item()
+            raise InvalidRequest(
+                f"batch {number}: attention_mask must be 1 for a token and 0 for padding, got {odd}"
+            )
+        _check_ids(ids[real], f"batch {number}")
         document = torch.zeros_like(ids)
         if batch.get("position_ids") is not None:
             positions = torch.atleast_2d(torch.as_tensor(batch["position_ids"])).cpu()

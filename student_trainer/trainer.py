@@ -4,11 +4,11 @@ Letters: B sequences, L tokens of each, V vocabulary.
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +21,7 @@ from student_trainer.checkpoint import KeepsCheckpoints, restore_random_states
 from student_trainer.curves import Curves
 from student_trainer.losses import distillation_loss
 from student_trainer.meter import Meter, cross_entropy_sum, means
-from student_trainer.ranks import Ranks, unwrapped
-from student_trainer.streaming import Teacher
+from student_trainer.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +41,19 @@ class Run:
     waiting_s: float = 0.0
     """Of those, waiting for the next batch with its targets."""
     tokens: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Every logged step: step, tokens and seconds so far, and what the progress bar shows."""
+    measurements: list[dict[str, float]] = field(default_factory=list)
+    """Every point of the curve: step, tokens and seconds so far, held_out_loss, and what else was
+    measured."""
 
     @property
     def held_out_loss(self) -> float:
         return self.curve[-1][1]
+
+    def at(self, step: int) -> dict[str, float]:
+        """Where the run is."""
+        return {"step": step, "tokens": self.tokens, "seconds": self.seconds}
 
     def since(self, earlier: "Run", num_losses: int) -> dict[str, float]:
         """Rates since the run was at `earlier`, and the mean of the last losses."""
@@ -75,17 +83,20 @@ def train(
     curves: Curves | None = None,
     also: Callable[[], dict[str, float]] = dict,
     log: Callable[[str], None] | None = None,
+    measured: Callable[[], dict[str, float]] = dict,
+    is_aligned: bool = True,
 ) -> Run:
     """Trains `student` on (batch, targets) pairs; targets None trains on the labels alone.
 
     batch["input_ids"]: (B, L) without padding; targets: B * (L-1) rows in reading order. `measure`
-    gives the held-out loss, called about ten times. With `checkpoints`, goes on from the newest and
-    writes new ones; `pairs` then has a state, as streams and `prefetch` do. The progress bar shows
-    the last `log_every` steps; so do `curves`, together with what `also` returns; with `log`, a line
-    of text goes there instead of the bar.
+    gives the held-out loss, called about ten times; `measured` what else it found. With
+    `checkpoints`, goes on from the newest and writes new ones; `pairs` then has a state, as streams
+    and `prefetch` do. The progress bar shows the last `log_every` steps; so do `curves`, together
+    with what `also` returns; with `log`, a line of text goes there instead of the bar. is_aligned:
+    whether targets must belong to their tokens.
 
     A student in DistributedDataParallel is trained by all its ranks: a batch is then the share of
-    one of them, as `data.share` makes it, and what is logged is of the whole step.
+    one of them, as `data.share` makes it, and losses and curves are of the whole step.
 
     Raises ValueError for checkpoints that cannot be used, ProtocolError for targets of other tokens,
     and what `pairs` raises.
@@ -144,7 +155,8 @@ def train(
                 loss = ce
             else:
                 if step == start:
-                    check_alignment(batch, targets)
+                    if is_aligned:
+                        check_alignment(batch, targets)
                     warn_of_tail(targets, ce_weight)
                 targets = targets.to(device)
                 kd = distillation_loss(logits, targets, num_items=num_items)
@@ -183,6 +195,8 @@ def train(
             if is_logged:
                 values = {"learning_rate": rate, **run.since(logged, log_every)}
                 logged = replace(run)
+                values |= also()
+                run.history.append({**run.at(done), **values})
                 line = (
                     f"loss {values['loss']:.3f}, {values['tokens_per_s']:,.0f} tokens/s, "
                     f"waiting {values['waiting_fraction']:.1%}"
@@ -191,12 +205,13 @@ def train(
                 if log is not None:
                     log(f"{label}: step {done} of {steps}, {line}")
                 if curves is not None:
-                    measured = means(ranks.add_up(meter.take()))
-                    curves.add(done, {**values, **measured, **also()})
+                    curves.add(done, {**values, **means(ranks.add_up(meter.take()))})
             if is_measured:
                 run.curve.append((done, measure(student)))
+                values = {"held_out_loss": run.held_out_loss, **measured()}
+                run.measurements.append({**run.at(done), **values})
                 if curves is not None:
-                    curves.add(done, {"held_out_loss": run.held_out_loss})
+                    curves.add(done, values)
                 student.train()
             if checkpoints is not None and is_saved:
                 state = {
@@ -234,44 +249,28 @@ def make_optimizers(
 
 @torch.inference_mode()
 def held_out_loss(student: nn.Module, sequences: Tensor, *, batch_size: int = 32) -> float:
-    """Mean cross-entropy, in nats, of the student on (N, L) sequences.
-
-    The ranks of a student in DistributedDataParallel measure a share each.
-    """
-    ranks, student = Ranks.of(student), unwrapped(student).eval()
+    """Mean cross-entropy, in nats, of the student on (N, L) sequences."""
+    student.eval()
     device = next(student.parameters()).device
-    total = torch.zeros((), dtype=torch.float64)
-    for ids in sequences[ranks.rank :: ranks.count].split(batch_size):
+    total = 0.0
+    for ids in sequences.split(batch_size):
         ids = ids.to(device)
         logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
         total += float(nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
-    total = float(ranks.add_up(total.to(device)))
     return total / (sequences.shape[0] * (sequences.shape[1] - 1))
 
 
-def teacher_loss(
-    teacher: Teacher, sequences: Tensor, *, targets: str = "top_k:1", seed: int = 0
-) -> float:
-    """Mean cross-entropy, in nats, of the teacher itself on (N, L) sequences.
-
-    targets: what to ask for, at temperature 1; all that is used is the realized logprob.
-    """
-    total = 0.0
-    pairs = teacher.stream(sequences, targets=targets, seed=seed, ahead=32)
-    for _, found in tqdm(pairs, total=len(sequences), desc="teacher on held-out text", leave=False):
-        assert found.realized_logprob is not None
-        total -= float(found.realized_logprob.double().sum())
-    loss = total / (sequences.shape[0] * (sequences.shape[1] - 1))
-    assert math.isfinite(loss)
-    return loss
+def has_weights(folder: Path) -> bool:
+    """Whether a student of this Hugging Face folder starts from the weights in it."""
+    return any(folder.glob("*.safetensors"))
 
 
-def make_student(folder: Any, *, seed: int, device: str) -> nn.Module:
+def make_student(folder: Path, *, seed: int, device: str) -> nn.Module:
     """The student in a Hugging Face folder; with random weights of `seed` if it has none."""
     import transformers
 
     torch.manual_seed(seed)
-    if any(folder.glob("*.safetensors")):
+    if has_weights(folder):
         student: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True
         )

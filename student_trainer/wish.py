@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 from torch import Tensor
@@ -30,9 +31,10 @@ class Wish:
             raise InvalidRequest(str(error)) from None
         if not (temperature > 0 and math.isfinite(temperature)):
             raise InvalidRequest(f"temperature must be positive and finite, got {temperature}")
-        if seed < 0 or epoch < 0:
-            raise InvalidRequest(f"seed and epoch must not be negative, got {seed} and {epoch}")
-        return cls(spec, float(temperature), seed, epoch)
+        for name, value in (("seed", seed), ("epoch", epoch)):
+            if not isinstance(value, Integral) or not 0 <= int(value) < 2**64:
+                raise InvalidRequest(f"{name} must be a whole number, 0 to 2**64-1, got {value!r}")
+        return cls(spec, float(temperature), int(seed), int(epoch))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,24 +23,30 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 import ray
 from ray import serve as ray_serve
-from ray.exceptions import RayError
+from ray.actor import ActorProxy
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray.experimental import internal_kv
 from ray.serve._private import replica as serve_replica
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from protos import teacher_pb2
 from teacher_server.config import ServeConfig, is_loopback
+from teacher_server.directory import Directory, DirectoryAway, Grant, UsageRow, Wish
 from teacher_server.errors import ServeError
 
 logger = logging.getLogger(__name__)
 
 DEPLOYMENT = "Teacher"
+NAMESPACE = "logitstream"
+"""Of the directories; an application's has its name."""
 TELL_S = 1.0
 """How often a replica tells the others of itself, up to TELL_MOST others; then less often."""
 TELL_MOST = 16
@@ -83,7 +89,10 @@ class TeacherReplica:
         # It hears of the others while it loads: whom it greets as a client shall know of all.
         self._telling = asyncio.create_task(self._tell_for_ever())
         replica = await asyncio.to_thread(
-            Replica.from_config, config, service_id=service_id(self._application)
+            Replica.from_config,
+            config,
+            service_id=service_id(self._application),
+            directory=RayDirectory(self._application, config.ledger_folder()),
         )
         replica.set_others(card for _, card in self._heard.values())
         await replica.start(
@@ -170,6 +179,72 @@ class TeacherReplica:
                 if not isinstance(answer, BaseException):
                     self._hear(*answer)
         self._remember()
+
+
+class RayDirectory:
+    """The way to the directory of an application; makes one if there is none."""
+
+    def __init__(self, application: str, folder: Path | None) -> None:
+        self._application = application
+        self._folder = folder
+        self._actor: ActorProxy[Directory] | None = None
+
+    async def sync(
+        self,
+        holder: str,
+        segment: tuple[int, bytes] | None,
+        wishes: dict[str, Wish],
+        *,
+        ended: bool = False,
+    ) -> dict[str, Grant]:
+        return await self._ask("sync", holder, segment, wishes, ended=ended)
+
+    async def usage(self, team: str | None, since: int) -> list[UsageRow]:
+        return await self._ask("usage", team, since)
+
+    async def close(self) -> None:
+        self._actor = None
+
+    async def _ask(self, method: str, *arguments: object, **options: object):
+        try:
+            if self._actor is None:
+                self._actor = await asyncio.to_thread(directory, self._application, self._folder)
+            return await getattr(self._actor, method).remote(*arguments, **options)
+        except (RayError, ValueError) as error:
+            # It restarts by itself; one that is dead for good is made anew.
+            if not isinstance(error, RayTaskError | ActorUnavailableError):
+                self._actor = None
+            raise DirectoryAway(_last_line(error)) from error
+
+
+def directory(application: str, folder: Path | None) -> ActorProxy[Directory]:
+    """The directory of an application, which is made if there is none; may block for a while.
+
+    It stays on the node that has the folder: that of whoever asked first. It ends when the process
+    that made it has no handle of it any more; whoever asks next makes it anew.
+    """
+    key = _directory_key(application)
+    here = ray.get_runtime_context().get_node_id()
+    internal_kv._internal_kv_put(key, here, overwrite=False)
+    node = internal_kv._internal_kv_get(key).decode()
+    if not any(one["NodeID"] == node and one["Alive"] for one in ray.nodes()):
+        if folder is not None:
+            logger.error("the node with the ledger is gone; another one begins here, in %s", folder)
+        internal_kv._internal_kv_put(key, here, overwrite=True)
+        node = here
+    make = ray.remote(Directory).options(
+        num_cpus=0,
+        max_restarts=-1,
+        name=application,
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+    )
+    return make.remote(folder)
+
+
+def _directory_key(application: str) -> str:
+    return f"logitstream/directory-node/{application}"
 
 
 def service_id(application: str) -> str:
@@ -278,6 +353,9 @@ def _check(config: ServeConfig) -> None:
         )
     if not config.port:
         raise ValueError("an application needs a port that is the same on all machines, not 0")
+    folder = config.ledger_folder()
+    if folder is not None and not folder.is_absolute():
+        raise ValueError(f"an application needs an absolute path for its ledger, not {folder}")
     if problem := config.exposure():
         raise ValueError(problem)
 
@@ -356,7 +434,7 @@ def _ray(config: ServeConfig) -> Iterator[None]:
             folder = tempfile.mkdtemp(prefix="teacher-", dir="/tmp")
             ray.init(
                 "local",
-                num_cpus=(config.replicas or 1) + 1,  # so many processes it starts in advance
+                num_cpus=(config.replicas or 1) + 2,  # so many processes it starts in advance
                 object_store_memory=STORE_NBYTES,
                 include_dashboard=False,
                 logging_level=logging.WARNING,
@@ -402,17 +480,29 @@ def _serve_application(config: ServeConfig, port: int, stop: threading.Event, re
     if config.update and name not in names:
         there = ", ".join(names) or "none"
         raise ServeError(f'no service called "{name}" to update on this cluster (there: {there})')
+    folder = config.ledger_folder()
+    folder = None if folder is None else folder.resolve()
     try:
         application = build(
             config.model_copy(
-                update={"port": port, "name": None, "ray_address": None, "update": False}
+                update={
+                    **{"port": port, "name": None, "ray_address": None, "update": False},
+                    "ledger": folder,
+                }
             )
         )
+        # It starts while the replicas load; Ray ends it when nobody has this handle any more.
+        books = directory(name, folder)
+        opened = books.usage.remote(None, 0)  # pyright: ignore[reportFunctionMemberAccess]
         if stop.is_set():
             raise _StoppedEarly
         target = ray_serve.RunTarget(application, name, route_prefix=None)
         ray_serve.run_many([target], wait_for_applications_running=False)
         host = _wait_until_ready(name, config, stop)
+        try:
+            ray.get(opened, timeout=LOST_AFTER_S)
+        except RayError as error:
+            raise ServeError(f"cannot keep a ledger in {folder}: {_last_line(error)}") from error
         print(f"ready {host}:{port}", file=ready, flush=True)
         if not config.update:
             _wait_for_the_end(name, stop)
@@ -472,14 +562,24 @@ def _wait_for_the_end(name: str, stop: threading.Event) -> None:
 def _delete(name: str, seconds: float) -> None:
     """Removes this application and no other, when its replicas have drained."""
     deadline = time.monotonic() + seconds
-    with contextlib.suppress(RayError, RayServeException):
+    with contextlib.suppress(RayError, RayServeException, ValueError):
         ray_serve.delete(name, _blocking=False)
         while name in ray_serve.status().applications:
             if time.monotonic() > deadline:
                 logger.warning("the replicas did not stop in %.0f s", seconds)
                 break
             time.sleep(POLL_S)
-        internal_kv._internal_kv_del(_service_key(name))
+        books = ray.get_actor(name, NAMESPACE)
+        with contextlib.suppress(RayError):
+            ray.get(books.close.remote(), timeout=STOP_MARGIN_S)
+        ray.kill(books)
+        for key in (_service_key(name), _directory_key(name)):
+            internal_kv._internal_kv_del(key)
+
+
+def _last_line(error: BaseException) -> str:
+    """Of an error that was raised in an actor: the others are its traceback."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""`teacher-server serve` and `teacher-server describe`: parse first, then import the rest.
+"""The command line of `teacher-server`: parse first, then import the rest.
 
 Exit codes: 0 done (also a drained serve), 1 something went wrong, 2 command line or configuration,
 130 Ctrl-C in a client.
@@ -16,20 +16,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import grpc
 import pydantic
 import tyro
 from google.protobuf import json_format
+from google.protobuf.message import Message
 
-from protos import teacher_pb2, teacher_pb2_grpc
+from protos import teacher_pb2
+from protos.connection import Connection
+from teacher_server.asking import NotAnswered, ask, connection_of, told
 from teacher_server.config import (
+    CertsConfig,
     DescribeConfig,
     FitIdsConfig,
     ServeConfig,
+    TeamConfig,
+    UsageConfig,
     expand_files,
     is_loopback,
 )
 from teacher_server.errors import ModelError, ServeError, TeacherServerError
+from teacher_server.teams import read_teams
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +43,9 @@ Command = (
     Annotated[ServeConfig, tyro.conf.subcommand("serve", prefix_name=False)]
     | Annotated[DescribeConfig, tyro.conf.subcommand("describe", prefix_name=False)]
     | Annotated[FitIdsConfig, tyro.conf.subcommand("fit-ids", prefix_name=False)]
+    | Annotated[UsageConfig, tyro.conf.subcommand("usage", prefix_name=False)]
+    | Annotated[TeamConfig, tyro.conf.subcommand("team", prefix_name=False)]
+    | Annotated[CertsConfig, tyro.conf.subcommand("certs", prefix_name=False)]
 )
 
 
@@ -64,6 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(command)
     if isinstance(command, FitIdsConfig):
         return fit_ids(command)
+    if isinstance(command, UsageConfig):
+        from teacher_server.usage import show_usage
+
+        return show_usage(command)
+    if isinstance(command, TeamConfig):
+        return team(command)
+    if isinstance(command, CertsConfig):
+        return make_certificates(command)
     return describe(command)
 
 
@@ -71,6 +88,17 @@ def serve(config: ServeConfig) -> int:
     """Loads the teacher and serves it until a signal; returns the exit code."""
     if problem := config.exposure():
         print(f"teacher-server: {problem}", file=sys.stderr)
+        return 2
+    config = config.with_absolute_paths()
+    try:
+        if config.teams is not None:
+            read_teams(config.teams)
+        if tls := config.tls():
+            tls.read()
+        if config.peers:
+            Connection.to(config.peers)  # what replicas need to ask each other
+    except (TeacherServerError, OSError, ValueError) as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
         return 2
     try:
         if not config.ray_address:
@@ -207,26 +235,52 @@ def fit_ids(config: FitIdsConfig) -> int:
     return 0
 
 
+def team(config: TeamConfig) -> int:
+    """Edits a teams file; returns the exit code."""
+    from teacher_server import team_commands
+
+    try:
+        team_commands.run(config)
+    except TeacherServerError as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_certificates(config: CertsConfig) -> int:
+    """Makes certificates and prints where they are; returns the exit code."""
+    from teacher_server import certs
+
+    try:
+        paths = certs.make(
+            config.out,
+            config.host,
+            config.client,
+            days=config.days,
+            replace=config.force,
+            with_local=not config.only_these,
+        )
+    except TeacherServerError as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 1
+    for path in paths:
+        print(path)
+    return 0
+
+
 def describe(config: DescribeConfig) -> int:
     """Prints what a running service says of itself; returns the exit code."""
     try:
-        with grpc.insecure_channel(config.address) as channel:
-            stub = teacher_pb2_grpc.TeacherStub(channel)
-            info = stub.Describe(teacher_pb2.DescribeRequest(), timeout=10, wait_for_ready=False)
-    except grpc.RpcError as error:
-        code, details = error.code(), error.details()  # type: ignore[attr-defined]
-        print(
-            f"teacher-server: no answer from {config.address}: {code.name}: {details}. "
-            "Is the address right, and the service ready?",
-            file=sys.stderr,
-        )
-        return 1
+        info = ask(connection_of(config), lambda stub: stub.Describe, teacher_pb2.DescribeRequest())
+    except NotAnswered as error:
+        return told(error)
     except KeyboardInterrupt:
         return 130
     content = json_format.MessageToDict(
         info, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
     _numbers_as_numbers(info.limits, content["limits"])
+    _numbers_as_numbers(info.caller, content["caller"])
     if config.as_json:
         print(json.dumps(content, indent=2))
         return 0
@@ -235,16 +289,21 @@ def describe(config: DescribeConfig) -> int:
             value = ", ".join(f"{key} {number}" for key, number in value.items())
         elif name == "replicas":
             value = ", ".join(f"{r['id']} {r['address']} {r['state']}" for r in value)
+        elif name == "caller":
+            value["scopes"] = " ".join(value["scopes"])
+            value = ", ".join(f"{key} {v}" for key, v in value.items() if v and key != "team")
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
         print(f"{name:22} {value}")
     return 0
 
 
-def _numbers_as_numbers(message: teacher_pb2.Limits, content: dict[str, object]) -> None:
+def _numbers_as_numbers(message: Message, content: dict[str, object]) -> None:
     """Protobuf's JSON writes 64-bit numbers as strings; ours are small enough to be numbers."""
     for name in content:
-        content[name] = getattr(message, name)
+        value = getattr(message, name)
+        if isinstance(value, int | float):
+            content[name] = value
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from teacher_server.tls import Tls
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -19,9 +21,11 @@ class BatchConfig(_Section):
     """How sequences are joined into batches."""
 
     max_tokens: int = Field(default=4096, ge=1)
-    """Padded tokens in one forward pass, unless one sequence is longer."""
+    """Padded tokens in one batch, unless one sequence is longer. Between two batches the teacher
+    goes over to whoever's turn it is."""
     max_queued_tokens: int = Field(default=1 << 20, ge=1)
-    """Padded tokens that may wait, of all clients; beyond that requests are told to come back."""
+    """Padded tokens that may wait, of one team; beyond that requests are told to come back. All
+    teams together may have four times as many, each an equal part of them."""
 
 
 class TargetsConfig(_Section):
@@ -47,7 +51,8 @@ class AdmissionConfig(_Section):
     max_stream_mib: int = Field(default=16, ge=1)
     """Unfinished answers of one stream, in MiB; further requests of it wait unread."""
     max_answers_mib: int = Field(default=1024, ge=1)
-    """Unfinished answers of all streams of a replica, in MiB; a stream may always have one."""
+    """Unfinished answers of all streams of a replica, in MiB, shared by the teams that have any;
+    a stream may always have one."""
 
 
 class ServeConfig(_Section):
@@ -110,12 +115,26 @@ class ServeConfig(_Section):
     advertise: str = ""
     """Host name or address that clients are told for this replica; by default --host, or this
     machine's address if that is a wildcard."""
+    ledger: Path | None = None
+    """Folder for what teams have used (SQLite) and what replicas have not reported yet; on a local
+    disk. By default in memory: it ends with the service."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Serve Prometheus metrics on this port of --host; 0 takes a free one and logs it. Replicas
     that share a host take the next free ones."""
+    teams: Path | None = None
+    """TOML file that declares who may use the teacher, with which token or certificate, weight and
+    limits (`teacher-server team` edits it); read again when it changes. Without it, everybody who
+    reaches the port may. On Ray it has to be on every machine."""
+    tls_cert: Path | None = None
+    """Certificate of the service, PEM; read again when it changes, as the two below."""
+    tls_key: Path | None = None
+    """Its key, PEM."""
+    tls_client_ca: Path | None = None
+    """Every client has to show a certificate that this CA signed; `certificates` of a team name
+    those that stand for it."""
     allow_public: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Listen on an address that is not loopback. This version has neither TLS nor tokens: whoever
-    reaches the port can use the teacher."""
+    """Listen on an address that is not loopback without TLS, or without teams: whoever can reach the
+    port can use the teacher, or read what crosses the network."""
     batch: BatchConfig = BatchConfig()
     targets: TargetsConfig = TargetsConfig()
     admission: AdmissionConfig = AdmissionConfig()
@@ -137,6 +156,10 @@ class ServeConfig(_Section):
             raise ValueError(
                 f"{flag} is for --standalone: replicas on Ray find each other by themselves"
             )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("TLS needs both: --tls-cert and --tls-key")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
         if self.update and not self.ray_address:
             raise ValueError("--update needs the --ray-address of the cluster that has the service")
         if self.max_replicas is not None and self.max_replicas < (self.replicas or 1):
@@ -160,13 +183,44 @@ class ServeConfig(_Section):
 
     def exposure(self) -> str | None:
         """What is wrong with where this listens, if something is."""
-        if is_loopback(self.host) or self.allow_public:
+        missing = [] if self.tls_cert is not None else ["TLS"]
+        missing += [] if self.teams is not None else ["teams with tokens"]
+        if is_loopback(self.host) or self.allow_public or not missing:
             return None
+        name = self.advertise or "NAME"
         return (
-            f"{self.host} can be reached from other machines, and this version has neither TLS nor "
-            "tokens. Listen on 127.0.0.1 and use a tunnel (ssh -L), or pass --allow-public if "
-            "everyone who can reach the port may use the teacher."
+            f"{self.host} can be reached from other machines, which needs TLS and teams with tokens; "
+            f"missing: {' and '.join(missing)}. For a trial:\n"
+            f"  teacher-server certs --out certs --host {name}\n"
+            f"  teacher-server team add FIRST --teams teams.toml --address {name}:{self.port} "
+            "--ca certs/ca.pem\n"
+            "  teacher-server serve ... --teams teams.toml --tls-cert certs/server.pem --tls-key "
+            "certs/server-key.pem\n"
+            "Or listen on 127.0.0.1 and use a tunnel (ssh -L), or pass --allow-public if everyone who "
+            "can reach the port may use the teacher."
         )
+
+    def tls(self) -> Tls | None:
+        """The files of TLS, if it is wanted."""
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        return Tls(self.tls_cert, self.tls_key, self.tls_client_ca)
+
+    def with_absolute_paths(self) -> "ServeConfig":
+        """The same for processes that work in another folder."""
+        paths = {
+            name: getattr(self, name)
+            for name in ("teams", "ledger", "tls_cert", "tls_key", "tls_client_ca")
+        }
+        return self.model_copy(
+            update={name: path.absolute() for name, path in paths.items() if path is not None}
+        )
+
+    def ledger_folder(self) -> Path | None:
+        """Where usage is kept; None: in memory."""
+        if self.ledger is None and self.teams is not None:
+            return self.teams.with_suffix(".ledger")
+        return self.ledger
 
     def advertised_host(self) -> str:
         """The host part of a replica's address, for clients."""
@@ -199,11 +253,136 @@ class FitIdsConfig(_Section):
     """Of the weights and the forward pass; auto is what the model was saved in."""
 
 
-class DescribeConfig(_Section):
-    """Ask a running service who it is."""
+class _TeamSection(_Section):
+    teams: Path
+    """The teams file."""
+
+
+class TeamAdd(_TeamSection):
+    """Add a team and show its token, once; makes the file if there is none."""
+
+    name: tyro.conf.Positional[str]
+    """Letters, digits, - and _."""
+    weight: float = Field(default=1.0, gt=0.0, le=1e6)
+    """Its share, compared with those of other teams that have work at the same time."""
+    scopes: tuple[Literal["score", "generate", "hidden", "dense", "admin"], ...] = ("score",)
+    """What it may do: score; also ask for dense targets; admin sees all teams."""
+    days: int = Field(default=365, ge=0)
+    """How long the token is valid; 0: without an end."""
+    certificates: tuple[str, ...] = ()
+    """Names of client certificates that stand for the team, instead of a token."""
+    address: str = ""
+    """HOST:PORT of the service: write a connection file for the team."""
+    ca: Path | None = None
+    """Authority of the service's certificate, PEM; goes into the connection file."""
+    out: Path = Path()
+    """Folder of the connection file."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON."""
+
+
+class TeamList(_TeamSection):
+    """Show the teams."""
+
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON."""
+
+
+class TeamRotate(_TeamSection):
+    """Give a team a new token and let its old ones expire."""
+
+    name: tyro.conf.Positional[str]
+    """The team."""
+    overlap: int = Field(default=7, ge=0)
+    """Days for which the old tokens are still let in; 0: not at all, when one has leaked."""
+    days: int = Field(default=365, ge=0)
+    """How long the new token is valid; 0: without an end."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON."""
+
+
+class TeamDisable(_TeamSection):
+    """Let a team in no more; what it has open ends within seconds."""
+
+    name: tyro.conf.Positional[str]
+    """The team."""
+    undo: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Let it in again."""
+
+
+TeamAction = (
+    Annotated[TeamAdd, tyro.conf.subcommand("add", prefix_name=False)]
+    | Annotated[TeamList, tyro.conf.subcommand("list", prefix_name=False)]
+    | Annotated[TeamRotate, tyro.conf.subcommand("rotate", prefix_name=False)]
+    | Annotated[TeamDisable, tyro.conf.subcommand("disable", prefix_name=False)]
+)
+
+
+class TeamConfig(_Section):
+    """Edit the file that declares who may use a teacher."""
+
+    action: Annotated[TeamAction, tyro.conf.arg(name="")]
+
+
+class CertsConfig(_Section):
+    """Make a private authority and certificates, for a trial: nothing is to be bought or asked for."""
+
+    out: Path
+    """Folder for ca.pem, server.pem, client-NAME.pem and their keys. An authority that is there signs
+    the new certificates."""
+    host: tuple[str, ...] = ()
+    """Names and addresses by which clients reach the service, by default those of this machine."""
+    only_these: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave out localhost, which is added otherwise: the near ends of tunnels are there."""
+    client: tuple[str, ...] = ()
+    """Names of clients to make certificates for, such as those of teams."""
+    days: int = Field(default=365, ge=1, le=3650)
+    """How long the certificates are valid; the authority is for ten years."""
+    force: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace certificates that are there."""
+
+
+class ServiceConfig(_Section):
+    """A running service that a command asks; the token comes from TEACHER_TOKEN, never as a flag."""
 
     address: tyro.conf.Positional[str]
-    """HOST:PORT of the service."""
+    """HOST:PORT of the service, or a connection file (*.toml) of it."""
+    ca: Path | None = None
+    """PEM of the authority that signed the service's certificate: use TLS. By default TEACHER_CA."""
+    cert: Path | None = None
+    """Client certificate, PEM; by default TEACHER_CERT."""
+    key: Path | None = None
+    """Its key, PEM; by default TEACHER_KEY."""
+
+
+class UsageConfig(ServiceConfig):
+    """Print what teams have used, by day (UTC): of the own team, or of all with the scope admin."""
+
+    address: tyro.conf.Positional[str] = ""
+    """HOST:PORT of the service, or a connection file (*.toml) of it."""
+    team: str = ""
+    """Of this team only."""
+    since: str = ""
+    """First day, such as 2027-01-31; by default today."""
+    ledger: Path | None = None
+    """Read the ledger in this folder instead of asking a service."""
+    as_csv: Annotated[bool, tyro.conf.arg(name="csv"), tyro.conf.FlagCreatePairsOff] = False
+    """Print CSV."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "UsageConfig":
+        if bool(self.address) == (self.ledger is not None):
+            raise ValueError("usage needs either the HOST:PORT of a service or a --ledger FOLDER")
+        if self.as_csv and self.as_json:
+            raise ValueError("--csv or --json, not both")
+        return self
+
+
+class DescribeConfig(ServiceConfig):
+    """Ask a running service who it is, and who the caller is to it."""
+
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON."""
 

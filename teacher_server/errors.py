@@ -3,10 +3,18 @@
 TeacherServerError
 |-- ModelError            the model cannot be served; `serve` says why and exits with 1
 |-- ServeError            the service cannot start (port in use, ...); exits with 1
+|-- TeamsError            the teams file cannot be used; at the start, exits with 2
 `-- RequestRefused        one request cannot be answered; goes to its client as a RequestError
 """
 
+from typing import NoReturn
+
 import grpc
+
+from protos import teacher_pb2
+
+ERROR_METADATA = "logitstream-error-bin"
+"""The trailing metadata entry with the RequestError of a call that is no stream of requests."""
 
 
 class TeacherServerError(Exception):
@@ -19,6 +27,10 @@ class ModelError(TeacherServerError):
 
 class ServeError(TeacherServerError):
     """The service cannot start."""
+
+
+class TeamsError(TeacherServerError):
+    """The file that declares the teams cannot be read, is wrong, or cannot be written."""
 
 
 class RequestRefused(TeacherServerError):
@@ -55,3 +67,26 @@ def invalid(
     return RequestRefused(
         grpc.StatusCode.INVALID_ARGUMENT, reason, message, field=field, sequence=sequence
     )
+
+
+def request_error(refused: RequestRefused) -> teacher_pb2.RequestError:
+    """The message for a client."""
+    return teacher_pb2.RequestError(
+        code=refused.code.value[0],
+        message=str(refused),
+        field=refused.field,
+        retry_after_ms=refused.retry_after_ms,
+        reason=refused.reason,
+        sequence=refused.sequence,
+        row=refused.row,
+    )
+
+
+async def abort(
+    context: grpc.aio.ServicerContext, refused: RequestRefused, *more: tuple[str, str]
+) -> NoReturn:
+    """Ends a call with the status of a refusal and its RequestError; `more`: further metadata."""
+    error = request_error(refused)
+    metadata = ((ERROR_METADATA, error.SerializeToString()), *more)
+    await context.abort(refused.code, error.message, metadata)
+    raise AssertionError("abort returns never")

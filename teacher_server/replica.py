@@ -12,12 +12,15 @@ import contextlib
 import ctypes
 import logging
 import os
+import resource
 import secrets
+import sqlite3
 import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+from pathlib import Path
 from typing import Self
 
 import grpc
@@ -28,17 +31,27 @@ from grpc_reflection.v1alpha import reflection
 from logit_codec import FORMAT_VERSION
 from logit_codec.spec import KINDS
 from protos import teacher_pb2, teacher_pb2_grpc
+from teacher_server.access import Access, AccessInterceptor
+from teacher_server.accounts import Accounts
 from teacher_server.admission import Admission, Limits
 from teacher_server.config import ServeConfig
+from teacher_server.cost import CostModel
+from teacher_server.directory import Directory, DirectoryLink, LocalDirectory
+from teacher_server.entry import check_entry
 from teacher_server.errors import RequestRefused, ServeError
 from teacher_server.head import VocabularyHead
 from teacher_server.metrics import Metrics
 from teacher_server.model import TeacherModel, load
 from teacher_server.scheduler import Job, Scheduler
 from teacher_server.service import Scored, TeacherService
+from teacher_server.standing import Standing
+from teacher_server.teams import TeamsFile
+from teacher_server.tls import Tls
 
 logger = logging.getLogger(__name__)
 
+JOURNALS = "journals"
+"""In the folder of the ledger: one journal per replica."""
 SERVICE_NAME = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"].full_name
 WATCH_S = 0.5
 """How often the watchdog looks."""
@@ -46,8 +59,8 @@ SLOW_FACTOR = 10
 """A batch is not stuck before it has taken this many times as long as the longest one so far."""
 EXIT_S = 2.0
 """How long a stuck replica lives on, so that its health checks and Describe can say so."""
-ENTRY_PROBE_S = 2.0
 STOP_GRACE_S = 0.5
+MAX_METADATA_NBYTES = 16 << 10
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 
@@ -68,12 +81,24 @@ class Replica:
         head_chunk_nbytes: int,
         service_id: str = "",
         stuck_after_s: float = 120.0,
+        accounts: Accounts | None = None,
+        teams: Path | None = None,
+        tls: Tls | None = None,
     ) -> None:
+        """Raises TeamsError."""
         self.model = model
         self.limits = limits
         self.service_id = service_id or secrets.token_hex(16)
         self.replica_id = secrets.token_hex(4)
         self.metrics = Metrics()
+        self._tls = tls
+        self._access = None
+        if teams is not None:
+            self._access = Access(
+                TeamsFile(teams),
+                service_id=self.service_id,
+                on_refusal=lambda team, reason: self.metrics.rejected.labels(team, reason).inc(),
+            )
         self._stuck_after_s = stuck_after_s
         self._address = ""
         self._state = "starting"
@@ -83,24 +108,40 @@ class Replica:
         self._fingerprint = model.teacher_fingerprint
         self._head = VocabularyHead(model, chunk_nbytes=head_chunk_nbytes)
         self._exactness = "bytes" if self._head.is_exact() else "tolerance"
+        self.standing = Standing()
+        costs = CostModel.of(model)
         self._scheduler = Scheduler(
             max_batch_tokens=max_batch_tokens,
             max_batch_reply_nbytes=limits.max_reply_nbytes,
             max_queued_tokens=limits.max_queued_tokens,
+            cost=lambda job: costs.cost(job.bucket, len(job.wanted.rows), job.reply_nbytes),
+            standing=self.standing,
         )
+        self._accounts = accounts or open_accounts(None)
         self._waiting: dict[Job, asyncio.Future[Scored]] = {}
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._compute = threading.Thread(target=self._compute_loop, name="compute", daemon=True)
 
     @classmethod
-    def from_config(cls, config: ServeConfig, *, service_id: str = "") -> Self:
-        """Loads the teacher and makes a replica of it. Raises ModelError."""
+    def from_config(
+        cls,
+        config: ServeConfig,
+        *,
+        service_id: str = "",
+        directory: DirectoryLink | None = None,
+    ) -> Self:
+        """Loads the teacher and makes a replica of it. Raises ModelError, and ServeError.
+
+        directory: by default one in this process.
+        """
         # Fresh pages of a chunk of logits cost several times what is done with them, unless they
         # are huge ones; torch reads this at its first large allocation (docs/log.md).
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         keep_freed_memory()
+        allow_many_connections()
         if config.threads:
             torch.set_num_threads(config.threads)
+        accounts = open_accounts(config.ledger_folder(), directory)
         model = load(
             config.model,
             revision=config.revision,
@@ -128,6 +169,9 @@ class Replica:
             head_chunk_nbytes=config.head_chunk_mib << 20,
             service_id=service_id or config.service_id,
             stuck_after_s=config.stuck_after_s,
+            accounts=accounts,
+            teams=config.teams,
+            tls=config.tls(),
         )
 
     async def start(
@@ -145,13 +189,20 @@ class Replica:
             admission=Admission(self.model, self.limits),
             bucket_length=self.model.bucket_length,
             score=self._score,
+            accounts=self._accounts,
             encoder=self._encoder,
             teacher_fingerprint=self._fingerprint,
             id_table=self.model.id_table,
             metrics=self.metrics,
+            standing=self.standing,
         )
         self.metrics.watch(
             "teacher_queued_tokens", "Padded tokens that wait.", lambda: self.queued_tokens
+        )
+        self.metrics.watch(
+            "teacher_directory_away",
+            "1 while quotas and usage cannot reach the directory.",
+            lambda: float(self._accounts.is_alone),
         )
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         for name in ("", SERVICE_NAME):
@@ -159,7 +210,7 @@ class Replica:
         own, bound = self._server(host, port, shared=False)
         self._servers = [own]
         if entry_port is not None:
-            await self._check_entry(f"{host}:{entry_port}")
+            await check_entry(host, entry_port, self.service_id, self._tls)
             self._servers.append(self._server(host, entry_port, shared=True)[0])
         self._address = f"{advertise or host}:{bound}"
         self._state = "ready"
@@ -167,36 +218,26 @@ class Replica:
         for server in self._servers:
             await server.start()
         self._watchdog = asyncio.create_task(self._watch())
+        self._bookkeeping = asyncio.create_task(self._accounts.run())
+        self._access_watch = asyncio.create_task(self._access.watch()) if self._access else None
         return bound
 
     def _server(self, host: str, port: int, *, shared: bool) -> tuple[grpc.aio.Server, int]:
         """A server of this replica's services on one port. Raises ServeError."""
-        server = grpc.aio.server(options=server_options(self.limits, shared=shared))
+        guards = [] if self._access is None else [AccessInterceptor(self._access)]
+        server = grpc.aio.server(
+            interceptors=guards, options=server_options(self.limits, shared=shared)
+        )
         teacher_pb2_grpc.add_TeacherServicer_to_server(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         try:
-            return server, server.add_insecure_port(f"{host}:{port}")
+            if self._tls is None:
+                return server, server.add_insecure_port(f"{host}:{port}")
+            return server, server.add_secure_port(f"{host}:{port}", self._tls.credentials())
         except RuntimeError as error:
             raise ServeError(f"cannot listen on {host}:{port}: {error}") from error
-
-    async def _check_entry(self, address: str) -> None:
-        """Raises ServeError if another service answers at the entry port.
-
-        The kernel would let both share the port and give each a part of the other's clients.
-        """
-        async with grpc.aio.insecure_channel(address) as channel:
-            stub = teacher_pb2_grpc.TeacherStub(channel)
-            try:
-                info = await stub.Describe(teacher_pb2.DescribeRequest(), timeout=ENTRY_PROBE_S)
-            except grpc.aio.AioRpcError:
-                return  # nobody, or a frozen replica
-        if info.service_id != self.service_id:
-            raise ServeError(
-                f"another service ({info.model}, {info.service_id}) answers at {address}. Give "
-                "every service an entry port of its own with --port."
-            )
 
     async def drain(self, seconds: float) -> None:
         """Reads no more requests, answers those it has within `seconds`, then stops for good."""
@@ -208,6 +249,8 @@ class Replica:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._service.streams_ended()
+        if self._access_watch is not None:
+            self._access_watch.cancel()
         # What is left are calls without an end of their own, such as health's Watch.
         await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
         for job in self._scheduler.close():
@@ -215,6 +258,8 @@ class Replica:
         # A forward cannot be interrupted; the process may end without it.
         await asyncio.get_running_loop().run_in_executor(None, self._compute.join, seconds)
         self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._bookkeeping.cancel()
+        await self._accounts.close()
 
     @property
     def queued_tokens(self) -> int:
@@ -288,7 +333,6 @@ class Replica:
             kinds=KINDS,
             exactness=self._exactness,
             replicas=[self.card(), *self._others],
-            team="default",
             architecture=model.architecture,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
@@ -320,17 +364,25 @@ class Replica:
 
     def _compute_loop(self) -> None:
         while batch := self._scheduler.next_batch():
-            started = self._batch_since_s = time.monotonic()
-            for job, result in self._score_batch(batch, started):
-                self._loop.call_soon_threadsafe(self._resolve, job, result)
-            self._batch_since_s = None
-            tokens = sum(job.bucket for job in batch)
-            seconds = time.monotonic() - started
-            self._longest_batch_s = max(self._longest_batch_s, seconds)
-            self._scheduler.record_speed(tokens, seconds)
-            logger.debug(
-                "batch scored sequences=%d tokens=%d ms=%.0f", len(batch), tokens, 1e3 * seconds
-            )
+            groups: dict[int, list[Job]] = {}  # jobs of one canonical length share a forward pass
+            for job in batch:
+                groups.setdefault(job.bucket, []).append(job)
+            for group in groups.values():
+                self._score_group(group)
+
+    def _score_group(self, group: list[Job]) -> None:
+        """One forward pass, and what it says to those who wait for it."""
+        started = self._batch_since_s = time.monotonic()
+        for job, result in self._score_batch(group, started):
+            self._loop.call_soon_threadsafe(self._resolve, job, result)
+        self._batch_since_s = None
+        tokens = sum(job.bucket for job in group)
+        seconds = time.monotonic() - started
+        self._longest_batch_s = max(self._longest_batch_s, seconds)
+        self._scheduler.record_speed(tokens, seconds)
+        logger.debug(
+            "batch scored sequences=%d tokens=%d ms=%.0f", len(group), tokens, 1e3 * seconds
+        )
 
     def _score_batch(
         self, batch: list[Job], started: float
@@ -357,6 +409,21 @@ class Replica:
         ]
 
 
+def open_accounts(folder: Path | None, directory: DirectoryLink | None = None) -> Accounts:
+    """The books of one replica, in `folder` or in memory; by default with a directory of its own.
+
+    Raises ServeError if the folder cannot be used.
+    """
+    try:
+        directory = directory or LocalDirectory(Directory(folder))
+        return Accounts(directory, None if folder is None else folder / JOURNALS)
+    except (OSError, sqlite3.Error) as error:
+        raise ServeError(
+            f"cannot keep a ledger in {folder}: {error}. Give --ledger a folder on a local disk "
+            "that this user may write to."
+        ) from error
+
+
 def _refusal(error: Exception) -> Exception:
     """An error of one sequence's forward; running out of memory is said to the client."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -381,6 +448,13 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 128 << 20)
 
 
+def allow_many_connections() -> None:
+    """Raises this process's soft limit of open files, often 1,024, to its hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def server_options(limits: Limits, *, shared: bool = False) -> list[tuple[str, int]]:
     """gRPC settings of a replica's server."""
     return [
@@ -395,6 +469,11 @@ def server_options(limits: Limits, *, shared: bool = False) -> list[tuple[str, i
         # Also one that sends, but cannot be understood any more; slow links answer a ping in time.
         ("grpc.http2.ping_timeout_ms", 25_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # Of all entries of a call together; both, because gRPC refuses by chance in between.
+        ("grpc.max_metadata_size", MAX_METADATA_NBYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_NBYTES),
+        # Whoever connects and says nothing is not waited for.
+        ("grpc.server_handshake_timeout_ms", 20_000),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ]

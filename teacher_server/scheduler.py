@@ -1,24 +1,40 @@
-"""Queued sequences to batches of one canonical length under a token budget.
+"""Queued sequences to batches under a token budget, with fair shares for the teams that queue them.
 
-A batch starts with the oldest job of the most urgent level and is filled with jobs of the same
-canonical length, so that no sequence is padded to its neighbours. Jobs whose client has gone are
-dropped before they cost anything. Thread-safe: the event loop submits, the compute thread takes.
+Start-time fair queueing: every team has a start tag in virtual time, the next job is always one of
+the team with the smallest tag, and what the job costs, divided by the team's weight, is added to
+it. Virtual time is the tag of the job dispatched last; a team that comes back from idle starts
+there at the earliest, so that nothing is saved up by waiting. Tokens, streams and requests of a
+team share its one tag: having many of them gains nothing. For every interval in which two teams
+have work waiting, what was dispatched for them, per weight, differs by at most one largest job of
+each, per weight (docs/sharing.md).
+
+Among the jobs of one team the order is free, and used: more urgent levels go first, and in a level
+those of a canonical length that the batch already has, so that they share its forward pass. The
+oldest job of a level is overtaken like this by at most one batch's worth of tokens.
+
+Jobs whose client has gone are dropped before they cost anything; those that were dispatched are
+charged. Thread-safe: the event loop submits, the compute thread takes.
 """
 
+import heapq
 import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import grpc
 
 from teacher_server.errors import RequestRefused
 from teacher_server.head import WantedRows
+from teacher_server.standing import Dispatched, Standing
+from teacher_server.teams import DEFAULT_TEAM, Team
 
 NUM_LEVELS = 3
-"""Interactive, training, bulk: a lower level goes first."""
+"""Interactive, training, bulk: a lower level goes first among the jobs of its team."""
+FULL_QUEUES = 4
+"""All teams together may queue as much as this many teams; beyond it, each an equal part."""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,10 +43,15 @@ class Job:
 
     wanted: WantedRows
     bucket: int
-    """Its canonical padded length, in tokens: what it costs."""
+    """Its canonical padded length, in tokens."""
     reply_nbytes: int
     """Upper bound of its answer."""
     level: int = 1
+    team: Team = DEFAULT_TEAM
+    held: int = 0
+    """Tokens that accounts.py has reserved for it."""
+    cost: float = field(default=0.0, init=False)
+    """What its team is charged, known when it is submitted; see `cost.CostModel`."""
     waiting: bool = field(default=False, init=False)
     """Queued and not departed: it counts towards the queue's tokens."""
     order: int = field(default=0, init=False)
@@ -41,7 +62,9 @@ class Scheduler:
     """A bounded queue that gives out batches.
 
     A batch holds at most `max_batch_tokens` padded tokens and `max_batch_reply_nbytes` of answers,
-    unless one job alone is larger.
+    unless one job alone is larger; its jobs are in the order in which they were dispatched and may
+    have several canonical lengths. max_queued_tokens: of one team. cost: what a job is charged, by
+    default its padded tokens. standing: told of every batch.
     """
 
     def __init__(
@@ -50,17 +73,27 @@ class Scheduler:
         max_batch_tokens: int,
         max_batch_reply_nbytes: int,
         max_queued_tokens: int,
+        cost: Callable[[Job], float] = lambda job: job.bucket,
+        standing: Standing | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_reply_nbytes = max_batch_reply_nbytes
         self._max_queued_tokens = max_queued_tokens
+        self._cost = cost
+        self._standing = standing
         self._clock = clock
         self._changed = threading.Condition()
-        self._queues: dict[tuple[int, int], deque[Job]] = {}
+        self._lines: dict[str, _Line] = {}
+        self._forget_at = 64
+        self._heap: list[tuple[float, int, _Line]] = []
+        """Lines with work, and some without; a line is in it once, its tag may have grown since."""
+        self._tickets = itertools.count()
+        self._virtual_time = 0.0
+        self._num_working = 0
+        """Lines with work."""
         self._order = itertools.count()
         self._closed = False
-        self._departed = 0
         self._queued_tokens = 0
         self._tokens_per_s = 0.0
 
@@ -69,8 +102,19 @@ class Scheduler:
         """Padded tokens of the jobs that wait."""
         return self._queued_tokens
 
+    def queued_by_team(self) -> dict[str, int]:
+        """Padded tokens of the jobs that wait, of the teams that have any."""
+        with self._changed:
+            return {name: line.queued_tokens for name, line in self._lines.items() if line.waiting}
+
     def submit(self, job: Job) -> None:
-        """Queues a job. Raises RequestRefused (RESOURCE_EXHAUSTED, with a hint) when full."""
+        """Queues a job.
+
+        Raises RequestRefused: RESOURCE_EXHAUSTED with a hint when its team's part of the queue is
+        full, UNAVAILABLE when closed.
+        """
+        if not job.team.weight > 0:
+            raise ValueError(f"the weight of team {job.team.name} must be above 0")
         with self._changed:
             if self._closed:
                 raise RequestRefused(
@@ -78,21 +122,16 @@ class Scheduler:
                     "STOPPED",
                     "this replica has stopped; send the request to another one.",
                 )
-            waiting = self._queued_tokens
-            if waiting and waiting + job.bucket > self._max_queued_tokens:
-                seconds = waiting / self._tokens_per_s if self._tokens_per_s else 1.0
-                raise RequestRefused(
-                    grpc.StatusCode.RESOURCE_EXHAUSTED,
-                    "QUEUE_FULL",
-                    f"the queue holds {waiting} tokens, the limit is {self._max_queued_tokens}; "
-                    "send the same request again after the hint. The operator sets the limit "
-                    "with --batch.max-queued-tokens.",
-                    retry_after_ms=int(1000 * min(30.0, max(0.05, seconds / 2))),
-                )
+            line = self._lines.get(job.team.name) or self._new_line(job.team.name)
+            self._check_room(line, job)
             job.order = next(self._order)
             job.submitted_s = self._clock()
+            job.cost = self._cost(job)
             job.waiting = True
-            self._queues.setdefault((job.level, job.bucket), deque()).append(job)
+            line.weight = job.team.weight  # as declared now, also for the jobs that wait
+            if not line.waiting:
+                self._return_from_idle(line)
+            line.add(job)
             self._queued_tokens += job.bucket
             self._changed.notify()
 
@@ -101,12 +140,11 @@ class Scheduler:
         with self._changed:
             if not job.waiting:
                 return
-            job.waiting = False
+            line = self._lines[job.team.name]
+            line.depart(job)
             self._queued_tokens -= job.bucket
-            self._departed += 1
-            # Those at the front go when they come up; too many behind others are swept out.
-            if self._departed > 64 + sum(map(len, self._queues.values())) // 2:
-                self._sweep()
+            if not line.waiting:
+                self._num_working -= 1
 
     def next_batch(self) -> list[Job]:
         """Waits for work; empty only when closed."""
@@ -114,8 +152,7 @@ class Scheduler:
             while True:
                 if self._closed:
                     return []
-                self._drop_departed()
-                if self._queues:
+                if self._num_working:
                     return self._take()
                 self._changed.wait()
 
@@ -131,52 +168,199 @@ class Scheduler:
         """Ends `next_batch`; returns the jobs that nobody will score."""
         with self._changed:
             self._closed = True
-            self._sweep()
-            left = [job for queue in self._queues.values() for job in queue]
+            left = [job for line in self._lines.values() for job in line.jobs()]
             for job in left:
                 job.waiting = False
-            self._queues.clear()
+            self._lines.clear()
+            self._heap.clear()
+            self._num_working = 0
             self._queued_tokens = 0
             self._changed.notify_all()
             return left
 
-    def _drop_departed(self) -> None:
-        """Removes departed jobs from the front of every queue; the rest go when they come up."""
-        for key, queue in list(self._queues.items()):
-            while queue and not queue[0].waiting:
-                queue.popleft()
-                self._departed -= 1
-            if not queue:
-                del self._queues[key]
+    def _new_line(self, name: str) -> "_Line":
+        if len(self._lines) >= self._forget_at:
+            # An idle line may go when virtual time has reached its tag: it would start there again.
+            self._lines = {
+                name: line
+                for name, line in self._lines.items()
+                if line.waiting or line.listed or line.start > self._virtual_time
+            }
+            self._forget_at = 64 + 2 * len(self._lines)
+        line = self._lines[name] = _Line(name)
+        return line
 
-    def _sweep(self) -> None:
-        """Removes every departed job."""
-        for key, queue in list(self._queues.items()):
-            self._queues[key] = deque(job for job in queue if job.waiting)
-            if not self._queues[key]:
-                del self._queues[key]
-        self._departed = 0
+    def _check_room(self, line: "_Line", job: Job) -> None:
+        """Raises RequestRefused. A team without a job may always have one."""
+        if not line.waiting:
+            return
+        limit = self._max_queued_tokens
+        if self._queued_tokens + job.bucket > FULL_QUEUES * limit:
+            limit = min(limit, FULL_QUEUES * limit // self._num_working)
+        queued = line.queued_tokens
+        if queued + job.bucket <= limit:
+            return
+        weights = sum(other.weight for other in self._lines.values() if other.waiting)
+        rate = self._tokens_per_s * line.weight / weights
+        seconds = queued / rate if rate else 1.0
+        raise RequestRefused(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "QUEUE_FULL",
+            f"{queued} tokens of team {line.name} are queued, the limit is {limit}; send the same "
+            "request again after the hint. The operator sets the limit with "
+            "--batch.max-queued-tokens.",
+            retry_after_ms=int(1000 * min(30.0, max(0.05, seconds / 2))),
+        )
+
+    def _return_from_idle(self, line: "_Line") -> None:
+        """Puts a line in the race, no earlier than the others have come."""
+        line.start = max(self._virtual_time, line.start)
+        self._num_working += 1
+        if not line.listed:
+            line.listed = True
+            heapq.heappush(self._heap, (line.start, next(self._tickets), line))
+
+    def _first(self) -> "_Line | None":
+        """The line with the smallest start tag of those with work; ties take turns."""
+        while self._heap:
+            start, _, line = self._heap[0]
+            if not line.waiting:
+                heapq.heappop(self._heap)
+                line.listed = False
+            elif start < line.start:
+                heapq.heapreplace(self._heap, (line.start, next(self._tickets), line))
+            else:
+                return line
+        return None
 
     def _take(self) -> list[Job]:
-        first = min(self._queues, key=lambda key: (key[0], self._queues[key][0].order))
-        bucket = first[1]
+        now = self._clock()
+        working = {name: line.weight for name, line in self._lines.items() if line.waiting}
         batch: list[Job] = []
+        buckets: dict[int, None] = {}
         room = self._max_batch_tokens
         reply_room = self._max_batch_reply_nbytes
-        for level in range(NUM_LEVELS):
-            queue = self._queues.get((level, bucket), ())
-            while queue:
-                job = queue[0]
-                if not job.waiting:
-                    self._departed -= 1
-                else:
-                    if batch and (job.bucket > room or job.reply_nbytes > reply_room):
-                        return batch
-                    job.waiting = False
-                    self._queued_tokens -= job.bucket
-                    room -= job.bucket
-                    reply_room -= job.reply_nbytes
-                    batch.append(job)
-                queue.popleft()
-            self._queues.pop((level, bucket), None)
+        while (line := self._first()) is not None:
+            job, overtakes = line.choose(
+                buckets, alone=self._num_working == 1, patience=self._max_batch_tokens
+            )
+            if job is None:
+                break
+            if batch and (job.bucket > room or job.reply_nbytes > reply_room):
+                break
+            line.take(job, overtakes=overtakes)
+            self._charge(line, job)
+            self._queued_tokens -= job.bucket
+            if not line.waiting:
+                self._num_working -= 1
+            room -= job.bucket
+            reply_room -= job.reply_nbytes
+            buckets[job.bucket] = None
+            batch.append(job)
+        if self._standing is not None:
+            self._standing.dispatched(
+                [
+                    Dispatched(job.team.name, job.bucket, job.cost, now - job.submitted_s)
+                    for job in batch
+                ],
+                working,
+            )
         return batch
+
+    def _charge(self, line: "_Line", job: Job) -> None:
+        """A job is dispatched: virtual time comes to its line's tag, and the tag moves on."""
+        self._virtual_time = line.start
+        line.start += job.cost / line.weight
+
+
+class _Line:
+    """The jobs of one team, and where the team is in virtual time."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.weight = 1.0
+        self.start = 0.0
+        """Start tag of the next job; while there is none, where the last one ended."""
+        self.listed = False
+        """Whether it is in the scheduler's heap."""
+        self.waiting = 0
+        """Jobs that are queued and have not departed."""
+        self.queued_tokens = 0
+        """Of these jobs."""
+        self._waiting = [0] * NUM_LEVELS
+        self._queues: list[dict[int, deque[Job]]] = [{} for _ in range(NUM_LEVELS)]
+        """Of each level, by canonical length."""
+        self._departed = 0
+        self._overtaken_tokens = 0
+        """Of jobs that were chosen for their length since the oldest one was."""
+
+    def jobs(self) -> list[Job]:
+        """Those that wait."""
+        queues = itertools.chain.from_iterable(level.values() for level in self._queues)
+        return [job for queue in queues for job in queue if job.waiting]
+
+    def add(self, job: Job) -> None:
+        self._queues[job.level].setdefault(job.bucket, deque()).append(job)
+        self._count(job, 1)
+
+    def depart(self, job: Job) -> None:
+        """The job's client has gone; it is skipped when it comes up, or swept out before."""
+        job.waiting = False
+        self._count(job, -1)
+        self._departed += 1
+        if self._departed > 64 + self.waiting or not self.waiting:
+            for level in self._queues:
+                for bucket, queue in list(level.items()):
+                    level[bucket] = deque(job for job in queue if job.waiting)
+                    if not level[bucket]:
+                        del level[bucket]
+            self._departed = 0
+
+    def choose(
+        self, buckets: Collection[int], *, alone: bool, patience: int
+    ) -> tuple[Job | None, bool]:
+        """The job to take next for a batch that has these canonical lengths, and whether it was
+        chosen for its length.
+
+        It is of the most urgent level. alone: no other team has work. Then the batch is left to the
+        lengths that it has, also with jobs of lower levels, and None ends it.
+        """
+        level = next(level for level in range(NUM_LEVELS) if self._waiting[level])
+        if buckets and self._overtaken_tokens < patience:
+            for lower in range(level, NUM_LEVELS if alone else level + 1):
+                for bucket in buckets:
+                    if (job := self._front(lower, bucket)) is not None:
+                        return job, True
+            if alone:
+                return None, False
+        fronts = [self._front(level, bucket) for bucket in list(self._queues[level])]
+        return min((job for job in fronts if job), key=lambda job: job.order), False
+
+    def take(self, job: Job, *, overtakes: bool) -> None:
+        """Removes what was chosen."""
+        queue = self._queues[job.level][job.bucket]
+        assert queue[0] is job
+        queue.popleft()
+        if not queue:
+            del self._queues[job.level][job.bucket]
+        job.waiting = False
+        self._count(job, -1)
+        self._overtaken_tokens = self._overtaken_tokens + job.bucket if overtakes else 0
+
+    def _front(self, level: int, bucket: int) -> Job | None:
+        """The oldest job of a level and length."""
+        queue = self._queues[level].get(bucket)
+        if queue is None:
+            return None
+        while queue:
+            if queue[0].waiting:
+                return queue[0]
+            queue.popleft()
+            self._departed -= 1
+        del self._queues[level][bucket]
+        return None
+
+    def _count(self, job: Job, sign: int) -> None:
+        self.waiting += sign
+        self._waiting[job.level] += sign
+        self.queued_tokens += sign * job.bucket

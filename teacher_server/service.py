@@ -9,9 +9,11 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 import xxhash
@@ -21,18 +23,23 @@ from torch import Tensor
 from logit_codec import CodecError, IdTable, Targets, encode_parts
 from protos import teacher_pb2, teacher_pb2_grpc
 from protos.check import answer_check, request_digest
-from teacher_server.admission import Admission, Admitted
-from teacher_server.errors import RequestRefused, invalid
+from teacher_server.access import Caller, check_request, current_caller
+from teacher_server.accounts import Accounts, origin
+from teacher_server.admission import SESSION_ID_NBYTES, Admission, Admitted
+from teacher_server.directory import DirectoryAway
+from teacher_server.errors import RequestRefused, abort, invalid, request_error
 from teacher_server.head import StageTimes
 from teacher_server.metrics import Metrics
 from teacher_server.room import ProcessRoom, StreamRoom
 from teacher_server.scheduler import Job
+from teacher_server.standing import Standing
+from teacher_server.teams import DEFAULT_TEAM, Team
+from teacher_server.usage import first_day, usage_row
 
 logger = logging.getLogger(__name__)
 
 PART_SLACK_NBYTES = 1024
 """Room in a part for everything beside its payload."""
-ERROR_METADATA = "logitstream-error-bin"
 LEVELS = {
     teacher_pb2.LEVEL_UNSPECIFIED: 1,
     teacher_pb2.LEVEL_INTERACTIVE: 0,
@@ -53,9 +60,6 @@ class Scored:
     """time.monotonic() when its batch was taken."""
 
 
-TEAM = "default"
-"""Whose requests these are, until a service knows teams."""
-
 Score = Callable[[Job], Awaitable[Scored]]
 """Submits a job and waits for its result; cancelling it makes the job depart."""
 
@@ -70,19 +74,23 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         admission: Admission,
         bucket_length: Callable[[int], int],
         score: Score,
+        accounts: Accounts,
         encoder: Executor,
         teacher_fingerprint: str,
         id_table: IdTable | None,
         metrics: Metrics,
+        standing: Standing,
     ) -> None:
         self._describe = describe
         self._admission = admission
         self._bucket_length = bucket_length
         self._score = score
+        self._accounts = accounts
         self._encoder = encoder
         self._fingerprint = teacher_fingerprint
         self._id_table = id_table
         self._metrics = metrics
+        self._standing = standing
         self._room = ProcessRoom(admission.limits.max_answers_nbytes)
         metrics.watch("teacher_streams", "Open Score streams.", lambda: self._room.num_streams)
         metrics.watch(
@@ -108,7 +116,17 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
     async def Describe(
         self, request: teacher_pb2.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> teacher_pb2.TeacherInfo:
-        return self._describe()
+        info = self._describe()
+        try:
+            team = current_caller().team()
+        except RequestRefused as refused:
+            await abort(context, refused)
+        info.team = team.name
+        info.caller.CopyFrom(_caller_message(team))
+        left = await self._accounts.left_today(team)
+        if left is not None:
+            info.caller.tokens_left_today = left
+        return info
 
     async def FetchIdTable(
         self, request: teacher_pb2.FetchIdTableRequest, context: grpc.aio.ServicerContext
@@ -122,13 +140,28 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 "those that are.",
                 field="digest",
             )
-            error = _error_message(refused, None, None)
-            await context.abort(
-                refused.code,
-                error.message,
-                ((ERROR_METADATA, error.SerializeToString()),),
-            )
+            await abort(context, refused)
         return teacher_pb2.FetchIdTableResponse(data=table.to_bytes())
+
+    async def Usage(
+        self, request: teacher_pb2.UsageRequest, context: grpc.aio.ServicerContext
+    ) -> teacher_pb2.UsageResponse:
+        try:
+            team = current_caller().team()
+            wanted = _whose_usage(team, request.team)
+            try:
+                since = first_day(request.since)
+            except ValueError as error:
+                raise invalid("BAD_DAY", str(error), field="since") from None
+            rows = await self._accounts.usage(wanted, since)
+        except RequestRefused as refused:
+            await abort(context, refused)
+        except DirectoryAway as error:
+            logger.warning("usage was asked for, and the directory is away: %s", error)
+            await context.abort(
+                grpc.StatusCode.UNAVAILABLE, "the ledger cannot be read now; try again in a moment"
+            )
+        return teacher_pb2.UsageResponse(rows=map(usage_row, rows))
 
     async def Score(
         self,
@@ -139,7 +172,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         # A client may wait for a first sign before it writes; see FIRST_SIGN_S of the one here.
         await context.send_initial_metadata(())
         with self._room.stream(self._admission.limits.max_stream_nbytes) as room:
-            stream = _Stream(context, room)
+            stream = _Stream(context, room, current_caller())
             async with asyncio.TaskGroup() as tasks:
                 try:
                     async for request in _until(self._draining, request_iterator):
@@ -162,7 +195,12 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
     ) -> None:
         """Admits one request and submits its sequences as the stream has room for their answers."""
         answer = _Answer(request.request_id, request_digest(request))
+        answer.origin = origin(
+            request.session_id or stream.session_id, request.item_id or request.request_id
+        )
         try:
+            answer.team = stream.caller.team()
+            check_request(answer.team, request)
             if request.request_id in stream.unanswered:
                 raise invalid(
                     "DUPLICATE_REQUEST_ID",
@@ -171,29 +209,58 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                     field="request_id",
                 )
             admitted = self._admission.admit(request)
+            level = LEVELS[request.level]
+            works = [(item, self._job(item, level, answer.team)) for item in admitted]
+            tokens = sum(job.bucket for _, job in works if job is not None)
+            await self._accounts.reserve(answer.team, tokens)
         except Exception as error:
             await self._fail(answer, stream, error)
             return
-        level = LEVELS[request.level]
-        wanted = [(i, item) for i, item in enumerate(admitted) if len(item.wanted.rows)]
-        answer.unfinished = len(wanted)
+        waiting = deque((i, item, job) for i, (item, job) in enumerate(works) if job is not None)
+        answer.unfinished = len(waiting)
         stream.unanswered[request.request_id] = answer
-        for index, item in wanted:
-            await stream.room.take(item.reply_nbytes)
-            if answer.failed:
-                stream.room.give(item.reply_nbytes)
-                return
-            task = tasks.create_task(self._answer(answer, index, item, level, stream))
-            answer.tasks.add(task)
-            task.add_done_callback(answer.tasks.discard)
+        team, room = answer.team.name, stream.room
+        try:
+            while waiting:
+                index, item, job = waiting[0]
+                # A request that is larger than the queue enters it piece by piece.
+                await answer.wait_below(self._admission.limits.max_queued_tokens // 2 - job.bucket)
+                await room.take(job.reply_nbytes, team)
+                if answer.failed:
+                    room.give(job.reply_nbytes, team)
+                    return
+                waiting.popleft()
+                task = tasks.create_task(self._answer(answer, index, item, job, stream))
+                answer.started(task, job.bucket)
+                self._standing.admitted(team, job.bucket)
+                # Not in a finally of the task: one that is cancelled before it begins has none.
+                task.add_done_callback(partial(self._ended, answer, job, stream))
+        finally:
+            for *_, job in waiting:
+                self._accounts.settle(job)
+
+    def _job(self, item: Admitted, level: int, team: Team) -> Job | None:
+        """Of an admitted sequence; None if no row of it is wanted."""
+        if not len(item.wanted.rows):
+            return None
+        bucket = self._bucket_length(len(item.wanted.token_ids))
+        return Job(item.wanted, bucket, item.reply_nbytes, level, team, held=bucket)
+
+    def _ended(
+        self, answer: "_Answer", job: Job, stream: "_Stream", task: asyncio.Task[None]
+    ) -> None:
+        """One sequence is answered, or never will be."""
+        team = answer.team.name
+        answer.ended(task, job.bucket)
+        stream.room.give(job.reply_nbytes, team)
+        self._standing.answered(team, job.bucket)
+        self._accounts.settle(job)
 
     async def _answer(
-        self, answer: "_Answer", index: int, item: Admitted, level: int, stream: "_Stream"
+        self, answer: "_Answer", index: int, item: Admitted, job: Job, stream: "_Stream"
     ) -> None:
         """Scores, encodes and writes one sequence."""
         try:
-            bucket = self._bucket_length(len(item.wanted.token_ids))
-            job = Job(item.wanted, bucket, item.reply_nbytes, level)
             scored = await self._score(job)
             began = time.perf_counter()
             loop = asyncio.get_running_loop()
@@ -210,6 +277,11 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
             self._metrics.encode_s.observe(timing.encode_us / 1e6)
             del scored  # a reader that stopped holds the bytes, not the tensors too
             digest = xxhash.xxh3_128_digest(item.ids_bytes)
+            nbytes = sum(len(payload) for *_, payload in parts)
+            delivered = partial(
+                *(self._accounts.delivered, answer.team, answer.origin, index, digest),
+                *(len(item.wanted.rows), nbytes),
+            )
             for position, (first_row, num_rows, payload) in enumerate(parts):
                 final = position == len(parts) - 1
                 if final:
@@ -224,14 +296,12 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 part.payload = payload
                 part.teacher_fingerprint = self._fingerprint
                 part.timing.CopyFrom(timing)
-                await stream.write(answer, response)
-                self._metrics.bytes_sent.labels(TEAM).inc(len(payload))
+                await stream.write(answer, response, before=delivered if final else None)
+                self._metrics.bytes_sent.labels(answer.team.name).inc(len(payload))
         except grpc.aio.InternalError:
             answer.failed = True  # nobody takes it: the client has gone
         except Exception as error:
             await self._fail(answer, stream, error, sequence=index, rows=item.wanted.rows)
-        finally:
-            stream.room.give(item.reply_nbytes)
 
     def _encode(self, item: Admitted, scored: Scored) -> list[tuple[int, int, bytes]]:
         limit = self._admission.limits.max_part_nbytes - PART_SLACK_NBYTES
@@ -252,13 +322,30 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         if answer.failed:
             return
         message = _error_message(error, sequence, rows)
-        self._metrics.rejected.labels(TEAM, message.reason).inc()
+        self._metrics.rejected.labels(answer.team.name, message.reason).inc()
+        self._standing.rejected(answer.team.name)
+        if isinstance(error, RequestRefused) and error.code != grpc.StatusCode.UNAUTHENTICATED:
+            self._accounts.rejected(answer.team)
         response = teacher_pb2.ScoreResponse(request_id=answer.request_id, error=message)
         await stream.write(answer, response)
         current = asyncio.current_task()
         for task in answer.tasks:
             if task is not current:
                 task.cancel()
+
+
+def _whose_usage(team: Team, name: str) -> str | None:
+    """The team whose usage is told, None for all. Raises RequestRefused."""
+    if "admin" in team.scopes:
+        return name or None
+    if name not in ("", team.name):
+        raise RequestRefused(
+            grpc.StatusCode.PERMISSION_DENIED,
+            "SCOPE_MISSING",
+            f'team "{team.name}" may see its own usage; that of others needs the scope admin.',
+            field="team",
+        )
+    return team.name
 
 
 def _error_message(
@@ -287,15 +374,23 @@ def _error_message(
             "the service's log.",
             sequence=sequence,
         )
-    number, _ = error.code.value
-    return teacher_pb2.RequestError(
-        code=number,
-        message=str(error),
-        field=error.field,
-        retry_after_ms=error.retry_after_ms,
-        reason=error.reason,
-        sequence=error.sequence if error.sequence is not None else sequence,
-        row=error.row,
+    message = request_error(error)
+    if error.sequence is None and sequence is not None:
+        message.sequence = sequence
+    return message
+
+
+def _caller_message(team: Team) -> teacher_pb2.Caller:
+    """What a caller is told of its team."""
+    limits = team.limits
+    return teacher_pb2.Caller(
+        team=team.name,
+        weight=team.weight,
+        scopes=sorted(team.scopes),
+        max_tokens_in_flight=limits.max_tokens_in_flight or 0,
+        max_tokens_per_second=limits.max_tokens_per_second or 0,
+        max_tokens_per_day=limits.max_tokens_per_day or 0,
+        max_request_tokens=limits.max_request_tokens or 0,
     )
 
 
@@ -305,23 +400,58 @@ class _Answer:
 
     request_id: int
     request_digest: bytes
+    team: Team = DEFAULT_TEAM
+    """Whose request it is."""
+    origin: bytes = b""
+    """Names it in the ledger."""
     unfinished: int = 0
     """Sequences whose final part has not been made."""
     failed: bool = False
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    tokens: int = 0
+    """Padded tokens of these tasks."""
+    progress: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when one of them ends."""
+
+    def started(self, task: asyncio.Task[None], tokens: int) -> None:
+        self.tasks.add(task)
+        self.tokens += tokens
+
+    def ended(self, task: asyncio.Task[None], tokens: int) -> None:
+        self.tasks.discard(task)
+        self.tokens -= tokens
+        self.progress.set()
+
+    async def wait_below(self, tokens: int) -> None:
+        """Until no more than so many tokens are under way, or none at all."""
+        while self.tasks and self.tokens > tokens:
+            self.progress.clear()
+            await self.progress.wait()
 
 
 class _Stream:
     """One client stream: its room, and one writer at a time."""
 
-    def __init__(self, context: grpc.aio.ServicerContext, room: StreamRoom) -> None:
+    def __init__(self, context: grpc.aio.ServicerContext, room: StreamRoom, caller: Caller) -> None:
         self.room = room
+        self.caller = caller
         self.unanswered: dict[int, _Answer] = {}
+        self.session_id = secrets.token_bytes(SESSION_ID_NBYTES)
+        """Of requests that name none."""
         self._context = context
         self._lock = asyncio.Lock()
 
-    async def write(self, answer: _Answer, response: teacher_pb2.ScoreResponse) -> None:
-        """Writes one part or error; nothing follows an error of the same request."""
+    async def write(
+        self,
+        answer: _Answer,
+        response: teacher_pb2.ScoreResponse,
+        *,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """Writes one part or error; nothing follows an error of the same request.
+
+        before: called if it is really written, just before that.
+        """
         async with self._lock:
             if answer.failed:
                 return
@@ -330,6 +460,8 @@ class _Stream:
             if ended and self.unanswered.get(answer.request_id) is answer:
                 del self.unanswered[answer.request_id]
             response.check = answer_check(answer.request_digest, response)
+            if before is not None:
+                before()
             await self._context.write(response)
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import hf_trainer, plain_loop
+from examples import hf_trainer, many_epochs, plain_loop
+from examples.two_teams import __main__ as two_teams
 from tests.conftest import one_torch_thread
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
@@ -26,6 +27,7 @@ def test_the_plain_loop_is_short_and_goes_on_where_it_stopped(
     whole = run(6, "whole")
     assert capsys.readouterr().out.count("step ") == 2
     assert run(4, "stopped")["position"] == {"handed_out": 3}
+    (tmp_path / "stopped.new").write_bytes(b"killed while it was written")
     again = run(6, "stopped")
     assert again["position"] == whole["position"] == {"handed_out": 6}
     assert all(
@@ -52,3 +54,32 @@ def test_the_hf_trainer_example_trains_and_goes_on(
     (tmp_path / "stopped").mkdir()
     (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "stopped" / "checkpoint-3")
     assert torch.equal(run("stopped"), whole)
+
+
+@pytest.mark.slow
+def test_two_teams_share_a_teacher(tmp_path: Path, capfd):
+    got = two_teams.main(tmp_path, 3.0)
+    assert set(got) == {"search", "ranking"}
+    assert all(tokens > 0 for tokens in got.values())
+    printed = capfd.readouterr()
+    assert "ranking" in printed.out
+    assert "lst_" not in printed.out + printed.err, "no token is shown"
+    assert "lst_" not in "".join(path.read_text() for path in tmp_path.glob("*.toml"))
+
+
+def test_many_epochs_of_a_record_go_on_helping_where_labels_overfit(
+    trained_service, student_folder, text: Path, tmp_path: Path, monkeypatch, capsys
+):
+    assert len(Path(many_epochs.__file__).read_text().splitlines()) < 70
+    sizes = {"SEQUENCES": 8, "HELD_OUT": 16, "EPOCHS": 25, "BATCH": 4, "LEARNING_RATE": 3e-2}
+    for name, value in sizes.items():
+        monkeypatch.setattr(many_epochs, name, value)
+    arguments = str(student_folder), str(tmp_path / "record"), str(text)
+    losses = many_epochs.main(trained_service.address, *arguments)
+    assert "32 in the record, 32 of them new" in capsys.readouterr().out
+    assert losses["labels"][-1] > min(losses["labels"]) + 0.2
+    assert losses["distilled"][-1] < min(losses["labels"]) - 0.2
+    monkeypatch.setattr(many_epochs, "EPOCHS", 1)
+    again = many_epochs.main(trained_service.address, *arguments)
+    assert "32 in the record, 0 of them new" in capsys.readouterr().out
+    assert again == {name: curve[:1] for name, curve in losses.items()}

@@ -265,6 +265,24 @@ def test_the_queue_is_bounded_and_a_full_one_is_waited_out(serve, model_folder):
     assert service.stop() == 0
 
 
+def test_a_request_that_is_larger_than_the_queue_enters_it_piece_by_piece(serve, model_folder):
+    import grpc
+
+    from protos import teacher_pb2, teacher_pb2_grpc
+
+    service = serve(model_folder("Gemma2", VOCAB), "--batch.max-queued-tokens", "512")
+    request = teacher_pb2.ScoreRequest(
+        token_ids=torch.arange(200, dtype=torch.int32).repeat(12).numpy().tobytes(),
+        lengths=[200] * 12,
+        targets=teacher_pb2.TargetSpec(top_k=teacher_pb2.TopK(k=1, bits=8)),
+    )
+    with grpc.insecure_channel(service.address) as channel:
+        answers = list(teacher_pb2_grpc.TeacherStub(channel).Score(iter([request])))
+    assert [answer.part.last for answer in answers] == [False] * 11 + [True]
+    assert {answer.part.sequence for answer in answers} == set(range(12))
+    assert service.stop() == 0
+
+
 def test_a_reader_that_stops_reading_holds_up_nobody_else(serve, model_folder):
     service = serve(model_folder("Llama", 32003))
     release = threading.Event()

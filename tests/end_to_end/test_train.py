@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from student_trainer import LocalTeacher, ProtocolError, distillation_loss, prefetch
 from student_trainer.check import check_alignment
+from student_trainer.cli import main
 from tests import tiny
 from tests.end_to_end.conftest import WORDS, write_config
 
@@ -43,6 +45,7 @@ def test_train_writes_a_student_and_a_report(trained_service, student_folder, te
         seed=1,
         targets="top_k:16",
         control=True,
+        shuffled_control=True,
         ce_weight=0.1,
         tensorboard=True,
     )
@@ -56,14 +59,29 @@ def test_train_writes_a_student_and_a_report(trained_service, student_folder, te
     assert 0 <= report["waiting_fraction"] <= 1
     assert report["bytes_per_token"] > 16
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "data:image/png;base64," in page
+    assert "<svg" in page
     assert (tmp_path / "out" / "loss.png").stat().st_size > 1000
     student = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
     assert student.config.hidden_size == 32
     assert "distilled" in ended.stdout
+    # The negative control saw the same targets in the wrong places.
+    assert report["shuffled_loss"] > report["distilled_loss"]
+    assert report["shuffled_excess"] == pytest.approx(
+        report["shuffled_loss"] - report["distilled_loss"]
+    )
+    assert 0 < report["control_top1_agreement"] < report["distilled_top1_agreement"] < 1
+    assert 0 < report["distilled_calibration_error"] < 1
+    assert report["teacher_accuracy"] > report["distilled_accuracy"]
+    card = ModelCard.load(tmp_path / "out" / "student" / "README.md")
+    assert report["teacher_fingerprint"] in card.text
+    assert f"{report['distilled_loss']:.3f}" in card.text
+    # Made anew from the folder alone, the page and its numbers are the same.
+    assert main(["report", str(tmp_path / "out"), "--output", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text() == page
+    assert json.loads((tmp_path / "again.json").read_text()) == report
     curves = {
         name: EventAccumulator(str(tmp_path / "out" / "tensorboard" / name)).Reload()
-        for name in ("distilled", "control")
+        for name in ("distilled", "control", "shuffled")
     }
     for name, events in curves.items():
         assert [event.step for event in events.Scalars("loss")] == [10, 20, 30]

@@ -138,6 +138,17 @@ class Fleet(AbstractContextManager["Fleet"]):
             stub = teacher_pb2_grpc.TeacherStub(channel)
             return stub.Describe(teacher_pb2.DescribeRequest(), timeout=10)
 
+    def usage(self) -> list[teacher_pb2.UsageRow]:
+        """The ledger of the fleet, which needs the flag --ledger, with all that its replicas know."""
+        rows: list[teacher_pb2.UsageRow] = []
+        for index in (*self.live(), *self.live()):  # each tells what it has, then all is read
+            with grpc.insecure_channel(self.own[index]) as channel:
+                stub = teacher_pb2_grpc.TeacherStub(channel)
+                rows = list(
+                    stub.Usage(teacher_pb2.UsageRequest(since="2000-01-01"), timeout=10).rows
+                )
+        return rows
+
     def wait_known(self, count: int | None = None, seconds: float = 15.0) -> None:
         """Until every live replica lists `count` ready ones: all that live, unless told."""
         wanted = len(self.live()) if count is None else count

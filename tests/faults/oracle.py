@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from logit_codec import Targets
+from protos import teacher_pb2
 from tests import tiny
 from tests.conftest import FORKSERVER
 
@@ -133,6 +134,14 @@ def assert_same(left: list[Left], wanted: list[Left]) -> None:
         assert mine.targets == theirs.targets, f"O2: rank {rank} trained on other targets"
         assert mine.weights == theirs.weights, f"O3: rank {rank} has other weights"
         assert not mine.behind, f"O5: rank {rank} left {mine.behind}"
+
+
+def assert_billed_once(rows: Iterable[teacher_pb2.UsageRow], left: list[Left]) -> None:
+    """O4: the ledger counts every row that the ranks received, once; work that was lost is charged."""
+    rows = list(rows)
+    received = sum(one.counters["rows"] for one in left)
+    assert sum(row.delivered_rows for row in rows) == received, "O4: rows"
+    assert sum(row.tokens for row in rows) >= received, "O4: tokens"
 
 
 def digest(targets: Targets) -> str:

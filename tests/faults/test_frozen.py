@@ -9,7 +9,15 @@ import pytest
 from student_trainer import connect, session
 from tests import tiny
 from tests.faults.fleet import SMALL_BATCHES, Fleet, wait_until
-from tests.faults.oracle import VOCAB, Plan, Training, assert_same, digest, within
+from tests.faults.oracle import (
+    VOCAB,
+    Plan,
+    Training,
+    assert_billed_once,
+    assert_same,
+    digest,
+    within,
+)
 
 NOTICED_S = 15.0
 """The limit for a replica that fell silent."""
@@ -21,7 +29,8 @@ def test_a_frozen_replica_is_noticed_and_its_late_answers_are_dropped(
     serve, folder, fault_free, tmp_path: Path
 ):
     plan = Plan()
-    with Fleet(serve, folder, flags=SMALL_BATCHES, batch_s=0.15) as fleet:
+    flags = (*SMALL_BATCHES, "--ledger", str(tmp_path / "ledger"))
+    with Fleet(serve, folder, flags=flags, batch_s=0.15) as fleet:
         fleet.wait_known()
         training = Training(fleet.addresses, plan, tmp_path / "run")
         training.wait_steps(5)
@@ -34,6 +43,7 @@ def test_a_frozen_replica_is_noticed_and_its_late_answers_are_dropped(
         assert all(one.counters["reconnects"] == 1 for one in left)
         assert all(one.longest_wait_s < NOTICED_S for one in left), "O6"
         fleet.assert_nothing_left()
+        assert_billed_once(fleet.usage(), left)
 
 
 def test_a_frozen_replica_is_left_and_taken_back_when_it_thaws(

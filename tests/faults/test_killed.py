@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.fleet import SMALL_BATCHES, Fleet
-from tests.faults.oracle import Plan, Training, assert_same
+from tests.faults.oracle import Plan, Training, assert_billed_once, assert_same
 
 RECOVERY_S = 2.0
 """The limit with a spare replica; tests allow five times as much."""
@@ -29,7 +29,8 @@ def test_killed_replicas_leave_no_trace_in_the_student(
     chance = random.Random(seed)
     plan = Plan(sequences=sequences)
     wanted = fault_free(plan)
-    with Fleet(serve, folder, flags=SMALL_BATCHES, batch_s=0.15) as fleet:
+    flags = (*SMALL_BATCHES, "--ledger", str(tmp_path / "ledger"))
+    with Fleet(serve, folder, flags=flags, batch_s=0.15) as fleet:
         fleet.wait_known()
         training = Training(fleet.addresses[:1], plan, tmp_path / "run")
         training.wait_steps(3)
@@ -47,6 +48,7 @@ def test_killed_replicas_leave_no_trace_in_the_student(
         assert sum(one.counters["reconnects"] for one in left) >= kills / 2
         assert all(one.longest_wait_s < 5 * RECOVERY_S for one in left), "O6"
         fleet.assert_nothing_left()
+        assert_billed_once(fleet.usage(), left)
 
 
 @pytest.mark.slow

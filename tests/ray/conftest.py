@@ -176,8 +176,13 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
 
 
 @pytest.fixture(scope="session")
-def service(launch: Launch, model_folder: Callable[[str, int], Path]) -> Launched:
-    return launch(model_folder("Gemma2", VOCAB), "--replicas", "2")
+def service(
+    launch: Launch,
+    model_folder: Callable[[str, int], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Launched:
+    ledger = tmp_path_factory.mktemp("ray") / "ledger"
+    return launch(model_folder("Gemma2", VOCAB), "--replicas", "2", "--ledger", str(ledger))
 
 
 @pytest.fixture

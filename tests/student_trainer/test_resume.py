@@ -98,6 +98,8 @@ class Client:
         self.links: list[SimulatedLink] = []
         self.dispatch = Dispatch(lambda link, number: link.outbox.append(number))
         self.submitted = 0
+        self.items: dict[bytes, int] = {}
+        self.numbers: set[int] = set()
 
     def submit(self, token_ids: torch.Tensor, rows: Any, wish: Wish) -> "Future[Answer]":
         request, num_rows = _request(token_ids, rows, wish)
@@ -120,6 +122,11 @@ class Client:
         while link.outbox:
             request = self.dispatch.request(link.outbox.popleft())
             if request is not None:
+                # One piece of work has one item id, and each attempt a number of its own.
+                item = self.items.setdefault(request.token_ids, request.item_id)
+                assert request.item_id == item > 0
+                assert request.request_id not in self.numbers
+                self.numbers.add(request.request_id)
                 link.answering.append(deque(answers(request, link.replica)))
                 return True
         return False
@@ -329,6 +336,7 @@ class Training(RuleBasedStateMachine):
         for link, number, pending in sent:
             assert (pending.link, pending.number) == (link, number)
             assert pending.request.request_id == number
+        assert len(set(self.client.items.values())) == len(self.client.items)
         if self.client.links and any(link not in dispatch._paused for link in self.client.links):
             assert not dispatch._waiting
 

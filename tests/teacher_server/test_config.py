@@ -142,6 +142,8 @@ def test_everything_else_counts_as_reachable(host: str) -> None:
         (["--peers", "a:1", "--service-id", "x"], "--standalone"),
         (["--service-id", "x"], "--standalone"),
         (["--update"], "--ray-address"),
+        (["--tls-cert", "x"], "--tls-key"),
+        (["--tls-client-ca", "x"], "--tls-cert"),
         (["--replicas", "3", "--max-replicas", "2"], "--max-replicas"),
         (["--device", "cuda:1"], "--device cuda"),
         (["--name", "two words"], "name"),
@@ -152,3 +154,28 @@ def test_flags_that_contradict_each_other_are_refused(flags, words: str, capsys)
         tyro.cli(ServeConfig, args=["--model", "m", *flags])
     printed = capsys.readouterr()
     assert words in str(caught.value) + printed.out + printed.err
+
+
+TLS = ["--tls-cert", "c", "--tls-key", "k"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "missing"),
+    [
+        ([], "TLS and teams"),
+        (TLS, "missing: teams"),
+        (["--teams", "t"], "missing: TLS"),
+        ([*TLS, "--teams", "t"], None),
+        (["--allow-public"], None),
+        (["--host", "127.0.0.1"], None),
+    ],
+)
+def test_a_public_address_needs_tls_and_teams(flags: list[str], missing: str | None) -> None:
+    config = tyro.cli(ServeConfig, args=["--model", "m", "--host", "0.0.0.0", *flags])
+    problem = config.exposure()
+    if missing is None:
+        assert problem is None
+        return
+    assert problem is not None
+    for words in (missing, "teacher-server certs", "team add", "--tls-cert", "--allow-public"):
+        assert words in problem

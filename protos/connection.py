@@ -1,0 +1,169 @@
+"""How a caller reaches a service and shows who it is: address, certificates, token.
+
+What is not given comes from a connection file (`teacher-server team add` writes one for each team),
+and what is not there from the environment: TEACHER_TOKEN, TEACHER_CA, TEACHER_CERT, TEACHER_KEY.
+"""
+
+import logging
+import os
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+
+Address = str | os.PathLike[str] | Sequence[str]
+"""host:port, several of one service, or the path of a connection file."""
+Pem = str | bytes | os.PathLike[str]
+"""PEM itself or its path."""
+
+logger = logging.getLogger(__name__)
+
+PUBLIC_AUTHORITIES = "public"
+"""As a ca: the authorities that everybody knows."""
+FILE_SUFFIX = ".toml"
+FILE_KEYS = {"address", "ca", "cert", "key", "token_env"}
+LOCAL_HOSTS = ("localhost", "127.", "[::1]")
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One service as one caller sees it. Its text shows no token."""
+
+    addresses: tuple[str, ...]
+    """host:port, all of one service."""
+    token: str | None = field(default=None, repr=False)
+    ca: bytes | None = field(default=None, repr=False)
+    """PEM of the authority that signed the service's certificate; empty: the public ones; None: the
+    service speaks plain text."""
+    cert: bytes | None = field(default=None, repr=False)
+    key: bytes | None = field(default=None, repr=False)
+
+    @classmethod
+    def to(
+        cls,
+        address: Address,
+        *,
+        token: str | None = None,
+        ca: Pem | None = None,
+        cert: Pem | None = None,
+        key: Pem | None = None,
+    ) -> Self:
+        """A service at host:port, at several of them, or as a connection file (*.toml) says.
+
+        ca, cert, key: paths, or PEM itself. Raises ValueError, OSError where a file is missing.
+        """
+        given: dict[str, Any] = {}
+        texts = [os.fspath(address)] if isinstance(address, str | os.PathLike) else address
+        if len(texts) == 1 and texts[0].endswith(FILE_SUFFIX):
+            given = _read_file(Path(texts[0]))
+            texts = given["address"]
+        addresses = tuple(texts)
+        if not addresses or any(":" not in one for one in addresses):
+            raise ValueError(
+                "an address is host:port, such as teacher.lab:50051, or a connection file such as "
+                f"team.toml; got {addresses[0] if len(addresses) == 1 else list(addresses)!r}"
+            )
+        token = token or os.environ.get(given.get("token_env", "TEACHER_TOKEN")) or None
+        ca = ca or given.get("ca") or os.environ.get("TEACHER_CA") or None
+        cert = cert or given.get("cert") or os.environ.get("TEACHER_CERT") or None
+        key = key or given.get("key") or os.environ.get("TEACHER_KEY") or None
+        if (cert is None) != (key is None):
+            raise ValueError("a client certificate needs both: cert and key")
+        if cert is not None and ca is None:
+            raise ValueError(
+                "a client certificate needs TLS: give ca too, the authority of the service's "
+                f'certificate, or "{PUBLIC_AUTHORITIES}" for the public ones'
+            )
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise ValueError("the token has characters that no token has; was it copied whole?")
+        public = ca == PUBLIC_AUTHORITIES
+        return cls(
+            addresses,
+            token,
+            b"" if public else _pem(ca, "ca"),
+            _pem(cert, "cert"),
+            _pem(key, "key"),
+        )
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call carries."""
+        return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """Of a channel; None: plain text."""
+        if self.ca is None:
+            return None
+        return grpc.ssl_channel_credentials(self.ca or None, self.key, self.cert)
+
+    def channel(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.aio.Channel:
+        """An asyncio channel to one address."""
+        credentials = self.credentials()
+        if credentials is None:
+            return grpc.aio.insecure_channel(address, options=options)
+        return grpc.aio.secure_channel(address, credentials, options=options)
+
+    def blocking_channel(
+        self, address: str, options: Sequence[tuple[str, Any]] = ()
+    ) -> grpc.Channel:
+        """A channel of plain threads to one address."""
+        credentials = self.credentials()
+        if credentials is None:
+            return grpc.insecure_channel(address, options=options)
+        return grpc.secure_channel(address, credentials, options=options)
+
+    def warn(self) -> None:
+        """Logs what is unwise about it."""
+        far = [one for one in self.addresses if not one.startswith(LOCAL_HOSTS)]
+        if self.token is not None and self.ca is None and far:
+            logger.warning(
+                "the token goes to %s in plain text, for whoever can read the network: give ca, "
+                "the authority of the service's certificate",
+                far[0],
+            )
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """What a connection file says; paths in it are relative to it."""
+    try:
+        content = tomllib.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    if unknown := sorted(set(content) - FILE_KEYS):
+        raise ValueError(
+            f"{path}: there is no key {unknown[0]!r}; there are {', '.join(sorted(FILE_KEYS))}. A "
+            "token is never in a file like this: token_env names the variable that has it."
+        )
+    texts = content.get("address", [])
+    content["address"] = texts = [texts] if isinstance(texts, str) else texts
+    rest = [content[key] for key in FILE_KEYS - {"address"} if key in content]
+    if not (
+        isinstance(texts, list) and texts and all(isinstance(one, str) for one in [*texts, *rest])
+    ):
+        raise ValueError(f"{path}: address must be host:port or a list of them, the rest strings")
+    for key in ("ca", "cert", "key"):
+        value = content.get(key)
+        if value and value != PUBLIC_AUTHORITIES and not value.lstrip().startswith("-----BEGIN"):
+            content[key] = path.parent / value
+    return content
+
+
+def _pem(value: Pem | None, what: str) -> bytes | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and value.lstrip().startswith("-----BEGIN"):
+        value = value.encode()
+    if isinstance(value, bytes):
+        data, where = value, what
+    else:
+        where = os.fspath(value)
+        try:
+            data = Path(value).read_bytes()
+        except OSError as error:
+            raise FileNotFoundError(f"cannot read {what} {where}: {error.strerror}") from None
+    if b"-----BEGIN" not in data:
+        raise ValueError(f"{where} is not PEM: a {what} begins with -----BEGIN")
+    return data

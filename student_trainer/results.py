@@ -1,0 +1,134 @@
+"""What one training left behind in its folder: all that a report of it, made later, needs.
+
+results.json is written once, when the training has ended; `report.py` reads one or several.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+FILE_NAME = "results.json"
+FORMAT = 1
+
+
+class _Part(BaseModel):
+    # A loss that is not a number is written as "NaN": it has to be told, not lost.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings"
+    )
+
+
+class Bin(_Part):
+    """The rows whose likeliest token got a probability of one tenth of 0 to 1."""
+
+    count: int
+    """Rows; at least 1."""
+    confidence: float
+    """Mean probability of the likeliest token."""
+    accuracy: float
+    """How often that was the next token."""
+
+
+class Scores(_Part):
+    """One model on the held-out text. None, or an empty list: it could not be known."""
+
+    loss: float | None
+    """Mean cross-entropy of the next token, in nats."""
+    sequence_losses: list[float] = []
+    """The same of each held-out sequence."""
+    accuracy: float | None = None
+    """How often the likeliest token was the next one."""
+    calibration_error: float | None = None
+    """Expected calibration error: mean over the rows of |confidence - accuracy| of their bin."""
+    bins: list[Bin] = []
+    """Those that are not empty, in ascending order."""
+    top1_agreement: float | None = None
+    """How often the likeliest token was the teacher's; of a student."""
+    agreement_rows: int = 0
+    """Rows whose likeliest token the teacher told."""
+
+
+class StudentResults(_Part):
+    """One student that was trained, and how."""
+
+    seconds: float
+    """In the steps, without the measurements."""
+    waiting_s: float
+    tokens: int
+    """Trained rows."""
+    history: list[dict[str, float]]
+    """At every logged step: step, tokens, seconds, loss, tokens_per_s, waiting_fraction, ..."""
+    measurements: list[dict[str, float]]
+    """About ten: step, tokens, seconds, held_out_loss and what else was measured then."""
+    scores: Scores
+    """At the end."""
+
+
+class TeacherResults(_Part):
+    """Who the teacher was, and what could be learnt of it on the held-out text."""
+
+    model: str
+    revision: str
+    license: str | None
+    """As its model card says; None if it has none that can be read here."""
+    weights_fingerprint: str
+    teacher_fingerprint: str
+    vocab_size: int
+    scores: Scores
+    unknown: str = ""
+    """Why some of the scores could not be known."""
+
+
+class Results(_Part):
+    """One run of `student-trainer train`."""
+
+    format: Literal[1] = FORMAT
+    settings: dict[str, Any]
+    """All of TrainConfig."""
+    data_digest: str
+    held_out_digest: str
+    held_out_sequences: int
+    student_parameters: int
+    student_architecture: str
+    student_license: str | None
+    """Of the weights that it started from, as their model card says."""
+    starts_from_weights: bool
+    bytes_per_token: float | None
+    """Of the distilled student's targets, as they are sent and stored."""
+    versions: dict[str, str]
+    """Of the packages that decide the numbers."""
+    finished: str
+    """UTC, ISO 8601."""
+    teacher: TeacherResults
+    students: dict[str, StudentResults]
+    """By name: distilled, and control and shuffled if they were asked for."""
+
+    def save(self, folder: Path) -> Path:
+        """Writes results.json into the folder, whole or not at all."""
+        path = folder / FILE_NAME
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(self.model_dump_json(indent=1) + "\n")
+        os.replace(partial, path)
+        return path
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """What `save` wrote. Raises ValueError that names what is missing or damaged."""
+        path = folder / FILE_NAME
+        if not path.is_file():
+            what = "is not a folder" if not folder.is_dir() else f"has no {FILE_NAME}"
+            raise ValueError(
+                f"{folder} {what}: give the --output folder of a training that has ended. One that "
+                "was stopped goes on with the same student-trainer train."
+            )
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(
+                f"{path} is damaged, or of another version ({where}: {first['msg']}). Run "
+                "student-trainer train again: with checkpoints it only measures and writes."
+            ) from None
