@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,26 @@ UNREADABLE = (
     *(pickle.UnpicklingError, json.JSONDecodeError),
 )
 """What files can raise that are cut off or damaged."""
+
+
+class KeepsCheckpoints(Protocol):
+    """What `trainer.train` needs: `Checkpoints`, or Ray Train's in ray_train.py."""
+
+    def newest(self) -> object | None:
+        """The one to go on from, for a log."""
+        ...
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to save behind `step` of `steps`."""
+        ...
+
+    def load(self, student: nn.Module) -> dict[str, Any] | None:
+        """Puts the newest weights in place and returns the state, if there is one."""
+        ...
+
+    def save(self, step: int, student: nn.Module, state: Mapping[str, Any]) -> object:
+        """Keeps both; the random generators are added."""
+        ...
 
 
 class Checkpoints:
@@ -63,9 +83,7 @@ class Checkpoints:
         partial = self.folder / f".step-{step}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_model(student, str(partial / "student.safetensors"))
-        torch.save({**state, "random": _random_states()}, partial / "state.pt")
-        (partial / "run.json").write_text(json.dumps(self._identity, indent=2) + "\n")
+        write(partial, student, state, self._identity)
         for path in (*partial.iterdir(), partial):
             _force_to_disk(path)
         partial.rename(whole)
@@ -85,16 +103,7 @@ class Checkpoints:
         newest = self.newest()
         if newest is None:
             return None
-        try:
-            self._compare(newest, json.loads((newest / "run.json").read_text()))
-            # Only tensors and plain values are read back: a file cannot run code here.
-            state = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
-            load_model(student, newest / "student.safetensors")
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{newest} cannot be read ({error}). Delete it to go on from the one before it."
-            ) from error
-        return state
+        return read(newest, student, self._identity)
 
     def clear(self) -> None:
         """Removes every checkpoint of the folder."""
@@ -115,21 +124,53 @@ class Checkpoints:
         checkpoint.rename(condemned)
         shutil.rmtree(condemned)
 
-    def _compare(self, newest: Path, saved: dict[str, Any]) -> None:
-        names = [*self._identity, *(name for name in saved if name not in self._identity)]
-        different = [
-            f"{name} was {saved.get(name)!r} and is {self._identity.get(name)!r}"
-            for name in names
-            if saved.get(name) != self._identity.get(name)
-        ]
-        if different:
-            raise ValueError(
-                f"{newest} belongs to another run: {'; '.join(different)}. Give what it had, "
-                "another --output, or --start-over to delete it and begin again."
-            )
+
+def write(
+    folder: Path, student: nn.Module, state: Mapping[str, Any], identity: Mapping[str, Any]
+) -> None:
+    """Puts the three files into a folder; the random generators are added to the state."""
+    save_model(student, str(folder / "student.safetensors"))
+    torch.save({**state, "random": random_states()}, folder / "state.pt")
+    (folder / "run.json").write_text(json.dumps(identity, indent=2) + "\n")
 
 
-def _random_states() -> dict[str, Any]:
+def read(
+    folder: Path, student: nn.Module, identity: Mapping[str, Any], where: object = None
+) -> dict[str, Any]:
+    """Puts the weights in place and returns the state.
+
+    where: how the folder is called in what is raised. Raises ValueError if it is of another run or
+    cannot be read.
+    """
+    where = where or folder
+    try:
+        _compare(where, json.loads((folder / "run.json").read_text()), identity)
+        # Only tensors and plain values are read back: a file cannot run code here.
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        load_model(student, folder / "student.safetensors")
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{where} cannot be read ({error}). Delete it to go on from the one before it."
+        ) from error
+    return state
+
+
+def _compare(where: object, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    names = [*identity, *(name for name in saved if name not in identity)]
+    different = [
+        f"{name} was {saved.get(name)!r} and is {identity.get(name)!r}"
+        for name in names
+        if saved.get(name) != identity.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"{where} belongs to another run: {'; '.join(different)}. Give what it had, "
+            "another --output, or --start-over to delete it and begin again."
+        )
+
+
+def random_states() -> dict[str, Any]:
+    """Of all generators of this process, for `restore_random_states`."""
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
-    from student_trainer.errors import TeacherError
+    from student_trainer.errors import TeacherError, TrainingFailed
 
     try:
         if isinstance(command, TrainConfig):
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("student-trainer: interrupted", file=sys.stderr)
         return 130
-    except (TeacherError, OSError, ValueError) as error:
+    except (TeacherError, TrainingFailed, OSError, ValueError) as error:
         print(f"student-trainer: {error}", file=sys.stderr)
         return 1
 

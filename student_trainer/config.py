@@ -108,6 +108,25 @@ class TrainConfig(CorpusConfig):
     """Delete the checkpoints in output and begin at step 0, instead of going on from the newest."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that train together with Ray Train, each on a share of every batch and with a stream
+    of its own; on GPUs, one for each. 0: this process, without Ray."""
+    ray_address: str = ""
+    """HOST:PORT, or auto: the Ray cluster whose machines the workers run on. Without it, they run on
+    this machine."""
+    max_failures: int = Field(default=3, ge=0)
+    """How often the workers are started again, from the newest checkpoint, when one of them failed."""
+
+    @model_validator(mode="after")
+    def _has_a_share_for_each(self) -> Self:
+        if self.workers > self.batch_size:
+            raise ValueError(
+                f"--workers must be at most --batch-size {self.batch_size}, got {self.workers}: "
+                "each trains at least one sequence of a batch"
+            )
+        if self.ray_address and not self.workers:
+            raise ValueError("--ray-address is for several workers: give --workers N too")
+        return self
 
 
 class ReportConfig(_Section):

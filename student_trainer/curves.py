@@ -6,10 +6,17 @@ from pathlib import Path
 
 
 class Curves:
-    """Scalars in a folder; points are added inside `with curves.behind(step):`."""
+    """Scalars in a folder; points are added inside `with curves.behind(step):`.
 
-    def __init__(self, folder: Path) -> None:
+    Without a folder nothing is written: for ranks that only help to measure.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
         """Raises ValueError if tensorboard is not installed."""
+        self._writer = None
+        if folder is None:
+            self._open = lambda step: None
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -25,10 +32,13 @@ class Curves:
         try:
             yield
         finally:
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """One point of each curve, written when this returns."""
+        if self._writer is None:
+            return
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()

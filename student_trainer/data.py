@@ -5,7 +5,7 @@ Letters: N sequences, L tokens of each.
 
 import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 import xxhash
 from torch import Tensor
 from tqdm import tqdm
+
+from student_trainer.streaming import Layout
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
@@ -90,3 +92,29 @@ def batches(
             order = torch.cat([order, torch.randperm(len(sequences), generator=generator)])
         chosen, order = order[:batch_size], order[batch_size:]
         yield {"input_ids": sequences[chosen], "epoch": step * batch_size // len(sequences)}
+
+
+def share(
+    batches: Iterable[Mapping[str, Any]], *, rank: int, num_ranks: int
+) -> Iterator[dict[str, Any]]:
+    """Of each batch, the sequences of one rank: every `num_ranks`-th, beginning with its own.
+
+    All ranks go through the same batches, so that a position in them means the same on each, and
+    with any other number of ranks. Each share says under "num_items" how many positions of the
+    whole batch are trained: the loss of a rank is to be divided by that. Raises ValueError for a
+    batch with too few sequences.
+    """
+    for batch in batches:
+        size = len(batch["input_ids"])
+        if size < num_ranks:
+            raise ValueError(
+                f"a batch of {size} sequences cannot be shared by {num_ranks} workers: give "
+                "batches of at least one sequence for each"
+            )
+        mine = {
+            name: value[rank::num_ranks]
+            if hasattr(value, "__len__") and len(value) == size
+            else value
+            for name, value in batch.items()
+        }
+        yield {**mine, "num_items": int(Layout.of(batch).trained.sum())}

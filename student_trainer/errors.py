@@ -87,3 +87,8 @@ BY_CODE: dict[int, type[TeacherError]] = {
     16: AccessDenied,
 }
 """gRPC status numbers to what is raised; others are ProtocolError."""
+
+
+class TrainingFailed(RuntimeError):
+    """The workers of a run failed, and more often than they are started again. No TeacherError: the
+    teacher need not have to do with it."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from logit_codec import DenseTargets, Targets, TopKTargets
 from student_trainer.meter import most_likely
+from student_trainer.ranks import Ranks, unwrapped
 from student_trainer.results import Bin, Scores
 from student_trainer.streaming import Teacher
 
@@ -29,22 +30,33 @@ def evaluate(
 ) -> Scores:
     """A student on (N, L) sequences.
 
-    best_ids: (N, L-1), the teacher's likeliest id of each row, or UNKNOWN.
+    best_ids: (N, L-1), the teacher's likeliest id of each row, or UNKNOWN. The ranks of a student in
+    DistributedDataParallel measure a share each; all have to ask, and all get the scores of the whole.
     """
-    student.eval()
+    ranks, student = Ranks.of(student), unwrapped(student).eval()
     device = next(student.parameters()).device
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for ids in sequences.split(batch_size):
-        ids = ids.to(device)
+    num, rows = len(sequences), sequences.shape[1] - 1
+    nll = torch.zeros(num, rows, device=device)
+    best = torch.zeros(num, rows, dtype=torch.int64, device=device)
+    confidence = torch.zeros(num, rows, device=device)
+    for number_B in torch.arange(num)[ranks.rank :: ranks.count].split(batch_size):
+        ids = sequences[number_B].to(device)
         logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
-        rows = zip(logits.split(CHUNK_ROWS), ids[:, 1:].flatten().split(CHUNK_ROWS), strict=True)
-        for some_CV, labels_C in rows:
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        chunks = zip(logits.split(CHUNK_ROWS), ids[:, 1:].flatten().split(CHUNK_ROWS), strict=True)
+        for some_CV, labels_C in chunks:
             some_CV = some_CV.float()
             total_C = some_CV.logsumexp(1)
             largest_C, best_C = some_CV.max(1)
             nll_C = total_C - some_CV.gather(1, labels_C[:, None])[:, 0]
-            found.append((nll_C.cpu(), best_C.cpu(), (largest_C - total_C).exp().cpu()))
-    nll_R, best_R, confidence_R = (torch.cat(parts) for parts in zip(*found, strict=True))
+            found.append((nll_C, best_C, (largest_C - total_C).exp()))
+        where_B = number_B.to(device)
+        for whole, parts in zip((nll, best, confidence), zip(*found, strict=True), strict=True):
+            whole[where_B] = torch.cat(parts).view(-1, rows)
+    # Each rank measured a share, and nothing of the others'.
+    nll_R, best_R, confidence_R = (
+        ranks.add_up(whole).flatten().cpu() for whole in (nll, best, confidence)
+    )
     scores = _scores(sequences, nll_R, best_R, confidence_R)
     if best_ids is None:
         return scores

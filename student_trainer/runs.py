@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from student_trainer import data, model_card, trainer
-from student_trainer.checkpoint import Checkpoints
+from student_trainer.checkpoint import Checkpoints, KeepsCheckpoints
 from student_trainer.client import RemoteTeacher, connect
 from student_trainer.config import CorpusConfig, TrainConfig
 from student_trainer.curves import Curves
 from student_trainer.errors import NotRecorded
 from student_trainer.evaluate import evaluate, evaluate_teacher
 from student_trainer.prefetch import prefetch
+from student_trainer.ranks import Ranks
 from student_trainer.recorded import Recorded
 from student_trainer.results import Results, Scores, StudentResults, TeacherResults
 from student_trainer.shuffled import ShuffledTargets
@@ -43,6 +44,7 @@ MAY_CHANGE = {
         "tensorboard",
     ),
     *("checkpoint_every", "keep_checkpoints", "start_over"),
+    *("workers", "ray_address", "max_failures"),
 }
 """What a run that goes on from a checkpoint may set otherwise."""
 
@@ -102,47 +104,54 @@ class HeldOut:
     """The held-out text, what the teacher makes of it, and what a student did last time."""
 
     def __init__(
-        self, config: CorpusConfig, teacher: RemoteTeacher | Recorded, sequences: Tensor
+        self,
+        sequences: Tensor,
+        best_ids: Tensor | None = None,
+        teacher: Scores | None = None,
+        unknown: str = "",
     ) -> None:
-        """Asks the teacher. Raises what `Teacher.stream` does."""
+        """best_ids: as for `evaluate`. teacher: its scores; unknown: why some of them are not known."""
         self.sequences = sequences
-        self.unknown = ""
-        """Why some of the teacher's scores are not known, as far as they are not."""
-        self.teacher, self._best_ids = self._ask(config, teacher)
+        self.best_ids = best_ids
+        self.teacher = teacher or Scores(loss=None)
+        self.unknown = unknown
         self.last: Scores | None = None
 
-    def _ask(
-        self, config: CorpusConfig, teacher: RemoteTeacher | Recorded
-    ) -> tuple[Scores, Tensor | None]:
+    @classmethod
+    def ask(
+        cls, config: CorpusConfig, teacher: RemoteTeacher | Recorded, sequences: Tensor
+    ) -> Self:
+        """Asks the teacher, as far as it can tell. Raises what `Teacher.stream` does."""
         if not isinstance(teacher, Recorded):
-            return evaluate_teacher(teacher, self.sequences)
+            scores, best_ids = evaluate_teacher(teacher, sequences)
+            return cls(sequences, best_ids, scores)
         try:
             scores, best_ids = evaluate_teacher(
                 teacher,
-                self.sequences,
+                sequences,
                 targets=config.targets,
                 temperature=config.temperature,
                 seed=config.seed,
             )
         except NotRecorded:
-            self.unknown = "the held-out text was not recorded"
-            logger.warning("%s: the teacher's own loss is unknown", self.unknown)
-            return Scores(loss=None), None
+            unknown = "the held-out text was not recorded"
+            logger.warning("%s: the teacher's own loss is unknown", unknown)
+            return cls(sequences, unknown=unknown)
         if None not in (scores.loss, scores.accuracy, scores.calibration_error):
-            return scores, best_ids
+            return cls(sequences, best_ids, scores)
         if teacher.fallback is not None:
-            live, best_ids = evaluate_teacher(teacher.fallback, self.sequences)
+            live, best_ids = evaluate_teacher(teacher.fallback, sequences)
             if scores.loss is not None:  # the same, whether there is a live teacher or not
                 same = {"loss": scores.loss, "sequence_losses": scores.sequence_losses}
                 live = live.model_copy(update=same)
-            return live, best_ids
+            return cls(sequences, best_ids, live)
         found = f"the record holds {config.targets} at temperature {config.temperature:g}"
-        self.unknown = f"{found}, which does not tell it; with --teacher too, the teacher is asked"
-        return scores, best_ids
+        unknown = f"{found}, which does not tell it; with --teacher too, the teacher is asked"
+        return cls(sequences, best_ids, scores, unknown)
 
     def measure(self, student: nn.Module, batch_size: int) -> Scores:
         """A student on the text, beside the teacher."""
-        self.last = evaluate(student, self.sequences, self._best_ids, batch_size=batch_size)
+        self.last = evaluate(student, self.sequences, self.best_ids, batch_size=batch_size)
         return self.last
 
     def beside_the_loss(self) -> dict[str, float]:
@@ -158,13 +167,17 @@ class HeldOut:
 def train(config: TrainConfig) -> Results:
     """Trains the student, and the controls that were asked for, and saves the student.
 
-    Raises ValueError, OSError, and what a teacher can raise.
+    Raises ValueError, OSError, TrainingFailed, and what a teacher can raise.
     """
+    if config.workers:
+        from student_trainer.ray_train import train_students as train_them
+    else:
+        train_them = train_students
     corpus = read_corpus(config)
     config.output.mkdir(parents=True, exist_ok=True)
     with open_teacher(config, corpus.tokenizer) as teacher:
-        held_out = HeldOut(config, teacher, corpus.held_out)
-        trained = train_students(config, corpus, teacher, held_out)
+        held_out = HeldOut.ask(config, teacher, corpus.held_out)
+        trained = train_them(config, corpus, teacher, held_out)
         info = teacher.info
     student = trained.student
     return Results(
@@ -212,28 +225,24 @@ def train_students(
     if config.control:
         student, checkpoints = begin(config, corpus, "control")
         pairs = control_pairs(batches(config, corpus))
-        run = train_student(
-            *(config, corpus, student, pairs, "control", checkpoints), held_out=held_out
-        )
+        run = train_student(*(config, student, pairs, "control", checkpoints), held_out=held_out)
         students["control"] = results_of(run, held_out.measure(student, config.batch_size))
     fingerprint = teacher.info.teacher_fingerprint
     student, checkpoints = begin(config, corpus, "distilled", teacher_fingerprint=fingerprint)
     made = DistilledPairs(config, teacher, batches(config, corpus))
     run = train_student(
-        *(config, corpus, student, made.stream, "distilled", checkpoints),
+        *(config, student, made.stream, "distilled", checkpoints),
         held_out=held_out,
         also=made.measured,
     )
-    nbytes = made.bytes_per_token() or _last(run.history, "bytes_per_token") or None
+    nbytes = bytes_per_token(made, run.history)
     students["distilled"] = results_of(run, held_out.measure(student, config.batch_size))
     save_student(student, corpus, config.output / "student")
     if config.shuffled_control:
         other, checkpoints = begin(config, corpus, "shuffled", teacher_fingerprint=fingerprint)
         again = DistilledPairs(config, teacher, batches(config, corpus))
         pairs = ShuffledTargets(again.stream, seed=config.seed)
-        run = train_student(
-            *(config, corpus, other, pairs, "shuffled", checkpoints), held_out=held_out
-        )
+        run = train_student(*(config, other, pairs, "shuffled", checkpoints), held_out=held_out)
         students["shuffled"] = results_of(run, held_out.measure(other, config.batch_size))
     return Trained(student, students, nbytes)
 
@@ -326,25 +335,25 @@ def identity_of(config: TrainConfig, corpus: Corpus, **more: str) -> dict[str, A
 
 def train_student(
     config: TrainConfig,
-    corpus: Corpus,
     student: nn.Module,
     pairs: Any,
     name: str,
-    checkpoints: Checkpoints,
+    checkpoints: KeepsCheckpoints,
     *,
-    held_out: HeldOut | None = None,
+    held_out: HeldOut,
     also: Callable[[], dict[str, float]] = dict,
+    log: Callable[[str], None] | None = None,
 ) -> trainer.Run:
     """Trains one student of the run on its pairs.
 
-    held_out: what to measure on, beside the teacher; without it the loss alone is measured. also: as
-    for `trainer.train`.
+    held_out: what to measure on. also, log: as for `trainer.train`.
     """
-    curves = Curves(config.output / "tensorboard" / name) if config.tensorboard else None
+    curves = None
+    if config.tensorboard:
+        is_first = Ranks.of(student).rank == 0
+        curves = Curves(config.output / "tensorboard" / name if is_first else None)
 
     def measure(model: nn.Module) -> float:
-        if held_out is None:
-            return trainer.held_out_loss(model, corpus.held_out)
         loss = held_out.measure(model, config.batch_size).loss
         assert loss is not None
         return loss
@@ -364,14 +373,16 @@ def train_student(
         log_every=config.log_every,
         curves=curves,
         also=also,
-        measured=dict if held_out is None else held_out.beside_the_loss,
+        log=log,
+        measured=held_out.beside_the_loss,
         is_aligned=name != "shuffled",
     )
 
 
-def _last(history: list[dict[str, float]], name: str) -> float | None:
-    """Of a run that was at its end when it went on, too: its history came with the checkpoint."""
-    return next((entry[name] for entry in reversed(history) if name in entry), None)
+def bytes_per_token(pairs: DistilledPairs, history: list[dict[str, float]]) -> float | None:
+    """Of the targets of a run; what it last logged, if it was at its end when it went on."""
+    logged = (entry["bytes_per_token"] for entry in reversed(history) if "bytes_per_token" in entry)
+    return pairs.bytes_per_token() or next(logged, None) or None
 
 
 def find_device(config: TrainConfig) -> str:

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from logit_codec import Targets
 from student_trainer.check import check_alignment, warn_of_tail
-from student_trainer.checkpoint import Checkpoints, restore_random_states
+from student_trainer.checkpoint import KeepsCheckpoints, restore_random_states
 from student_trainer.curves import Curves
 from student_trainer.losses import distillation_loss
 from student_trainer.meter import Meter, cross_entropy_sum, means
+from student_trainer.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -77,10 +78,11 @@ def train(
     ce_weight: float,
     measure: Callable[[nn.Module], float],
     label: str,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: KeepsCheckpoints | None = None,
     log_every: int = 10,
     curves: Curves | None = None,
     also: Callable[[], dict[str, float]] = dict,
+    log: Callable[[str], None] | None = None,
     measured: Callable[[], dict[str, float]] = dict,
     is_aligned: bool = True,
 ) -> Run:
@@ -90,11 +92,16 @@ def train(
     gives the held-out loss, called about ten times; `measured` what else it found. With
     `checkpoints`, goes on from the newest and writes new ones; `pairs` then has a state, as streams
     and `prefetch` do. The progress bar shows the last `log_every` steps; so do `curves`, together
-    with what `also` returns. is_aligned: whether targets must belong to their tokens. Raises
-    ValueError for checkpoints that cannot be used, ProtocolError for targets of other tokens, and
-    what `pairs` raises.
+    with what `also` returns; with `log`, a line of text goes there instead of the bar. is_aligned:
+    whether targets must belong to their tokens.
+
+    A student in DistributedDataParallel is trained by all its ranks: a batch is then the share of
+    one of them, as `data.share` makes it, and losses and curves are of the whole step.
+
+    Raises ValueError for checkpoints that cannot be used, ProtocolError for targets of other tokens,
+    and what `pairs` raises.
     """
-    run = Run()
+    run, ranks = Run(), Ranks.of(student)
     start, saved = 0, None
     optimizers = make_optimizers(student, optimizer, learning_rate)
     schedules = [
@@ -124,7 +131,9 @@ def train(
     logged = replace(run)
     student.train()
     with ExitStack() as ending:
-        progress = ending.enter_context(tqdm(total=steps, initial=start, desc=label, unit=" steps"))
+        progress = ending.enter_context(
+            tqdm(total=steps, initial=start, desc=label, unit=" steps", disable=log is not None)
+        )
         if curves is not None:
             ending.enter_context(curves.behind(start))
         for step in range(start, steps):
@@ -136,9 +145,12 @@ def train(
             ids = batch["input_ids"].to(device)
             logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
             labels = ids[:, 1:].flatten()
+            num_items = int(batch.get("num_items", labels.numel()))
             ce = None
             if targets is None or ce_weight:
-                ce = nn.functional.cross_entropy(logits.float(), labels)
+                ce = (
+                    nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / num_items
+                )
             if targets is None:
                 loss = ce
             else:
@@ -147,20 +159,20 @@ def train(
                         check_alignment(batch, targets)
                     warn_of_tail(targets, ce_weight)
                 targets = targets.to(device)
-                kd = distillation_loss(logits, targets)
+                kd = distillation_loss(logits, targets, num_items=num_items)
                 loss = kd_weight * kd if ce is None else kd_weight * kd + ce_weight * ce
                 if curves is not None:
                     with torch.no_grad():
                         meter.add(
                             targets,
-                            kd_sum=kd * targets.num_rows,
+                            kd_sum=kd * num_items,
                             ce_sum=cross_entropy_sum(logits, labels)
                             if ce is None
-                            else ce * targets.num_rows,
+                            else ce * num_items,
                             best_R=logits.argmax(1),
                         )
             assert loss is not None
-            loss.backward()
+            (loss * ranks.count).backward()  # the ranks' gradients are averaged
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             rate = schedules[0].get_last_lr()[0]
             for one, schedule in zip(optimizers, schedules, strict=True):
@@ -173,9 +185,10 @@ def train(
             is_saved = checkpoints is not None and checkpoints.is_due(done, steps)
             is_logged = done % log_every == 0 or done == steps
             if is_measured or is_saved or is_logged:
-                run.train_losses += torch.stack(losses).tolist()  # waits for the device
+                # Waits for the device.
+                run.train_losses += ranks.add_up(torch.stack(losses)).tolist()
                 losses.clear()
-            run.tokens += labels.numel()
+            run.tokens += num_items
             run.waiting_s += began - asked
             run.seconds += time.perf_counter() - asked
             progress.update()
@@ -184,12 +197,15 @@ def train(
                 logged = replace(run)
                 values |= also()
                 run.history.append({**run.at(done), **values})
-                progress.set_postfix_str(
+                line = (
                     f"loss {values['loss']:.3f}, {values['tokens_per_s']:,.0f} tokens/s, "
                     f"waiting {values['waiting_fraction']:.1%}"
                 )
+                progress.set_postfix_str(line)
+                if log is not None:
+                    log(f"{label}: step {done} of {steps}, {line}")
                 if curves is not None:
-                    curves.add(done, {**values, **means(meter.take())})
+                    curves.add(done, {**values, **means(ranks.add_up(meter.take()))})
             if is_measured:
                 run.curve.append((done, measure(student)))
                 values = {"held_out_loss": run.held_out_loss, **measured()}

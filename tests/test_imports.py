@@ -13,6 +13,7 @@ ALLOWED = {
     "student_trainer": {"student_trainer", "logit_codec", "protos"},
 }
 OURS = {*ALLOWED, "tests", "examples", "benchmarks"}
+WITH_RAY = {"teacher_server/app.py", "student_trainer/ray_train.py"}
 # A teacher in the trainer's own process is the one exception, and only when one is made.
 EXCEPTION = ("student_trainer/local.py", {"teacher_server.model", "teacher_server.head"})
 FILES = sorted(
@@ -55,3 +56,11 @@ def test_the_codec_needs_torch_numpy_and_xxhash_only(path: str):
     for module, _ in imports(path):
         root = module.partition(".")[0]
         assert root in {"logit_codec", "torch", "numpy", "xxhash"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_ray_is_imported_where_it_belongs_and_by_no_trainer_before_it_is_used(path: str):
+    for module, at_top in imports(path):
+        if module.partition(".")[0] == "ray":
+            assert path in WITH_RAY, f"{path} must not import {module}"
+            assert path == "teacher_server/app.py" or not at_top, f"{path} loads {module}"

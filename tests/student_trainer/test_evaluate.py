@@ -124,17 +124,17 @@ def test_a_record_of_samples_says_what_it_cannot_tell_and_a_live_teacher_is_aske
         targets="sampled:16",
     )
     with Recorded(tmp_path / "record", teacher) as record:
-        found = HeldOut(config, record, sequences)
+        found = HeldOut.ask(config, record, sequences)
         assert found.unknown == ""
         assert found.teacher.accuracy is not None
     with Recorded(tmp_path / "record") as record:
-        found = HeldOut(config, record, sequences)
+        found = HeldOut.ask(config, record, sequences)
         assert "sampled:16" in found.unknown
         assert "--teacher" in found.unknown
         assert found.teacher.loss is not None
         assert found.measure(tiny.make_student(), 4).top1_agreement is None
         assert set(found.beside_the_loss()) == {"held_out_accuracy"}
-        other = HeldOut(config, record, sequences + 1 - sequences % 2)
+        other = HeldOut.ask(config, record, sequences + 1 - sequences % 2)
         assert "was not recorded" in other.unknown
         assert other.teacher.loss is None
 
