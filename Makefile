@@ -34,6 +34,8 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.losses
 	$(BIN)/python -m benchmarks.hf_trainer
 	$(BIN)/python -m benchmarks.waiting
+	$(BIN)/python -m benchmarks.record
+	$(BIN)/python -m benchmarks.fairness
 	$(BIN)/python -m benchmarks.faults
 
 # torch goes first and by its exact version: that is how a CPU build is found where there is one.
