@@ -13,7 +13,7 @@ nearly certain and few nearly flat. `spread` undoes that: each row gets a temper
 log-normal with this standard deviation.
 
 The student is the teacher, flattened and with noise: early in training with a KL of about 0.5 nats to
-it, late with 0.15. What is biased shows late: it does not become smaller as the gradient does.
+it, late with 0.12. What is biased shows late: it does not become smaller as the gradient does.
 """
 
 import math

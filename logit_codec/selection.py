@@ -179,17 +179,17 @@ def _likeliest(
 ) -> tuple[Tensor, Tensor]:
     """Rows and ids (E,), ascending: the k largest logits of each row, equal ones by lowest id.
 
-    There may be a few more. The k blocks of largest shares hold k logits that are no smaller than
-    some `least` of them, so no smaller one is among the k largest of the row, and a block that
-    holds a larger one has at least that one's share. Where that leaves too many blocks, as in flat
-    rows, `_likeliest_by_maxima` looks at all logits once more.
+    There may be a few more. Each of the k blocks of largest shares holds a logit that is no smaller
+    than the least of their maxima, so no smaller one is among the k largest of the row, and a block
+    that holds one of those has at least the share of the least. Where that leaves too many blocks,
+    as in flat rows, `_likeliest_by_maxima` looks at all logits once more.
     """
     num_rows, num_blocks = shares_RB.shape
     if 4 * k <= num_blocks:
         heavy_RK = shares_RB.topk(k, sorted=False).indices
         rows_RK = torch.arange(num_rows, device=logits.device)[:, None].expand_as(heavy_RK)
         heavy_HW = block_logits(logits, rows_RK.flatten(), heavy_RK.flatten())
-        least_R = heavy_HW.view(num_rows, -1).topk(k, sorted=False).values.amin(1)
+        least_R = heavy_HW.amax(1).view(num_rows, k).amin(1)
         floor_R = 0.999 * (least_R.double() / temperature - log_z_R).exp()
         hit_RB = shares_RB >= floor_R[:, None]
         # Shares below that are rounded by more than the 0.001.
