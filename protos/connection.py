@@ -79,7 +79,7 @@ class Connection:
             )
         if token is not None and not (token.isascii() and token.isprintable()):
             raise ValueError("the token has characters that no token has; was it copied whole?")
-        public = ca == PUBLIC_AUTHORITIES
+        public = ca is not None and os.fspath(ca) == PUBLIC_AUTHORITIES  # as a flag it is a Path
         return cls(
             addresses,
             token,

@@ -39,7 +39,9 @@ def evaluate(
     nll = torch.zeros(num, rows, device=device)
     best = torch.zeros(num, rows, dtype=torch.int64, device=device)
     confidence = torch.zeros(num, rows, device=device)
-    for number_B in torch.arange(num)[ranks.rank :: ranks.count].split(batch_size):
+    mine = torch.arange(num)[ranks.rank :: ranks.count]
+    for first in range(0, len(mine), batch_size):  # nothing, where there is no share of it
+        number_B = mine[first : first + batch_size]
         ids = sequences[number_B].to(device)
         logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
         found: list[tuple[Tensor, Tensor, Tensor]] = []

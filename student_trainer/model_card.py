@@ -193,9 +193,12 @@ def _results_table(report: Mapping[str, Any]) -> str:
 
 def _toml(settings: Mapping[str, Any]) -> str:
     """The settings that are not about one machine; JSON's values are TOML's too."""
-    left_out = {"teacher", "device", "tensorboard", "start_over", "ahead", "log_every"}
+    left_out = {
+        *("teacher", "ca", "cert", "key", "device", "workers", "ray_address", "max_failures"),
+        *("tensorboard", "start_over", "ahead", "log_every"),
+    }
     return "\n".join(
         f"{name} = {json.dumps(value)}"
         for name, value in settings.items()
-        if name not in left_out and value not in ("", [])
+        if name not in left_out and value not in (None, "", [])
     )

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from protos.connection import FILE_SUFFIX, Connection
+from protos.connection import FILE_SUFFIX, PUBLIC_AUTHORITIES, Connection
 from student_trainer import checkpoint, data, runs, trainer
 from student_trainer.client import RemoteTeacher
 from student_trainer.config import TrainConfig
@@ -177,7 +177,7 @@ def _with_whole_paths(config: TrainConfig) -> TrainConfig:
     whole: dict[str, Any] = {
         name: path.absolute()
         for name in ("student", "output", "ca", "cert", "key")
-        if (path := getattr(config, name)) is not None
+        if (path := getattr(config, name)) is not None and str(path) != PUBLIC_AUTHORITIES
     }
     if config.record and "://" not in config.record:
         whole["record"] = str(Path(config.record).absolute())

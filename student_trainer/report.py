@@ -16,7 +16,7 @@ from student_trainer.results import FILE_NAME, Results, Scores, StudentResults
 NOT_A_SETTING = {
     *("teacher", "record", "draws", "student", "output", "ahead", "control", "shuffled_control"),
     *("device", "log_every", "tensorboard", "checkpoint_every", "keep_checkpoints", "start_over"),
-    *("workers", "ray_address", "max_failures"),
+    *("ca", "cert", "key", "workers", "ray_address", "max_failures"),
     *("data", "held_out", "held_out_sequences", "seed"),
 }
 """What two runs may set differently and still repeat each other; texts are compared by digest."""

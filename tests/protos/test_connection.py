@@ -124,6 +124,7 @@ def test_the_likely_cause_of_a_failure_is_found(tmp_path: Path):
         assert "speaks TLS and was spoken to in plain text" in found(address)
         assert "not signed by the given authority" in found(address, ca=other)
         assert "not signed by the given authority" in found(address, ca="public")
+        assert "not signed by the given authority" in found(address, ca=Path("public"))  # --ca
         assert found(address, ca=ca) == "", "nothing is wrong"
     with server("127.0.0.2", pair) as address:
         assert "is not for 127.0.0.2" in found(address, ca=ca)

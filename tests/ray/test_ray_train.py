@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from student_trainer import LocalTeacher, Recorded, runs
 from student_trainer.cli import main
 from student_trainer.config import TrainConfig
 from student_trainer.ray_train import FOLDER, SNAPSHOT
+from student_trainer.results import Results
 from tests import tiny
 from tests.end_to_end.conftest import (
     WORDS,
@@ -33,8 +34,10 @@ from tests.end_to_end.conftest import (
     write_config,
 )
 from tests.ray.conftest import Launched, wait_for
+from tests.teams import add_team, make_certs
 
-pytestmark = pytest.mark.ray
+# tests/student_trainer/test_ranks.py has the steps of two ranks without Ray, and is fast.
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TARGETS = "top_k:8"
 SETTINGS = {
@@ -108,9 +111,17 @@ class Training:
 
 @contextmanager
 def training(
-    settings: dict, output: Path, *flags: str, on: Launched | None = None, workers: int = 2
+    settings: dict,
+    output: Path,
+    *flags: str,
+    on: Launched | None = None,
+    workers: int = 2,
+    more: Mapping[str, str] | None = None,
 ) -> Iterator[Training]:
-    """Trains on the Ray of `on`, or on one of its own; what still runs in the end is killed."""
+    """Trains on the Ray of `on`, or on one of its own; what still runs in the end is killed.
+
+    more: variables of its environment, which that of the workers of `on` does not have.
+    """
     output.mkdir(exist_ok=True)
     environment = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "OMP_NUM_THREADS": "1"}
     if on is not None:
@@ -124,7 +135,7 @@ def training(
             stdout=file,
             stderr=file,
             text=True,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, **(more or {})},
             start_new_session=True,
         )
     try:
@@ -162,7 +173,7 @@ def test_two_workers_with_a_record_take_the_steps_of_one_process(
     start = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "student")
     assert start.config.hidden_size == 32
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
-    for name in ("distilled_loss", "teacher_loss"):
+    for name in ("distilled_loss", "teacher_loss", "distilled_top1_agreement"):
         assert reports[1][name] == pytest.approx(reports[0][name], rel=1e-5)
     for name in ("trained_tokens", "steps", "teacher_fingerprint"):
         assert reports[1][name] == reports[0][name]
@@ -191,7 +202,6 @@ def uninterrupted(
     return output
 
 
-@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_weights_are_the_same_bits(
     service: Launched,
     with_dropout,
@@ -208,7 +218,6 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same_bits(
     assert torch.equal(trained(tmp_path / "killed"), trained(uninterrupted))
 
 
-@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_same_bits(
     service: Launched,
     with_dropout,
@@ -238,7 +247,6 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
     assert torch.equal(trained(output), trained(uninterrupted))
 
 
-@pytest.mark.slow
 def test_another_number_of_workers_goes_on_with_the_same_steps(
     service: Launched,
     settings,
@@ -260,14 +268,14 @@ def test_another_number_of_workers_goes_on_with_the_same_steps(
     assert distance(output, tmp_path / "alone") < 1e-6
 
 
-@pytest.mark.slow
 def test_a_ray_of_its_own_is_on_loopback_and_leaves_nothing_behind(
     settings, record, tmp_path: Path
 ):
     from tests.ray.test_service import listening
 
     output = tmp_path / "own"
-    settings = {**settings, "record": record, "steps": 40, "control": True, "tensorboard": True}
+    settings = {**settings, "record": record, "steps": 40, "tensorboard": True}
+    settings |= {"control": True, "shuffled_control": True}
     with training({**settings, "checkpoint_every": 4}, output) as run:
         launched = Launched(run.process, output, {})  # type: ignore[arg-type]
         run.wait_saved(4)
@@ -279,12 +287,18 @@ def test_a_ray_of_its_own_is_on_loopback_and_leaves_nothing_behind(
         wait_for(lambda: not launched.processes(), 90)  # agents of Ray may linger
     report = json.loads((output / "report.json").read_text())
     assert report["gain"] == pytest.approx(report["control_loss"] - report["distilled_loss"])
+    assert report["shuffled_loss"] > report["distilled_loss"]
+    results = Results.load(output)
+    for student in results.students.values():
+        assert [one["step"] for one in student.measurements][-1] == 40
+        assert student.measurements[-1]["held_out_loss"] == pytest.approx(student.scores.loss)
+        assert "held_out_top1_agreement" in student.measurements[0]
     left = Path("/tmp").glob("student-*/session_*")
     assert not [path for path in left if path.name.endswith(f"_{run.process.pid}")]
-    assert (output / "tensorboard" / "distilled").is_dir()
+    for name in ("distilled", "control", "shuffled"):
+        assert (output / "tensorboard" / name).is_dir()
 
 
-@pytest.mark.slow
 def test_what_would_fail_again_is_not_tried_again(
     service: Launched, settings, teacher_model, tmp_path: Path
 ):
@@ -303,3 +317,41 @@ def test_what_would_fail_again_is_not_tried_again(
     last = log.strip().splitlines()[-1]
     assert last.startswith("student-trainer: ")
     assert "record" in last
+
+
+def test_workers_have_the_token_from_their_environment_and_nowhere_else(
+    service: Launched, settings, teacher_folder, serve, tmp_path: Path
+):
+    """Those of a Ray of our own inherit it; on a cluster its absence is said."""
+    certificates = make_certs(tmp_path)
+    token = add_team(tmp_path / "teams.toml", "search")
+    served = serve(teacher_folder, "--teams", str(tmp_path / "teams.toml"), *certificates)
+    (tmp_path / "team.toml").write_text(
+        f'address = "{served.address}"\nca = "ca.pem"\ntoken_env = "SEARCH_TOKEN"\n'
+    )
+    # Relative paths: workers have working directories of their own.
+    flags = ("--teacher", os.path.relpath(tmp_path / "team.toml"))
+    more = {"SEARCH_TOKEN": token}
+    own, there = tmp_path / "own", tmp_path / "there"
+    with training(settings, own, *flags, more=more) as run:
+        launched = Launched(run.process, own, {})  # type: ignore[arg-type]
+        wait_for(lambda: worker_pids(launched) or run.process.poll() is not None, 300)
+        assert not [one for one in launched.processes().values() if token in one]
+        sessions = Path("/tmp").glob(f"student-*/session_*_{run.process.pid}")
+        (logs,) = sessions
+        wait_for(lambda: "step 4 of 12" in run.log.read_text() or run.process.poll(), 300)
+        assert token.encode() not in contents(logs)
+        run.end()
+    assert token.encode() not in contents(own)
+    with training(settings, there, *flags, on=service, more=more) as run:
+        assert run.process.wait(240) == 1
+    last = run.log.read_text().strip().splitlines()[-1]
+    for words in ("student-trainer: ", "no token in its environment", "TEACHER_TOKEN", "ray start"):
+        assert words in last
+    assert token.encode() not in contents(there)
+
+
+def contents(folder: Path) -> bytes:
+    """Of all files below."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return b"\n".join(path.read_bytes() for path in files)
