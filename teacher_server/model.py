@@ -24,6 +24,7 @@ import transformers
 from torch import Tensor, nn
 
 from logit_codec import FORMAT_VERSION, CodecError, IdTable, tokenizer_fingerprint
+from logit_codec.selection import ARITHMETIC as SELECTION_ARITHMETIC
 from teacher_server.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class TeacherModel:
             "device": self.device.type,
             "attention": self.attention,
             "head": HEAD_ARITHMETIC,
+            "selection": SELECTION_ARITHMETIC,
             "config": self._config,
             "buckets": [bucket_length(n, 2**20) for n in (2, 300, 5000)],
             "max_sequence_tokens": self.max_sequence_tokens,  # caps the buckets
