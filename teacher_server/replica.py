@@ -17,7 +17,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -44,7 +44,7 @@ from teacher_server.metrics import Metrics
 from teacher_server.model import TeacherModel, load
 from teacher_server.scheduler import Job, Scheduler
 from teacher_server.service import Scored, TeacherService
-from teacher_server.standing import Standing
+from teacher_server.standing import Standing, TeamStanding
 from teacher_server.teams import TeamsFile
 from teacher_server.tls import Tls
 from teacher_server.workload import WorkloadCounter
@@ -199,17 +199,10 @@ class Replica:
             metrics=self.metrics,
             standing=self.standing,
             status=self._status,
-            team_standings=lambda: self.standing.teams(self._scheduler.queued_by_team()),
+            team_standings=self._team_standings,
             workload=self.workload,
         )
-        self.metrics.watch(
-            "teacher_queued_tokens", "Padded tokens that wait.", lambda: self.queued_tokens
-        )
-        self.metrics.watch(
-            "teacher_directory_away",
-            "1 while quotas and usage cannot reach the directory.",
-            lambda: float(self._accounts.is_alone),
-        )
+        self._show_gauges()
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         for name in ("", SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -307,6 +300,30 @@ class Replica:
             busy=load.busy,
         )
 
+    def _team_standings(self) -> list[TeamStanding]:
+        return self.standing.teams(self._scheduler.queued_by_team())
+
+    def _show_gauges(self) -> None:
+        """Lets the metrics read what is known here."""
+        watch, accounts, tls = self.metrics.watch, self._accounts, self._tls
+
+        def watch_teams(name: str, value: Callable[[TeamStanding], float]) -> None:
+            watch(name, lambda: {one.team: value(one) for one in self._team_standings()})
+
+        watch("teacher_queued_tokens", lambda: self.queued_tokens)
+        watch("teacher_memory_bytes", resident_nbytes)
+        watch("teacher_device_memory_bytes", lambda: device_nbytes(self.model.device))
+        watch("teacher_directory_away", lambda: float(accounts.is_alone))
+        watch("teacher_ledger_sync_age_seconds", lambda: accounts.sync_age_s)
+        watch("teacher_journal_segments", lambda: accounts.num_segments)
+        watch("teacher_team_quota_left_tokens", accounts.known_left_today)
+        if tls is not None:
+            watch("teacher_certificate_expires_timestamp_seconds", tls.expires_s)
+        watch_teams("teacher_team_share_ratio", lambda one: one.share)
+        watch_teams("teacher_team_entitled_ratio", lambda one: one.entitled)
+        watch_teams("teacher_team_in_flight_tokens", lambda one: one.tokens_in_flight)
+        watch_teams("teacher_team_queued_tokens", lambda one: one.queued_tokens)
+
     def set_others(self, cards: Iterable[teacher_pb2.Replica]) -> None:
         """Who else lives of this service; the replica's own card among them is left out."""
         self._others = [card for card in cards if card.id != self.replica_id]
@@ -390,6 +407,10 @@ class Replica:
     def _compute_loop(self) -> None:
         while batch := self._scheduler.next_batch():
             self._accounts.dispatched(batch)
+            now = time.monotonic()
+            for job in batch:
+                waited_s = max(0.0, now - job.submitted_s)
+                self.metrics.dispatched(job.team.name, job.bucket, job.cost, waited_s)
             groups: dict[int, list[Job]] = {}  # jobs of one canonical length share a forward pass
             for job in batch:
                 groups.setdefault(job.bucket, []).append(job)
@@ -405,6 +426,7 @@ class Replica:
         tokens = sum(job.bucket for job in group)
         seconds = time.monotonic() - started
         self.workload.computed(seconds)
+        self.metrics.busy_s.inc(seconds)
         self._longest_batch_s = max(self._longest_batch_s, seconds)
         self._scheduler.record_speed(tokens, seconds)
         logger.debug(

@@ -33,7 +33,7 @@ from teacher_server.metrics import Metrics
 from teacher_server.room import ProcessRoom, StreamRoom
 from teacher_server.scheduler import Job
 from teacher_server.standing import Standing, TeamStanding, idle
-from teacher_server.teams import DEFAULT_TEAM, Team
+from teacher_server.teams import Team
 from teacher_server.usage import first_day, usage_row
 from teacher_server.workload import WorkloadCounter
 
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 PART_SLACK_NBYTES = 1024
 """Room in a part for everything beside its payload."""
+NOBODY = Team("", scopes=frozenset())
+"""Whose request it is as long as that is not known."""
 LEVELS = {
     teacher_pb2.LEVEL_UNSPECIFIED: 1,
     teacher_pb2.LEVEL_INTERACTIVE: 0,
@@ -99,17 +101,9 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self._team_standings = team_standings
         self._workload = workload
         self._room = ProcessRoom(admission.limits.max_answers_nbytes)
-        metrics.watch("teacher_streams", "Open Score streams.", lambda: self._room.num_streams)
-        metrics.watch(
-            "teacher_answer_bytes",
-            "Bytes that unfinished answers may take, of all streams.",
-            lambda: self._room.taken_nbytes,
-        )
-        metrics.watch(
-            "teacher_stream_answer_bytes_max",
-            "Bytes that unfinished answers may take, of the stream that has most.",
-            lambda: self._room.fullest_nbytes,
-        )
+        metrics.watch("teacher_streams", lambda: self._room.num_streams)
+        metrics.watch("teacher_answer_bytes", lambda: self._room.taken_nbytes)
+        metrics.watch("teacher_stream_answer_bytes_max", lambda: self._room.fullest_nbytes)
         self._draining = asyncio.Event()
 
     async def streams_ended(self) -> None:
@@ -359,9 +353,10 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
             return
         message = _error_message(error, sequence, rows)
         self._metrics.rejected.labels(answer.team.name, message.reason).inc()
-        self._standing.rejected(answer.team.name)
-        if isinstance(error, RequestRefused) and error.code != grpc.StatusCode.UNAUTHENTICATED:
-            self._accounts.rejected(answer.team)
+        if answer.team is not NOBODY:
+            self._standing.rejected(answer.team.name)
+            if isinstance(error, RequestRefused):
+                self._accounts.rejected(answer.team)
         response = teacher_pb2.ScoreResponse(request_id=answer.request_id, error=message)
         await stream.write(answer, response)
         current = asyncio.current_task()
@@ -454,7 +449,7 @@ class _Answer:
 
     request_id: int
     request_digest: bytes
-    team: Team = DEFAULT_TEAM
+    team: Team = NOBODY
     """Whose request it is."""
     origin: bytes = b""
     """Names it in the ledger."""
