@@ -158,6 +158,13 @@ NAMES = (
         SECONDS,
     ),
     Named(
+        "teacher_unencoded_bytes",
+        "gauge",
+        "Bytes, at most, of answers that are scored and not encoded; above --targets.max-reply-mib "
+        "the teacher waits.",
+        "Replicas",
+    ),
+    Named(
         "teacher_answer_bytes",
         "gauge",
         "Bytes that unfinished answers may take, of all streams.",

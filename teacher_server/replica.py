@@ -34,6 +34,7 @@ from protos import teacher_pb2, teacher_pb2_grpc
 from teacher_server.access import Access, AccessInterceptor
 from teacher_server.accounts import Accounts
 from teacher_server.admission import Admission, Limits
+from teacher_server.backlog import EncodeBacklog
 from teacher_server.config import ServeConfig
 from teacher_server.cost import CostModel
 from teacher_server.directory import Directory, DirectoryLink, LocalDirectory
@@ -122,6 +123,7 @@ class Replica:
         )
         self._accounts = accounts or open_accounts(None)
         self._waiting: dict[Job, asyncio.Future[Scored]] = {}
+        self._backlog = EncodeBacklog(limits.max_reply_nbytes)
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._compute = threading.Thread(target=self._compute_loop, name="compute", daemon=True)
 
@@ -192,6 +194,7 @@ class Replica:
             admission=Admission(self.model, self.limits),
             bucket_length=self.model.bucket_length,
             score=self._score,
+            encoded=self._backlog.forget,
             accounts=self._accounts,
             encoder=self._encoder,
             teacher_fingerprint=self._fingerprint,
@@ -252,6 +255,7 @@ class Replica:
             self._access_watch.cancel()
         # What is left are calls without an end of their own, such as health's Watch.
         await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
+        self._backlog.close()
         for job in self._scheduler.close():
             self._resolve(job, RuntimeError("the replica was stopped"))
         # A forward cannot be interrupted; the process may end without it.
@@ -311,6 +315,7 @@ class Replica:
             watch(name, lambda: {one.team: value(one) for one in self._team_standings()})
 
         watch("teacher_queued_tokens", lambda: self.queued_tokens)
+        watch("teacher_unencoded_bytes", lambda: self._backlog.nbytes)
         watch("teacher_memory_bytes", resident_nbytes)
         watch("teacher_device_memory_bytes", lambda: device_nbytes(self.model.device))
         watch("teacher_directory_away", lambda: float(accounts.is_alone))
@@ -398,6 +403,7 @@ class Replica:
     def _resolve(self, job: Job, result: Scored | Exception) -> None:
         future = self._waiting.get(job)
         if future is None or future.done():
+            self._backlog.forget(job)
             return
         if isinstance(result, Exception):
             future.set_exception(result)
@@ -405,7 +411,11 @@ class Replica:
             future.set_result(result)
 
     def _compute_loop(self) -> None:
-        while batch := self._scheduler.next_batch():
+        while True:
+            self._backlog.wait()
+            batch = self._scheduler.next_batch()
+            if not batch:
+                return
             self._accounts.dispatched(batch)
             now = time.monotonic()
             for job in batch:
@@ -421,6 +431,8 @@ class Replica:
         """One forward pass, and what it says to those who wait for it."""
         started = self._batch_since_s = time.monotonic()
         for job, result in self._score_batch(group, started):
+            if isinstance(result, Scored):
+                self._backlog.add(job)
             self._loop.call_soon_threadsafe(self._resolve, job, result)
         self._batch_since_s = None
         tokens = sum(job.bucket for job in group)

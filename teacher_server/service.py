@@ -77,6 +77,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         admission: Admission,
         bucket_length: Callable[[int], int],
         score: Score,
+        encoded: Callable[[Job], None],
         accounts: Accounts,
         encoder: Executor,
         teacher_fingerprint: str,
@@ -91,6 +92,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self._admission = admission
         self._bucket_length = bucket_length
         self._score = score
+        self._encoded = encoded
         self._accounts = accounts
         self._encoder = encoder
         self._fingerprint = teacher_fingerprint
@@ -282,6 +284,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         team = answer.team.name
         answer.ended(task, job.bucket)
         stream.room.give(job.reply_nbytes, team)
+        self._encoded(job)  # if it came to nothing
         self._standing.answered(team, job.bucket)
         self._accounts.settle(job)
 
@@ -294,6 +297,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
             began = time.perf_counter()
             loop = asyncio.get_running_loop()
             parts = await loop.run_in_executor(self._encoder, self._encode, item, scored)
+            self._encoded(job)
             timing = teacher_pb2.Timing(
                 queue_us=int(1e6 * max(0.0, scored.started_s - job.submitted_s)),
                 forward_us=int(1e6 * scored.times.forward_s),
