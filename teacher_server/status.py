@@ -1,6 +1,7 @@
 """`teacher-server status`: how a service is doing, asked of each of its replicas and put together."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -102,6 +103,8 @@ def show_status(config: StatusConfig) -> int:
         return told(error)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read this has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

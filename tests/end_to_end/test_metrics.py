@@ -29,6 +29,8 @@ def documented() -> dict[str, tuple[str, str]]:
 def test_a_scrape_has_every_documented_name_and_no_other(serve, model_folder, tmp_path: Path):
     teams, port = tmp_path / "teams.toml", free_port()
     token = add_team(teams, "search")
+    quota = "[teams.search]\nlimits = { max_tokens_per_day = 10_000 }\n"
+    teams.write_text(teams.read_text().replace("[teams.search]\n", quota))
     served = serve(
         model_folder("Gemma2", 1001),
         *("--teams", str(teams), "--metrics-port", str(port)),
@@ -72,6 +74,7 @@ def test_a_scrape_has_every_documented_name_and_no_other(serve, model_folder, tm
     assert values["teacher_team_cost_total", "search"] > 0
     assert values["teacher_team_waiting_seconds_count", "search"] == 3
     assert values["teacher_team_share_ratio", "search"] == 1.0
+    assert 0 < values["teacher_team_quota_left_tokens", "search"] <= 10_000
     assert values["teacher_rejected_total", ""] == 1
     assert values["teacher_busy_seconds_total", None] > 0
     assert values["teacher_memory_bytes", None] > 1 << 20
