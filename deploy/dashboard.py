@@ -13,10 +13,11 @@ ROOT = Path(__file__).parents[1]
 DASHBOARD = ROOT / "deploy" / "grafana.json"
 PAGE = ROOT / "docs" / "operations.md"
 BEGIN, END = "<!-- metrics: python -m deploy.dashboard -->\n", "<!-- end of metrics -->\n"
-UNITS = {"timestamp_seconds": "s", "seconds": "s", "bytes": "bytes", "ratio": "percentunit"}
-"""Grafana's, by the end of a name."""
+UNITS = {"seconds": "s", "bytes": "bytes", "ratio": "percentunit"}
+"""Grafana's, by a word of the name."""
 COLUMNS, WIDTH, HEIGHT = 3, 8, 7
 INSTANCES = 'instance=~"$instance"'
+COST = "teacher_team_cost_total"
 SOURCE = {"type": "prometheus", "uid": "${source}"}
 
 
@@ -84,7 +85,7 @@ def as_json() -> str:
 
 def _panel(one: Named, place: dict[str, int]) -> dict[str, Any]:
     stem = one.name.removesuffix("_total")
-    unit = next((unit for end, unit in UNITS.items() if stem.endswith(end)), "short")
+    unit = next((unit for word, unit in UNITS.items() if word in stem.split("_")), "short")
     by = list(one.labels) or ["instance"]
     title = stem.removeprefix("teacher_").replace("_", " ")
     if one.kind == "counter":
@@ -93,6 +94,8 @@ def _panel(one: Named, place: dict[str, int]) -> dict[str, Any]:
         unit = {"s": "percentunit", "bytes": "Bps"}.get(unit, unit)
     if "timestamp" in stem:
         title += ", time left"
+    if one.name == COST:
+        title, unit = "team share of the cost, all replicas", "percentunit"
     return {
         "type": "timeseries",
         "title": title,
@@ -116,7 +119,11 @@ def _queries(one: Named, by: list[str]) -> list[tuple[str, str]]:
     """What a panel asks, each with the end of its legend."""
     groups = ", ".join(by)
     if one.kind == "counter":
-        return [("", f"sum by ({groups}) (rate({one.name}{{{INSTANCES}}}[$__rate_interval]))")]
+        rate = f"(rate({one.name}{{{INSTANCES}}}[$__rate_interval]))"
+        query = f"sum by ({groups}) {rate}"
+        if one.name == COST:  # the number itself says little
+            query += f" / ignoring ({groups}) group_left () sum {rate}"
+        return [("", query)]
     if one.kind == "histogram":
         rate = f"sum by (le, {groups}) (rate({one.name}_bucket{{{INSTANCES}}}[$__rate_interval]))"
         return [(f"p{100 * q:.0f}", f"histogram_quantile({q}, {rate})") for q in (0.5, 0.95)]
