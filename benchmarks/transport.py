@@ -41,6 +41,7 @@ def score_server(pipe: Connection) -> None:
     from teacher_server.replica import keep_freed_memory, open_accounts, server_options
     from teacher_server.service import Scored, TeacherService
     from teacher_server.standing import Standing
+    from teacher_server.workload import WorkloadCounter
 
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -70,12 +71,16 @@ def score_server(pipe: Connection) -> None:
             admission=Admission(teacher, limits),  # type: ignore[arg-type]
             bucket_length=lambda length: length,
             score=ready,
+            encoded=lambda job: None,
             accounts=open_accounts(None),
             encoder=ThreadPoolExecutor(1),
             teacher_fingerprint=teacher.teacher_fingerprint,
             id_table=None,
             metrics=Metrics(),
             standing=Standing(),
+            status=teacher_pb2.ReplicaStatus,
+            team_standings=list,
+            workload=WorkloadCounter(),
         )
         server = grpc.aio.server(options=server_options(limits))
         teacher_pb2_grpc.add_TeacherServicer_to_server(service, server)

@@ -110,6 +110,8 @@ class Accounts:
         self._accounts: dict[str, _Account] = {}
         self._lock = threading.Lock()
         self._synced_s = time.monotonic()
+        self._level_s = self._synced_s
+        """When the directory last knew everything."""
         self._away = False
         self._due = asyncio.Event()
         self._round: asyncio.Future[None] | None = None
@@ -330,6 +332,27 @@ class Accounts:
         """The teams that have asked for anything here, by name, as each was declared then."""
         return {account.team.name: account.team for account in list(self._accounts.values())}
 
+    @property
+    def sync_age_s(self) -> float:
+        """How long ago the directory knew all that is to be known."""
+        return time.monotonic() - self._level_s
+
+    @property
+    def num_segments(self) -> int:
+        """Pieces of the journal that wait for the directory."""
+        return self._journal.num_sealed
+
+    def known_left_today(self) -> dict[str, int]:
+        """What was left of the quotas at the last sync, by team; any thread may ask."""
+        left = {}
+        for account in list(self._accounts.values()):
+            grant, limits = account.grant, account.team.limits
+            if limits.max_tokens_per_day is None or grant is None or grant.left_today is None:
+                continue
+            if time.monotonic() - max(account.used_s, account.asked_s) < FORGET_S:
+                left[account.team.name] = grant.left_today
+        return left
+
     async def usage(self, team: str | None, since: int) -> list[UsageRow]:
         """From the directory, with what this replica has not told it yet. Raises DirectoryAway."""
         await self.sync()
@@ -414,6 +437,7 @@ class Accounts:
         try:
             segment = self._journal.oldest()
             if segment is None and not wishes and not ended:
+                self._level_s = now
                 return
             async with asyncio.timeout(ANSWER_S):
                 grants = await self._directory.sync(
@@ -429,6 +453,8 @@ class Accounts:
         self._away = False
         if segment is not None:
             self._journal.drop(segment[0])
+        if not self._journal.num_sealed:
+            self._level_s = now
         for name, grant in grants.items():
             account = self._accounts.get(name)
             if account is None:

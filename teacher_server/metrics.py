@@ -1,52 +1,282 @@
-"""What a replica counts, under the names that dashboards use (docs/deploying.md lists them)."""
+"""What a replica counts for Prometheus: one list of names, and their values.
 
-from collections.abc import Callable
+From the list come the metrics, the table in docs/operations.md and the Grafana dashboard
+(`python -m deploy.dashboard`). Labels are names of declared teams and reasons of refusals, nothing that a
+caller chooses.
+"""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    Metric,
+    disable_created_metrics,
+    start_http_server,
+)
+from prometheus_client.core import GaugeMetricFamily
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+TEAM = ("team",)
+
+Kind = Literal["counter", "gauge", "histogram"]
+Group = Literal["Teams", "Replicas", "Ledger and access"]
+Value = float | Mapping[str, float] | None
+"""One number, one per team, or nothing that could be said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """One metric."""
+
+    name: str
+    """As Prometheus shows it; of a histogram without _bucket, _sum and _count."""
+    kind: Kind
+    text: str
+    group: Group
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+NAMES = (
+    Named(
+        "teacher_team_tokens_total",
+        "counter",
+        "Padded tokens dispatched to the teacher; they count towards quotas.",
+        "Teams",
+        TEAM,
+    ),
+    Named(
+        "teacher_team_cost_total",
+        "counter",
+        "Cost of what was dispatched; shares are shares of it.",
+        "Teams",
+        TEAM,
+    ),
+    Named(
+        "teacher_team_share_ratio",
+        "gauge",
+        "Share of the cost that the replica dispatched in the last minute.",
+        "Teams",
+        TEAM,
+    ),
+    Named(
+        "teacher_team_entitled_ratio",
+        "gauge",
+        "What that share would be by the weights of the teams that had work.",
+        "Teams",
+        TEAM,
+    ),
+    Named(
+        "teacher_team_waiting_seconds",
+        "histogram",
+        "How long a sequence of a team waited for its batch.",
+        "Teams",
+        TEAM,
+        SECONDS,
+    ),
+    Named(
+        "teacher_team_in_flight_tokens",
+        "gauge",
+        "Padded tokens of sequences that have room for their answer and are not answered.",
+        "Teams",
+        TEAM,
+    ),
+    Named(
+        "teacher_team_queued_tokens",
+        "gauge",
+        "The part of them that waits for a batch.",
+        "Teams",
+        TEAM,
+    ),
+    Named(
+        "teacher_team_quota_left_tokens",
+        "gauge",
+        "What is left of today's quota of the whole service, as the replica knows it; teams with a "
+        "quota that asked for something in the last minutes.",
+        "Teams",
+        TEAM,
+    ),
+    Named("teacher_bytes_sent_total", "counter", "Payload bytes written.", "Teams", TEAM),
+    Named(
+        "teacher_rejected_total",
+        "counter",
+        "Requests answered by an error, and calls that were not let in (team empty).",
+        "Teams",
+        ("team", "reason"),
+    ),
+    Named("teacher_queued_tokens", "gauge", "Padded tokens that wait.", "Replicas"),
+    Named("teacher_streams", "gauge", "Open Score streams.", "Replicas"),
+    Named(
+        "teacher_busy_seconds_total",
+        "counter",
+        "Time in which the teacher was computing.",
+        "Replicas",
+    ),
+    Named(
+        "teacher_batch_tokens",
+        "histogram",
+        "Tokens of one forward pass, padding included; its count is that of forward passes.",
+        "Replicas",
+        (),
+        TOKENS,
+    ),
+    Named(
+        "teacher_queue_seconds",
+        "histogram",
+        "How long a sequence waited for its batch.",
+        "Replicas",
+        (),
+        SECONDS,
+    ),
+    Named(
+        "teacher_forward_seconds",
+        "histogram",
+        "Base model, one forward pass.",
+        "Replicas",
+        (),
+        SECONDS,
+    ),
+    Named(
+        "teacher_head_seconds",
+        "histogram",
+        "Vocabulary head and selection, one forward pass.",
+        "Replicas",
+        (),
+        SECONDS,
+    ),
+    Named(
+        "teacher_encode_seconds",
+        "histogram",
+        "Targets of one sequence to bytes, the wait for the encode thread included.",
+        "Replicas",
+        (),
+        SECONDS,
+    ),
+    Named(
+        "teacher_unencoded_bytes",
+        "gauge",
+        "Bytes, at most, of answers that are scored and not encoded; above --targets.max-reply-mib "
+        "the teacher waits.",
+        "Replicas",
+    ),
+    Named(
+        "teacher_answer_bytes",
+        "gauge",
+        "Bytes that unfinished answers may take, of all streams.",
+        "Replicas",
+    ),
+    Named(
+        "teacher_stream_answer_bytes_max",
+        "gauge",
+        "Bytes that unfinished answers may take, of the stream that has most.",
+        "Replicas",
+    ),
+    Named("teacher_memory_bytes", "gauge", "Resident memory of the process.", "Replicas"),
+    Named(
+        "teacher_device_memory_bytes",
+        "gauge",
+        "Memory of tensors on the accelerator; 0 on a CPU.",
+        "Replicas",
+    ),
+    Named(
+        "teacher_directory_away",
+        "gauge",
+        "1 while quotas and usage cannot reach the directory.",
+        "Ledger and access",
+    ),
+    Named(
+        "teacher_ledger_sync_age_seconds",
+        "gauge",
+        "Since when the directory has not heard of the replica's use; about 1 s as a rule.",
+        "Ledger and access",
+    ),
+    Named(
+        "teacher_journal_segments",
+        "gauge",
+        "Pieces of the replica's journal that wait for the directory.",
+        "Ledger and access",
+    ),
+    Named(
+        "teacher_certificate_expires_timestamp_seconds",
+        "gauge",
+        "When the certificate in --tls-cert ends, in seconds since 1970; nothing without TLS.",
+        "Ledger and access",
+    ),
+)
+"""Every metric there is."""
 
 
 class Metrics:
     """The metrics of one replica, in a registry of their own."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # one more series per counter, which nobody asked for
         self.registry = CollectorRegistry()
+        counters = {
+            one.name: Counter(one.name, one.text, one.labels, registry=self.registry)
+            for one in NAMES
+            if one.kind == "counter"
+        }
+        histograms = {
+            one.name: Histogram(
+                one.name, one.text, one.labels, buckets=one.buckets, registry=self.registry
+            )
+            for one in NAMES
+            if one.kind == "histogram"
+        }
+        self.queue_s = histograms["teacher_queue_seconds"]
+        self.forward_s = histograms["teacher_forward_seconds"]
+        self.head_s = histograms["teacher_head_seconds"]
+        self.encode_s = histograms["teacher_encode_seconds"]
+        self.batch_tokens = histograms["teacher_batch_tokens"]
+        self.busy_s = counters["teacher_busy_seconds_total"]
+        self.bytes_sent = counters["teacher_bytes_sent_total"]
+        self.rejected = counters["teacher_rejected_total"]
+        self._team_tokens = counters["teacher_team_tokens_total"]
+        self._team_cost = counters["teacher_team_cost_total"]
+        self._team_waiting_s = histograms["teacher_team_waiting_seconds"]
+        self._gauges = _Gauges()
+        self.registry.register(self._gauges)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, buckets=buckets, registry=self.registry)
+    def dispatched(self, team: str, tokens: int, cost: float, waited_s: float) -> None:
+        """A sequence of so many padded tokens was given to the teacher."""
+        self._team_tokens.labels(team).inc(tokens)
+        self._team_cost.labels(team).inc(cost)
+        self._team_waiting_s.labels(team).observe(waited_s)
 
-        self.queue_s = histogram(
-            "teacher_queue_seconds", "How long a sequence waited for its batch.", SECONDS
-        )
-        self.forward_s = histogram(
-            "teacher_forward_seconds", "Base model's forward of one batch.", SECONDS
-        )
-        self.head_s = histogram(
-            "teacher_head_seconds", "Vocabulary head and selection of one batch.", SECONDS
-        )
-        self.encode_s = histogram(
-            "teacher_encode_seconds", "Targets of one sequence to bytes.", SECONDS
-        )
-        self.batch_tokens = histogram(
-            "teacher_batch_tokens", "Tokens of one batch, padding included.", TOKENS
-        )
-        self.bytes_sent = Counter(
-            "teacher_bytes_sent", "Payload bytes written.", ["team"], registry=self.registry
-        )
-        self.rejected = Counter(
-            "teacher_rejected",
-            "Requests answered by an error.",
-            ["team", "reason"],
-            registry=self.registry,
-        )
-
-    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A gauge that is read when somebody asks."""
-        Gauge(name, text, registry=self.registry).set_function(value)
+    def watch(self, name: str, value: Callable[[], Value]) -> None:
+        """Says where a gauge of NAMES is read whenever somebody asks, by any thread."""
+        self._gauges.watch(name, value)
 
     def serve(self, host: str, port: int) -> int:
         """Serves the metrics over HTTP; returns the port. Raises OSError if it is taken."""
         server, _ = start_http_server(port, addr=host, registry=self.registry)
         return server.server_port
+
+
+class _Gauges:
+    """All gauges; one without a value is there by name only."""
+
+    def __init__(self) -> None:
+        self._named = {one.name: one for one in NAMES if one.kind == "gauge"}
+        self._values: dict[str, Callable[[], Value]] = {}
+
+    def watch(self, name: str, value: Callable[[], Value]) -> None:
+        assert name in self._named, name
+        self._values[name] = value
+
+    def collect(self) -> Iterator[Metric]:
+        for one in self._named.values():
+            family = GaugeMetricFamily(one.name, one.text, labels=one.labels)
+            value = self._values[one.name]() if one.name in self._values else None
+            if isinstance(value, Mapping):
+                for team, number in value.items():
+                    family.add_metric([team], number)
+            elif value is not None:
+                family.add_metric([], value)
+            yield family

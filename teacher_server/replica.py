@@ -17,7 +17,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,7 @@ from protos import teacher_pb2, teacher_pb2_grpc
 from teacher_server.access import Access, AccessInterceptor
 from teacher_server.accounts import Accounts
 from teacher_server.admission import Admission, Limits
+from teacher_server.backlog import EncodeBacklog
 from teacher_server.config import ServeConfig
 from teacher_server.cost import CostModel
 from teacher_server.directory import Directory, DirectoryLink, LocalDirectory
@@ -44,7 +45,7 @@ from teacher_server.metrics import Metrics
 from teacher_server.model import TeacherModel, load
 from teacher_server.scheduler import Job, Scheduler
 from teacher_server.service import Scored, TeacherService
-from teacher_server.standing import Standing
+from teacher_server.standing import Standing, TeamStanding
 from teacher_server.teams import TeamsFile
 from teacher_server.tls import Tls
 from teacher_server.workload import WorkloadCounter
@@ -122,6 +123,7 @@ class Replica:
         )
         self._accounts = accounts or open_accounts(None)
         self._waiting: dict[Job, asyncio.Future[Scored]] = {}
+        self._backlog = EncodeBacklog(limits.max_reply_nbytes)
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._compute = threading.Thread(target=self._compute_loop, name="compute", daemon=True)
 
@@ -192,6 +194,7 @@ class Replica:
             admission=Admission(self.model, self.limits),
             bucket_length=self.model.bucket_length,
             score=self._score,
+            encoded=self._backlog.forget,
             accounts=self._accounts,
             encoder=self._encoder,
             teacher_fingerprint=self._fingerprint,
@@ -199,17 +202,10 @@ class Replica:
             metrics=self.metrics,
             standing=self.standing,
             status=self._status,
-            team_standings=lambda: self.standing.teams(self._scheduler.queued_by_team()),
+            team_standings=self._team_standings,
             workload=self.workload,
         )
-        self.metrics.watch(
-            "teacher_queued_tokens", "Padded tokens that wait.", lambda: self.queued_tokens
-        )
-        self.metrics.watch(
-            "teacher_directory_away",
-            "1 while quotas and usage cannot reach the directory.",
-            lambda: float(self._accounts.is_alone),
-        )
+        self._show_gauges()
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         for name in ("", SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -259,6 +255,7 @@ class Replica:
             self._access_watch.cancel()
         # What is left are calls without an end of their own, such as health's Watch.
         await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
+        self._backlog.close()
         for job in self._scheduler.close():
             self._resolve(job, RuntimeError("the replica was stopped"))
         # A forward cannot be interrupted; the process may end without it.
@@ -306,6 +303,31 @@ class Replica:
             device_memory_bytes=device_nbytes(device),
             busy=load.busy,
         )
+
+    def _team_standings(self) -> list[TeamStanding]:
+        return self.standing.teams(self._scheduler.queued_by_team())
+
+    def _show_gauges(self) -> None:
+        """Lets the metrics read what is known here."""
+        watch, accounts, tls = self.metrics.watch, self._accounts, self._tls
+
+        def watch_teams(name: str, value: Callable[[TeamStanding], float]) -> None:
+            watch(name, lambda: {one.team: value(one) for one in self._team_standings()})
+
+        watch("teacher_queued_tokens", lambda: self.queued_tokens)
+        watch("teacher_unencoded_bytes", lambda: self._backlog.nbytes)
+        watch("teacher_memory_bytes", resident_nbytes)
+        watch("teacher_device_memory_bytes", lambda: device_nbytes(self.model.device))
+        watch("teacher_directory_away", lambda: float(accounts.is_alone))
+        watch("teacher_ledger_sync_age_seconds", lambda: accounts.sync_age_s)
+        watch("teacher_journal_segments", lambda: accounts.num_segments)
+        watch("teacher_team_quota_left_tokens", accounts.known_left_today)
+        if tls is not None:
+            watch("teacher_certificate_expires_timestamp_seconds", tls.expires_s)
+        watch_teams("teacher_team_share_ratio", lambda one: one.share)
+        watch_teams("teacher_team_entitled_ratio", lambda one: one.entitled)
+        watch_teams("teacher_team_in_flight_tokens", lambda one: one.tokens_in_flight)
+        watch_teams("teacher_team_queued_tokens", lambda one: one.queued_tokens)
 
     def set_others(self, cards: Iterable[teacher_pb2.Replica]) -> None:
         """Who else lives of this service; the replica's own card among them is left out."""
@@ -381,6 +403,7 @@ class Replica:
     def _resolve(self, job: Job, result: Scored | Exception) -> None:
         future = self._waiting.get(job)
         if future is None or future.done():
+            self._backlog.forget(job)
             return
         if isinstance(result, Exception):
             future.set_exception(result)
@@ -388,8 +411,16 @@ class Replica:
             future.set_result(result)
 
     def _compute_loop(self) -> None:
-        while batch := self._scheduler.next_batch():
+        while True:
+            self._backlog.wait()
+            batch = self._scheduler.next_batch()
+            if not batch:
+                return
             self._accounts.dispatched(batch)
+            now = time.monotonic()
+            for job in batch:
+                waited_s = max(0.0, now - job.submitted_s)
+                self.metrics.dispatched(job.team.name, job.bucket, job.cost, waited_s)
             groups: dict[int, list[Job]] = {}  # jobs of one canonical length share a forward pass
             for job in batch:
                 groups.setdefault(job.bucket, []).append(job)
@@ -400,11 +431,14 @@ class Replica:
         """One forward pass, and what it says to those who wait for it."""
         started = self._batch_since_s = time.monotonic()
         for job, result in self._score_batch(group, started):
+            if isinstance(result, Scored):
+                self._backlog.add(job)
             self._loop.call_soon_threadsafe(self._resolve, job, result)
         self._batch_since_s = None
         tokens = sum(job.bucket for job in group)
         seconds = time.monotonic() - started
         self.workload.computed(seconds)
+        self.metrics.busy_s.inc(seconds)
         self._longest_batch_s = max(self._longest_batch_s, seconds)
         self._scheduler.record_speed(tokens, seconds)
         logger.debug(

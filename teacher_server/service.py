@@ -33,7 +33,7 @@ from teacher_server.metrics import Metrics
 from teacher_server.room import ProcessRoom, StreamRoom
 from teacher_server.scheduler import Job
 from teacher_server.standing import Standing, TeamStanding, idle
-from teacher_server.teams import DEFAULT_TEAM, Team
+from teacher_server.teams import Team
 from teacher_server.usage import first_day, usage_row
 from teacher_server.workload import WorkloadCounter
 
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 PART_SLACK_NBYTES = 1024
 """Room in a part for everything beside its payload."""
+NOBODY = Team("", scopes=frozenset())
+"""Whose request it is as long as that is not known."""
 LEVELS = {
     teacher_pb2.LEVEL_UNSPECIFIED: 1,
     teacher_pb2.LEVEL_INTERACTIVE: 0,
@@ -75,6 +77,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         admission: Admission,
         bucket_length: Callable[[int], int],
         score: Score,
+        encoded: Callable[[Job], None],
         accounts: Accounts,
         encoder: Executor,
         teacher_fingerprint: str,
@@ -89,6 +92,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self._admission = admission
         self._bucket_length = bucket_length
         self._score = score
+        self._encoded = encoded
         self._accounts = accounts
         self._encoder = encoder
         self._fingerprint = teacher_fingerprint
@@ -99,17 +103,9 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self._team_standings = team_standings
         self._workload = workload
         self._room = ProcessRoom(admission.limits.max_answers_nbytes)
-        metrics.watch("teacher_streams", "Open Score streams.", lambda: self._room.num_streams)
-        metrics.watch(
-            "teacher_answer_bytes",
-            "Bytes that unfinished answers may take, of all streams.",
-            lambda: self._room.taken_nbytes,
-        )
-        metrics.watch(
-            "teacher_stream_answer_bytes_max",
-            "Bytes that unfinished answers may take, of the stream that has most.",
-            lambda: self._room.fullest_nbytes,
-        )
+        metrics.watch("teacher_streams", lambda: self._room.num_streams)
+        metrics.watch("teacher_answer_bytes", lambda: self._room.taken_nbytes)
+        metrics.watch("teacher_stream_answer_bytes_max", lambda: self._room.fullest_nbytes)
         self._draining = asyncio.Event()
 
     async def streams_ended(self) -> None:
@@ -288,6 +284,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         team = answer.team.name
         answer.ended(task, job.bucket)
         stream.room.give(job.reply_nbytes, team)
+        self._encoded(job)  # if it came to nothing
         self._standing.answered(team, job.bucket)
         self._accounts.settle(job)
 
@@ -300,6 +297,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
             began = time.perf_counter()
             loop = asyncio.get_running_loop()
             parts = await loop.run_in_executor(self._encoder, self._encode, item, scored)
+            self._encoded(job)
             timing = teacher_pb2.Timing(
                 queue_us=int(1e6 * max(0.0, scored.started_s - job.submitted_s)),
                 forward_us=int(1e6 * scored.times.forward_s),
@@ -359,9 +357,10 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
             return
         message = _error_message(error, sequence, rows)
         self._metrics.rejected.labels(answer.team.name, message.reason).inc()
-        self._standing.rejected(answer.team.name)
-        if isinstance(error, RequestRefused) and error.code != grpc.StatusCode.UNAUTHENTICATED:
-            self._accounts.rejected(answer.team)
+        if answer.team is not NOBODY:
+            self._standing.rejected(answer.team.name)
+            if isinstance(error, RequestRefused):
+                self._accounts.rejected(answer.team)
         response = teacher_pb2.ScoreResponse(request_id=answer.request_id, error=message)
         await stream.write(answer, response)
         current = asyncio.current_task()
@@ -454,7 +453,7 @@ class _Answer:
 
     request_id: int
     request_digest: bytes
-    team: Team = DEFAULT_TEAM
+    team: Team = NOBODY
     """Whose request it is."""
     origin: bytes = b""
     """Names it in the ledger."""

@@ -1,6 +1,7 @@
 """`teacher-server status`: how a service is doing, asked of each of its replicas and put together."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -40,12 +41,9 @@ class TeamLine:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaLine:
-    """One replica that answered."""
+class ReplicaNumbers:
+    """How busy one replica is; means and rates are of the last minute."""
 
-    id: str
-    address: str
-    state: str
     streams: int
     queued_tokens: int
     batch_fill: float
@@ -56,6 +54,17 @@ class ReplicaLine:
     busy: float
     memory_bytes: int
     device_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLine:
+    """One replica that answered."""
+
+    id: str
+    address: str
+    state: str
+    numbers: ReplicaNumbers | None
+    """None: the caller has not the scope admin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +103,8 @@ def show_status(config: StatusConfig) -> int:
         return told(error)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read this has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -135,12 +146,15 @@ def look(connection: Connection) -> ServiceStatus:
         found = list(pool.map(lambda card: _ask_replica(connection, card), others))
     answers = [own, *(one for one in found if not isinstance(one, Unreachable))]
     unreachable = [one for one in found if isinstance(one, Unreachable)]
+    admin = "admin" in info.caller.scopes
     return ServiceStatus(
         service_id=info.service_id,
         model=info.model,
-        admin="admin" in info.caller.scopes,
+        admin=admin,
         teams=merge_teams(answers),
-        replicas=sorted((_replica_line(one.replica) for one in answers), key=lambda r: r.address),
+        replicas=sorted(
+            (_replica_line(one.replica, admin) for one in answers), key=lambda line: line.address
+        ),
         unreachable=unreachable,
     )
 
@@ -199,9 +213,12 @@ def merge_teams(answers: Sequence[teacher_pb2.StatusResponse]) -> list[TeamLine]
     return lines
 
 
-def _replica_line(replica: teacher_pb2.ReplicaStatus) -> ReplicaLine:
-    names = ReplicaLine.__dataclass_fields__
-    return ReplicaLine(**{name: getattr(replica, name) for name in names})
+def _replica_line(replica: teacher_pb2.ReplicaStatus, admin: bool) -> ReplicaLine:
+    numbers = None
+    if admin:
+        names = ReplicaNumbers.__dataclass_fields__
+        numbers = ReplicaNumbers(**{name: getattr(replica, name) for name in names})
+    return ReplicaLine(replica.id, replica.address, replica.state, numbers)
 
 
 def table(status: ServiceStatus) -> str:
@@ -217,8 +234,7 @@ def table(status: ServiceStatus) -> str:
     if status.admin:
         header += ("streams", "queued", "tokens/s", "busy", "batch fill")
         header += ("forward", "head", "encode", "memory", "device")
-    rows = [_replica_cells(replica)[: len(header)] for replica in status.replicas]
-    texts.append(_columns(header, rows, num_left=3))
+    texts.append(_columns(header, map(_replica_cells, status.replicas), num_left=3))
     if status.unreachable:
         texts.append("\n".join(f"not reached: {one.id}: {one.why}" for one in status.unreachable))
     return "\n\n".join(texts)
@@ -239,20 +255,22 @@ def _team_cells(team: TeamLine) -> tuple[str, ...]:
 
 
 def _replica_cells(replica: ReplicaLine) -> tuple[str, ...]:
-    device = replica.device_memory_bytes
+    who = (replica.id, replica.address, replica.state)
+    numbers = replica.numbers
+    if numbers is None:
+        return who
+    device = numbers.device_memory_bytes
     return (
-        replica.id,
-        replica.address,
-        replica.state,
-        f"{replica.streams:,}",
-        f"{replica.queued_tokens:,}",
-        f"{replica.tokens_per_second:,.0f}",
-        f"{100 * replica.busy:.0f} %",
-        f"{100 * replica.batch_fill:.0f} %",
-        f"{replica.forward_ms:,.1f} ms",
-        f"{replica.head_ms:,.1f} ms",
-        f"{replica.encode_ms:,.1f} ms",
-        f"{replica.memory_bytes / (1 << 30):,.1f} GiB",
+        *who,
+        f"{numbers.streams:,}",
+        f"{numbers.queued_tokens:,}",
+        f"{numbers.tokens_per_second:,.0f}",
+        f"{100 * numbers.busy:.0f} %",
+        f"{100 * numbers.batch_fill:.0f} %",
+        f"{numbers.forward_ms:,.1f} ms",
+        f"{numbers.head_ms:,.1f} ms",
+        f"{numbers.encode_ms:,.1f} ms",
+        f"{numbers.memory_bytes / (1 << 30):,.1f} GiB",
         f"{device / (1 << 30):,.1f} GiB" if device else "-",
     )
 

@@ -36,6 +36,16 @@ class Tls:
         """Raises ServeError if the files cannot be used."""
         self.read()
 
+    def expires_s(self) -> float | None:
+        """When the certificate ends, in seconds since 1970; None while the file cannot be read."""
+        from cryptography import x509
+
+        try:
+            first = x509.load_pem_x509_certificates(self.cert.read_bytes())[0]
+        except (OSError, ValueError):
+            return None
+        return first.not_valid_after_utc.timestamp()
+
     def read(self) -> "Files":
         """The files as they are now. Raises ServeError."""
         files = Files(*(_read(path) for path in (self.cert, self.key, self.client_ca)))

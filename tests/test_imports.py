@@ -12,7 +12,7 @@ ALLOWED = {
     "teacher_server": {"teacher_server", "logit_codec", "protos"},
     "student_trainer": {"student_trainer", "logit_codec", "protos"},
 }
-OURS = {*ALLOWED, "tests", "examples", "benchmarks"}
+OURS = {*ALLOWED, "tests", "examples", "benchmarks", "deploy"}
 WITH_RAY = {"teacher_server/app.py", "student_trainer/ray_train.py"}
 # A teacher in the trainer's own process is the one exception, and only when one is made.
 EXCEPTION = ("student_trainer/local.py", {"teacher_server.model", "teacher_server.head"})

@@ -1,0 +1,63 @@
+import threading
+
+import torch
+
+from logit_codec import TopKSpec
+from teacher_server.backlog import EncodeBacklog
+from teacher_server.head import WantedRows
+from teacher_server.scheduler import Job
+
+
+def answer(nbytes: int) -> Job:
+    wanted = WantedRows(torch.arange(4), torch.arange(3), TopKSpec(k=2))
+    return Job(wanted, bucket=32, reply_nbytes=nbytes)
+
+
+def waits(backlog: EncodeBacklog) -> threading.Thread:
+    thread = threading.Thread(target=backlog.wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_computing_waits_while_too_much_is_not_encoded():
+    backlog = EncodeBacklog(100)
+    first, second = answer(60), answer(60)
+    backlog.add(first)
+    backlog.wait()  # below the bound: at once
+    backlog.add(second)
+    thread = waits(backlog)
+    thread.join(0.1)
+    assert thread.is_alive()
+    backlog.forget(first)
+    thread.join(5)
+    assert not thread.is_alive()
+    assert backlog.nbytes == 60
+
+
+def test_an_answer_is_forgotten_once_and_one_that_never_came_not_at_all():
+    backlog = EncodeBacklog(100)
+    one = answer(60)
+    backlog.forget(one)
+    backlog.add(one)
+    backlog.forget(one)
+    backlog.forget(one)
+    assert backlog.nbytes == 0
+
+
+def test_one_answer_larger_than_the_bound_holds_up_what_comes_after_it_only_until_it_is_encoded():
+    backlog = EncodeBacklog(100)
+    large = answer(1000)
+    backlog.add(large)
+    thread = waits(backlog)
+    backlog.forget(large)
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_closing_ends_the_wait():
+    backlog = EncodeBacklog(100)
+    backlog.add(answer(101))
+    thread = waits(backlog)
+    backlog.close()
+    thread.join(5)
+    assert not thread.is_alive()
