@@ -85,7 +85,9 @@ def targets_of(num_rows: int, entries: int = K) -> Targets:
 
 def batches(*num_tokens: int) -> Iterator[dict[str, torch.Tensor]]:
     """Without end, of one sequence each, of these lengths in turn."""
-    return ({"input_ids": torch.zeros(1, n)} for n in itertools.cycle(num_tokens))
+    return (
+        {"input_ids": torch.zeros(1, n, dtype=torch.int64)} for n in itertools.cycle(num_tokens)
+    )
 
 
 def window_of(teacher: Teacher, seconds: float = 30.0, **limits) -> TimedWindow:
