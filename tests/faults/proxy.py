@@ -141,6 +141,8 @@ class Proxy:
         self._loop.add_reader(self._listener, self._accept)
 
     async def _refuse(self) -> None:
+        if self._listener.fileno() < 0:
+            return  # refused before
         self._loop.remove_reader(self._listener)
         self._listener.close()
         await self._reset()
