@@ -117,7 +117,7 @@ class ServeConfig(_Section):
     machine's address if that is a wildcard."""
     ledger: Path | None = None
     """Folder for what teams have used (SQLite) and what replicas have not reported yet; on a local
-    disk. By default in memory: it ends with the service."""
+    disk. By default beside the teams file (teams.ledger); without teams in memory, until the end."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Serve Prometheus metrics on this port of --host; 0 takes a free one and logs it. Replicas
     that share a host take the next free ones."""
