@@ -64,14 +64,19 @@ def pack_varying(values: Tensor, widths: Tensor) -> Tensor:
 
 
 def unpack_varying(words: Tensor, first: Tensor, widths: Tensor) -> Tensor:
-    """The numbers of (n,) int64 widths, 0 to 32 bits each, that begin at the (n,) bits `first`."""
+    """The numbers of (n,) int64 widths, 0 to 32 bits each, that begin at the (n,) bits `first`.
+
+    Bits beyond the last word are 0.
+    """
+    wide = torch.zeros(len(words) + 2, dtype=torch.int64, device=words.device)
+    wide[: len(words)] = words
+    wide.bitwise_and_(0xFFFFFFFF)
+    pairs = (wide[1:] << 32).bitwise_or_(wide[:-1])  # every word with the one behind it
     values = torch.empty_like(first)
     pieces = zip(first.split(PIECE), widths.split(PIECE), values.split(PIECE), strict=True)
     for piece, width, value in pieces:  # in pieces, so that a large plane takes little memory
-        word, shift = piece >> 5, piece & 31
-        low = _wide(words, word) >> shift
-        high = _wide(words, word + 1) << (32 - shift)
-        torch.bitwise_and(low | high, (1 << width) - 1, out=value)
+        found = pairs[(piece >> 5).clamp_(max=len(words))].bitwise_right_shift_(piece & 31)
+        torch.bitwise_and(found, (1 << width).sub_(1), out=value)
     return values
 
 
@@ -97,11 +102,3 @@ def find_ones(words: Tensor) -> Tensor:
         for number, piece in enumerate(words.view(torch.uint8).split(PIECE))
     ]
     return found[0] if len(found) == 1 else torch.cat(found)
-
-
-def _wide(words: Tensor, index: Tensor) -> Tensor:
-    """(n,) int64: the words at `index` as unsigned numbers, 0 beyond the last."""
-    if len(words) == 0:
-        return torch.zeros_like(index)
-    values = words[index.clamp(max=len(words) - 1)].to(torch.int64) & 0xFFFFFFFF
-    return values.masked_fill_(index >= len(words), 0)
