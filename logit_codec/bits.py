@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 GROUP = 32
+WHOLE = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+"""Widths that a dtype has: their numbers lie in the words as they are."""
 PIECE = 1 << 18
 """Numbers of `unpack_varying` and bytes of `find_ones` that are worked on at a time."""
 
@@ -31,6 +33,8 @@ def pack(values: Tensor, width: int) -> Tensor:
 
 def unpack(words: Tensor, count: int, width: int) -> Tensor:
     """The inverse of `pack`: (num_words(count, width),) int32 -> (count,) int64."""
+    if width in WHOLE:
+        return words.view(WHOLE[width])[:count].to(torch.int64).bitwise_and_((1 << width) - 1)
     word, shift = _columns(width, words.device)
     groups = (count + GROUP - 1) // GROUP
     wide = torch.zeros(groups * width, dtype=torch.int64, device=words.device)

@@ -361,12 +361,11 @@ def _check_rows(targets: Targets, first_row: int = 0) -> None:
         _check_span(targets)
         refuse(splits.diff() < 1, None, "it has no entry")
         rows = targets.entry_rows()
-        rising = ids[1:] > ids[:-1]
-        first_of_row = rows[1:] != rows[:-1]
-        good = torch.ones_like(ids, dtype=torch.bool)
-        good[1:] = rising | first_of_row
-        good &= (ids >= 0) & (ids < targets.vocab_size)
-        refuse(~good, rows, "its ids are not ascending ids of the vocabulary")
+        bad = torch.zeros_like(ids, dtype=torch.bool)
+        torch.logical_and(ids[1:] <= ids[:-1], rows[1:] == rows[:-1], out=bad[1:])
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < targets.vocab_size:
+            bad |= (ids < 0) | (ids >= targets.vocab_size)
+        refuse(bad, rows, "its ids are not ascending ids of the vocabulary")
         if isinstance(targets, SampledTargets):
             refuse(targets.counts < 1, rows, "its counts are not all at least 1")
             draws = targets.counts.new_zeros(targets.num_rows).index_add_(0, rows, targets.counts)
@@ -374,8 +373,10 @@ def _check_rows(targets: Targets, first_row: int = 0) -> None:
             refuse(draws != targets.num_draws, None, why)
         elif isinstance(targets, TopKTargets):
             tail = targets.tail_logprob
-            finite = torch.isfinite(targets.logprobs) & ~torch.isnan(tail)[rows]
-            refuse(~finite, rows, "its logprobs are not finite numbers")
+            bad = ~torch.isfinite(targets.logprobs)
+            if bool(torch.isnan(tail).any()):
+                bad |= torch.isnan(tail)[rows]
+            refuse(bad, rows, "its logprobs are not finite numbers")
             refuse(tail >= 0, None, "its tail logprob is not below 0: nothing would be kept")
             mass = targets.logprobs.new_zeros(targets.num_rows, dtype=torch.float64)
             mass.index_add_(0, rows, targets.logprobs.double().exp_())
