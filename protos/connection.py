@@ -130,6 +130,8 @@ def _read_file(path: Path) -> dict[str, Any]:
     """What a connection file says; paths in it are relative to it."""
     try:
         content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read the connection file {path}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
     if unknown := sorted(set(content) - FILE_KEYS):

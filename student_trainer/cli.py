@@ -201,8 +201,12 @@ def parse_count(text: str) -> int:
 def expand_files(arguments: Sequence[str]) -> list[str]:
     """Replaces each @file.toml by the flags it stands for; flags given after it win.
 
-    Raises ValueError if a file cannot be read.
+    One file serves train and record: what only train needs is passed over by record. Raises
+    ValueError if a file cannot be read.
     """
+    passed_over: set[str] = set()
+    if arguments and arguments[0] == "record":
+        passed_over = set(TrainConfig.model_fields) - set(RecordConfig.model_fields)
     expanded: list[str] = []
     for argument in arguments:
         if not argument.startswith("@"):
@@ -215,6 +219,8 @@ def expand_files(arguments: Sequence[str]) -> list[str]:
         except ValueError as error:
             raise ValueError(f"{argument[1:]} is not TOML: {error}") from None
         for key, value in content.items():
+            if key.replace("-", "_") in passed_over:
+                continue
             flag = f"--{key.replace('_', '-')}"
             if isinstance(value, bool):
                 expanded.extend([flag] if value else [])

@@ -493,16 +493,16 @@ def _compared(groups: list[dict[str, Any]]) -> list[str]:
     best, *others = sorted(groups, key=_mean_loss)
     if _mean_loss(best) == math.inf:
         return ["All settings diverged."]
+    held_out = {group["runs"][0]["held_out_digest"] for group in groups}
+    if len(held_out) > 1:
+        return [
+            f"{len(groups)} settings were measured on different held-out texts, so their losses "
+            "cannot be compared; each gain over its own control can."
+        ]
     sentences = [
         f"{len(groups)} settings were compared. Lowest loss on held-out text: "
         f"{best['label']}, {_mean_loss(best):.3f} nats."
     ]
-    held_out = {group["runs"][0]["held_out_digest"] for group in groups}
-    if len(held_out) > 1:
-        sentences.append(
-            "They were measured on different held-out texts, so their losses cannot be compared; "
-            "each gain can."
-        )
     spreads = [group["statistics"]["distilled_loss"] for group in (best, others[0])]
     ahead = _mean_loss(others[0]) - _mean_loss(best)
     known = [one["spread"] for one in spreads if one is not None and one["spread"] is not None]

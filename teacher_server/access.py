@@ -377,7 +377,12 @@ def _certificate(context: Mapping[str, Iterable[bytes]]) -> Credential:
 
 def _enabled(declared: Declared) -> Team:
     if declared.disabled:
-        raise _unauthenticated("TEAM_DISABLED", f"team {declared.team.name} is disabled")
+        raise RequestRefused(
+            grpc.StatusCode.UNAUTHENTICATED,
+            "TEAM_DISABLED",
+            f"team {declared.team.name} is disabled. The operator lets it in again with "
+            "teacher-server team disable --undo.",
+        )
     return declared.team
 
 

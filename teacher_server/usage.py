@@ -23,6 +23,11 @@ COLUMNS = (
 def show_usage(config: UsageConfig) -> int:
     """Prints it as a table, CSV or JSON; returns the exit code."""
     try:
+        first_day(config.since)
+    except ValueError as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 2
+    try:
         if config.ledger is not None:
             rows = _from_file(config.ledger, config.team, config.since)
         else:
