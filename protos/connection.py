@@ -131,7 +131,8 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text())
     except OSError as error:
-        raise ValueError(f"cannot read the connection file {path}: {error.strerror}") from None
+        text = f"cannot read the connection file {path}: {error.strerror}"
+        raise type(error)(text) from None
     except ValueError as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
     if unknown := sorted(set(content) - FILE_KEYS):
