@@ -7,11 +7,12 @@ count, whoever asks reads.
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-WINDOW_S = 60
+from teacher_server.window import Window
+
 SHORTEST_WAIT_S = 1e-4
 WAIT_STEP = 1.1
 """Waiting times are counted in classes; the next class begins this much higher."""
@@ -80,10 +81,8 @@ class Standing:
     """Counts what happens to each team's requests."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
         self._lock = threading.Lock()
-        self._started_s = clock()
-        self._slots: deque[_Slot] = deque()
+        self._slots = Window(_Slot, clock)
         self._in_flight: Counter[str] = Counter()
         self._weights: dict[str, float] = {}
 
@@ -102,12 +101,12 @@ class Standing:
     def rejected(self, team: str) -> None:
         """A request was answered by an error."""
         with self._lock:
-            self._slot().counts.setdefault(team, _Counts()).rejected += 1
+            self._slots.now().counts.setdefault(team, _Counts()).rejected += 1
 
     def dispatched(self, jobs: Sequence[Dispatched], working: Mapping[str, float]) -> None:
         """A batch was taken. working: weights of the teams that had work for it."""
         with self._lock:
-            slot = self._slot()
+            slot = self._slots.now()
             slot.working.update(working)
             self._weights.update(working)
             for job in jobs:
@@ -122,7 +121,7 @@ class Standing:
         queued_tokens: padded tokens that wait, by team.
         """
         with self._lock:
-            now = self._slot().second
+            now = self._slots.now().second
             totals: dict[str, _Counts] = {}
             entitled: Counter[str] = Counter()
             for slot in self._slots:
@@ -137,7 +136,7 @@ class Standing:
                 for team, weight in slot.working.items():
                     entitled[team] += slot_cost * weight / weights  # type: ignore[assignment]
             cost = sum(total.cost for total in totals.values()) or 1.0
-            seconds = min(WINDOW_S, max(1.0, now - self._started_s))
+            seconds = self._slots.seconds(now)
             names = sorted({*totals, *queued_tokens, *self._in_flight, *entitled})
             self._weights = {team: self._weights[team] for team in names if team in self._weights}
             nothing = _Counts()
@@ -156,15 +155,6 @@ class Standing:
                 )
                 for team in names
             ]
-
-    def _slot(self) -> _Slot:
-        """The slot of this second; older ones than a minute are dropped."""
-        second = math.floor(self._clock())
-        while self._slots and self._slots[0].second <= second - WINDOW_S:
-            self._slots.popleft()
-        if not self._slots or self._slots[-1].second != second:
-            self._slots.append(_Slot(second))
-        return self._slots[-1]
 
 
 def _wait_class(seconds: float) -> int:

@@ -23,13 +23,13 @@ COLUMNS = (
 def show_usage(config: UsageConfig) -> int:
     """Prints it as a table, CSV or JSON; returns the exit code."""
     try:
-        first_day(config.since)
+        since = first_day(config.since)
     except ValueError as error:
         print(f"teacher-server: {error}", file=sys.stderr)
         return 2
     try:
         if config.ledger is not None:
-            rows = _from_file(config.ledger, config.team, config.since)
+            rows = _from_file(config.ledger, config.team, since)
         else:
             request = teacher_pb2.UsageRequest(team=config.team, since=config.since)
             rows = ask(connection_of(config), lambda stub: stub.Usage, request).rows
@@ -76,11 +76,11 @@ def first_day(since: str) -> int:
     return (first - EPOCH).days
 
 
-def _from_file(folder: Path, team: str, since: str) -> Sequence[teacher_pb2.UsageRow]:
+def _from_file(folder: Path, team: str, since: int) -> Sequence[teacher_pb2.UsageRow]:
     path = folder / FILE_NAME
     if not path.is_file():
         raise ValueError(f"there is no ledger in {folder} ({FILE_NAME})")
-    return [usage_row(row) for row in read_usage(path, team or None, first_day(since))]
+    return [usage_row(row) for row in read_usage(path, team or None, since)]
 
 
 def _print_table(lines: list[list[str | int]]) -> None:

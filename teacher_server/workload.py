@@ -4,14 +4,12 @@ Counted in slots of one second, as `standing` does. Thread-safe: the compute thr
 loop count, whoever asks reads.
 """
 
-import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-WINDOW_S = 60
+from teacher_server.window import Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +48,12 @@ class WorkloadCounter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._started_s = clock()
-        self._slots: deque[_Slot] = deque()
+        self._slots = Window(_Slot, clock)
 
     def passed(self, tokens: int, forward_s: float, head_s: float) -> None:
         """A forward pass of so many padded tokens has ended well."""
         with self._lock:
-            slot = self._slot()
+            slot = self._slots.now()
             slot.passes += 1
             slot.tokens += tokens
             slot.forward_s += forward_s
@@ -65,20 +62,20 @@ class WorkloadCounter:
     def encoded(self, seconds: float) -> None:
         """A sequence's targets are bytes."""
         with self._lock:
-            slot = self._slot()
+            slot = self._slots.now()
             slot.sequences += 1
             slot.encode_s += seconds
 
     def computed(self, seconds: float) -> None:
         """The compute thread was busy for so long, until now."""
         with self._lock:
-            self._slot().busy_s += seconds
+            self._slots.now().busy_s += seconds
 
     def numbers(self, *, computing_s: float = 0.0) -> Workload:
         """Of the last minute. computing_s: how long the pass in hand has been going on."""
         with self._lock:
-            self._slot()
-            seconds = min(WINDOW_S, max(1.0, self._clock() - self._started_s))
+            self._slots.now()
+            seconds = self._slots.seconds(self._clock())
             passes = max(1, sum(slot.passes for slot in self._slots))
             tokens = sum(slot.tokens for slot in self._slots)
             sequences = max(1, sum(slot.sequences for slot in self._slots))
@@ -91,12 +88,3 @@ class WorkloadCounter:
                 tokens_per_s=tokens / seconds,
                 busy=min(1.0, busy_s / seconds),
             )
-
-    def _slot(self) -> _Slot:
-        """The slot of this second; older ones than a minute are dropped."""
-        second = math.floor(self._clock())
-        while self._slots and self._slots[0].second <= second - WINDOW_S:
-            self._slots.popleft()
-        if not self._slots or self._slots[-1].second != second:
-            self._slots.append(_Slot(second))
-        return self._slots[-1]
