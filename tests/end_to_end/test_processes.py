@@ -1,6 +1,8 @@
 """Commands as people run them: exit codes, one-line errors, and processes that are killed."""
 
+import contextlib
 import json
+import secrets
 import signal
 import socket
 import subprocess
@@ -26,9 +28,13 @@ def run(*command: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody has, below those that the kernel gives to connections: one of those could
+    be taken before a service listens on it."""
+    while True:
+        port = 15_000 + secrets.randbelow(15_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def one_line(text: str) -> str:
