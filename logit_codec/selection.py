@@ -16,7 +16,7 @@ from logit_codec.sampling import systematic_counts
 from logit_codec.spec import DenseSpec, SampledSpec, TargetSpec, TopKSpec, parse_targets
 from logit_codec.targets import DenseTargets, SampledTargets, Targets, TopKTargets, _splits
 
-ARITHMETIC = "shares-2"
+ARITHMETIC = "shares-3"
 """Names how shares are added up: another order rounds otherwise, and may draw another id. Part of a
 teacher's fingerprint."""
 SMALLEST_MIN_P = 1 / 1024

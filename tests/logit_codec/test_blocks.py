@@ -16,7 +16,7 @@ def wide(rows: int, columns: int, span: float, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 def test_a_cpu_meets_no_denormal_numbers_which_would_make_it_several_times_slower(temperature):
     logits = wide(3, 1000, 200.0)
-    weights = blocks._weights(logits, temperature, torch.empty_like(logits))
+    weights = blocks._weights(logits, temperature, torch.empty_like(logits), blocks.PEAK_COLUMNS)
     assert float(weights.min()) >= torch.finfo(torch.float32).tiny
 
 
@@ -33,6 +33,25 @@ def test_shares_are_those_of_float64_and_of_no_mass_is_none(columns, dtype):
     assert (shares[wanted == 0] == 0).all()
     assert entropy is not None
     torch.testing.assert_close(entropy, torch.special.entr(p).sum(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("above", [0.0, 40.0, 80.0, 85.0, 88.0, 89.0, 300.0, 1e30])
+@pytest.mark.parametrize("columns", [1100, 5000])
+def test_a_row_whose_peak_is_not_among_its_first_columns_is_as_exact_as_any_other(columns, above):
+    logits = wide(5, columns, 30.0)
+    logits[1, columns - 3] = above
+    logits[2, :1024] = -torch.inf
+    logits[3] = -torch.inf
+    logits[4, 1050] = torch.nan
+    shares, entropy = block_masses(logits, 1.0, entropy=True)
+    p = logits.double().softmax(1)
+    wanted = torch.nn.functional.pad(p, (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK)).sum(2)
+    torch.testing.assert_close(shares[:3], wanted[:3], rtol=1e-5, atol=1e-30)
+    assert shares[3:].isnan().any(1).all()
+    assert entropy is not None
+    torch.testing.assert_close(entropy[:3], torch.special.entr(p[:3]).sum(1), rtol=1e-5, atol=1e-5)
+    alone, _ = block_masses(logits[1:2], 1.0)
+    assert torch.equal(alone[0], shares[1])
 
 
 @pytest.mark.parametrize(
