@@ -105,8 +105,11 @@ def measure(source: Distributions, num_rows: int, fit_rows: int, draws: int) -> 
     rows = [Row("published: top-k 64, ids and f32, zero", partial(raw, normalise=False))]
     rows += [Row("published: top-k 64, renormalised", partial(raw, normalise=True))]
     rows += [Row("published: RS-KD, 50 draws, 25 bits", rs_kd, random=True)]
-    rows += [Row("published: DistillKit k=128, zero", partial(distillkit, tail_bucket=False))]
-    rows += [Row("published: DistillKit k=128, tail", partial(distillkit, tail_bucket=True))]
+    rows += [Row("published: DistillKit, zero (default)", partial(distillkit, bucket=False))]
+    rows += [Row("published: DistillKit, tail bucket", partial(distillkit, bucket=True))]
+    exact = partial(distillkit, dtype=torch.float64)
+    rows += [Row("DistillKit fitted in float64, zero", partial(exact, bucket=False))]
+    rows += [Row("DistillKit fitted in float64, tail bucket", partial(exact, bucket=True))]
     rows += [Row(text, ours(text), text, random="sampled" in text) for text in OURS]
 
     squared = kl = 0.0
@@ -218,25 +221,33 @@ def rs_kd(chunk: Chunk, q: Tensor, _: Tensor) -> tuple[Tensor, float]:
     return q - p, int((p > 0).sum()) * 25 / 8
 
 
-def distillkit(chunk: Chunk, q: Tensor, _: Tensor, *, tail_bucket: bool) -> tuple[Tensor, float]:
-    """The README's recommended setting of arcee-ai/DistillKit, with its default `zero` or a bucket.
+def distillkit(
+    chunk: Chunk, q: Tensor, _: Tensor, *, bucket: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, float]:
+    """The recommended setting of arcee-ai/DistillKit's README, as its compression/ and lossfuncs/ do it.
 
     k=128: ids of bits(V - 1) bits; the 16 best logprobs as bfloat16; the others by a least-squares
-    polynomial in their place, terms 0 to 4 and the square root, six float32.
+    polynomial in their place 0 to 111, terms 0 to 4 and the square root, six float32. They are
+    fitted in float32 by an SVD, which the fourth power leaves little of; `dtype` fits in another.
+    `missing_probability_handling` is `zero` by default: the kept logprobs are made to sum to 1.
+    `symmetric_uniform` puts what is left into one bucket on both sides.
     """
     best = chunk.logits.log_softmax(1).topk(128)
-    place = torch.arange(16, 128, dtype=torch.float64, device=q.device) / 128
-    terms = torch.stack([place**power for power in (0, 1, 2, 3, 4, 0.5)], 1)
-    curve = best.values[:, 16:].double()
-    fitted = curve @ torch.linalg.pinv(terms).T @ terms.T
-    logprobs = torch.cat([best.values[:, :16].bfloat16().float(), fitted.float()], 1)
+    place = torch.arange(128 - 16, dtype=dtype, device=q.device)
+    terms = torch.stack([place**power for power in (0, 1, 2, 3, 4)] + [place.sqrt()], 1)
+    left, singular, right = torch.linalg.svd(terms, full_matrices=False)
+    inverse = torch.where(singular > 1e-5, 1 / singular, 0.0)
+    coefficients = ((best.values[:, 16:].to(dtype) @ left) * inverse) @ right
+    curve = (coefficients @ terms.T).float()
+    logprobs = torch.cat([best.values[:, :16].bfloat16().float(), curve], 1)
+    if not bucket:
+        logprobs = logprobs.log_softmax(1)
     p = torch.zeros_like(q).scatter_(1, best.indices, logprobs.exp())
-    mass = p.sum(1, keepdim=True)
+    if bucket:
+        p = with_tail(p, q, (1 - p.sum(1)).clamp(min=0.0))
     width = (q.shape[1] - 1).bit_length()
     nbytes = (math.ceil(128 * width / 8) + 16 * 2 + 6 * 4) * len(q)
-    if tail_bucket:
-        return q - with_tail(p, q, (1 - mass[:, 0]).clamp(min=0.0)), nbytes
-    return mass * q - p, nbytes
+    return p.sum(1, keepdim=True) * q - p, nbytes
 
 
 def bias(row: Row, chunk: Chunk, draws: int) -> float:
