@@ -6,14 +6,14 @@ import signal
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-
-import grpc
+from typing import Any
 
 from protos import teacher_pb2, teacher_pb2_grpc
+from protos.connection import Connection
 from tests.conftest import Serve, Served
 from tests.end_to_end.test_processes import free_port
 from tests.faults.proxy import Proxy
@@ -33,7 +33,8 @@ class Fleet(AbstractContextManager["Fleet"]):
     """`count` replicas of one service; with `proxied`, clients can reach them through proxies only.
 
     flags: of every replica. batch_s: added to each forward until `hurry`, so that there is always a
-    batch in hand. hook: runs in the processes before they start.
+    batch in hand. hook: runs in the processes before they start. token, ca: with which it asks its
+    replicas, and they each other.
     """
 
     def __init__(
@@ -48,12 +49,15 @@ class Fleet(AbstractContextManager["Fleet"]):
         hook: Callable[[], None] | None = None,
         service_id: str = "fleet",
         peers: Sequence[str] | None = None,
+        token: str | None = None,
+        ca: Path | None = None,
     ) -> None:
         self._serve = serve
         self._folder = folder
         self._flags = flags
         self._hook = hook
         self._service_id = service_id
+        self._token, self._ca = token, ca
         self._closing = ExitStack()
         self._signs = Path(self._closing.enter_context(tempfile.TemporaryDirectory()))
         if batch_s:
@@ -74,7 +78,10 @@ class Fleet(AbstractContextManager["Fleet"]):
     def _begin(self, index: int) -> Served:
         port = self.own[index].rpartition(":")[2]
         others = [one for one in self._peers if one != self.own[index]]
-        hook = partial(_prepare, self.addresses[index], self._signs, self._hook)
+        shown = {} if self._token is None else {"TEACHER_TOKEN": self._token}
+        if self._ca is not None:
+            shown["TEACHER_CA"] = str(self._ca)
+        hook = partial(_prepare, self.addresses[index], self._signs, shown, self._hook)
         return self._serve(
             self._folder,
             *("--port", port, "--service-id", self._service_id, "--threads", "1"),
@@ -133,20 +140,24 @@ class Fleet(AbstractContextManager["Fleet"]):
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
+    @contextmanager
+    def _called(self, index: int) -> Iterator[tuple[teacher_pb2_grpc.TeacherStub, Any]]:
+        """A replica, and the metadata of a call to it."""
+        connection = Connection.to(self.own[index], token=self._token, ca=self._ca)
+        with connection.blocking_channel(self.own[index]) as channel:
+            yield teacher_pb2_grpc.TeacherStub(channel), connection.metadata
+
     def describe(self, index: int) -> teacher_pb2.TeacherInfo:
-        with grpc.insecure_channel(self.own[index]) as channel:
-            stub = teacher_pb2_grpc.TeacherStub(channel)
-            return stub.Describe(teacher_pb2.DescribeRequest(), timeout=10)
+        with self._called(index) as (stub, metadata):
+            return stub.Describe(teacher_pb2.DescribeRequest(), timeout=10, metadata=metadata)
 
     def usage(self) -> list[teacher_pb2.UsageRow]:
         """The ledger of the fleet, which needs the flag --ledger, with all that its replicas know."""
         rows: list[teacher_pb2.UsageRow] = []
         for index in (*self.live(), *self.live()):  # each tells what it has, then all is read
-            with grpc.insecure_channel(self.own[index]) as channel:
-                stub = teacher_pb2_grpc.TeacherStub(channel)
-                rows = list(
-                    stub.Usage(teacher_pb2.UsageRequest(since="2000-01-01"), timeout=10).rows
-                )
+            with self._called(index) as (stub, metadata):
+                request = teacher_pb2.UsageRequest(since="2000-01-01")
+                rows = list(stub.Usage(request, timeout=10, metadata=metadata).rows)
         return rows
 
     def wait_known(self, count: int | None = None, seconds: float = 15.0) -> None:
@@ -198,8 +209,11 @@ def wait_until(
     return time.monotonic() - started
 
 
-def _prepare(address: str, signs: Path, hook: Callable[[], None] | None) -> None:
+def _prepare(
+    address: str, signs: Path, shown: dict[str, str], hook: Callable[[], None] | None
+) -> None:
     """Runs in the service: clients are told `address`, which may be a proxy's."""
+    os.environ.update(shown)
     from teacher_server import peers
     from teacher_server.model import TeacherModel
     from teacher_server.replica import Replica

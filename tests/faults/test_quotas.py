@@ -1,35 +1,30 @@
 """A team that wants more than it may have (row 18 of the faults)."""
 
-import json
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import grpc
 import torch
 
 from protos import teacher_pb2, teacher_pb2_grpc
+from protos.connection import Connection
 from student_trainer import connect
 from tests.faults.fleet import Fleet, wait_until
+from tests.teams import add_team, make_certs
 
 STREAMS, REQUESTS = 20, 10
 TOKENS = 32
 
 
-def limited(path: Path) -> None:
-    """Runs in the service: everybody's limits are those in this file, as it is now."""
-    from teacher_server import access, accounts, teams
+def hinted() -> None:
+    """Runs in the service: a trainer looks again after half a second; a minute otherwise."""
+    from teacher_server import accounts
 
-    def team(self: access.Caller) -> teams.Team:
-        limits = teams.TeamLimits(**json.loads(path.read_text()))
-        return teams.Team("search", scopes=frozenset(teams.SCOPES), limits=limits)
-
-    access.Caller.team = team
-    accounts.HINT_S = 0.5  # a trainer looks again after a minute otherwise
+    accounts.HINT_S = 0.5
 
 
-def ask(address: str, received: list[teacher_pb2.ScoreResponse]) -> None:
+def ask(connection: Connection, address: str, received: list[teacher_pb2.ScoreResponse]) -> None:
     """One stream that asks for everything at once, with ids like those of all the others."""
     requests = [
         teacher_pb2.ScoreRequest(
@@ -40,22 +35,28 @@ def ask(address: str, received: list[teacher_pb2.ScoreResponse]) -> None:
         )
         for number in range(REQUESTS)
     ]
-    with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-        received.extend(teacher_pb2_grpc.TeacherStub(channel).Score(iter(requests)))
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    with connection.blocking_channel(address, own) as channel:
+        stub = teacher_pb2_grpc.TeacherStub(channel)
+        received.extend(stub.Score(iter(requests), metadata=connection.metadata))
 
 
 def test_a_quota_that_twenty_streams_exhaust_at_once_and_the_trainer_that_waits(
     serve, folder, tmp_path: Path
 ):
-    limits = tmp_path / "limits.json"
-    quota = 50 * TOKENS + 7
-    limits.write_text(json.dumps({"max_tokens_per_day": quota}))
-    flags = ("--ledger", str(tmp_path / "ledger"))
-    with Fleet(serve, folder, flags=flags, hook=partial(limited, limits)) as fleet:
+    teams, quota = tmp_path / "teams.toml", 50 * TOKENS + 7
+    operator = add_team(teams, "operator", "--scopes", "admin")
+    token = add_team(teams, "search")
+    limits = f"limits = {{ max_tokens_per_day = {quota} }}\n"
+    teams.write_text(teams.read_text() + limits)
+    flags = ("--teams", str(teams), "--ledger", str(tmp_path / "ledger"), *make_certs(tmp_path))
+    ca = tmp_path / "ca.pem"
+    with Fleet(serve, folder, flags=flags, hook=hinted, token=operator, ca=ca) as fleet:
         fleet.wait_known()
+        search = Connection.to(fleet.addresses, token=token, ca=ca)
         received: list[teacher_pb2.ScoreResponse] = []
         threads = [
-            threading.Thread(target=ask, args=(fleet.addresses[i % 2], received))
+            threading.Thread(target=ask, args=(search, fleet.addresses[i % 2], received))
             for i in range(STREAMS)
         ]
         for thread in threads:
@@ -75,7 +76,7 @@ def test_a_quota_that_twenty_streams_exhaust_at_once_and_the_trainer_that_waits(
         assert row.delivered_rows == len(parts) * (TOKENS - 1)  # although all have the same ids
         assert row.rejected == len(refused)
 
-        with connect(fleet.addresses) as teacher:
+        with connect(fleet.addresses, token=token, ca=ca) as teacher:
             pairs = teacher.stream([torch.arange(TOKENS)] * 100, ahead=30)
             rows: list[int] = []
             trainer = threading.Thread(target=lambda: rows.extend(t.num_rows for _, t in pairs))
@@ -83,8 +84,8 @@ def test_a_quota_that_twenty_streams_exhaust_at_once_and_the_trainer_that_waits(
             wait_until(lambda: fleet.usage()[0].rejected > len(refused) + 30, "it is refused")
             assert len(rows) < 30
             # The operator raises the quota; a rate is left, at which the rest takes a second more.
-            more = {"max_tokens_per_day": 1 << 20, "max_tokens_per_second": 40 * TOKENS}
-            limits.write_text(json.dumps(more))
+            more = f"max_tokens_per_day = {1 << 20}, max_tokens_per_second = {40 * TOKENS}"
+            teams.write_text(teams.read_text().replace(limits, f"limits = {{ {more} }}\n"))
             began = time.monotonic()
             trainer.join(60)
             assert rows == [TOKENS - 1] * 100

@@ -5,13 +5,16 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-import grpc
 import pytest
 import torch
 
 from protos import teacher_pb2, teacher_pb2_grpc
+from protos.connection import Connection
+from tests.conftest import Serve
 from tests.faults.fleet import Fleet
+from tests.teams import add_team, make_certs
 
 LENGTH = 64
 WINDOW = 40
@@ -22,67 +25,59 @@ IDS = torch.arange(LENGTH, dtype=torch.int32).numpy().tobytes()
 TARGETS = teacher_pb2.TargetSpec(top_k=teacher_pb2.TopK(k=1, bits=8))
 
 
-def callers_by_metadata() -> None:
-    """Runs in the service: who calls is whom the call's metadata says, as "name:weight"."""
-    from teacher_server import access
-    from teacher_server.service import TeacherService
-    from teacher_server.teams import Team
+class Shared(Fleet):
+    """Replicas with TLS and a teams file, and the connection of each team."""
 
-    score = TeacherService.Score
-
-    class Named(access.Caller):
-        def __init__(self, team: Team) -> None:
-            self._team = team
-
-        def team(self) -> Team:
-            return self._team
-
-    async def named(self, request_iterator, context) -> None:
-        said = dict(context.invocation_metadata() or ()).get("team", "default:1")
-        name, _, weight = str(said).partition(":")
-        access.CURRENT.set(Named(Team(name, weight=float(weight))))
-        await score(self, request_iterator, context)
-
-    TeacherService.Score = named  # type: ignore[method-assign]
+    def __init__(
+        self, serve: Serve, folder: Path, home: Path, weights: dict[str, float], **options
+    ):
+        teams = home / "teams.toml"
+        replicas = add_team(teams, "replicas", "--scopes", "generate")
+        tokens = {name: add_team(teams, name, "--weight", weights[name]) for name in weights}
+        flags = (*BATCHES, "--teams", str(teams), *make_certs(home))
+        ca = home / "ca.pem"
+        super().__init__(
+            serve, folder, flags=flags, batch_s=BATCH_S, token=replicas, ca=ca, **options
+        )
+        self.connections = {
+            name: Connection.to(self.own, token=token, ca=ca) for name, token in tokens.items()
+        }
 
 
 class Load:
     """Teams that ask replicas for as much as they can get, and what they get."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
-        self._addresses = addresses
+    def __init__(self, fleet: Shared) -> None:
+        self._fleet = fleet
         self._tasks: list[asyncio.Task[None]] = []
         self.answers: list[tuple[float, str]] = []
         """When an answer came, and to whom."""
 
-    def join(
-        self, name: str, weight: float, *, streams: int = 1, lengths: Sequence[int] = (LENGTH,)
-    ) -> None:
+    def join(self, name: str, *, streams: int = 1, lengths: Sequence[int] = (LENGTH,)) -> None:
         """One more team, with so many streams to every replica, which share its window."""
-        for address, _ in itertools.product(self._addresses, range(streams)):
-            window = -(-WINDOW // streams)
-            running = self._stream(address, name, f"{name}:{weight}", window, lengths)
+        for address, _ in itertools.product(self._fleet.own, range(streams)):
+            running = self._stream(address, name, -(-WINDOW // streams), lengths)
             self._tasks.append(asyncio.create_task(running))
 
     async def storm(self, name: str) -> None:
         """A team that opens streams, asks, and goes away before the answers, until cancelled."""
         numbers = itertools.count()
-        async with grpc.aio.insecure_channel(self._addresses[0]) as channel:
+        connection = self._fleet.connections[name]
+        async with connection.channel(self._fleet.own[0]) as channel:
             stub = teacher_pb2_grpc.TeacherStub(channel)
             while True:
-                call = stub.Score(metadata=(("team", f"{name}:1"),))
+                call = stub.Score(metadata=connection.metadata)
                 for _ in range(WINDOW):
                     await call.write(_request(next(numbers), LENGTH))
                 await asyncio.sleep(BATCH_S / 2)
                 call.cancel()
 
-    async def _stream(
-        self, address: str, name: str, said: str, window: int, lengths: Sequence[int]
-    ) -> None:
+    async def _stream(self, address: str, name: str, window: int, lengths: Sequence[int]) -> None:
         requests = (_request(n, length) for n, length in enumerate(itertools.cycle(lengths)))
         options = [("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(address, options=options) as channel:
-            call = teacher_pb2_grpc.TeacherStub(channel).Score(metadata=(("team", said),))
+        connection = self._fleet.connections[name]
+        async with connection.channel(address, options) as channel:
+            call = teacher_pb2_grpc.TeacherStub(channel).Score(metadata=connection.metadata)
             for _ in range(window):
                 await call.write(next(requests))
             async for response in call:
@@ -112,20 +107,18 @@ def _request(number: int, length: int) -> teacher_pb2.ScoreRequest:
     )
 
 
-async def weights_and_a_guest(
-    addresses: Sequence[str], seconds: float
-) -> tuple[float, float, float]:
+async def weights_and_a_guest(fleet: Shared, seconds: float) -> tuple[float, float, float]:
     """Teams of weight 1 and 3 for so long; then one of weight 4 joins. The ratio, the guest's share
     afterwards, and how long it took until a second of its answers was its share within 10 %."""
-    load = Load(addresses)
-    load.join("one", 1.0)
-    load.join("three", 3.0)
+    load = Load(fleet)
+    load.join("one")
+    load.join("three")
     await asyncio.sleep(1.0)
     began = time.monotonic()
     await asyncio.sleep(seconds)
     counts = load.counts(began, time.monotonic())
     joined = time.monotonic()
-    load.join("guest", 4.0, streams=4)
+    load.join("guest", streams=4)
     joining_s = float("inf")
     while time.monotonic() < joined + 6.0:
         await asyncio.sleep(0.05)
@@ -142,9 +135,12 @@ async def weights_and_a_guest(
 
 
 @pytest.mark.parametrize("seconds", [3.0, pytest.param(60.0, marks=pytest.mark.slow)])
-def test_weights_are_kept_and_a_team_that_joins_gets_its_share(serve, folder, seconds) -> None:
-    with Fleet(serve, folder, flags=BATCHES, batch_s=BATCH_S, hook=callers_by_metadata) as fleet:
-        ratio, guest, joining_s = asyncio.run(weights_and_a_guest(fleet.addresses, seconds))
+def test_weights_are_kept_and_a_team_that_joins_gets_its_share(
+    serve, folder, tmp_path: Path, seconds
+) -> None:
+    weights = {"one": 1.0, "three": 3.0, "guest": 4.0}
+    with Shared(serve, folder, tmp_path, weights) as fleet:
+        ratio, guest, joining_s = asyncio.run(weights_and_a_guest(fleet, seconds))
         print(
             f"\n{seconds:.0f} s: ratio {ratio:.3f}, guest's share {guest:.3f} in {joining_s:.2f} s"
         )
@@ -154,11 +150,11 @@ def test_weights_are_kept_and_a_team_that_joins_gets_its_share(serve, folder, se
         fleet.assert_nothing_left()
 
 
-def test_a_hostile_team_costs_another_no_more_than_its_share(serve, folder) -> None:
-    async def run(fleet: Fleet) -> tuple[int, float]:
-        load = Load(fleet.own)
-        load.join("good", 1.0)
-        load.join("hostile", 1.0, streams=20, lengths=(2, 10, LENGTH))
+def test_a_hostile_team_costs_another_no_more_than_its_share(serve, folder, tmp_path: Path) -> None:
+    async def run(fleet: Shared) -> tuple[int, float]:
+        load = Load(fleet)
+        load.join("good")
+        load.join("hostile", streams=20, lengths=(2, 10, LENGTH))
         storm = asyncio.create_task(load.storm("hostile"))
         await asyncio.sleep(1.0)
         before = fleet.gauge(0, "teacher_batch_tokens_sum")
@@ -171,7 +167,7 @@ def test_a_hostile_team_costs_another_no_more_than_its_share(serve, folder) -> N
         await load.end()
         return counts["good"] * LENGTH, computed
 
-    with Fleet(serve, folder, 1, flags=BATCHES, batch_s=BATCH_S, hook=callers_by_metadata) as fleet:
+    with Shared(serve, folder, tmp_path, {"good": 1.0, "hostile": 1.0}, count=1) as fleet:
         good, computed = asyncio.run(run(fleet))
         print(f"\n{good / computed:.1%} of {computed:.0f} tokens")
         assert good / computed > 0.5 * 0.85
