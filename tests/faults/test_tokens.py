@@ -590,8 +590,10 @@ def test_replicas_know_each_other_through_tls_and_strange_names_are_left_out(
         )
         for port, advertised in zip(ports, ("127.0.0.1", "localhost"), strict=True)
     ]
-    for one in served:
-        one.wait_ready()
+    told = [one.wait_ready() for one in served]
+    assert told == [addresses[0], f"localhost:{ports[1]}"]
+    assert "is not for" not in served[0].output()
+    assert "is not for localhost, which clients are told" in served[1].output()
 
     def listed(address: str) -> set[str]:
         with connect(address, token=token, ca=ca) as teacher:
