@@ -1,4 +1,8 @@
-"""Why a service cannot be reached, found out by trying: gRPC itself mostly says "Socket closed"."""
+"""Why a service cannot be reached, found out by trying: gRPC itself mostly says "Socket closed".
+
+What is found here does not come right by waiting, so that whoever connects is told at once. It has to
+be certain therefore: a tunnel whose far end is not there yet also accepts and closes connections.
+"""
 
 import os
 import re
@@ -6,13 +10,19 @@ import socket
 import ssl
 import tempfile
 
+import grpc
+
 from protos.connection import Connection
 
 TRY_S = 3.0
+NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL", "HTTP_REQUEST")
+"""What OpenSSL says of an answer that is no TLS; which one depends on its version."""
+MOST_DETAIL = 100
 
 
 def diagnose(address: str, connection: Connection) -> str:
-    """One or two sentences about the likely cause, for the person who connects; empty: no idea.
+    """One or two sentences about what is wrong for certain, for the person who connects, and stays so
+    until somebody changes it; empty: nothing is known.
 
     Blocks for a few seconds at most.
     """
@@ -20,12 +30,23 @@ def diagnose(address: str, connection: Connection) -> str:
     host = host.strip("[]")
     try:
         with socket.create_connection((host, int(port)), TRY_S) as plain:
-            return _look(plain, host, connection)
+            return _look(plain, (host, int(port)), connection)
     except (OSError, ValueError):
         return ""  # nobody there: that is what gRPC says too
 
 
-def _look(plain: socket.socket, host: str, connection: Connection) -> str:
+def in_short(code: grpc.StatusCode, details: str | None) -> str:
+    """A status of gRPC on one line: without what it puts around the last and only error."""
+    text = (details or "").rpartition("last error: ")[2]
+    text = re.sub(r"^(?:[A-Z_]+: )?(?:ipv[46]:\S+ )?", "", text)
+    text = " ".join(text.split())
+    if len(text) > MOST_DETAIL:
+        text = f"{text[:MOST_DETAIL]}..."
+    return f"{code.name}: {text}" if text else code.name
+
+
+def _look(plain: socket.socket, where: tuple[str, int], connection: Connection) -> str:
+    host, _ = where
     try:
         with _context(connection).wrap_socket(plain, server_hostname=host) as secured:
             if connection.ca is None:
@@ -33,16 +54,20 @@ def _look(plain: socket.socket, host: str, connection: Connection) -> str:
                     "The service speaks TLS and was spoken to in plain text: give the authority of "
                     "its certificate (ca=, --ca, TEACHER_CA or a connection file)."
                 )
-            return _after_handshake(secured, connection)
+            if _says_something(secured) or not _ends_handshake(where, connection):
+                return ""
+            return _about_client(connection)
     except ssl.SSLCertVerificationError as error:
         if connection.ca is None:
             return ""
         return _about_certificate(error, host)
-    except (ssl.SSLError, OSError) as error:
+    except ssl.SSLError as error:
         if connection.ca is None:
             return ""
-        if "CERTIFICATE" in str(error).upper():
+        if "CERTIFICATE" in (error.reason or ""):
             return _about_client(connection)
+        if error.reason not in NOT_TLS:
+            return ""
         return (
             "The service does not speak TLS: leave out ca (--ca, TEACHER_CA), or have it started "
             "with --tls-cert and --tls-key."
@@ -69,17 +94,33 @@ def _context(connection: Connection) -> ssl.SSLContext:
     return context
 
 
-def _after_handshake(secured: ssl.SSLSocket, connection: Connection) -> str:
-    """With TLS 1.3 a service refuses a client's certificate after the handshake."""
+def _says_something(secured: ssl.SSLSocket) -> bool:
+    """Whether the handshake is followed by an HTTP/2 server's first word; a silent one has time."""
     secured.settimeout(TRY_S)
     try:
-        if secured.recv(1):
-            return ""  # an HTTP/2 server's first word: TLS is fine
+        return bool(secured.recv(1))
     except TimeoutError:
-        return ""
+        return True
     except OSError:
-        pass
-    return _about_client(connection)
+        return False
+
+
+def _ends_handshake(where: tuple[str, int], connection: Connection) -> bool:
+    """Whether a service that hung up after the handshake does so for the client's certificate.
+
+    With TLS 1.3 it looks at that after the handshake, with 1.2 within it. Who hangs up for another
+    reason, such as a proxy without a service behind it, lets that one through too.
+    """
+    context = _context(connection)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with socket.create_connection(where, TRY_S) as plain:
+        try:
+            context.wrap_socket(plain, server_hostname=where[0]).close()
+        except (ssl.SSLEOFError, ConnectionResetError):
+            return True
+        except ssl.SSLError as error:
+            return "CERTIFICATE" in (error.reason or "")
+    return False
 
 
 def _about_client(connection: Connection) -> str:

@@ -55,7 +55,8 @@ def connect(
     file names. ca: PEM, or the path of it, of the authority that signed the service's certificate,
     "public" for the public ones; without it (and TEACHER_CA) the connection is plain text. cert, key:
     of a client certificate, also TEACHER_CERT and TEACHER_KEY. patience_s: how long to wait, in all,
-    while nobody answers; the first answer is waited for at most 10 s.
+    while nobody answers; the first answer is waited for at most 10 s, and not at all where that is of
+    no use, as with the authority of another service.
     Raises TeacherUnavailable, IncompatibleTeacher or AccessDenied; ValueError, OSError where what is
     given here cannot be used.
     """

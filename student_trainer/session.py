@@ -12,7 +12,7 @@ import math
 import random
 import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ import grpc
 from logit_codec import CodecError, IdTable
 from protos import teacher_pb2, teacher_pb2_grpc
 from protos.connection import Connection
-from protos.diagnosis import diagnose
+from protos.diagnosis import diagnose, in_short
 from student_trainer.errors import (
     BY_CODE,
     IncompatibleTeacher,
@@ -136,6 +136,8 @@ class _Failures:
 
     count: int = 0
     until_s: float = 0.0
+    code: grpc.StatusCode | None = None
+    """How the last attempt ended; None: well, or with an answer that did not fit."""
 
 
 class Session:
@@ -180,12 +182,21 @@ class Session:
         return [link.address for link in self._links.values()]
 
     async def open(self, patience_s: float) -> teacher_pb2.TeacherInfo:
-        """Finds the first address that answers within the time given, and checks the others."""
-        deadline = time.monotonic() + patience_s
+        """Finds the first address that answers within the time given, and checks the others.
+
+        Raises TeacherUnavailable, at once where waiting is of no use.
+        """
+        started = time.monotonic()
+        hopeless = False
         while not await self._reach():
-            if time.monotonic() >= deadline:
-                raise await self._nobody(patience_s)
-            await asyncio.sleep(0.1)
+            waited_s = time.monotonic() - started
+            found = await self._diagnose()
+            # Twice, with an attempt between: the service may have come between the two looks.
+            if (hopeless and all(found)) or waited_s >= patience_s:
+                raise self._gone(waited_s, found)
+            hopeless = all(found)
+            if not hopeless:
+                await asyncio.sleep(0.1)
         assert self._info is not None
         if len(self._addresses) > 1:
             await asyncio.gather(*(self._check_same_service(one) for one in self._addresses))
@@ -272,7 +283,7 @@ class Session:
         while not await self._reach():
             now = time.monotonic()
             if now - self._quiet_since_s > self._patience_s:
-                raise await self._nobody(now - self._quiet_since_s)
+                raise self._gone(now - self._quiet_since_s, await self._diagnose())
             if now - told > TELL_S:
                 told = now
                 logger.warning(
@@ -302,6 +313,7 @@ class Session:
         Raises IncompatibleTeacher or AccessDenied where it makes no sense to try again.
         """
         failures = self._failures.setdefault(address, _Failures())
+        failures.code = None
         channel = self._connection.channel(address, CHANNEL_OPTIONS)
         link = None
         try:
@@ -326,6 +338,7 @@ class Session:
             if given and error.code() not in RETRIED:
                 kind = BY_CODE.get(error.code().value[0], ProtocolError)
                 raise kind(f"{address}: {_explain(error)}") from None
+            failures.code = error.code()
             return self._left_out(address, _explain(error))
         finally:
             if link is None:
@@ -516,7 +529,7 @@ class Session:
             "lost the teacher at %s; %d requests go to %s", self._last_error, count, others
         )
         if now - self._quiet_since_s > self._patience_s:
-            self._fail_all(self._gone(now - self._quiet_since_s, ""))
+            self._fail_all(self._gone(now - self._quiet_since_s, ()))
         self._wake.set()
 
     # One link: requests out, answers in.
@@ -664,15 +677,24 @@ class Session:
         for pending in self._dispatch.take_all():
             _resolve(pending, type(error)(str(error)))
 
-    async def _nobody(self, waited_s: float) -> TeacherUnavailable:
-        """What to raise when nobody answers; looks for the reason, which gRPC often hides."""
-        work = asyncio.to_thread(diagnose, self._addresses[0], self._connection)
-        return self._gone(waited_s, await work)
+    async def _diagnose(self) -> list[str]:
+        """Of each given address, why it will not answer; empty where it may yet."""
 
-    def _gone(self, waited_s: float, why: str) -> TeacherUnavailable:
+        async def look(address: str) -> str:
+            if self._failures[address].code is not grpc.StatusCode.UNAVAILABLE:
+                return ""
+            return await asyncio.to_thread(diagnose, address, self._connection)
+
+        return await asyncio.gather(*map(look, self._addresses))
+
+    def _gone(self, waited_s: float, found: Sequence[str]) -> TeacherUnavailable:
+        """What to raise when nobody answers. found: what is known of the given addresses."""
+        known = zip(self._addresses, found, strict=False)
+        reasons = [why if len(found) == 1 else f"{one}: {why}" for one, why in known if why]
+        why = " ".join(reasons) or "Is the address right, and has the service said 'ready'?"
+        after = f" after {waited_s:.0f} s" if waited_s >= 1 else ""
         return TeacherUnavailable(
-            f"no teacher answers at {self._where()} after {waited_s:.0f} s: {self._last_error}. "
-            + (why or "Is the address right, and has the service said 'ready'?")
+            f"no teacher answers at {self._where()}{after}. {why} (last attempt: {self._last_error})"
         )
 
     def _where(self) -> str:
@@ -702,4 +724,7 @@ def _resolve(pending: Pending, result: Answer | TeacherError) -> None:
 
 
 def _explain(error: grpc.aio.AioRpcError) -> str:
+    """What the service said, whole; what gRPC said, in short."""
+    if error.code() in RETRIED:
+        return in_short(error.code(), error.details())
     return f"{error.code().name}: {error.details()}"

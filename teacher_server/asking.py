@@ -8,7 +8,7 @@ import grpc
 
 from protos import teacher_pb2_grpc
 from protos.connection import Connection
-from protos.diagnosis import diagnose
+from protos.diagnosis import diagnose, in_short
 from teacher_server.config import ServiceConfig
 
 Answer = TypeVar("Answer")
@@ -75,4 +75,4 @@ def no_answer(connection: Connection, address: str, error: grpc.RpcError) -> str
         return f"{address} refused: {details}"
     why = diagnose(address, connection) if code == grpc.StatusCode.UNAVAILABLE else ""
     hint = why or "Is the address right, and the service ready?"
-    return f"no answer from {address}: {code.name}: {details}. {hint}"
+    return f"no answer from {address}. {hint} (gRPC: {in_short(code, details)})"

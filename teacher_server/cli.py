@@ -172,9 +172,10 @@ async def _serve_standalone(config: ServeConfig) -> int:
     loop = asyncio.get_running_loop()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signal_number, _stop_or_exit, stop)
-    port = await replica.start(config.host, config.port, advertise=config.advertised_host())
+    host = config.advertised_host()
+    port = await replica.start(config.host, config.port, advertise=host)
     watching = asyncio.create_task(watch_peers(replica, config.peers))
-    print(f"ready {config.host}:{port}", flush=True)
+    print(f"ready {host}:{port}", flush=True)
     await stop.wait()
     logger.info("draining seconds=%s (again to stop at once)", config.drain_s)
     watching.cancel()

@@ -16,9 +16,11 @@ if it dispatched meanwhile, that comes on top: at most the lease.
 
 import asyncio
 import contextlib
+import fcntl
+import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,25 +144,31 @@ class Directory:
 
     def __init__(self, folder: Path | None, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        name = ":memory:"
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            name = str(folder / FILE_NAME)
-        self._base = sqlite3.connect(name, isolation_level=None, check_same_thread=False)
-        self._base.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
-        self._base.execute("PRAGMA journal_mode = WAL")
+        if folder is None:
+            self._base = self._open(":memory:")
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(folder):
+            self._base = self._open(str(folder / FILE_NAME))
+
+    def _open(self, name: str) -> sqlite3.Connection:
+        """The ledger in this file, with its tables."""
+        base = sqlite3.connect(name, isolation_level=None, check_same_thread=False)
+        base.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
+        base.execute("PRAGMA journal_mode = WAL")
         # Once per sync, in a thread of its own: the journals are removed after this.
-        self._base.execute("PRAGMA synchronous = FULL")
-        with _Transaction(self._base):
-            (version,) = self._base.execute("PRAGMA user_version").fetchone()
+        base.execute("PRAGMA synchronous = FULL")
+        with _Transaction(base):
+            (version,) = base.execute("PRAGMA user_version").fetchone()
             if version not in (0, SCHEMA_VERSION):
                 raise sqlite3.DatabaseError(
                     f"{name} is a ledger of version {version}, this server knows {SCHEMA_VERSION}"
                 )
             if not version:
                 for statement in SCHEMA.split(";\n"):
-                    self._base.execute(statement)
-                self._base.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                    base.execute(statement)
+                base.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        return base
 
     def sync(
         self,
@@ -275,6 +283,21 @@ def _usage(base: sqlite3.Connection, team: str | None, since: int) -> list[Usage
         (since, team, team),
     )
     return [UsageRow(*row) for row in found]
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits for others that open the ledger in this folder.
+
+    A new file is made WAL by whoever comes first; to a second one at the same moment SQLite says
+    "database is locked" at once, however long its busy_timeout is, as waiting could be a deadlock.
+    """
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 class _Transaction:

@@ -12,7 +12,7 @@ import grpc
 from protos import teacher_pb2, teacher_pb2_grpc
 from teacher_server.access import SERVICE_METADATA
 from teacher_server.errors import ServeError
-from teacher_server.tls import Tls, context_without_checks
+from teacher_server.tls import Tls, context_without_checks, names_of
 
 PROBE_S = 2.0
 
@@ -81,10 +81,4 @@ def _any_name(pem: str) -> str:
     """A name that a certificate is for."""
     from cryptography import x509
 
-    certificate = x509.load_pem_x509_certificate(pem.encode())
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return ""
-    found = [*names.get_values_for_type(x509.DNSName), *names.get_values_for_type(x509.IPAddress)]
-    return str(found[0]) if found else ""
+    return next(iter(names_of(x509.load_pem_x509_certificate(pem.encode()))), "")

@@ -36,7 +36,12 @@ async def watch_peers(replica: Replica, peers: Sequence[str]) -> None:
             found = dict(zip(peers, await asyncio.gather(*map(_resolve, peers)), strict=True))
             for peer, addresses in found.items():
                 for address in addresses - channels.keys():
-                    options: list[tuple[str, int | str]] = [("grpc.use_local_subchannel_pool", 1)]
+                    # Whoever comes after a long absence is found at once, not after gRPC's pause,
+                    # which grows to two minutes.
+                    options: list[tuple[str, int | str]] = [
+                        ("grpc.use_local_subchannel_pool", 1),
+                        ("grpc.max_reconnect_backoff_ms", int(1000 * INTERVAL_S)),
+                    ]
                     if connection.ca is not None:  # its certificate has the name, not the address
                         name = peer.rpartition(":")[0].strip("[]")
                         options.append(("grpc.ssl_target_name_override", name))

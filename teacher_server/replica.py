@@ -215,6 +215,8 @@ class Replica:
             await check_entry(host, entry_port, self.service_id, self._tls)
             self._servers.append(self._server(host, entry_port, shared=True)[0])
         self._address = f"{advertise or host}:{bound}"
+        if self._tls is not None:
+            self._tls.warn(advertise or host)
         self._state = "ready"
         self._compute.start()
         for server in self._servers:

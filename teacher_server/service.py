@@ -35,6 +35,7 @@ from teacher_server.scheduler import Job
 from teacher_server.standing import Standing, TeamStanding, idle
 from teacher_server.teams import Team
 from teacher_server.usage import first_day, usage_row
+from teacher_server.window import WINDOW_S
 from teacher_server.workload import WorkloadCounter
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         replica.streams = self._room.num_streams
         known = {**self._accounts.teams(), caller.name: caller}
         standings = {standing.team: standing for standing in self._team_standings()}
-        cost_per_s = sum(standing.cost_per_s for standing in standings.values())
+        cost = sum(standing.cost for standing in standings.values())
         if "admin" not in caller.scopes:
             replica = teacher_pb2.ReplicaStatus(
                 id=replica.id, address=replica.address, state=replica.state
@@ -191,7 +192,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 _team_status(standings[team.name], team, tokens)
                 for team, tokens in zip(teams, left, strict=True)
             ],
-            cost_per_second=cost_per_s,
+            cost_per_second=cost / WINDOW_S,
         )
 
     async def Score(

@@ -41,8 +41,8 @@ class TeamStanding:
     """The part of them that waits for a batch."""
     tokens_per_s: float
     """Dispatched."""
-    cost_per_s: float
-    """Dispatched."""
+    cost: float
+    """Dispatched in the whole minute."""
     share: float
     """Of the cost dispatched for all teams."""
     entitled: float
@@ -147,7 +147,7 @@ class Standing:
                     tokens_in_flight=self._in_flight[team],
                     queued_tokens=queued_tokens.get(team, 0),
                     tokens_per_s=totals.get(team, nothing).tokens / seconds,
-                    cost_per_s=totals.get(team, nothing).cost / seconds,
+                    cost=totals.get(team, nothing).cost,
                     share=totals.get(team, nothing).cost / cost,
                     entitled=entitled[team] / cost,
                     waiting_p95_s=_percentile(totals.get(team, nothing).waits, 0.95),

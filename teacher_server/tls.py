@@ -1,16 +1,25 @@
 """The server's side of TLS: certificate and key from files that may be replaced at any time."""
 
+import ipaddress
 import logging
 import os
 import ssl
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
 from teacher_server.errors import ServeError
 
+if TYPE_CHECKING:
+    from cryptography import x509
+
 logger = logging.getLogger(__name__)
+
+SOON = timedelta(days=14)
+"""A certificate that ends within this is worth a warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +41,14 @@ class Tls:
             require_client_authentication=bool(self.client_ca),
         )
 
-    def check(self) -> None:
-        """Raises ServeError if the files cannot be used."""
-        self.read()
+    def warn(self, host: str) -> None:
+        """Logs what will keep clients away, now or soon. host: what they are told."""
+        try:
+            files = self.read()
+        except ServeError:
+            return  # they are being replaced at this moment; what is in use was read before
+        for warning in files.warnings(host):
+            logger.warning("--tls-cert %s %s", self.cert, warning)
 
     def expires_s(self) -> float | None:
         """When the certificate ends, in seconds since 1970; None while the file cannot be read."""
@@ -80,7 +94,35 @@ class Files:
             return f"not PEM as it should be ({error})"
         if key.public_key() != first.public_key():
             return "the key is not the one of the certificate"
+        if first.not_valid_after_utc < datetime.now(UTC):
+            return (
+                f"the certificate expired at {_time(first.not_valid_after_utc)}, and every client "
+                "refuses it; put a new one in its place"
+            )
         return None
+
+    def warnings(self, host: str) -> list[str]:
+        """What will keep clients away who are told to connect to this host, of usable files."""
+        from cryptography import x509
+
+        first = x509.load_pem_x509_certificates(self.cert)[0]
+        now, found = datetime.now(UTC), []
+        names = names_of(first)
+        if not any(_is_for(name, host) for name in names):
+            found.append(
+                f"is not for {host}, which clients are told: they will not connect to it. It is for "
+                f"{', '.join(names) or 'no name at all'}. Have a certificate made that has {host} "
+                "too, or --advertise a name that is in this one."
+            )
+        if first.not_valid_before_utc > now:
+            begins = _time(first.not_valid_before_utc)
+            found.append(f"is not valid before {begins}: until then every client refuses it.")
+        if first.not_valid_after_utc < now + SOON:
+            found.append(
+                f"expires at {_time(first.not_valid_after_utc)}. Put a new one in its place, this "
+                "service takes it up without a restart."
+            )
+        return found
 
     def configuration(self) -> grpc.ServerCertificateConfiguration:
         """For gRPC."""
@@ -133,6 +175,37 @@ def _read(path: Path | None) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ServeError(f"cannot read {path}: {error.strerror}") from None
+
+
+def names_of(certificate: "x509.Certificate") -> list[str]:
+    """The names and addresses that a certificate is for; without any, clients take its common name."""
+    from cryptography import x509
+    from cryptography.x509.oid import NameOID
+
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        return [str(one.value) for one in common]
+    found = [*names.get_values_for_type(x509.DNSName), *names.get_values_for_type(x509.IPAddress)]
+    return list(map(str, found))
+
+
+def _is_for(name: str, host: str) -> bool:
+    """Whether a name in a certificate stands for this host; a leading * for one label of it."""
+    host = host.strip("[]").rstrip(".").lower()
+    try:
+        return ipaddress.ip_address(host) == ipaddress.ip_address(name)
+    except ValueError:
+        pass
+    name = name.lower()
+    if name.startswith("*."):
+        return host.partition(".")[2] == name[2:]
+    return host == name
+
+
+def _time(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M} UTC"
 
 
 def context_without_checks() -> ssl.SSLContext:

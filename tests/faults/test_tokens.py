@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -18,6 +19,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+import student_trainer.cli
 from protos import teacher_pb2, teacher_pb2_grpc
 from protos.connection import Connection
 from student_trainer import AccessDenied, TeacherUnavailable, connect
@@ -27,6 +29,7 @@ from tests.conftest import Served
 from tests.end_to_end.test_processes import free_port
 from tests.faults.fleet import wait_until
 from tests.faults.oracle import VOCAB, digest, within
+from tests.faults.proxy import Proxy
 from tests.teams import add_team, command, make_certs
 
 SEQUENCES = tiny.random_sequences(40, VOCAB, seed=31)
@@ -525,6 +528,40 @@ def test_what_is_wrong_with_a_connection_is_told(shared: Shared, tmp_path: Path)
         connect(address, ca=tmp_path / "ca.pem", patience_s=0.1)
 
 
+@pytest.mark.parametrize("mistake", ["plain text", "another authority", "TLS"])
+def test_what_will_not_come_right_is_not_waited_for(
+    serve, folder, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: str
+):
+    make_certs(tmp_path)
+    other = tmp_path / "ca.pem"
+    target, flags, why = {
+        "plain text": (shared.served, [], "speaks TLS and was spoken to in plain text"),
+        "another authority": (shared.served, ["--ca", str(other)], "not signed by the given"),
+        "TLS": (None, ["--ca", str(other)], "does not speak TLS"),
+    }[mistake]
+    target = target or serve(folder, "--threads", "1")
+    with Proxy(target.address) as proxy:
+        assert student_trainer.cli.main(["check", proxy.address, *flags]) == 1
+        # It was looked at twice. Ten seconds of attempts are about a hundred connections.
+        assert proxy.connections < 20
+        check = capsys.readouterr().err
+        assert cli.main(["describe", proxy.address, *flags]) == 1
+    for err in (check, capsys.readouterr().err):
+        line = err.strip().splitlines()[-1]
+        assert why in line
+        assert line.index(why) < line.index("UNAVAILABLE"), "what gRPC says comes last"
+
+
+def test_a_service_that_is_not_there_yet_is_waited_for(shared: Shared):
+    token = shared.add("early")
+    with Proxy(f"127.0.0.1:{free_port()}") as proxy, ThreadPoolExecutor(1) as pool:
+        connecting = pool.submit(connect, proxy.address, token=token, ca=shared.ca)
+        wait_until(lambda: proxy.connections >= 6, "it was tried and looked at")
+        proxy.target = shared.served.address
+        with connecting.result(60) as teacher:
+            assert teacher.info.team == "early"
+
+
 def as_client(token: str, ca: str) -> None:
     """Runs in a replica: to its peers it is a client."""
     from teacher_server import peers
@@ -553,8 +590,10 @@ def test_replicas_know_each_other_through_tls_and_strange_names_are_left_out(
         )
         for port, advertised in zip(ports, ("127.0.0.1", "localhost"), strict=True)
     ]
-    for one in served:
-        one.wait_ready()
+    told = [one.wait_ready() for one in served]
+    assert told == [addresses[0], f"localhost:{ports[1]}"]
+    assert "is not for" not in served[0].output()
+    assert "is not for localhost, which clients are told" in served[1].output()
 
     def listed(address: str) -> set[str]:
         with connect(address, token=token, ca=ca) as teacher:

@@ -1,6 +1,10 @@
 """How callers reach a service, and what they are told when they do not."""
 
-from collections.abc import Iterator
+import contextlib
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,8 +12,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from protos import diagnosis
 from protos.connection import Connection
-from protos.diagnosis import diagnose
+from protos.diagnosis import diagnose, in_short
 from tests.teams import command, make_certs
 
 PEM = "-----BEGIN CERTIFICATE-----\nabc\n-----END CERTIFICATE-----"
@@ -135,6 +140,72 @@ def test_the_likely_cause_of_a_failure_is_found(tmp_path: Path):
         )
         assert found(address, ca=ca, **client(tmp_path)) == ""
     assert found("127.0.0.1:1") == "", "nobody is there"
+
+
+@contextmanager
+def listener(treat: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Somebody who accepts connections, treats each in some way, and closes it."""
+    with socket.create_server(("127.0.0.1", 0)) as accepting:
+
+        def accept() -> None:
+            while True:
+                client, _ = accepting.accept()
+                with client:
+                    if stopping.is_set():
+                        return
+                    with contextlib.suppress(OSError):
+                        treat(client)
+
+        stopping = threading.Event()
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield f"127.0.0.1:{accepting.getsockname()[1]}"
+        stopping.set()
+        socket.create_connection(accepting.getsockname()).close()
+        thread.join()
+
+
+def test_nothing_is_said_of_who_may_answer_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A service that starts behind a tunnel or a proxy is waited for, so these must not be guesses."""
+    monkeypatch.setattr(diagnosis, "TRY_S", 0.3)
+    make_certs(tmp_path, "--host", "127.0.0.1")
+    ca = tmp_path / "ca.pem"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem", tmp_path / "server-key.pem")
+
+    def hang_up(client: socket.socket) -> None:
+        client.recv(1)
+
+    def stay_silent(client: socket.socket) -> None:
+        while client.recv(1 << 16):
+            pass
+
+    def end_tls(client: socket.socket) -> None:
+        context.wrap_socket(client, server_side=True).close()
+
+    for treat in (hang_up, stay_silent, end_tls):
+        with listener(treat) as address:
+            assert diagnose(address, Connection.to(address, ca=ca)) == "", treat.__name__
+    for treat in (hang_up, stay_silent):
+        with listener(treat) as address:
+            assert diagnose(address, Connection.to(address)) == "", treat.__name__
+
+
+def test_a_status_of_grpc_is_told_in_short():
+    unavailable = grpc.StatusCode.UNAVAILABLE
+    details = (
+        "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:17603: Failed to "
+        "connect to remote host: Connection refused"
+    )
+    told = "UNAVAILABLE: Failed to connect to remote host: Connection refused"
+    assert in_short(unavailable, details) == told
+    assert in_short(unavailable, "this replica is draining") == (
+        "UNAVAILABLE: this replica is draining"
+    )
+    assert in_short(unavailable, None) == "UNAVAILABLE"
+    long = in_short(unavailable, "two\nlines" * 50)
+    assert "\n" not in long
+    assert len(long) < 130
 
 
 def test_certificates_are_not_overwritten_and_keys_are_private(tmp_path: Path, capsys):

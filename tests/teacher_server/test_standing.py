@@ -67,6 +67,19 @@ def test_everything_is_forgotten_after_a_minute(standing: Standing, clock: Clock
     assert len(standing._slots) <= 2
 
 
+def test_the_cost_by_which_replicas_are_weighed_does_not_depend_on_their_age() -> None:
+    """Else shares of a service would be wrong for a minute after a replica came, and drift."""
+    for age_s in (0.0, 20.0, 500.0):
+        clock = Clock()
+        standing = Standing(clock)
+        clock.now += age_s
+        standing.dispatched(jobs("a", 5), {"a": 1.0})
+        for _ in range(3):
+            (a,) = standing.teams({})
+            assert a.cost == 5 * 40
+            clock.now += 10.0
+
+
 def test_waiting_is_reported_up_to_a_tenth_too_high(standing: Standing) -> None:
     for number in range(100):
         standing.dispatched(jobs("a", 1, waited_s=(number + 1) / 100), {"a": 1.0})
