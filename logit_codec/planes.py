@@ -188,9 +188,9 @@ def unpack_draws(
     stated = several.compress(~is_first)
     log2 = np.ones(len(stated), np.int64)
     alive = np.arange(len(stated))
-    for _ in range(2, num_draws.bit_length()):
+    for level in range(2, num_draws.bit_length()):
         alive = alive.compress(string.flags(len(alive)))
-        log2[alive] += 1
+        log2[alive] = level
     low = string.varying(log2)
     string.end(_least_words(num_entries, id_words))
     counts = np.ones(num_entries, np.int64)
