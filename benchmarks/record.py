@@ -60,10 +60,9 @@ def main() -> None:
         print(f"{name:<44}" + "".join(f"{one[name]:>24}" for one in found))
 
 
-@torch.inference_mode()
 def make_rows(num_rows: int) -> tuple[dict[str, Targets], Tensor]:
     """Targets of each spec for as many rows, and the (num_rows,) ids that really came next."""
-    source = Distributions(VOCABULARY, ENTROPY, NOISE)
+    source = Distributions(VOCABULARY, ENTROPY, NOISE)  # trains a teacher if there is none yet
     parts: dict[str, list[Targets]] = {spec: [] for spec in SPECS}
     realized = []
     generator = torch.Generator().manual_seed(0)

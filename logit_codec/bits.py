@@ -1,17 +1,24 @@
-"""Whole numbers of a fixed width, packed into 32-bit words, least significant bit first.
+"""Whole numbers packed into 32-bit words, least significant bit first.
 
-32 numbers of w bits fill exactly w words, so the work is done on (groups, 32) tensors whose word
-and shift depend on the column alone: no loop over numbers, on any device.
+Packing is done in torch, on the device that the numbers are on. 32 numbers of w bits fill exactly w
+words, so a fixed width is packed on (groups, 32) tensors whose word and shift depend on the column
+alone: no loop over numbers, on any device.
+
+Reading is done in numpy: bytes are on the CPU, and of the few thousand numbers of a container torch
+takes longer for the calls than for the work.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from logit_codec.errors import CodecError
+
 GROUP = 32
-WHOLE = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+WHOLE = (8, 16, 32)
 """Widths that a dtype has: their numbers lie in the words as they are."""
-PIECE = 1 << 18
-"""Numbers of `unpack_varying` and bytes of `find_ones` that are worked on at a time."""
+SPARE_NBYTES = 8
+"""A `BitString` reads up to so many bytes behind its end, and leaves out what they say."""
 
 
 def num_words(count: int, width: int) -> int:
@@ -29,19 +36,6 @@ def pack(values: Tensor, width: int) -> Tensor:
     words.index_add_(1, word, grouped & 0xFFFFFFFF)
     words.index_add_(1, word + 1, grouped >> 32)
     return words[:, :width].reshape(-1)[: num_words(count, width)].to(torch.int32)
-
-
-def unpack(words: Tensor, count: int, width: int) -> Tensor:
-    """The inverse of `pack`: (num_words(count, width),) int32 -> (count,) int64."""
-    if width in WHOLE:
-        return words.view(WHOLE[width])[:count].to(torch.int64).bitwise_and_((1 << width) - 1)
-    word, shift = _columns(width, words.device)
-    groups = (count + GROUP - 1) // GROUP
-    wide = torch.zeros(groups * width, dtype=torch.int64, device=words.device)
-    wide[: len(words)] = words.to(torch.int64) & 0xFFFFFFFF
-    grouped = torch.nn.functional.pad(wide.view(groups, width), (0, 1))
-    values = (grouped[:, word] >> shift) | (grouped[:, word + 1] << (32 - shift))
-    return (values & ((1 << width) - 1)).reshape(-1)[:count]
 
 
 def _columns(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -67,30 +61,6 @@ def pack_varying(values: Tensor, widths: Tensor) -> Tensor:
     return words[:-1].to(torch.int32)
 
 
-def unpack_varying(words: Tensor, first: Tensor, widths: Tensor) -> Tensor:
-    """The numbers of (n,) int64 widths, 0 to 32 bits each, that begin at the (n,) bits `first`.
-
-    Bits beyond the last word are 0.
-    """
-    wide = torch.zeros(len(words) + 2, dtype=torch.int64, device=words.device)
-    wide[: len(words)] = words
-    wide.bitwise_and_(0xFFFFFFFF)
-    pairs = (wide[1:] << 32).bitwise_or_(wide[:-1])  # every word with the one behind it
-    values = torch.empty_like(first)
-    pieces = zip(first.split(PIECE), widths.split(PIECE), values.split(PIECE), strict=True)
-    for piece, width, value in pieces:  # in pieces, so that a large plane takes little memory
-        found = pairs[(piece >> 5).clamp_(max=len(words))].bitwise_right_shift_(piece & 31)
-        torch.bitwise_and(found, (1 << width).sub_(1), out=value)
-    return values
-
-
-def unpack_bits(words: Tensor, first: int, count: int) -> Tensor:
-    """(count,) bool: the bits from number `first` on, all of which must be there."""
-    masks = 1 << torch.arange(8, dtype=torch.uint8, device=words.device)
-    some = words.view(torch.uint8)[first >> 3 : (first + count + 7) >> 3]
-    return (some[:, None] & masks).bool().flatten()[first & 7 :][:count]
-
-
 def pack_ones(positions: Tensor, num_bits: int) -> Tensor:
     """A string of `num_bits` bits with ones at (n,) distinct positions -> int32 words."""
     words = positions.new_zeros((num_bits + 31) // 32)
@@ -98,11 +68,87 @@ def pack_ones(positions: Tensor, num_bits: int) -> Tensor:
     return words.to(torch.int32)
 
 
-def find_ones(words: Tensor) -> Tensor:
-    """(n,) int64, ascending: where the ones of a string of bits are; the inverse of `pack_ones`."""
-    masks = 1 << torch.arange(8, dtype=torch.uint8, device=words.device)
-    found = [
-        (piece[:, None] & masks).flatten().nonzero()[:, 0].add_(8 * PIECE * number)
-        for number, piece in enumerate(words.view(torch.uint8).split(PIECE))
-    ]
-    return found[0] if len(found) == 1 else torch.cat(found)
+class BitString:
+    """Reads a plane of bits from its start. Raises CodecError at its end.
+
+    raw: uint8, of which the plane is the bytes from number `first` to `stop`; there are SPARE_NBYTES
+    or more behind them.
+    """
+
+    def __init__(self, raw: np.ndarray, first: int, stop: int, name: str) -> None:
+        assert stop + SPARE_NBYTES <= len(raw)
+        self._raw, self._name = raw, name
+        self._first, self._at, self._stop = 8 * first, 8 * first, 8 * stop
+
+    @property
+    def num_bits(self) -> int:
+        """Of the whole plane."""
+        return self._stop - self._first
+
+    def flags(self, count: int) -> np.ndarray:
+        """(count,) bool."""
+        first = self._advance(count)
+        some = self._raw[first >> 3 : (first + count + 7) >> 3]
+        bits = np.unpackbits(some, bitorder="little")
+        return bits[first & 7 :][:count].view(np.bool_)
+
+    def numbers(self, count: int, width: int) -> np.ndarray:
+        """(count,) int64 of one width, 0 to 32."""
+        first = self._advance(count * width)
+        if width in WHOLE and first % 8 == 0:
+            whole = np.ndarray((count,), f"<u{width // 8}", self._raw, first >> 3)
+            return whole.astype(np.int64)
+        # 8 numbers fill `width` bytes: every eighth begins at the same bit of a byte.
+        window = np.dtype("<u4" if width <= 32 - 7 else "<u8")
+        found = np.empty(((count + 7) // 8, 8), window)
+        for column in range(min(count, 8)):
+            at = first + column * width
+            rows = (count - column + 7) // 8
+            every_eighth = np.ndarray((rows,), window, self._raw, at >> 3, (width,))
+            np.right_shift(every_eighth, at & 7, out=found[:rows, column])
+        found &= window.type((1 << width) - 1)
+        return found.reshape(-1)[:count].astype(np.int64)
+
+    def varying(self, widths: np.ndarray) -> np.ndarray:
+        """(n,) int64 of the (n,) int64 widths, 0 to 32 each."""
+        starts = widths.cumsum()
+        num_bits = int(starts[-1]) if len(starts) else 0
+        first = self._advance(num_bits)
+        starts -= widths
+        starts += first & 31
+        # Every word with the one behind it: a number is in one of these.
+        num_windows = ((first & 31) + num_bits >> 5) + 1
+        windows = np.ndarray((num_windows,), "<i8", self._raw, first >> 5 << 2, (4,))
+        values = windows.take(starts >> 5)
+        starts &= 31
+        values >>= starts
+        np.left_shift(1, widths, out=starts)
+        starts -= 1
+        values &= starts
+        return values
+
+    def raw_bytes(self) -> np.ndarray:
+        """(n,) uint8: the whole plane, copied."""
+        return self._raw[self._first >> 3 : self._stop >> 3].copy()
+
+    def end(self, least_words: int = 0) -> None:
+        """Raises CodecError if anything follows, beside zeros up to the end of a word or to
+        `least_words`."""
+        used = self._at - self._first
+        words = max((used + 31) // 32, least_words)
+        if self.num_bits != 32 * words:
+            raise CodecError(
+                f"the {self._name} plane has {self.num_bits // 32} words, its content takes "
+                f"{used} bits"
+            )
+        rest = self._raw[self._at >> 3 : self._stop >> 3].tobytes()
+        if int.from_bytes(rest, "little") >> (self._at & 7):
+            raise CodecError(f"the padding of the {self._name} plane is not zero")
+
+    def _advance(self, num_bits: int) -> int:
+        """Where the next bits begin."""
+        first = self._at
+        if num_bits > self._stop - first:
+            raise CodecError(f"the container ends in its {self._name} plane")
+        self._at += num_bits
+        return first

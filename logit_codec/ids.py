@@ -10,9 +10,11 @@ identity table needs no fitting: the rank is the id, and all buckets have one si
 """
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -76,7 +78,7 @@ class IdTable:
         memory for at most 2 * E / R + 1 buckets.
         """
         shift = identity_shift(vocab_size, num_rows, num_entries)
-        buckets = ((vocab_size - 1) >> shift) + 1
+        buckets = num_identity_buckets(vocab_size, shift)
         shifts = torch.full((buckets,), shift, dtype=torch.int64, device=device)
         return IdTable(vocab_size=vocab_size, shifts=shifts, ids=None)
 
@@ -143,8 +145,9 @@ class IdTable:
         if xxhash.xxh3_128_digest(view[:-DIGEST_NBYTES]) != view[-DIGEST_NBYTES:]:
             raise CodecError("the id table's digest does not match: fetch the table again")
         shifts = torch.tensor(list(view[TABLE_HEADER.size :][:buckets]), dtype=torch.int64)
-        words = torch.frombuffer(bytearray(view[ids_at:-DIGEST_NBYTES]), dtype=torch.int32)
-        ids = bitpack.unpack(words, vocab_size, width)
+        raw = np.frombuffer(view, np.uint8)
+        ids_plane = bitpack.BitString(raw, ids_at, len(view) - DIGEST_NBYTES, "ids")
+        ids = torch.from_numpy(ids_plane.numbers(vocab_size, width))
         try:
             table = IdTable(vocab_size=vocab_size, shifts=shifts, ids=ids)
         except ValueError as error:
@@ -157,6 +160,11 @@ class IdTable:
 def identity_shift(vocab_size: int, num_rows: int, num_entries: int) -> int:
     """The bits of an offset in the identity table for R rows with E entries together."""
     return (vocab_size * num_rows // num_entries).bit_length() - 1 if num_rows else 0
+
+
+def num_identity_buckets(vocab_size: int, shift: int) -> int:
+    """How many buckets of 2**shift ranks cover the vocabulary."""
+    return ((vocab_size - 1) >> shift) + 1
 
 
 def fit_id_table(inclusions: Tensor, num_rows: int) -> IdTable:
@@ -269,32 +277,85 @@ def code_ids(table: IdTable, rows: Tensor, token_ids: Tensor, num_rows: int) -> 
     )
 
 
-def read_cells(
-    table: IdTable, occupancy: Tensor, num_rows: int, num_entries: int
-) -> tuple[Tensor, Tensor]:
-    """The words of an occupancy plane -> (E,) rows and (E,) buckets, in the order written.
+@dataclass(frozen=True, slots=True, eq=False)
+class Entries:
+    """Which ids R rows have, as they were read."""
 
-    Raises CodecError if it does not hold `num_entries` entries in the cells of `num_rows` rows.
+    rows: np.ndarray
+    """(E,) int64: the row of each entry."""
+    counts: np.ndarray
+    """(R,) int64: entries of each row, at least 1."""
+    splits: np.ndarray
+    """(R+1,) int64: where the entries of each row begin, and the end."""
+    ids: np.ndarray
+    """(E,) int64: ascending in each row, and below V."""
+
+    @classmethod
+    def of(cls, rows: np.ndarray, counts: np.ndarray, ids: np.ndarray) -> "Entries":
+        """With the splits that follow from the counts."""
+        splits = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=splits[1:])
+        return cls(rows, counts, splits, ids)
+
+
+def read_ids(
+    table: IdTable | None,
+    vocab_size: int,
+    num_rows: int,
+    num_entries: int,
+    occupancy: bitpack.BitString,
+    take_offsets: Callable[[int], bitpack.BitString],
+) -> Entries:
+    """The entries of two Elias-Fano planes; the table is on the CPU, None for the identity.
+
+    take_offsets: number of bits -> the plane that has them. Raises CodecError unless there are
+    `num_entries` entries in the cells of `num_rows` rows, some in each row, whose ranks ascend
+    below V.
     """
-    ones = bitpack.find_ones(occupancy)
-    if len(ones) != num_entries:
-        raise CodecError(f"the occupancy plane has {len(ones)} entries, not {num_entries}")
-    cells = ones.sub_(torch.arange(num_entries, device=ones.device))
-    num_buckets = len(table.shifts)
+    shift = identity_shift(vocab_size, num_rows, num_entries) if table is None else 0
+    num_buckets = num_identity_buckets(vocab_size, shift) if table is None else len(table.shifts)
+    occupied = occupancy.flags(occupancy.num_bits)
+    num_ones = int(np.count_nonzero(occupied))
+    if num_ones != num_entries:
+        raise CodecError(f"the occupancy plane has {num_ones} entries, not {num_entries}")
+    cells = np.flatnonzero(occupied)
+    del occupied
+    cells -= np.arange(num_entries)
     if num_entries and int(cells[-1]) >= num_rows * num_buckets:
         raise CodecError("the occupancy plane has entries beyond its last cell")
     rows = cells // num_buckets
-    return rows, cells.sub_(rows * num_buckets)
-
-
-def read_ids(table: IdTable, rows: Tensor, buckets: Tensor, offsets: Tensor) -> Tensor:
-    """(E,) ids, ascending in each row. Raises CodecError for ranks that do not ascend below V."""
-    ranks = table.starts[buckets].add_(offsets)
-    if bool((ranks >= table.vocab_size).any()):
-        raise CodecError(f"an id's rank is not below the vocabulary's {table.vocab_size}")
-    if bool(((ranks[1:] <= ranks[:-1]) & (rows[1:] == rows[:-1])).any()):
+    counts = np.bincount(rows, minlength=num_rows)
+    if num_rows and int(counts.min()) < 1:
+        raise CodecError("a row has no entry")
+    # Ranks ascend from cell to cell of a row in any case, so it is enough if offsets do in a cell.
+    if table is None:
+        offsets = take_offsets(num_entries * shift)
+        cells <<= shift
+        cells |= offsets.numbers(num_entries, shift)
+        offsets.end()
+        ascending = cells[1:] > cells[:-1]
+        ranks = cells
+        ranks -= rows * (num_buckets << shift)
+    else:
+        buckets = cells - rows * num_buckets
+        widths = table.shifts.numpy().take(buckets)
+        plane = take_offsets(int(widths.sum()))
+        offsets_E = plane.varying(widths)
+        plane.end()
+        ascending = (offsets_E[1:] > offsets_E[:-1]) | (cells[1:] != cells[:-1])
+        del cells, widths
+        ranks = table.starts.numpy().take(buckets)
+        ranks += offsets_E
+        del buckets, offsets_E
+    if not ascending.all():
         raise CodecError("the ranks of a row do not ascend")
-    if table.ids is None:
-        return ranks
-    keys = rows * table.vocab_size + table.ids[ranks]
-    return keys.sort().values.sub_(rows * table.vocab_size)
+    if num_entries and int(ranks.max()) >= vocab_size:
+        raise CodecError(f"an id's rank is not below the vocabulary's {vocab_size}")
+    if table is None or table.ids is None:
+        return Entries.of(rows, counts, ranks)
+    first_keys = rows * vocab_size
+    keys = table.ids.numpy().take(ranks)
+    keys += first_keys
+    keys.sort()
+    keys -= first_keys
+    return Entries.of(rows, counts, keys)

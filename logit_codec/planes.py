@@ -4,12 +4,15 @@ Letters: R rows, E entries of all rows together, N draws per row, S counts that 
 """
 
 import math
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from logit_codec import bits as bitpack
 from logit_codec.errors import CodecError
+from logit_codec.ids import Entries
 from logit_codec.spec import LEVEL_BITS, RANGE_BITS
 
 CODES_PER_NAT = 2048
@@ -44,19 +47,39 @@ def quantise(
     return ranges, codes.long(), best
 
 
-def dequantise(codes: Tensor, ranges: Tensor, rows: Tensor, tail: Tensor, bits: int) -> Tensor:
+def dequantise(
+    codes: np.ndarray, ranges: np.ndarray, entries: Entries, tail: np.ndarray, bits: int
+) -> Tensor:
     """(E,) codes -> (E,) logprobs.
 
     A code says how far above the low end of its row's range an entry is, in steps that are e times
     finer at the top, where an error costs more. How high the best one stands follows from the tail:
     the entries of a row hold exactly 1 - tail.
     """
-    above = codes.double().mul_((math.e - 1) / ((1 << bits) - 1)).log1p_()
-    below = above.neg_().add_(1).mul_(_range_nats(ranges)[rows])
-    mass_R = torch.zeros(len(ranges), dtype=torch.float64)
-    mass_R.index_add_(0, rows, below.neg().exp_())
-    high_R = torch.log(-torch.expm1(tail.double())) - mass_R.log_()
-    return high_R[rows].sub_(below).to(torch.float32)
+    below = _shares_below(bits).take(codes)
+    below *= np.repeat(_nats_of_ranges().take(ranges), entries.counts)
+    # The functions are torch's, as in the writer; numpy's may differ in the last bit.
+    weights = torch.from_numpy(below).neg().exp_().numpy()
+    mass_R = np.bincount(entries.rows, weights, len(ranges))  # added up in the order of the entries
+    high_R = torch.log(-torch.expm1(torch.from_numpy(tail).double()))
+    high_R -= torch.from_numpy(mass_R).double().log_()  # (without entries it is of whole numbers)
+    logprobs = np.repeat(high_R.numpy(), entries.counts)
+    logprobs -= below
+    return torch.from_numpy(logprobs.astype(np.float32))
+
+
+@cache
+def _shares_below(bits: int) -> np.ndarray:
+    """(2**bits,) float64: how far below the best entry each code is, of the row's range."""
+    codes = torch.arange(1 << bits, dtype=torch.float64)
+    above = codes.mul_((math.e - 1) / ((1 << bits) - 1)).log1p_()
+    return above.neg_().add_(1).numpy()
+
+
+@cache
+def _nats_of_ranges() -> np.ndarray:
+    """(256,) float64: the nats of each range."""
+    return _range_nats(torch.arange(1 << RANGE_BITS)).numpy()
 
 
 def _range_nats(ranges: Tensor) -> Tensor:
@@ -89,26 +112,32 @@ def pack_codes(codes: Tensor, best: Tensor, counts: Tensor, bits: int, id_words:
     return _filled(words, _least_words(num_entries, id_words))
 
 
-def unpack_codes(words: Tensor, counts: Tensor, bits: int, id_words: int) -> Tensor:
-    """The inverse of `pack_codes`. Raises CodecError unless it would write just these words."""
-    num_rows, num_entries = len(counts), int(counts.sum())
-    string = _BitString(words, "codes")
-    places = string.numbers(_place_bits(counts))
-    if bool((places >= counts).any()):
+def unpack_codes(
+    string: bitpack.BitString, entries: Entries, bits: int, id_words: int
+) -> np.ndarray:
+    """(E,) int64: the inverse of `pack_codes`. Raises CodecError unless it would write just these
+    words."""
+    counts, first_entries = entries.counts, entries.splits[:-1]
+    num_entries = len(entries.ids)
+    num_others = num_entries - len(counts)
+    places = string.varying(np.frexp(counts - 1)[1].astype(np.int64))
+    if (places >= counts).any():
         raise CodecError("the best entry of a row is beyond its last")
-    best = places.add_(_first_entries(counts))
-    alive = torch.arange(num_entries - num_rows)
-    level = torch.zeros_like(alive)
-    for number in range(1, LEVELS + 1):
-        alive = alive[string.flags(len(alive))]
-        level.index_fill_(0, alive, number)
+    alive = np.flatnonzero(string.flags(num_others))
+    level = np.zeros(num_others, np.int64)
+    level[alive] = 1
+    for number in range(2, LEVELS + 1):
+        alive = alive.compress(string.flags(len(alive)))
+        level[alive] = number
     low_bits = bits - LEVEL_BITS
-    low = string.numbers(torch.full_like(level, low_bits))
+    level <<= low_bits
+    level |= string.numbers(num_others, low_bits)
     string.end(_least_words(num_entries, id_words))
-    others = torch.ones(num_entries, dtype=torch.bool)
-    others[best] = False
-    codes = torch.full((num_entries,), (1 << bits) - 1)
-    return codes.masked_scatter_(others, level.bitwise_left_shift_(low_bits).bitwise_or_(low))
+    is_other = np.ones(num_entries, np.bool_)
+    is_other[places + first_entries] = False
+    codes = np.full(num_entries, (1 << bits) - 1)
+    codes[is_other] = level
+    return codes
 
 
 def _first_entries(counts: Tensor) -> Tensor:
@@ -118,41 +147,6 @@ def _first_entries(counts: Tensor) -> Tensor:
 def _place_bits(counts: Tensor) -> Tensor:
     """(R,) bits that tell the entries of a row apart: of count - 1, written in binary."""
     return torch.frexp((counts - 1).double()).exponent.long()
-
-
-class _BitString:
-    """Reads a plane of bits from its start. Raises CodecError at its end."""
-
-    def __init__(self, words: Tensor, name: str) -> None:
-        self._words, self._name = words, name
-        self._at = 0
-
-    def _advance(self, num_bits: int) -> int:
-        """Where the next bits begin."""
-        first = self._at
-        self._at += num_bits
-        if self._at > 32 * len(self._words):
-            raise CodecError(f"the container ends in its {self._name} plane")
-        return first
-
-    def flags(self, count: int) -> Tensor:
-        """(count,) bool."""
-        return bitpack.unpack_bits(self._words, self._advance(count), count)
-
-    def numbers(self, widths: Tensor) -> Tensor:
-        """(n,) numbers of the (n,) widths."""
-        ends = widths.cumsum(0)
-        first = self._advance(int(ends[-1]) if len(ends) else 0)
-        return bitpack.unpack_varying(self._words, ends.sub_(widths).add_(first), widths)
-
-    def end(self, least_words: int) -> None:
-        """Nothing may follow, beside what fills the plane up."""
-        if len(self._words) != max((self._at + 31) // 32, least_words):
-            raise CodecError(
-                f"the {self._name} plane has {len(self._words)} words, its content takes "
-                f"{self._at} bits"
-            )
-        check_padding(self._words, self._at, self._name)
 
 
 def pack_draws(counts: Tensor, rows: Tensor, num_draws: int, id_words: int) -> Tensor:
@@ -181,26 +175,33 @@ def pack_draws(counts: Tensor, rows: Tensor, num_draws: int, id_words: int) -> T
 
 
 def unpack_draws(
-    words: Tensor, rows: Tensor, num_rows: int, num_draws: int, id_words: int
-) -> Tensor:
-    """The inverse of `pack_draws`. Raises CodecError unless it would write just these words."""
-    string = _BitString(words, "draws")
-    several = string.flags(len(rows))
-    stated = _stated(several, rows)
-    log2 = torch.ones(int(stated.sum()), dtype=torch.int64)
-    alive = torch.arange(len(log2))
-    for _ in range(2, num_draws.bit_length()):
-        alive = alive[string.flags(len(alive))]
-        log2[alive] += 1
-    counts = torch.ones(len(rows), dtype=torch.int64)
-    counts[stated] = string.numbers(log2).add_(1 << log2)
-    string.end(_least_words(len(rows), id_words))
-    implied = several & ~stated
-    counts[implied] = 0
-    others = torch.zeros(num_rows, dtype=torch.int64).index_add_(0, rows, counts)
-    counts[implied] = num_draws - others[rows[implied]]
-    if bool((counts[implied] < 2).any()):
+    string: bitpack.BitString, entries: Entries, num_draws: int, id_words: int
+) -> np.ndarray:
+    """(E,) int64: the inverse of `pack_draws`. Raises CodecError unless it would write just these
+    words."""
+    rows, num_entries = entries.rows, len(entries.ids)
+    several = np.flatnonzero(string.flags(num_entries))
+    rows_of_several = rows.take(several)
+    is_first = np.ones(len(several), np.bool_)
+    np.not_equal(rows_of_several[1:], rows_of_several[:-1], out=is_first[1:])
+    implied, rows_of_implied = several.compress(is_first), rows_of_several.compress(is_first)
+    stated = several.compress(~is_first)
+    log2 = np.ones(len(stated), np.int64)
+    alive = np.arange(len(stated))
+    for level in range(2, num_draws.bit_length()):
+        alive = alive.compress(string.flags(len(alive)))
+        log2[alive] = level
+    low = string.varying(log2)
+    string.end(_least_words(num_entries, id_words))
+    counts = np.ones(num_entries, np.int64)
+    counts[stated] = low + (1 << log2)
+    draws_R = np.add.reduceat(counts, entries.splits[:-1]) if num_entries else counts
+    missing = num_draws - draws_R.take(rows_of_implied)  # beside the 1 that they count as
+    if (missing < 1).any():
         raise CodecError(f"the counts of a row add up to more than its {num_draws} draws")
+    counts[implied] += missing
+    draws_R[rows_of_implied] = num_draws
+    refuse_rows(draws_R != num_draws, f"its counts do not add up to the {num_draws} draws")
     return counts
 
 
@@ -232,23 +233,20 @@ def pack_codes16(nats: Tensor) -> Tensor:
     return bitpack.pack(codes.long(), 16)
 
 
-def unpack_codes16(words: Tensor, count: int) -> Tensor:
-    codes = unpack_plane(words, count, 16, "16-bit codes")
-    return codes.to(torch.float32) / CODES_PER_NAT
+def unpack_codes16(string: bitpack.BitString, count: int) -> Tensor:
+    """The inverse of `pack_codes16`: (count,) float32."""
+    nats = string.numbers(count, 16).astype(np.float32)
+    string.end()
+    nats /= CODES_PER_NAT
+    return torch.from_numpy(nats)
 
 
-def unpack_plane(words: Tensor, count: int, width: int, name: str) -> Tensor:
-    """`count` numbers of `width` bits. Raises CodecError if the bits after them are not 0."""
-    check_padding(words, count * width, name)
-    return bitpack.unpack(words, count, width)
-
-
-def check_padding(words: Tensor, num_bits: int, name: str) -> None:
-    """Raises CodecError if a bit after the first `num_bits` is set."""
-    words = words[num_bits // 32 :]
-    used = num_bits % 32  # bits in use of the first of these
-    if (len(words) and (int(words[0]) & 0xFFFFFFFF) >> used) or bool(words[1:].any()):
-        raise CodecError(f"the padding of the {name} plane is not zero")
+def refuse_rows(bad: np.ndarray, why: str, rows: np.ndarray | None = None) -> None:
+    """Raises CodecError for the first row that is bad; `rows` says which row each element is of."""
+    if bad.any():
+        index = int(bad.argmax())
+        row = index if rows is None else int(rows[index])
+        raise CodecError(f"row {row} cannot be a target: {why}", row)
 
 
 def raw_words(values: Tensor) -> Tensor:

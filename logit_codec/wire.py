@@ -6,8 +6,8 @@ memory is at most 72 times the input; whatever is malformed raises CodecError.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -32,7 +32,15 @@ from logit_codec.header import (
     id_width,
     parse_header,
 )
-from logit_codec.ids import IDENTITY_DIGEST, IdTable, code_ids, identity_shift, read_cells, read_ids
+from logit_codec.ids import (
+    IDENTITY_DIGEST,
+    Entries,
+    IdTable,
+    code_ids,
+    identity_shift,
+    num_identity_buckets,
+    read_ids,
+)
 from logit_codec.spec import CODE_BITS, RANGE_BITS, TargetSpec
 from logit_codec.targets import (
     DenseTargets,
@@ -40,7 +48,6 @@ from logit_codec.targets import (
     SparseTargets,
     Targets,
     TopKTargets,
-    _splits,
 )
 
 
@@ -178,9 +185,12 @@ def decode(data: bytes | bytearray | memoryview, *, id_tables: Sequence[IdTable]
     if header.id_coding == ELIAS_FANO_IDS:
         num_buckets = len(table.shifts) if table else _identity_buckets(header)
     planes = header.planes(num_buckets)
-    least = OVERHEAD_NBYTES + 4 * sum(size or 0 for size in planes.values())
-    if len(view) < least or (None not in planes.values() and len(view) > least):
-        at_least = "at least " if None in planes.values() else ""
+    is_exact = None not in planes.values()
+    # A byte per entry at least: so what is made per entry is bounded by the bytes that are there.
+    content_nbytes = max(4 * sum(size or 0 for size in planes.values()), header.num_entries)
+    least = OVERHEAD_NBYTES + content_nbytes
+    if len(view) < least or (is_exact and len(view) > least):
+        at_least = "" if is_exact else "at least "
         raise CodecError(
             f"the container has {len(view)} bytes, its header implies {at_least}{least}"
         )
@@ -188,37 +198,31 @@ def decode(data: bytes | bytearray | memoryview, *, id_tables: Sequence[IdTable]
         raise CodecError(f"a container is a whole number of words, got {len(view)} bytes")
     if xxhash.xxh3_128_digest(view[:-DIGEST_NBYTES]) != view[-DIGEST_NBYTES:]:
         raise CodecError("the digest does not match: the bytes were changed on the way; ask again")
-    body = (
-        torch.frombuffer(bytearray(view[HEADER.size : -DIGEST_NBYTES]), dtype=torch.int32)
-        if len(view) > OVERHEAD_NBYTES
-        else torch.empty(0, dtype=torch.int32)
-    )
-    plane = _PlaneReader(body, planes)
+    plane = _PlaneReader(np.frombuffer(view, np.uint8), planes)
     if header.kind == DENSE:
-        targets: Targets = _read_dense(plane, header)
-    elif header.kind == SAMPLED:
-        targets = _read_sampled(plane, header, table)
-    else:
-        targets = _read_top_k(plane, header, table)
-    targets = replace(targets, **_read_per_row(plane, header.num_rows))
-    if plane.spare:
-        raise CodecError(f"the container has {4 * plane.spare} bytes more than its planes")
-    _check_rows(targets)
-    return targets
+        return _read_dense(plane, header)
+    if header.kind == SAMPLED:
+        return _read_sampled(plane, header, table)
+    return _read_top_k(plane, header, table)
 
 
 class _PlaneReader:
-    """Hands out the planes of a body in order, none beyond its end."""
+    """Hands out the planes of a container in order, none beyond its end."""
 
-    def __init__(self, body: Tensor, planes: dict[str, int | None]) -> None:
-        self._rest = body
+    def __init__(self, raw: np.ndarray, planes: dict[str, int | None]) -> None:
+        self._raw = raw  # the digest is behind the planes: a BitString may read a bit of it
+        self._at = HEADER.size
         self._sizes = planes
-        self.spare = len(body) - sum(size or 0 for size in planes.values())
+        num_words = (len(raw) - OVERHEAD_NBYTES) // 4
+        self.spare = num_words - sum(size or 0 for size in planes.values())
         """Words that no plane of known size needs."""
-        self.taken = 0
-        """Words handed out so far."""
 
-    def take(self, name: str, num_words: int | None = None) -> Tensor:
+    @property
+    def taken(self) -> int:
+        """Words handed out so far."""
+        return (self._at - HEADER.size) // 4
+
+    def take(self, name: str, num_words: int | None = None) -> bitpack.BitString:
         """The next plane. `num_words` is for one whose size does not follow from the header."""
         size = self._sizes[name]
         if size is None:
@@ -227,9 +231,13 @@ class _PlaneReader:
                 raise CodecError(f"the container ends in its {name} plane")
             self.spare -= num_words
             size = num_words
-        self.taken += size
-        words, self._rest = self._rest[:size], self._rest[size:]
-        return words
+        first = self._at
+        self._at += 4 * size
+        return bitpack.BitString(self._raw, first, self._at, name)
+
+    def take_floats(self, name: str) -> np.ndarray:
+        """(n,) float32, of a plane of nothing else."""
+        return self.take(name).raw_bytes().view(np.float32)
 
     def __contains__(self, name: str) -> bool:
         return name in self._sizes
@@ -237,49 +245,62 @@ class _PlaneReader:
 
 def _read_dense(plane: _PlaneReader, header: Header) -> DenseTargets:
     num_rows, vocab_size = header.num_rows, header.vocab_size
-    dtype = torch.float32 if header.value_bits == 32 else torch.bfloat16
-    values = plane.take("values").view(dtype)
-    if values.view(torch.uint8)[num_rows * vocab_size * dtype.itemsize :].any():
+    raw = plane.take("values").raw_bytes()
+    if raw[num_rows * vocab_size * header.value_bits // 8 :].any():
         raise CodecError("the padding of the values plane is not zero")
-    return DenseTargets(
+    if header.value_bits == 32:
+        values = torch.from_numpy(raw.view(np.float32))
+    else:  # numpy has no bfloat16
+        values = torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)
+    targets = DenseTargets(
         vocab_size=vocab_size,
         temperature=header.temperature,
         logprobs=values[: num_rows * vocab_size].view(num_rows, vocab_size),
+        **_read_per_row(plane, num_rows),
     )
+    _check_rows(targets)
+    return targets
+
+
+# What `_check_rows` would check of the other kinds cannot be otherwise, or is refused where it is
+# read: a row's probabilities, for one, add up to 1 by the formula that they are made with.
 
 
 def _read_sampled(plane: _PlaneReader, header: Header, table: IdTable | None) -> SampledTargets:
-    rows, sizes, ids = _read_ids(plane, header, table)
+    entries = _read_ids(plane, header, table)
     id_words = plane.taken
-    words = plane.take("draws", plane.spare)
-    counts = content.unpack_draws(words, rows, header.num_rows, header.max_entries, id_words)
+    draws = plane.take("draws", plane.spare)
+    counts = content.unpack_draws(draws, entries, header.max_entries, id_words)
     return SampledTargets(
         vocab_size=header.vocab_size,
         temperature=header.temperature,
-        row_splits=_splits(sizes),
-        token_ids=ids,
-        counts=counts,
+        row_splits=torch.from_numpy(entries.splits),
+        token_ids=torch.from_numpy(entries.ids),
+        counts=torch.from_numpy(counts),
         num_draws=header.max_entries,
+        **_read_per_row(plane, header.num_rows),
     )
 
 
 def _read_top_k(plane: _PlaneReader, header: Header, table: IdTable | None) -> TopKTargets:
-    rows, sizes, ids = _read_ids(plane, header, table)
-    if len(sizes) and int(sizes.max()) != header.max_entries:
+    entries = _read_ids(plane, header, table)
+    if header.num_rows and int(entries.counts.max()) != header.max_entries:
         raise CodecError("no row has the header's largest number of entries")
     id_words, bits = plane.taken, header.value_bits
-    num_rows = header.num_rows
-    ranges = content.unpack_plane(plane.take("ranges"), num_rows, RANGE_BITS, "ranges")
-    words = plane.take("codes", plane.spare)
-    codes = content.unpack_codes(words, sizes, bits, id_words)
-    tail = plane.take("tail").view(torch.float32)
+    ranges_plane = plane.take("ranges")
+    ranges = ranges_plane.numbers(header.num_rows, RANGE_BITS)
+    ranges_plane.end()
+    codes = content.unpack_codes(plane.take("codes", plane.spare), entries, bits, id_words)
+    tail = plane.take_floats("tail")
+    content.refuse_rows(~(tail < 0), "its logprobs are not finite numbers")
     return TopKTargets(
         vocab_size=header.vocab_size,
         temperature=header.temperature,
-        row_splits=_splits(sizes),
-        token_ids=ids,
-        logprobs=content.dequantise(codes, ranges, rows, tail, bits),
-        tail_logprob=tail,
+        row_splits=torch.from_numpy(entries.splits),
+        token_ids=torch.from_numpy(entries.ids),
+        logprobs=content.dequantise(codes, ranges, entries, tail, bits),
+        tail_logprob=torch.from_numpy(tail),
+        **_read_per_row(plane, header.num_rows),
     )
 
 
@@ -287,11 +308,13 @@ def _read_per_row(plane: _PlaneReader, num_rows: int) -> dict[str, Tensor]:
     """The planes that every kind may end with."""
     fields = {}
     if "realized" in plane:
-        fields["realized_logprob"] = -content.unpack_codes16(plane.take("realized"), num_rows)
+        fields["realized_logprob"] = content.unpack_codes16(plane.take("realized"), num_rows).neg_()
     if "entropy" in plane:
         fields["entropy"] = content.unpack_codes16(plane.take("entropy"), num_rows)
     if "log_z" in plane:
-        fields["log_z"] = plane.take("log_z").view(torch.float32)
+        log_z = plane.take_floats("log_z")
+        content.refuse_rows(~np.isfinite(log_z), "its log_z is not a finite number")
+        fields["log_z"] = torch.from_numpy(log_z)
     return fields
 
 
@@ -315,37 +338,33 @@ def _find_table(header: Header, id_tables: Sequence[IdTable]) -> IdTable | None:
 
 def _identity_buckets(header: Header) -> int:
     shift = identity_shift(header.vocab_size, header.num_rows, header.num_entries)
-    return ((header.vocab_size - 1) >> shift) + 1
+    return num_identity_buckets(header.vocab_size, shift)
 
 
-def _read_ids(
-    plane: _PlaneReader, header: Header, table: IdTable | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row of each entry (E,), entries of each row (R,), ids (E,)."""
-    num_rows, num_entries = header.num_rows, header.num_entries
-    if header.id_coding == FIXED_WIDTH_IDS:
-        width = header.most_entries.bit_length()
-        counts = content.unpack_plane(plane.take("counts"), num_rows, width, "counts")
-        if int(counts.sum()) != num_entries or (num_rows and int(counts.min()) < 1):
-            raise CodecError("the entry counts of the rows do not add up to the header's")
-        width = id_width(header.vocab_size)
-        ids = content.unpack_plane(plane.take("ids"), num_entries, width, "ids")
-        rows = torch.repeat_interleave(torch.arange(num_rows), counts, output_size=num_entries)
-        return rows, counts, ids
-    if table is None:
-        table = IdTable.identity(header.vocab_size, num_rows, num_entries)
-    rows, buckets = read_cells(table, plane.take("occupancy"), num_rows, num_entries)
-    counts = torch.bincount(rows, minlength=num_rows)
-    if num_rows and int(counts.min()) < 1:
-        raise CodecError("a row has no entry")
-    widths = table.shifts[buckets]
-    first = widths.cumsum(0)
-    num_bits = int(first[-1]) if num_entries else 0
-    words = plane.take("offsets", (num_bits + 31) // 32)
-    content.check_padding(words, num_bits, "offsets")
-    offsets = bitpack.unpack_varying(words, first.sub_(widths), widths)
-    del first, widths
-    return rows, counts, read_ids(table, rows, buckets, offsets)
+def _read_ids(plane: _PlaneReader, header: Header, table: IdTable | None) -> Entries:
+    num_rows, num_entries, vocab_size = header.num_rows, header.num_entries, header.vocab_size
+    if header.id_coding == ELIAS_FANO_IDS:
+        return read_ids(
+            table,
+            vocab_size,
+            num_rows,
+            num_entries,
+            plane.take("occupancy"),
+            lambda num_bits: plane.take("offsets", (num_bits + 31) // 32),
+        )
+    counts_plane = plane.take("counts")
+    counts = counts_plane.numbers(num_rows, header.most_entries.bit_length())
+    counts_plane.end()
+    if int(counts.sum()) != num_entries or (num_rows and int(counts.min()) < 1):
+        raise CodecError("the entry counts of the rows do not add up to the header's")
+    ids_plane = plane.take("ids")
+    ids = ids_plane.numbers(num_entries, id_width(vocab_size))
+    ids_plane.end()
+    rows = np.repeat(np.arange(num_rows), counts)
+    bad = ids >= vocab_size
+    bad[1:] |= (ids[1:] <= ids[:-1]) & (rows[1:] == rows[:-1])
+    content.refuse_rows(bad, "its ids are not ascending ids of the vocabulary", rows)
+    return Entries.of(rows, counts, ids)
 
 
 def _check_rows(targets: Targets, first_row: int = 0) -> None:

@@ -10,12 +10,12 @@ import logging
 import os
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from google.protobuf.json_format import MessageToDict, ParseDict
@@ -63,6 +63,9 @@ SEAL_NBYTES = 64 << 20
 SEAL_S = 60.0
 """What came longer ago than this is sealed with the next answer: a kill loses no more."""
 VERIFY_THREADS = 4
+REPLAYED_TOGETHER = 8
+"""Sequences that are read before the first of them is decoded: reading and decoding in turns push each
+other's code and data out of the caches, and take a third longer together."""
 NOT_THE_TEACHERS = ("service_id", "replicas", "replica_id", "team", "limits", "server_version")
 """Fields of TeacherInfo that are about the service, not about the teacher."""
 
@@ -142,6 +145,8 @@ class Recorded(Teacher):
         """What came since the folder was opened, by key."""
         self._lost: list[str] = []
         self._writer: Writer | None = None
+        self._wanted: deque[tuple[_Request, Entry, Future[Answer]]] = deque()
+        """What is to be replayed; there is a call of `_replay` to come for each."""
         self._unsealed: list[tuple[Row, Entry]] = []
         self._unsealed_nbytes = 0
         self._unsealed_since_s = 0.0
@@ -201,7 +206,7 @@ class Recorded(Teacher):
         if entry is None or entry.asked is not None:
             raise self._not_recorded()
         try:
-            return self._worker.submit(self._replay, request, entry).result().targets
+            return self._worker.submit(lambda: self._fetch(request, entry)()).result().targets
         except _Damaged as damaged:
             self._worker.submit(self._drop, damaged.shard).result()
         return self.get(token_ids, seed=seed, epoch=epoch)  # another draw, or an error
@@ -294,7 +299,7 @@ class Recorded(Teacher):
                 if not is_whole:
                     yield name
 
-    def _check_damaged(self, name: str, error: Exception) -> None:
+    def _check_damaged(self, name: str, error: BaseException) -> None:
         """Raises RecordError for a shard that is as it was sealed, and cannot be read all the same."""
         if self._shards.is_whole(name):
             raise RecordError(
@@ -392,7 +397,8 @@ class Recorded(Teacher):
             # Asked for already: replayed as soon as it is here, or asked for again if it never is.
             asked.add_done_callback(lambda _: self._do(future, self._answer, request, future))
         else:
-            self._do(future, self._resolve, request, future, partial(self._replay, request, entry))
+            self._wanted.append((request, entry, future))
+            self._do(future, self._replay)
 
     def _request_of(self, token_ids: Any, seed: int, epoch: int) -> _Request:
         wish = self.make_wish(None, self.temperature, seed, epoch)
@@ -450,18 +456,43 @@ class Recorded(Teacher):
         else:
             future.set_result(answer)
 
-    def _replay(self, request: _Request, entry: Entry) -> Answer:
-        """Reads and decodes. Raises _Damaged."""
+    def _replay(self) -> None:
+        """In the worker: resolves some of what is wanted, if the calls before have left any."""
+        count = min(len(self._wanted), REPLAYED_TOGETHER)
+        wanted = [self._wanted.popleft() for _ in range(count)]
+        fetched = [
+            (request, future, self._fetch(request, entry))
+            for request, entry, future in wanted
+            if not future.cancelled()
+        ]
+        for request, future, decoded in fetched:
+            self._resolve(request, future, decoded)
+
+    def _fetch(self, request: _Request, entry: Entry) -> Callable[[], Answer]:
+        """Reads; what it returns decodes, and raises what went wrong in either: _Damaged too."""
         payloads, shard = entry.payloads, entry.shard
         try:
             if not payloads:
                 identity = request.key, entry.seed, entry.epoch
                 payloads = tuple(self._shards.payloads(shard, entry.row, identity))
+        except BaseException as error:  # whoever waits for this one is told, and nobody else
+            return partial(self._raise_damage, shard, error)
+        return partial(self._decode, request, entry.row_mask, shard, payloads)
+
+    def _raise_damage(self, shard: str, error: BaseException) -> NoReturn:
+        """Raises _Damaged if that is what the error comes from, else the error."""
+        if not isinstance(error, DAMAGE):
+            raise error
+        self._check_damaged(shard, error)
+        raise _Damaged(shard) from error
+
+    def _decode(
+        self, request: _Request, mask: bytes | None, shard: str, payloads: tuple[bytes, ...]
+    ) -> Answer:
+        try:
             targets = Targets.cat([decode(one, id_tables=self.id_tables) for one in payloads])
-        except (*DAMAGE, CodecError) as error:
-            self._check_damaged(shard, error)
-            raise _Damaged(shard) from error
-        mask = entry.row_mask
+        except DAMAGE as error:  # a CodecError is a ValueError
+            self._raise_damage(shard, error)
         num_rows = len(request.token_ids) - 1 if mask is None else _count_bits(mask)
         if targets.num_rows != num_rows:
             raise _Damaged(shard)

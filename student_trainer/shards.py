@@ -55,8 +55,9 @@ BESIDE = "__record__"
 QUARANTINE = f"{BESIDE}/quarantine"
 METADATA = "logitstream"
 """Key of a shard's metadata under which its provenance is."""
-GROUP_NBYTES = 256 << 10
-"""Targets per row group, which is read whole to get at one row: a fraction of what decoding costs."""
+GROUP_NBYTES = 128 << 10
+"""Content of a row group, which is read whole to get at one row: a third of what decoding costs. Half of
+it is read a third faster, for a shard that is 0.7 % larger and takes 1.4 times as long to make."""
 CHUNK_NBYTES = 4 << 20
 ABANDONED_S = 600.0
 """A partial file that was not written to for so long belongs to nobody any more."""

@@ -3,6 +3,7 @@
 import math
 import struct
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -19,7 +20,8 @@ from logit_codec import (
     fit_id_table,
     select,
 )
-from logit_codec.ids import code_ids, read_cells, read_ids
+from logit_codec.bits import SPARE_NBYTES, BitString
+from logit_codec.ids import code_ids, read_ids
 from tests.golden import make
 from tests.logit_codec import plain_reader
 
@@ -41,15 +43,29 @@ def random_sets(
     return rows, ids
 
 
+def plane(words: Tensor, name: str) -> BitString:
+    raw = words.numpy().tobytes()
+    return BitString(np.frombuffer(raw + bytes(SPARE_NBYTES), np.uint8), 0, len(raw), name)
+
+
 def through(table: IdTable, rows: Tensor, ids: Tensor, num_rows: int) -> Tensor:
     """The ids after they were written and read."""
     coded = code_ids(table, rows, ids, num_rows)
     occupancy, offsets = coded.planes()
     assert len(occupancy) + len(offsets) == coded.num_words
-    read_rows, buckets = read_cells(table, occupancy, num_rows, len(ids))
-    assert torch.equal(read_rows, rows)
-    assert torch.equal(table.shifts[buckets], coded.widths)
-    return read_ids(table, read_rows, buckets, coded.offsets)
+
+    def take_offsets(num_bits: int) -> BitString:
+        assert num_bits == int(coded.widths.sum())
+        return plane(offsets, "offsets")
+
+    known = None if table.ids is None else table
+    entries = read_ids(
+        known, table.vocab_size, num_rows, len(ids), plane(occupancy, "occupancy"), take_offsets
+    )
+    assert entries.rows.tolist() == rows.tolist()
+    assert entries.counts.tolist() == torch.bincount(rows, minlength=num_rows).tolist()
+    assert entries.splits.tolist() == [0, *entries.counts.cumsum()]
+    return torch.from_numpy(entries.ids)
 
 
 @given(

@@ -1111,6 +1111,56 @@ def test_decode_needs_at_most_40_times_a_container_of_the_usual_kinds(decode_mem
         assert decode_memory[name] <= 40, name
 
 
+REFUSED_MEMORY = """
+import gc
+import torch
+import xxhash
+from logit_codec import CodecError, IdTable, decode
+from logit_codec.header import ELIAS_FANO_IDS, SAMPLED, Header
+
+def measure(name, content, id_tables, **fields):
+    header = Header(
+        kind=SAMPLED, id_coding=ELIAS_FANO_IDS, value_bits=0, flags=0, temperature=1.0, **fields
+    )
+    body = header.pack() + content
+    data = body + xxhash.xxh3_128_digest(body)
+    gc.collect()
+    open("/proc/self/clear_refs", "w").write("5")
+    before = proc("VmRSS")
+    try:
+        decode(data, id_tables=id_tables)
+    except CodecError as error:
+        print((proc("VmHWM") - before) / len(data), name, error, sep=": ")
+
+table = IdTable(
+    vocab_size=1024, shifts=torch.zeros(1024, dtype=torch.int64), ids=torch.arange(1024)
+)
+table.digest, table.starts
+every_id = dict(num_rows=64, vocab_size=65536, max_entries=65536, num_entries=64 * 65536)
+measure("warm-up", bytes(64), (), num_rows=1, vocab_size=9, max_entries=9, num_entries=8)
+measure("no draws", b"\\x55" * (1 << 20), (), **every_id)
+measure(
+    "ones in every cell",
+    b"\\xff" * (1025 << 10),
+    (table,),
+    num_rows=8192,
+    vocab_size=1024,
+    max_entries=8,
+    num_entries=8192,
+    id_table=table.digest,
+)
+"""
+
+
+@needs_proc
+def test_to_refuse_a_container_needs_at_most_72_times_its_size():
+    lines = run_python(PROC + REFUSED_MEMORY).splitlines()
+    measured = {name: float(most) for most, name, _ in (line.split(": ", 2) for line in lines)}
+    assert list(measured) == ["warm-up", "no draws", "ones in every cell"]
+    assert measured["no draws"] <= 72
+    assert measured["ones in every cell"] <= 72
+
+
 # Imports
 
 

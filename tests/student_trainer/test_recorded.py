@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -465,6 +466,31 @@ def test_damage_that_comes_after_the_opening_is_noticed(live, tmp_path: Path):
         one.write_bytes(bytes(len(content) // 2) + content[len(content) // 2 :])
         with pytest.raises(NotRecorded, match=one.name):
             record.get(ids)
+
+
+def test_what_is_replayed_together_is_answered_one_by_one(live, tmp_path: Path):
+    """What is damaged or given up among sequences that wait at once is nothing to the others."""
+    seen = write(tmp_path, live)
+    victim = shards_in(tmp_path)[0]
+    with Recorded(tmp_path) as record:
+        found = [record._index.find(ids_digest(ids))[0].shard for ids in SEQUENCES]
+        given_up = found.index(shards_in(tmp_path)[1].name)
+        os.truncate(victim, 16)
+        asked_for_all = threading.Event()
+        record._worker.submit(asked_for_all.wait)
+        wish = record.make_wish(None, 1.0, 0, 0)
+        futures = [record.submit(ids, None, wish) for ids in SEQUENCES]
+        assert futures[given_up].cancel()
+        asked_for_all.set()
+        for number, (future, shard) in enumerate(zip(futures, found, strict=True)):
+            if shard == victim.name:
+                with pytest.raises(NotRecorded, match=victim.name):
+                    future.result()
+            elif number != given_up:
+                assert same(future.result().targets, seen[number])
+        assert futures[given_up].cancelled()
+        assert record.counters.quarantined == 1
+        assert record.counters.replayed == len(SEQUENCES) - found.count(victim.name) - 1
 
 
 def test_a_read_only_folder_is_replayed_and_refuses_to_grow(live, tmp_path: Path):
