@@ -6,37 +6,33 @@ Exit codes: 0 done, 1 something went wrong, 2 command line or configuration, 130
 import dataclasses
 import json
 import logging
-import re
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-import pydantic
-import tyro
+from protos.command_line import Group, WrongUsage, parse
+from student_trainer.config import (
+    CheckConfig,
+    RecordConfig,
+    ReportConfig,
+    TrainConfig,
+    parse_count,
+)
 
-from student_trainer.config import CheckConfig, RecordConfig, ReportConfig, TrainConfig
-
-Command = (
-    Annotated[TrainConfig, tyro.conf.subcommand("train", prefix_name=False)]
-    | Annotated[ReportConfig, tyro.conf.subcommand("report", prefix_name=False)]
-    | Annotated[RecordConfig, tyro.conf.subcommand("record", prefix_name=False)]
-    | Annotated[CheckConfig, tyro.conf.subcommand("check", prefix_name=False)]
+COMMANDS = Group(
+    "Train students on a served teacher's distributions.",
+    {"train": TrainConfig, "report": ReportConfig, "record": RecordConfig, "check": CheckConfig},
+    files_of={"record": "train"},
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     try:
-        command = tyro.cli(
-            Command,
-            prog="student-trainer",
-            description="Train students on a served teacher's distributions.",
-            args=expand_files(sys.argv[1:] if argv is None else argv),
-        )
-    except (ValueError, pydantic.ValidationError) as error:
-        print(f"student-trainer: {error}", file=sys.stderr)
+        command = parse("student-trainer", COMMANDS, sys.argv[1:] if argv is None else argv)
+    except WrongUsage as error:
+        for mistake in error.mistakes:
+            print(f"student-trainer: {mistake}", file=sys.stderr)
         return 2
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
@@ -187,48 +183,6 @@ def run_check(config: CheckConfig) -> int:
         )
         return 1
     return 0
-
-
-def parse_count(text: str) -> int:
-    """1000, 300M, 1.5B -> a number of tokens. Raises ValueError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kKmMbBtT]?)", text.strip())
-    if match is None:
-        raise ValueError(f"a number of tokens is written like 1000, 300M or 1.5B; got {text!r}")
-    scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}[match.group(2).lower()]
-    return round(float(match.group(1)) * scale)
-
-
-def expand_files(arguments: Sequence[str]) -> list[str]:
-    """Replaces each @file.toml by the flags it stands for; flags given after it win.
-
-    One file serves train and record: what only train needs is passed over by record. Raises
-    ValueError if a file cannot be read.
-    """
-    passed_over: set[str] = set()
-    if arguments and arguments[0] == "record":
-        passed_over = set(TrainConfig.model_fields) - set(RecordConfig.model_fields)
-    expanded: list[str] = []
-    for argument in arguments:
-        if not argument.startswith("@"):
-            expanded.append(argument)
-            continue
-        try:
-            content = tomllib.loads(Path(argument[1:]).read_text())
-        except OSError as error:
-            raise ValueError(f"cannot read {argument[1:]}: {error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"{argument[1:]} is not TOML: {error}") from None
-        for key, value in content.items():
-            if key.replace("-", "_") in passed_over:
-                continue
-            flag = f"--{key.replace('_', '-')}"
-            if isinstance(value, bool):
-                expanded.extend([flag] if value else [])
-            elif isinstance(value, list):
-                expanded.extend([flag, *map(str, value)])
-            else:
-                expanded.extend([flag, str(value)])
-    return expanded
 
 
 if __name__ == "__main__":

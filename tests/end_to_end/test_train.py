@@ -110,10 +110,10 @@ def test_train_refuses_another_tokenizer(trained_service, student_folder, text, 
     ("arguments", "code", "words"),
     [
         (("check", "127.0.0.1:1"), 1, ["127.0.0.1:1"]),
-        (("check", "nowhere"), 1, ["host:port"]),
+        (("check", "nowhere"), 2, ["host:port"]),
         (("train", "--teacher", "x:1"), 2, ["--student"]),
         (("train", "@none.toml"), 2, ["none.toml"]),
-        (("check", "127.0.0.1:1", "--tokens", "many"), 1, ["many", "300M"]),
+        (("check", "127.0.0.1:1", "--tokens", "many"), 2, ["many", "300M"]),
     ],
 )
 def test_errors_are_clear_and_have_their_exit_code(arguments, code, words):
