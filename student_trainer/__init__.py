@@ -1,9 +1,9 @@
-"""Used inside a trainer: targets import os
+"""Used inside a trainer: targets from a served teacher, and the losses that take them."""
+
+import os
 
 # gRPC's core writes a line for every handshake that fails; what they mean is said once, by us.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-
-from a served teacher, and the losses that take them."""
 
 from typing import TYPE_CHECKING, Any
 

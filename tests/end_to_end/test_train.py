@@ -106,6 +106,23 @@ def test_train_refuses_another_tokenizer(trained_service, student_folder, text, 
     assert "Traceback" not in ended.stderr
 
 
+def test_sequences_too_long_for_the_teacher_are_refused_by_the_option_and_leave_nothing(
+    trained_service, student_folder, text, tmp_path: Path, capsys
+):
+    ended = main(
+        [
+            *("train", "--teacher", trained_service.address, "--student", str(student_folder)),
+            *("--data", str(text), "--output", str(tmp_path / "runs" / "out")),
+            *("--sequence-length", "600"),
+        ]
+    )
+    assert ended == 1
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if "student-trainer:" in one]
+    assert "--sequence-length must be at most 256 for the teacher at " in line
+    assert line.endswith(", got 600")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

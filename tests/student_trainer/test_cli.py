@@ -1,14 +1,17 @@
 """The command line of student-trainer: one file for several commands."""
 
+import json
+import logging
 import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from protos.command_line import WrongUsage, parse
-from student_trainer.cli import COMMANDS, main
+from student_trainer.cli import COMMANDS, log_above_bars, main, show
 from student_trainer.config import RecordConfig, TrainConfig
 
 README = Path(__file__).parents[2] / "README.md"
@@ -115,3 +118,40 @@ def test_the_help_of_record_is_about_recording(capsys):
     assert "loss" not in said
     assert "random" not in said
     assert "batch-size INT" not in said
+
+
+def test_log_lines_have_a_line_of_their_own_beside_a_progress_bar(capsys, monkeypatch):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    log_above_bars()
+    with tqdm(total=3, desc="bar", mininterval=0) as bar:
+        bar.update()
+        logging.getLogger("student_trainer").warning("something")
+        bar.update()
+    printed = capsys.readouterr().err
+    (line,) = [one for one in re.split(r"[\r\n]", printed) if "something" in one]
+    assert re.fullmatch(r"[-0-9]+ [:,0-9]+ WARNING something", line)
+    assert re.search(r"\r *\r[-0-9]+ [:,0-9]+ WARNING something\n\r?bar:", printed), printed
+
+
+def test_numbers_for_people_have_their_thousands_apart(capsys):
+    found = {
+        "model": "m",
+        "aligned": True,
+        "max_sequence_tokens": 8192,
+        "tokens_per_s": 12345.678,
+        "bytes_per_token": None,
+        "nll_by_shift": {0: 12.345, 1: 1.2},
+    }
+    show(found, as_json=False)
+    said = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert said == {
+        "model": "m",
+        "aligned": "yes",
+        "max_sequence_tokens": "8,192",
+        "tokens_per_s": "12,345.7",
+        "nll_by_shift": "0: 12.35, 1: 1.20",
+    }
+    show(found, as_json=True)
+    assert json.loads(capsys.readouterr().out)["bytes_per_token"] is None
