@@ -172,6 +172,8 @@ class _Reader:
     mistakes: list[str] = field(default_factory=list)
     all_read: bool = True
     """Whether every file could be read: what is missing may be in another."""
+    passed_over: bool = False
+    """Whether values behind an unknown option were: what is missing may be among them."""
 
     def __post_init__(self) -> None:
         self.options = _options(self.command)
@@ -222,6 +224,7 @@ class _Reader:
         if option is None or option.is_positional or not flag.startswith("--"):
             while waiting and _is_value(waiting[0]):
                 waiting.popleft()  # of the option that there is not; never shown, it may be a secret
+                self.passed_over = True
             self._wrong(self._unknown(flag, flag.lstrip("-"), "--"))
             return None
         if option.is_flag:
@@ -318,7 +321,7 @@ class _Reader:
                 if option is None:
                     self._wrong(_plain(found))
                 elif found["type"] == "missing":
-                    if self.all_read:
+                    if self.all_read and not (option.is_positional and self.passed_over):
                         self._wrong(f"{option.label} is missing: {option.meaning}")
                 elif found["type"] == "value_error":  # of a validator, which says it all
                     self._wrong(f"{self.labels[path]}: {_plain(found)}")

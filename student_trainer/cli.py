@@ -76,9 +76,9 @@ def run_train(config: TrainConfig) -> int:
     try:
         results = runs.train(config)
     except KeyboardInterrupt as error:
-        where = str(error) if isinstance(error, Interrupted) else "while no student was trained"
+        where = f" {error}" if isinstance(error, Interrupted) else ""  # workers do not tell
         kept = runs.what_is_kept(config)
-        print(f"student-trainer: interrupted {where}; {kept}", file=sys.stderr)
+        print(f"student-trainer: interrupted{where}; {kept}", file=sys.stderr)
         return 130
     results.save(config.output)
     found = report.make_report({str(config.output): results})

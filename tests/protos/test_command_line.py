@@ -123,6 +123,7 @@ def test_a_file_stands_for_its_options_where_it_stands(tmp_path: Path) -> None:
         ("t --kind huge", "--kind must be 'big' or 'small', got 'huge'"),
         ("t --deep.most-tokens x", "--deep.most-tokens must be a whole number, got 'x'"),
         ("--rate 2", "TARGET is missing: "),
+        ("--lod t", "--lod is not an option of job (did you mean --loud?)"),
     ],
 )
 def test_a_wrong_flag_gets_a_line_that_says_what_is_allowed(arguments: str, wanted: str) -> None:
