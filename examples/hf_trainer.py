@@ -49,4 +49,8 @@ def main(address: str, folder: str, output: str, *texts: str) -> DistillationTra
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 5:
+        usage = "HOST:PORT STUDENT_FOLDER OUTPUT_FOLDER TEXT_FILE..."
+        print(f"usage: python -m examples.hf_trainer {usage}", file=sys.stderr)
+        sys.exit(2)
     main(*sys.argv[1:])

@@ -64,4 +64,8 @@ def main(address: str, folder: str, record: str, *texts: str) -> dict[str, list[
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 5:
+        usage = "HOST:PORT STUDENT_FOLDER RECORD_FOLDER TEXT_FILE..."
+        print(f"usage: python -m examples.many_epochs {usage}", file=sys.stderr)
+        sys.exit(2)
     main(*sys.argv[1:])

@@ -36,4 +36,8 @@ def main(address: str, folder: str, checkpoint: str, *texts: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 5:
+        usage = "HOST:PORT STUDENT_FOLDER CHECKPOINT_FILE TEXT_FILE..."
+        print(f"usage: python -m examples.plain_loop {usage}", file=sys.stderr)
+        sys.exit(2)
     main(*sys.argv[1:])

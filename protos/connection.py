@@ -28,6 +28,18 @@ FILE_KEYS = {"address", "ca", "cert", "key", "token_env"}
 LOCAL_HOSTS = ("localhost", "127.", "[::1]")
 
 
+ADDRESS_RULE = (
+    "an address is host:port, such as teacher.lab:50051, or a connection file such as team.toml"
+)
+
+
+def check_address(address: str) -> str:
+    """The same; raises ValueError for what is neither host:port nor a connection file."""
+    if ":" not in address and not address.endswith(FILE_SUFFIX):
+        raise ValueError(f"{ADDRESS_RULE}; got {address!r}")
+    return address
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
     """One service as one caller sees it. Its text shows no token."""
@@ -61,11 +73,10 @@ class Connection:
             given = _read_file(Path(texts[0]))
             texts = given["address"]
         addresses = tuple(texts)
-        if not addresses or any(":" not in one for one in addresses):
-            raise ValueError(
-                "an address is host:port, such as teacher.lab:50051, or a connection file such as "
-                f"team.toml; got {addresses[0] if len(addresses) == 1 else list(addresses)!r}"
-            )
+        if not addresses:
+            raise ValueError(f"{ADDRESS_RULE}; got none")
+        for one in addresses:
+            check_address(one)
         token = token or os.environ.get(given.get("token_env", "TEACHER_TOKEN")) or None
         ca = ca or given.get("ca") or os.environ.get("TEACHER_CA") or None
         cert = cert or given.get("cert") or os.environ.get("TEACHER_CERT") or None

@@ -24,6 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+DIGEST = "_digest"
+"""How the names of those in run.json end that stand for content."""
 UNREADABLE = (
     *(OSError, RuntimeError, EOFError, SafetensorError),
     *(pickle.UnpicklingError, json.JSONDecodeError),
@@ -65,7 +67,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The one with the highest step."""
-        found = self._all()
+        found = all_in(self.folder)
         return found[-1] if found else None
 
     def is_due(self, step: int, steps: int) -> bool:
@@ -88,7 +90,7 @@ class Checkpoints:
             _force_to_disk(path)
         partial.rename(whole)
         _force_to_disk(self.folder)
-        for old in self._all()[: -self._keep]:
+        for old in all_in(self.folder)[: -self._keep]:
             self._remove(old)
         return whole
 
@@ -103,26 +105,35 @@ class Checkpoints:
         newest = self.newest()
         if newest is None:
             return None
-        return read(newest, student, self._identity)
+        return read(newest, student, self._identity, before=older(newest))
 
     def clear(self) -> None:
         """Removes every checkpoint of the folder."""
-        for path in (*self._all(), *self.folder.glob(".step-*.partial")):
+        for path in (*all_in(self.folder), *self.folder.glob(".step-*.partial")):
             shutil.rmtree(path)
-
-    def _all(self) -> list[Path]:
-        steps = {
-            int(match.group(1)): path
-            for path in self.folder.glob("step-*")
-            if (match := re.fullmatch(r"step-(\d+)", path.name))
-        }
-        return [steps[step] for step in sorted(steps)]
 
     def _remove(self, checkpoint: Path) -> None:
         """Renamed first: what is killed while it deletes must not leave half a checkpoint."""
         condemned = checkpoint.with_name(f".{checkpoint.name}.partial")
         checkpoint.rename(condemned)
         shutil.rmtree(condemned)
+
+
+def all_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest last."""
+    found = [one for one in folder.glob("step-*") if re.fullmatch(r"step-\d+", one.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that it was written behind."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def older(checkpoint: Path) -> Path | None:
+    """The one before it, if it is there."""
+    found = [one for one in all_in(checkpoint.parent) if step_of(one) < step_of(checkpoint)]
+    return found[-1] if found else None
 
 
 def write(
@@ -135,22 +146,38 @@ def write(
 
 
 def read(
-    folder: Path, student: nn.Module, identity: Mapping[str, Any], where: object = None
+    folder: Path,
+    student: nn.Module,
+    identity: Mapping[str, Any],
+    where: object = None,
+    before: Path | None = None,
 ) -> dict[str, Any]:
     """Puts the weights in place and returns the state.
 
-    where: how the folder is called in what is raised. Raises ValueError if it is of another run or
-    cannot be read.
+    where: how the folder is called in what is raised; before: the older checkpoint, if there is
+    one. Raises ValueError if it is of another run or cannot be read.
     """
     where = where or folder
+    file = "run.json"
     try:
-        _compare(where, json.loads((folder / "run.json").read_text()), identity)
+        saved = json.loads((folder / file).read_text())
+        _compare(where, saved, identity)
+        file = "state.pt"
         # Only tensors and plain values are read back: a file cannot run code here.
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        load_model(student, folder / "student.safetensors")
+        state = torch.load(folder / file, map_location="cpu", weights_only=True)
+        file = "student.safetensors"
+        load_model(student, folder / file)
     except UNREADABLE as error:
+        wrong = "is damaged"
+        if isinstance(error, FileNotFoundError):
+            wrong = "is missing"
+        elif isinstance(error, PermissionError):
+            wrong = "may not be read by this user"
+        what = f"Delete {where} to go on from {before}, or give"
+        if before is None:
+            what = "There is no older checkpoint: give"
         raise ValueError(
-            f"{where} cannot be read ({error}). Delete it to go on from the one before it."
+            f"{where}/{file} {wrong}. {what} --start-over to begin at step 0."
         ) from error
     return state
 
@@ -158,7 +185,9 @@ def read(
 def _compare(where: object, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     names = [*identity, *(name for name in saved if name not in identity)]
     different = [
-        f"{name} was {saved.get(name)!r} and is {identity.get(name)!r}"
+        f"the content of {name.removesuffix(DIGEST)} has changed"
+        if name.endswith(DIGEST)
+        else f"{name} was {saved.get(name)!r} and is {identity.get(name)!r}"
         for name in names
         if saved.get(name) != identity.get(name)
     ]

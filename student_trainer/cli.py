@@ -6,41 +6,36 @@ Exit codes: 0 done, 1 something went wrong, 2 command line or configuration, 130
 import dataclasses
 import json
 import logging
-import re
 import sys
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import pydantic
-import tyro
+from protos.command_line import Group, WrongUsage, parse
+from student_trainer.config import (
+    CheckConfig,
+    RecordConfig,
+    ReportConfig,
+    TrainConfig,
+    parse_count,
+)
 
-from student_trainer.config import CheckConfig, RecordConfig, ReportConfig, TrainConfig
-
-Command = (
-    Annotated[TrainConfig, tyro.conf.subcommand("train", prefix_name=False)]
-    | Annotated[ReportConfig, tyro.conf.subcommand("report", prefix_name=False)]
-    | Annotated[RecordConfig, tyro.conf.subcommand("record", prefix_name=False)]
-    | Annotated[CheckConfig, tyro.conf.subcommand("check", prefix_name=False)]
+COMMANDS = Group(
+    "Train students on a served teacher's distributions.",
+    {"train": TrainConfig, "report": ReportConfig, "record": RecordConfig, "check": CheckConfig},
+    files_of={"record": "train"},
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     try:
-        command = tyro.cli(
-            Command,
-            prog="student-trainer",
-            description="Train students on a served teacher's distributions.",
-            args=expand_files(sys.argv[1:] if argv is None else argv),
-        )
-    except (ValueError, pydantic.ValidationError) as error:
-        print(f"student-trainer: {error}", file=sys.stderr)
+        command = parse("student-trainer", COMMANDS, sys.argv[1:] if argv is None else argv)
+    except WrongUsage as error:
+        for mistake in error.mistakes:
+            print(f"student-trainer: {mistake}", file=sys.stderr)
         return 2
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    log_above_bars()
     from student_trainer.errors import TeacherError, TrainingFailed
 
     try:
@@ -57,11 +52,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def log_above_bars() -> None:
+    """Logs to stderr, each line on one of its own while a progress bar is shown."""
+    from tqdm import tqdm
+
+    class AboveBars(logging.StreamHandler):
+        def emit(self, record: logging.LogRecord) -> None:
+            with tqdm.external_write_mode(file=self.stream):
+                super().emit(record)
+
+    logging.basicConfig(
+        level=logging.INFO,
+        handlers=[AboveBars(sys.stderr)],
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+
+
 def run_train(config: TrainConfig) -> int:
     """Trains the student, and the controls if asked for; prints and writes the report."""
     from student_trainer import model_card, report, runs
+    from student_trainer.errors import Interrupted
 
-    results = runs.train(config)
+    try:
+        results = runs.train(config)
+    except KeyboardInterrupt as error:
+        where = f" {error}" if isinstance(error, Interrupted) else ""  # workers do not tell
+        kept = runs.what_is_kept(config)
+        print(f"student-trainer: interrupted{where}; {kept}", file=sys.stderr)
+        return 130
     results.save(config.output)
     found = report.make_report({str(config.output): results})
     report.write_report(config.output / "report.html", found)
@@ -108,42 +126,50 @@ def run_record(config: RecordConfig) -> int:
 
     corpus = runs.read_corpus(config)
     sequences = torch.cat([corpus.sequences, corpus.held_out])
-    with runs.open_teacher(config, corpus.tokenizer) as record:
-        assert isinstance(record, Recorded)
-        for epoch in range(config.draws):
-            missing = [one for one in sequences if not record.has(one, config.seed, epoch)]
-            pairs = record.stream_batches(
-                ({"input_ids": one} for one in missing),
-                targets=config.targets,
-                temperature=config.temperature,
-                seed=config.seed,
-                epoch=epoch,
-            )
-            with tqdm(
-                total=len(missing) * config.sequence_length,
-                desc=f"recording, draw {epoch + 1} of {config.draws}",
-                unit=" tokens",
-                unit_scale=True,
-            ) as progress:
-                for _ in pairs:
-                    progress.update(config.sequence_length)
-        asked, rows = record.counters.asked, record.counters.rows
-        numbers = {
-            "record": config.record,
-            "sequences": len(record),
-            "asked": asked,
-            "already_recorded": len(sequences) * config.draws - asked,
-            "tokens": asked * config.sequence_length,
-            "bytes_per_token": record.counters.payload_nbytes / rows if rows else None,
-            "targets": record.default_targets,
-            "teacher": record.info.model,
-            "teacher_fingerprint": record.info.teacher_fingerprint,
-        }
-    if config.as_json:
-        print(json.dumps(numbers, indent=2))
-    else:
-        for name, value in numbers.items():
-            print(f"{name:20} {f'{value:,.1f}' if isinstance(value, float) else value}")
+    record = None
+    try:
+        with runs.open_teacher(config, corpus.tokenizer) as record:
+            assert isinstance(record, Recorded)
+            for epoch in range(config.draws):
+                missing = [one for one in sequences if not record.has(one, config.seed, epoch)]
+                pairs = record.stream_batches(
+                    ({"input_ids": one} for one in missing),
+                    targets=config.targets,
+                    temperature=config.temperature,
+                    seed=config.seed,
+                    epoch=epoch,
+                )
+                with tqdm(
+                    total=len(missing) * config.sequence_length,
+                    desc=f"recording, draw {epoch + 1} of {config.draws}",
+                    unit=" tokens",
+                    unit_scale=True,
+                    disable=not missing,
+                ) as progress:
+                    for _ in pairs:
+                        progress.update(config.sequence_length)
+    except KeyboardInterrupt:
+        kept = "nothing was asked for yet"
+        if isinstance(record, Recorded):  # closed by now, and what came is sealed
+            kept = f"{len(record):,} sequences are recorded in {config.record}"
+        print(
+            f"student-trainer: interrupted; {kept}: run the same command to go on",
+            file=sys.stderr,
+        )
+        return 130
+    asked, rows = record.counters.asked, record.counters.rows
+    numbers = {
+        "record": config.record,
+        "sequences": len(record),
+        "asked": asked,
+        "already_recorded": len(sequences) * config.draws - asked,
+        "tokens": asked * config.sequence_length,
+        "bytes_per_token": record.counters.payload_nbytes / rows if rows else None,
+        "targets": record.default_targets,
+        "teacher": record.info.model,
+        "teacher_fingerprint": record.info.teacher_fingerprint,
+    }
+    show(numbers, as_json=config.as_json)
     return 0
 
 
@@ -172,13 +198,7 @@ def run_check(config: CheckConfig) -> int:
         numbers["bytes"] = wanted * result.bytes_per_token
         numbers["disk_gib"] = numbers["bytes"] / 2**30
         numbers["wire_gib"] = wanted * result.wire_bytes_per_token / 2**30
-    if config.as_json:
-        print(json.dumps(numbers, indent=2))
-    else:
-        for name, value in numbers.items():
-            if isinstance(value, dict):
-                value = ", ".join(f"{key}: {number:.2f}" for key, number in value.items())
-            print(f"{name:20} {f'{value:,.1f}' if isinstance(value, float) else value}")
+    show(numbers, as_json=config.as_json)
     if not result.aligned:
         print(
             "student-trainer: the teacher's NLL is not clearly lowest at shift 1: its targets do "
@@ -189,46 +209,27 @@ def run_check(config: CheckConfig) -> int:
     return 0
 
 
-def parse_count(text: str) -> int:
-    """1000, 300M, 1.5B -> a number of tokens. Raises ValueError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kKmMbBtT]?)", text.strip())
-    if match is None:
-        raise ValueError(f"a number of tokens is written like 1000, 300M or 1.5B; got {text!r}")
-    scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}[match.group(2).lower()]
-    return round(float(match.group(1)) * scale)
+def show(numbers: Mapping[str, Any], *, as_json: bool) -> None:
+    """Prints what a command found: for people, or all of it for scripts."""
+    if as_json:
+        print(json.dumps(numbers, indent=2))
+        return
+    for name, value in numbers.items():
+        if value is not None:  # there was nothing to measure
+            print(f"{name:20} {shown(value)}")
 
 
-def expand_files(arguments: Sequence[str]) -> list[str]:
-    """Replaces each @file.toml by the flags it stands for; flags given after it win.
-
-    One file serves train and record: what only train needs is passed over by record. Raises
-    ValueError if a file cannot be read.
-    """
-    passed_over: set[str] = set()
-    if arguments and arguments[0] == "record":
-        passed_over = set(TrainConfig.model_fields) - set(RecordConfig.model_fields)
-    expanded: list[str] = []
-    for argument in arguments:
-        if not argument.startswith("@"):
-            expanded.append(argument)
-            continue
-        try:
-            content = tomllib.loads(Path(argument[1:]).read_text())
-        except OSError as error:
-            raise ValueError(f"cannot read {argument[1:]}: {error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"{argument[1:]} is not TOML: {error}") from None
-        for key, value in content.items():
-            if key.replace("-", "_") in passed_over:
-                continue
-            flag = f"--{key.replace('_', '-')}"
-            if isinstance(value, bool):
-                expanded.extend([flag] if value else [])
-            elif isinstance(value, list):
-                expanded.extend([flag, *map(str, value)])
-            else:
-                expanded.extend([flag, str(value)])
-    return expanded
+def shown(value: Any) -> str:
+    """A value for people: thousands apart, in every number."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {number:,.2f}" for key, number in value.items())
+    return str(value)
 
 
 if __name__ == "__main__":

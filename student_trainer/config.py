@@ -1,10 +1,28 @@
 """Everything a trainer can set: as flags, or in a TOML file given as @config.toml."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from protos.connection import check_address
+
+AtAddress = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(metavar="HOST:PORT"),
+    AfterValidator(check_address),
+]
+
+
+def parse_count(text: str) -> int:
+    """1000, 300M, 1.5B -> a number of tokens. Raises ValueError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kKmMbBtT]?)", text.strip())
+    if match is None:
+        raise ValueError(f"a number of tokens is written like 1000, 300M or 1.5B; got {text!r}")
+    scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}[match.group(2).lower()]
+    return round(float(match.group(1)) * scale)
 
 
 class _Section(BaseModel):
@@ -34,7 +52,7 @@ class CorpusConfig(ServiceConfig):
     """Of `sampled` targets, how many draws of a sequence to record before they are replayed."""
     student: Path
     """Hugging Face folder: config and tokenizer, and weights if it is not to start from random ones."""
-    data: list[str]
+    data: list[str] = Field(min_length=1)
     """Text or .jsonl files to train on: paths, folders, glob patterns."""
     held_out: list[str] = []
     """Files to measure on; by default every 20th sequence of data, which is then not trained on."""
@@ -49,24 +67,38 @@ class CorpusConfig(ServiceConfig):
     seed: int = Field(default=0, ge=0)
     """Of the student's random weights, the order of the data and the teacher's draws."""
 
-    @model_validator(mode="after")
-    def _has_targets(self) -> Self:
-        if not (self.teacher or self.record):
-            raise ValueError("give --teacher HOST:PORT, --record FOLDER or both")
-        return self
+    @field_validator("teacher")
+    @classmethod
+    def _is_an_address(cls, teacher: str) -> str:
+        return check_address(teacher) if teacher else teacher
 
 
 class RecordConfig(CorpusConfig):
-    """Write down a served teacher's targets of a text, to train on them later without it."""
+    """Write down a served teacher's targets of a text, to train on them later without it.
 
+    A file for `train` serves here too: what only `train` needs is passed over."""
+
+    teacher: str = Field(min_length=1)
+    """HOST:PORT of the service, or a connection file (*.toml) of it."""
+    record: str = Field(min_length=1)
+    """Folder, or URL such as s3://bucket/targets, to write to. What it has already is not asked for
+    again."""
+    draws: int = Field(default=1, ge=1)
+    """Of `sampled` targets, how many draws to record of each sequence, for as many epochs."""
+    student: Path
+    """Hugging Face folder of the student that is to be trained: its tokenizer reads the text."""
+    data: list[str] = Field(min_length=1)
+    """Text or .jsonl files to record the targets of: paths, folders, glob patterns."""
+    held_out: list[str] = []
+    """Files that `train` will measure on, recorded too; by default it measures on a part of data."""
+    held_out_sequences: int = Field(default=256, ge=1)
+    """At most this many sequences of the held-out files are recorded."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the teacher's distributions; `train` is to be given the same."""
+    seed: int = Field(default=0, ge=0)
+    """Of the teacher's draws; `train` is to be given the same, or it replays other draws."""
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON."""
-
-    @model_validator(mode="after")
-    def _has_both(self) -> Self:
-        if not (self.teacher and self.record):
-            raise ValueError("to record, give --teacher HOST:PORT and --record FOLDER")
-        return self
 
 
 class TrainConfig(CorpusConfig):
@@ -118,6 +150,12 @@ class TrainConfig(CorpusConfig):
     """How often the workers are started again, from the newest checkpoint, when one of them failed."""
 
     @model_validator(mode="after")
+    def _has_targets(self) -> Self:
+        if not (self.teacher or self.record):
+            raise ValueError("give --teacher HOST:PORT, --record FOLDER or both")
+        return self
+
+    @model_validator(mode="after")
     def _has_a_share_for_each(self) -> Self:
         if self.workers > self.batch_size:
             raise ValueError(
@@ -132,7 +170,9 @@ class TrainConfig(CorpusConfig):
 class ReportConfig(_Section):
     """Did it help? One page of finished runs, and the same numbers as JSON."""
 
-    runs: tyro.conf.Positional[list[Path]] = Field(min_length=1)
+    runs: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="FOLDER...")] = Field(
+        min_length=1
+    )
     """Folders that `train` wrote: one, several seeds of the same, or several settings."""
     output: Path | None = None
     """The page, FILE.html; the numbers go to FILE.json. Default: report.html in the folder of the run,
@@ -144,7 +184,7 @@ class ReportConfig(_Section):
 class CheckConfig(ServiceConfig):
     """Is this teacher the right one, are its targets in the right place, and how fast is it?"""
 
-    address: tyro.conf.Positional[str]
+    address: AtAddress
     """HOST:PORT of the service, or a connection file (*.toml) of it."""
     student: Path | None = None
     """Folder of the student: its tokenizer is compared with the teacher's."""
@@ -154,3 +194,10 @@ class CheckConfig(ServiceConfig):
     """What to ask for."""
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON."""
+
+    @field_validator("tokens")
+    @classmethod
+    def _is_a_count(cls, tokens: str | None) -> str | None:
+        if tokens is not None:
+            parse_count(tokens)
+        return tokens

@@ -60,10 +60,11 @@ def pack(files: Sequence[Path], tokenizer: Any, sequence_length: int, *, label: 
     end token. What does not fill a last sequence is left out. Raises ValueError if nothing is left.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    pieces = [
-        torch.tensor(tokenizer(text, verbose=False).input_ids + end, dtype=torch.int64)
-        for text in tqdm(documents(files), desc=f"tokens of {label}", unit=" texts", leave=False)
-    ]
+    with tqdm(documents(files), desc=f"tokens of {label}", unit=" texts", leave=False) as texts:
+        pieces = [
+            torch.tensor(tokenizer(text, verbose=False).input_ids + end, dtype=torch.int64)
+            for text in texts
+        ]
     tokens = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
     count = len(tokens) // sequence_length
     if count == 0:

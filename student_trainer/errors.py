@@ -89,6 +89,10 @@ BY_CODE: dict[int, type[TeacherError]] = {
 """gRPC status numbers to what is raised; others are ProtocolError."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in the steps of a run; the text says after which of them."""
+
+
 class TrainingFailed(RuntimeError):
     """The workers of a run failed, and more often than they are started again. No TeacherError: the
     teacher need not have to do with it."""

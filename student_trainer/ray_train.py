@@ -199,6 +199,8 @@ def _written(corpus: runs.Corpus, held_out: runs.HeldOut, folder: Path) -> Itera
         yield path
     finally:
         path.unlink(missing_ok=True)
+        with suppress(OSError):  # what Ray Train keeps is in it
+            folder.rmdir()
 
 
 def _mended(job: _Job) -> _Job:
@@ -216,13 +218,18 @@ def _mended(job: _Job) -> _Job:
     except (ValueError, KeyError, TypeError):
         logger.warning("%s is damaged: going on from the newest checkpoint beside it", snapshot)
     snapshot.unlink(missing_ok=True)
-    steps = {
-        int(path.name.removeprefix("step-")): path
-        for path in job.folder.glob("step-*")
-        if path.name.removeprefix("step-").isdigit()
-    }
-    found = steps[max(steps)] if steps else None
-    return replace(job, found=found)
+    found = checkpoint.all_in(job.folder)
+    return replace(job, found=found[-1] if found else None)
+
+
+def newest_step(folder: Path) -> int | None:
+    """The last checkpoint that Ray noted in the folder of a student; None if there is none."""
+    try:
+        noted = json.loads((folder / SNAPSHOT).read_text())["checkpoint_results"]
+        steps = [int(one["checkpoint_dir_name"].removeprefix("step-")) for one in noted]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return max(steps, default=None)
 
 
 def _reason(job: _Job, error: BaseException) -> str:
@@ -541,7 +548,9 @@ class _Checkpoints:
             return None
         with newest.as_directory() as name:
             state = checkpoint.read(
-                Path(name), unwrapped(student), self._job.identity, where=newest.path
+                *(Path(name), unwrapped(student), self._job.identity),
+                where=newest.path,
+                before=checkpoint.older(Path(newest.path)),
             )
             own = Path(name) / f"random-{self._rank}.pt"
             if own.exists():

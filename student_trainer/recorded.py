@@ -144,6 +144,8 @@ class Recorded(Teacher):
         self._fresh: dict[bytes, list[Entry]] = defaultdict(list)
         """What came since the folder was opened, by key."""
         self._lost: list[str] = []
+        """Shards that are missing or damaged."""
+        self._missing: list[str] = []
         self._writer: Writer | None = None
         self._wanted: deque[tuple[_Request, Entry, Future[Answer]]] = deque()
         """What is to be replayed; there is a call of `_replay` to come for each."""
@@ -156,7 +158,7 @@ class Recorded(Teacher):
         if fallback is not None:
             self._check_same_teacher(fallback.info)
         elif self._provenance is None:
-            lost = f"; {_listed(self._lost)} damaged or missing" if self._lost else ""
+            lost = f"; {self._losses()}" if self._lost else ""
             raise RecordError(
                 f"there is no record in {folder}{lost}. Make one with student-trainer record, or "
                 "give a live teacher as fallback."
@@ -289,7 +291,7 @@ class Recorded(Teacher):
             logger.warning(
                 "%s is missing from %s: its sequences are not replayed", name, self._folder.root
             )
-        self._lost = [*missing, *damaged]
+        self._missing, self._lost = missing, [*missing, *damaged]
 
     def _not_whole(self, names: Sequence[str]) -> Iterator[str]:
         with ThreadPoolExecutor(VERIFY_THREADS) as threads:
@@ -599,13 +601,27 @@ class Recorded(Teacher):
             self._fresh[key] = [one for one in self._fresh[key] if one is not entry]
 
     def _not_recorded(self) -> NotRecorded:
-        lost = f" {_listed(self._lost)} are damaged or missing." if self._lost else ""
+        where = f"this sequence is not in the record {self._folder.root}"
+        if self._lost:
+            return NotRecorded(
+                f"{where}, which has {len(self)} left: {self._losses()}. Bring back the file, record "
+                "again with student-trainer record, or give a live teacher as fallback."
+            )
         return NotRecorded(
-            f"this sequence is not in the record {self._folder.root}, which has {len(self)} of "
-            f"{self.info.model}.{lost} It was recorded from other text, with another tokenizer or "
-            "cut differently, or these rows were not asked for. Record it with student-trainer "
-            "record, or give a live teacher as fallback."
+            f"{where}, which has {len(self)} of {self.info.model}. It was recorded from other text, "
+            "with another tokenizer or cut differently, or these rows were not asked for. Record it "
+            "with student-trainer record, or give a live teacher as fallback."
         )
+
+    def _losses(self) -> str:
+        """Which files are not there, and which are not whole."""
+        damaged = [name for name in self._lost if name not in self._missing]
+        said = [
+            f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {what}"
+            for names, what in ((self._missing, "missing"), (damaged, "damaged"))
+            if names
+        ]
+        return ", ".join(said)
 
 
 class _Damaged(Exception):

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from student_trainer import data, model_card, trainer
-from student_trainer.checkpoint import Checkpoints, KeepsCheckpoints
+from student_trainer.checkpoint import Checkpoints, KeepsCheckpoints, step_of
 from student_trainer.client import RemoteTeacher, connect
 from student_trainer.config import CorpusConfig, TrainConfig
 from student_trainer.curves import Curves
@@ -27,7 +27,11 @@ from student_trainer.shuffled import ShuffledTargets
 
 logger = logging.getLogger(__name__)
 
+NAMES = ("control", "distilled", "shuffled")
+"""Of the students of a run, in the order in which they are trained."""
 MAY_CHANGE = {
+    # Their content may not: see `identity_of`.
+    *("student", "data", "held_out"),
     *(
         "teacher",
         "ca",
@@ -84,7 +88,10 @@ def read_corpus(config: CorpusConfig) -> Corpus:
 
 @contextmanager
 def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher | Recorded]:
-    """The teacher that the run is to learn from: served, recorded, or both."""
+    """The teacher that the run is to learn from: served, recorded, or both.
+
+    Raises ValueError if its sequences cannot be as long as those of the run.
+    """
     with ExitStack() as ending:
         live = None
         if config.teacher:
@@ -92,6 +99,12 @@ def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher
                 config.teacher, tokenizer=tokenizer, ca=config.ca, cert=config.cert, key=config.key
             )
             live = ending.enter_context(teacher)
+            longest = live.info.max_sequence_tokens
+            if config.sequence_length > longest:
+                raise ValueError(
+                    f"--sequence-length must be at most {longest} for the teacher at "
+                    f"{config.teacher}, got {config.sequence_length}"
+                )
         if config.record:
             record = Recorded(config.record, live, tokenizer=tokenizer, draws=config.draws)
             yield ending.enter_context(record)
@@ -174,8 +187,7 @@ def train(config: TrainConfig) -> Results:
     else:
         train_them = train_students
     corpus = read_corpus(config)
-    config.output.mkdir(parents=True, exist_ok=True)
-    with open_teacher(config, corpus.tokenizer) as teacher:
+    with _made(config.output), open_teacher(config, corpus.tokenizer) as teacher:
         held_out = HeldOut.ask(config, teacher, corpus.held_out)
         trained = train_them(config, corpus, teacher, held_out)
         info = teacher.info
@@ -204,6 +216,43 @@ def train(config: TrainConfig) -> Results:
         ),
         students=trained.students,
     )
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes a folder, before anything is computed for it; if nothing came of it, it is not left."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # something is in it
+            for one in missing:
+                one.rmdir()
+        raise
+
+
+def what_is_kept(config: TrainConfig) -> str:
+    """What is there of an interrupted run, and how it goes on."""
+    folder, newest = config.output / "checkpoints", {}
+    if config.workers:
+        from student_trainer import ray_train
+
+        folder = config.output / ray_train.FOLDER
+        newest = {name: ray_train.newest_step(folder / name) for name in NAMES}
+    else:
+        for name in NAMES:
+            found = Checkpoints(folder_of(config, name), every=0, identity={}).newest()
+            newest[name] = None if found is None else step_of(found)
+    newest = {name: step for name, step in newest.items() if step is not None}
+    again = "the same command without --start-over" if config.start_over else "the same command"
+    if not newest:
+        how = "" if config.checkpoint_every else " (--checkpoint-every N writes them)"
+        return f"no checkpoint was written{how}: {again} begins at step 0"
+    if {*newest} == {"distilled"}:
+        return f"checkpoint of step {newest['distilled']} kept in {folder}: run {again} to go on"
+    listed = ", ".join(f"step {step} of student {name}" for name, step in newest.items())
+    return f"checkpoints kept in {folder}: {listed}: run {again} to go on"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -309,9 +358,8 @@ def begin(
 
     identity: as for `identity_of`.
     """
-    folder = config.output / "checkpoints"
     checkpoints = Checkpoints(
-        folder if name == "distilled" else folder / name,
+        folder_of(config, name),
         every=config.checkpoint_every,
         identity=identity_of(config, corpus, **identity),
         keep=config.keep_checkpoints,
@@ -323,10 +371,17 @@ def begin(
     ), checkpoints
 
 
+def folder_of(config: TrainConfig, name: str) -> Path:
+    """Where the checkpoints of one student are."""
+    folder = config.output / "checkpoints"
+    return folder if name == "distilled" else folder / name
+
+
 def identity_of(config: TrainConfig, corpus: Corpus, **more: str) -> dict[str, Any]:
     """What must be the same in a run that goes on; more: beside the settings and the text."""
     return {
         **config.model_dump(mode="json", exclude=MAY_CHANGE),
+        "student_digest": trainer.student_digest(config.student),
         "data_digest": data.digest(corpus.sequences),
         "held_out_digest": data.digest(corpus.held_out),
         **more,

@@ -6,12 +6,13 @@ Letters: B sequences, L tokens of each, V vocabulary.
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from logit_codec import Targets
 from student_trainer.check import check_alignment, warn_of_tail
 from student_trainer.checkpoint import KeepsCheckpoints, restore_random_states
 from student_trainer.curves import Curves
+from student_trainer.errors import Interrupted
 from student_trainer.losses import distillation_loss
 from student_trainer.meter import Meter, cross_entropy_sum, means
 from student_trainer.ranks import Ranks
@@ -35,6 +37,8 @@ class Run:
 
     curve: list[tuple[int, float]] = field(default_factory=list)
     """(step, held-out loss in nats)."""
+    steps: int = 0
+    """That were taken."""
     train_losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     """In the steps, without the held-out measurements."""
@@ -99,7 +103,7 @@ def train(
     one of them, as `data.share` makes it, and losses and curves are of the whole step.
 
     Raises ValueError for checkpoints that cannot be used, ProtocolError for targets of other tokens,
-    and what `pairs` raises.
+    Interrupted instead of KeyboardInterrupt, and what `pairs` raises.
     """
     run, ranks = Run(), Ranks.of(student)
     start, saved = 0, None
@@ -134,6 +138,7 @@ def train(
         progress = ending.enter_context(
             tqdm(total=steps, initial=start, desc=label, unit=" steps", disable=log is not None)
         )
+        ending.enter_context(_interruptible(run, label))
         if curves is not None:
             ending.enter_context(curves.behind(start))
         for step in range(start, steps):
@@ -180,7 +185,7 @@ def train(
                 one.zero_grad()
                 schedule.step()
             losses.append(loss.detach())
-            done = step + 1
+            done = run.steps = step + 1
             is_measured = done % every == 0 or done == steps
             is_saved = checkpoints is not None and checkpoints.is_due(done, steps)
             is_logged = done % log_every == 0 or done == steps
@@ -225,6 +230,15 @@ def train(
     return run
 
 
+@contextmanager
+def _interruptible(run: Run, label: str) -> Iterator[None]:
+    """Tells whoever catches a Ctrl-C where the run was."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"after step {run.steps} of {label}") from None
+
+
 def make_optimizers(
     student: nn.Module, name: str, learning_rate: float
 ) -> list[torch.optim.Optimizer]:
@@ -263,6 +277,17 @@ def held_out_loss(student: nn.Module, sequences: Tensor, *, batch_size: int = 32
 def has_weights(folder: Path) -> bool:
     """Whether a student of this Hugging Face folder starts from the weights in it."""
     return any(folder.glob("*.safetensors"))
+
+
+def student_digest(folder: Path) -> str:
+    """A short name of what a student starts from: its config, and the sizes of weights if it has any.
+
+    What the tokenizer is shows in the ids of the text.
+    """
+    found = xxhash.xxh3_128((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(f"{path.name} {path.stat().st_size}\n".encode())
+    return found.hexdigest()
 
 
 def make_student(folder: Path, *, seed: int, device: str) -> nn.Module:

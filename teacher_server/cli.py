@@ -14,14 +14,12 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-import pydantic
-import tyro
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from protos import teacher_pb2
+from protos.command_line import Group, WrongUsage, parse
 from protos.connection import Connection
 from teacher_server.asking import NotAnswered, ask, connection_of, told
 from teacher_server.config import (
@@ -30,9 +28,12 @@ from teacher_server.config import (
     FitIdsConfig,
     ServeConfig,
     StatusConfig,
-    TeamConfig,
+    TeamAction,
+    TeamAdd,
+    TeamDisable,
+    TeamList,
+    TeamRotate,
     UsageConfig,
-    expand_files,
     is_loopback,
 )
 from teacher_server.errors import ModelError, ServeError, TeacherServerError
@@ -40,33 +41,31 @@ from teacher_server.teams import read_teams
 
 logger = logging.getLogger(__name__)
 
-Command = (
-    Annotated[ServeConfig, tyro.conf.subcommand("serve", prefix_name=False)]
-    | Annotated[DescribeConfig, tyro.conf.subcommand("describe", prefix_name=False)]
-    | Annotated[FitIdsConfig, tyro.conf.subcommand("fit-ids", prefix_name=False)]
-    | Annotated[StatusConfig, tyro.conf.subcommand("status", prefix_name=False)]
-    | Annotated[UsageConfig, tyro.conf.subcommand("usage", prefix_name=False)]
-    | Annotated[TeamConfig, tyro.conf.subcommand("team", prefix_name=False)]
-    | Annotated[CertsConfig, tyro.conf.subcommand("certs", prefix_name=False)]
+TEAM = Group(
+    "Edit the file that declares who may use a teacher.",
+    {"add": TeamAdd, "list": TeamList, "rotate": TeamRotate, "disable": TeamDisable},
+)
+COMMANDS = Group(
+    "Serve a teacher model for knowledge distillation.",
+    {
+        "serve": ServeConfig,
+        "describe": DescribeConfig,
+        "fit-ids": FitIdsConfig,
+        "status": StatusConfig,
+        "usage": UsageConfig,
+        "team": TEAM,
+        "certs": CertsConfig,
+    },
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     try:
-        arguments = expand_files(sys.argv[1:] if argv is None else argv)
-        command = tyro.cli(
-            Command,
-            prog="teacher-server",
-            description="Serve a teacher model for knowledge distillation.",
-            args=arguments,
-        )
-    except pydantic.ValidationError as error:
-        wrong = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
-        print(f"teacher-server: {wrong}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"teacher-server: {error}", file=sys.stderr)
+        command = parse("teacher-server", COMMANDS, sys.argv[1:] if argv is None else argv)
+    except WrongUsage as error:
+        for mistake in error.mistakes:
+            print(f"teacher-server: {mistake}", file=sys.stderr)
         return 2
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from teacher_server.usage import show_usage
 
         return show_usage(command)
-    if isinstance(command, TeamConfig):
+    if isinstance(command, TeamAction):
         return team(command)
     if isinstance(command, CertsConfig):
         return make_certificates(command)
@@ -242,12 +241,12 @@ def fit_ids(config: FitIdsConfig) -> int:
     return 0
 
 
-def team(config: TeamConfig) -> int:
+def team(action: TeamAction) -> int:
     """Edits a teams file; returns the exit code."""
     from teacher_server import team_commands
 
     try:
-        team_commands.run(config)
+        team_commands.run(action)
     except TeacherServerError as error:
         print(f"teacher-server: {error}", file=sys.stderr)
         return 1

@@ -2,15 +2,20 @@
 
 import ipaddress
 import socket
-import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from protos.connection import check_address
 from teacher_server.tls import Tls
+
+AtAddress = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(metavar="HOST:PORT"),
+    AfterValidator(check_address),
+]
 
 
 class _Section(BaseModel):
@@ -310,18 +315,7 @@ class TeamDisable(_TeamSection):
     """Let it in again."""
 
 
-TeamAction = (
-    Annotated[TeamAdd, tyro.conf.subcommand("add", prefix_name=False)]
-    | Annotated[TeamList, tyro.conf.subcommand("list", prefix_name=False)]
-    | Annotated[TeamRotate, tyro.conf.subcommand("rotate", prefix_name=False)]
-    | Annotated[TeamDisable, tyro.conf.subcommand("disable", prefix_name=False)]
-)
-
-
-class TeamConfig(_Section):
-    """Edit the file that declares who may use a teacher."""
-
-    action: Annotated[TeamAction, tyro.conf.arg(name="")]
+TeamAction = TeamAdd | TeamList | TeamRotate | TeamDisable
 
 
 class CertsConfig(_Section):
@@ -345,7 +339,7 @@ class CertsConfig(_Section):
 class ServiceConfig(_Section):
     """A running service that a command asks; the token comes from TEACHER_TOKEN, never as a flag."""
 
-    address: tyro.conf.Positional[str]
+    address: AtAddress
     """HOST:PORT of the service, or a connection file (*.toml) of it."""
     ca: Path | None = None
     """PEM of the authority that signed the service's certificate: use TLS. By default TEACHER_CA."""
@@ -358,7 +352,7 @@ class ServiceConfig(_Section):
 class UsageConfig(ServiceConfig):
     """Print what teams have used, by day (UTC): of the own team, or of all with the scope admin."""
 
-    address: tyro.conf.Positional[str] = ""
+    address: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="HOST:PORT")] = ""
     """HOST:PORT of the service, or a connection file (*.toml) of it."""
     team: str = ""
     """Of this team only."""
@@ -375,6 +369,8 @@ class UsageConfig(ServiceConfig):
     def _check(self) -> "UsageConfig":
         if bool(self.address) == (self.ledger is not None):
             raise ValueError("usage needs either the HOST:PORT of a service or a --ledger FOLDER")
+        if self.address:
+            check_address(self.address)
         if self.as_csv and self.as_json:
             raise ValueError("--csv or --json, not both")
         return self
@@ -405,38 +401,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def expand_files(arguments: Sequence[str]) -> list[str]:
-    """Replaces each @file.toml by the flags it stands for; flags given after it win.
-
-    Raises ValueError if a file cannot be read.
-    """
-    expanded: list[str] = []
-    for argument in arguments:
-        if not argument.startswith("@"):
-            expanded.append(argument)
-            continue
-        try:
-            content = tomllib.loads(Path(argument[1:]).read_text())
-        except OSError as error:
-            raise ValueError(f"cannot read {argument[1:]}: {error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"{argument[1:]} is not TOML: {error}") from None
-        expanded.extend(_flags(content, ""))
-    return expanded
-
-
-def _flags(content: dict, prefix: str) -> list[str]:
-    flags: list[str] = []
-    for key, value in content.items():
-        name = f"{prefix}{key.replace('_', '-')}"
-        if isinstance(value, dict):
-            flags.extend(_flags(value, f"{name}."))
-        elif isinstance(value, bool):
-            flags.extend([f"--{name}"] if value else [])  # false is the default of every flag
-        elif isinstance(value, list):
-            flags.extend([f"--{name}", *map(str, value)])
-        else:
-            flags.extend([f"--{name}", str(value)])
-    return flags

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from teacher_server.config import TeamAdd, TeamConfig, TeamDisable, TeamList, TeamRotate
+from teacher_server.config import TeamAction, TeamAdd, TeamDisable, TeamList, TeamRotate
 from teacher_server.errors import TeamsError
 from teacher_server.team_file import (
     add_team,
@@ -30,9 +30,8 @@ TOKEN_PREFIX = "lst_"
 TOKEN_NBYTES = 32
 
 
-def run(config: TeamConfig) -> None:
+def run(action: TeamAction) -> None:
     """Does what the command says and prints what came of it. Raises TeamsError."""
-    action = config.action
     if isinstance(action, TeamAdd):
         _add(action)
     elif isinstance(action, TeamList):

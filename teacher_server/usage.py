@@ -25,7 +25,8 @@ def show_usage(config: UsageConfig) -> int:
     try:
         since = first_day(config.since)
     except ValueError as error:
-        print(f"teacher-server: {error}", file=sys.stderr)
+        wrong = str(error).rstrip(".")
+        print(f"teacher-server: --{wrong}; see teacher-server usage --help", file=sys.stderr)
         return 2
     try:
         if config.ledger is not None:

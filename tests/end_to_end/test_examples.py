@@ -1,5 +1,7 @@
 """The short examples, run against a live service and stopped in between."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 def test_the_plain_loop_is_short_and_goes_on_where_it_stopped(
     trained_service, student_folder, text: Path, tmp_path: Path, monkeypatch, capsys
 ):
-    assert len(Path(plain_loop.__file__).read_text().splitlines()) < 40
+    assert len(Path(plain_loop.__file__).read_text().splitlines()) < 45
     monkeypatch.setattr(plain_loop, "SAVE_EVERY", 3)
 
     def run(steps: int, name: str) -> dict:
@@ -56,6 +58,15 @@ def test_the_hf_trainer_example_trains_and_goes_on(
     assert torch.equal(run("stopped"), whole)
 
 
+@pytest.mark.parametrize("example", [plain_loop, hf_trainer, many_epochs])
+def test_an_example_without_its_arguments_says_how_it_is_used(example):
+    command = [sys.executable, "-m", example.__name__, "127.0.0.1:1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"usage: python -m {example.__name__} HOST:PORT STUDENT_FOLDER ")
+
+
 @pytest.mark.slow
 def test_two_teams_share_a_teacher(tmp_path: Path, capfd):
     got = two_teams.main(tmp_path, 3.0)
@@ -70,7 +81,7 @@ def test_two_teams_share_a_teacher(tmp_path: Path, capfd):
 def test_many_epochs_of_a_record_go_on_helping_where_labels_overfit(
     trained_service, student_folder, text: Path, tmp_path: Path, monkeypatch, capsys
 ):
-    assert len(Path(many_epochs.__file__).read_text().splitlines()) < 70
+    assert len(Path(many_epochs.__file__).read_text().splitlines()) < 75
     sizes = {"SEQUENCES": 8, "HELD_OUT": 16, "EPOCHS": 25, "BATCH": 4, "LEARNING_RATE": 3e-2}
     for name, value in sizes.items():
         monkeypatch.setattr(many_epochs, name, value)

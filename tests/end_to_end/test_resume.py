@@ -1,7 +1,10 @@
 """Stopped at any step and started again: the same student, bit for bit."""
 
 import json
+import logging
 import os
+import re
+import shutil
 import signal
 import sys
 import time
@@ -15,7 +18,10 @@ from torch import nn
 
 from student_trainer import LocalTeacher, trainer
 from student_trainer.checkpoint import Checkpoints
+from student_trainer.cli import main
+from student_trainer.config import TrainConfig
 from student_trainer.data import batches
+from student_trainer.runs import what_is_kept
 from tests import tiny
 from tests.conftest import FORKSERVER, one_torch_thread
 from tests.end_to_end.conftest import WORDS, write_config
@@ -136,8 +142,17 @@ def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path: Path, n
     checkpoints = Checkpoints(tmp_path, every=1, identity={})
     path = checkpoints.save(1, student, {"step": 1}) / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"step-1 cannot be read .* Delete it"):
+    with pytest.raises(ValueError, match="no older checkpoint: give --start-over") as caught:
         checkpoints.load(student)
+    assert str(caught.value).startswith(f"{path} is damaged. ")
+    assert "\n" not in str(caught.value)
+    checkpoints.save(2, student, {"step": 2})
+    newer = tmp_path / "step-2"
+    (newer / name).unlink()
+    with pytest.raises(ValueError, match="--start-over") as caught:
+        checkpoints.load(student)
+    wanted = f"{newer / name} is missing. Delete {newer} to go on from "
+    assert str(caught.value).startswith(f"{wanted}{tmp_path / 'step-1'}")
 
 
 def test_state_that_would_run_code_is_refused(tmp_path: Path):
@@ -145,8 +160,110 @@ def test_state_that_would_run_code_is_refused(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path, every=1, identity={})
     path = checkpoints.save(1, student, {"step": 1}) / "state.pt"
     torch.save({"step": os.getcwd, "random": None}, path)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"state\.pt is damaged"):
         checkpoints.load(student)
+
+
+def test_what_a_run_reads_may_move_and_not_change(
+    trained_service, student_folder, text: Path, tmp_path: Path, caplog, capsys
+):
+    def train(student: Path, *more: str) -> int:
+        corpus = next(tmp_path.glob("text*"))
+        return main(
+            [
+                *("train", "--teacher", trained_service.address, "--student", str(student)),
+                *("--data", f"{corpus}/*.txt", "--held-out", f"{corpus}/*.held"),
+                *("--output", str(tmp_path / "out"), "--steps", "3", "--checkpoint-every", "1"),
+                *("--sequence-length", "16", "--batch-size", "4", *more),
+            ]
+        )
+
+    folder = tmp_path / "text"
+    folder.mkdir()
+    words = text.read_text().split()
+    (folder / "a.txt").write_text(" ".join(words[:900]))
+    (folder / "a.held").write_text(" ".join(words[900:1200]))
+    assert train(student_folder) == 0
+    folder.rename(tmp_path / "text-moved")
+    moved = shutil.copytree(student_folder, tmp_path / "student-moved")
+    with caplog.at_level(logging.INFO):
+        assert train(moved) == 0
+    assert "going on from" in caplog.text
+    for path, change in (
+        ("text-moved/a.txt", "the content of data has changed"),
+        ("text-moved/a.held", "the content of held_out has changed"),
+        ("student-moved/config.json", "the content of student has changed"),
+    ):
+        file = tmp_path / path
+        content = file.read_text()
+        file.write_text(f"{content} " if path.endswith("json") else f"w7 w9 {content}")
+        capsys.readouterr()
+        assert train(moved) == 1
+        assert change in capsys.readouterr().err
+        file.write_text(content)
+
+
+def interruptible() -> None:
+    """As in a shell."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("every", [5, 0])
+def test_ctrl_c_says_after_which_step_and_what_is_kept(
+    trained_service, student_folder, text: Path, tmp_path: Path, every: int
+):
+    output = tmp_path / "out"
+    process, log = student_trainer(
+        tmp_path,
+        *("train", "--teacher", trained_service.address, "--student", str(student_folder)),
+        *(
+            "--data",
+            str(text),
+            "--output",
+            str(output),
+            "--steps",
+            "100000",
+            "--targets",
+            "top_k:4",
+        ),
+        *("--sequence-length", "32", "--batch-size", "2", "--checkpoint-every", str(every)),
+        hook=interruptible,
+    )
+    deadline = time.monotonic() + 60
+    while not re.search(r" [1-9]\d/100000", log.read_text() if log.exists() else ""):
+        assert process.is_alive(), log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130, log.read_text()
+    last = log.read_text().splitlines()[-1]
+    at = re.match(r"student-trainer: interrupted after step (\d+) of student distilled; ", last)
+    assert at, last
+    rest = last[at.end() :]
+    if every:
+        saved = (output / "checkpoints").glob("step-*")
+        newest = max(int(path.name.removeprefix("step-")) for path in saved)
+        assert newest <= int(at[1]) <= newest + every
+        where = f"kept in {output / 'checkpoints'}: run the same command to go on"
+        assert rest == f"checkpoint of step {newest} {where}"
+    else:
+        assert rest.startswith("no checkpoint was written (--checkpoint-every N writes them): ")
+        assert not output.exists()
+
+
+def test_what_is_kept_of_several_students_is_named(tmp_path: Path):
+    config = TrainConfig(
+        student=tmp_path, data=["a"], output=tmp_path, teacher="x:1", start_over=True
+    )
+    assert what_is_kept(config).endswith("the same command without --start-over begins at step 0")
+    for path in ("control/step-9", "step-4", "step-12", ".step-13.partial"):
+        (tmp_path / "checkpoints" / path).mkdir(parents=True)
+    assert what_is_kept(config) == (
+        f"checkpoints kept in {tmp_path}/checkpoints: step 9 of student control, step 12 of student "
+        "distilled: run the same command without --start-over to go on"
+    )
 
 
 def hold_the_second_checkpoint() -> None:

@@ -382,3 +382,20 @@ def test_importing_the_client_loads_neither_ray_nor_transformers():
         assert not loaded & {"ray", "transformers", "tyro", "pydantic", "matplotlib"}, loaded
     """)
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_the_client_quiets_grpcs_own_lines_unless_they_are_wanted():
+    code = "import os, student_trainer; print(os.environ['GRPC_VERBOSITY'])"
+    without = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    for environment, wanted in (
+        (without, "ERROR"),
+        ({**without, "GRPC_VERBOSITY": "INFO"}, "INFO"),
+    ):
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert ended.stdout.strip() == wanted

@@ -106,14 +106,31 @@ def test_train_refuses_another_tokenizer(trained_service, student_folder, text, 
     assert "Traceback" not in ended.stderr
 
 
+def test_sequences_too_long_for_the_teacher_are_refused_by_the_option_and_leave_nothing(
+    trained_service, student_folder, text, tmp_path: Path, capsys
+):
+    ended = main(
+        [
+            *("train", "--teacher", trained_service.address, "--student", str(student_folder)),
+            *("--data", str(text), "--output", str(tmp_path / "runs" / "out")),
+            *("--sequence-length", "600"),
+        ]
+    )
+    assert ended == 1
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if "student-trainer:" in one]
+    assert "--sequence-length must be at most 256 for the teacher at " in line
+    assert line.endswith(", got 600")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (("check", "127.0.0.1:1"), 1, ["127.0.0.1:1"]),
-        (("check", "nowhere"), 1, ["host:port"]),
+        (("check", "nowhere"), 2, ["host:port"]),
         (("train", "--teacher", "x:1"), 2, ["--student"]),
         (("train", "@none.toml"), 2, ["none.toml"]),
-        (("check", "127.0.0.1:1", "--tokens", "many"), 1, ["many", "300M"]),
+        (("check", "127.0.0.1:1", "--tokens", "many"), 2, ["many", "300M"]),
     ],
 )
 def test_errors_are_clear_and_have_their_exit_code(arguments, code, words):

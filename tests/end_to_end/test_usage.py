@@ -80,7 +80,9 @@ def test_usage_is_shown_to_its_team_and_read_from_the_file(
     assert show_usage(UsageConfig(address=served.address, team="ranking")) == 1
     assert "needs the scope admin" in capsys.readouterr().err
     assert show_usage(UsageConfig(address=served.address, since="yesterday")) == 2
-    assert "2027-01-31" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "2027-01-31" in said
+    assert said.endswith("; see teacher-server usage --help\n")
     assert show_usage(UsageConfig(ledger=tmp_path)) == 1
     assert f"no ledger in {tmp_path}" in capsys.readouterr().err
     with pytest.raises(ValueError, match="HOST:PORT of a service or a --ledger"):

@@ -437,8 +437,10 @@ def test_a_damaged_shard_is_named_put_aside_and_scored_again(
     with caplog.at_level(logging.WARNING), Recorded(tmp_path) as record:
         assert victim.name in caplog.text
         assert victim.exists() or damage == "deleted"
-        with pytest.raises(NotRecorded, match=victim.name):
+        what = f"{victim.name} is {'missing' if damage == 'deleted' else 'damaged'}"
+        with pytest.raises(NotRecorded, match=what) as caught:
             list(record.stream(SEQUENCES))
+        assert "other text" not in str(caught.value), "what is known needs no guess"
     with Recorded(tmp_path, live) as record:
         assert all(map(same, seen, (targets for _, targets in record.stream(SEQUENCES))))
         assert 0 < record.counters.asked < len(SEQUENCES)
