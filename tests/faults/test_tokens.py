@@ -470,7 +470,7 @@ def test_commands_take_the_connection_file(
     assert described["caller"]["max_tokens_per_day"] == 0
     assert "scopes score" in command("describe", file)
     for place in ({"teacher": str(file)}, {"teacher": shared.served.address, "ca": shared.ca}):
-        config = CorpusConfig(student=folder, data=["*.txt"], **place)
+        config = CorpusConfig(student=folder, data=["*.txt"], sequence_length=64, **place)
         with runs.open_teacher(config, None) as teacher:
             assert teacher.info.team == "filed"
     monkeypatch.delenv("TEACHER_TOKEN")
