@@ -12,6 +12,7 @@ import types
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -60,6 +61,9 @@ def parse(prog: str, group: Group, arguments: Sequence[str]) -> Any:
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
     if name in HELP:
         print(_overview(prog, group))
+        raise SystemExit(0)
+    if name == "--version":
+        print(f"{prog} {version('logitstream')}")
         raise SystemExit(0)
     if name not in group.commands:
         what = "a command is missing"
@@ -200,6 +204,9 @@ class _Reader:
                 before = self._read_option(argument, waiting)
             elif any(option.is_positional for option in self.options.values()):
                 free.append(argument)
+            elif argument.endswith(".toml") and Path(argument).is_file():
+                self.all_read = False
+                self._wrong(f"{argument} is no option: give @{argument} to read options from it")
             else:
                 self._wrong(f"{argument[:40]!r} belongs to no option{_taken(before)}")
         self._read_positional(free)
@@ -217,6 +224,11 @@ class _Reader:
             value = None
         self.given[option.path] = value
         self.labels[option.path] = label
+
+    def _refused(self, option: _Option) -> None:
+        """It was given, so it is not missing; and what was wrong with it has been said."""
+        self.given[option.path] = None
+        self.labels.pop(option.path, None)
 
     def _read_option(self, argument: str, waiting: deque[str]) -> _Option | None:
         flag, equals, value = argument.partition("=")
@@ -239,7 +251,7 @@ class _Reader:
             self._give(option, values if option.is_list else values[0], option.label)
         else:
             self._wrong(f"{option.label} needs {option.allowed}, got nothing")
-            self.given[option.path] = None  # not missing, too
+            self._refused(option)
         return option
 
     def _read_positional(self, free: list[str]) -> None:
@@ -281,7 +293,7 @@ class _Reader:
         ):
             allowed = KINDS[bool] if option.is_flag else option.allowed
             self._wrong(f"{label} must be {allowed}, got {_toml(value)}")
-            self.given[option.path] = None
+            self._refused(option)
         elif option.is_flag:
             self._give(option, value, label)
         else:
@@ -405,7 +417,8 @@ def _overview(prog: str, group: Group) -> str:
     """The help of a program: its commands, each with the first sentence of what it does."""
     width = max(map(len, group.commands))
     lines = [f"  {name:{width}}  {_summary(one)}" for name, one in group.commands.items()]
-    last = [f"{prog} COMMAND --help lists the options of a command.", FILES, SERVICES]
+    last = [f"{prog} COMMAND --help lists the options of a command; {prog} --version."]
+    last += [FILES, SERVICES]
     return "\n".join(
         ["usage: " + prog + " COMMAND ...", "", group.description, "", *lines, "", *last]
     )

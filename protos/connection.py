@@ -35,8 +35,13 @@ ADDRESS_RULE = (
 
 def check_address(address: str) -> str:
     """The same; raises ValueError for what is neither host:port nor a connection file."""
-    if ":" not in address and not address.endswith(FILE_SUFFIX):
-        raise ValueError(f"{ADDRESS_RULE}; got {address!r}")
+    if address.endswith(FILE_SUFFIX):
+        return address
+    if "//" in address:
+        raise ValueError(f"{ADDRESS_RULE}, without a scheme or path; got {address!r}")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise ValueError(f"{ADDRESS_RULE}, and a port is 1 to 65535; got {address!r}")
     return address
 
 

@@ -2,7 +2,8 @@
 
     step-N/student.safetensors    the weights
     step-N/state.pt               optimizers, schedules, random generators, position, curve
-    step-N/run.json               what must be the same in a run that goes on from here
+    step-N/run.json               what must be the same in a run that goes on from here, and the
+                                  digests of the two others
 
 A folder is written under a hidden name, forced to the disk and then renamed, so that a process
 that is killed at any time leaves the checkpoint before it as the newest.
@@ -20,15 +21,19 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
 DIGEST = "_digest"
 """How the names of those in run.json end that stand for content."""
+WEIGHTS, STATE = "student.safetensors", "state.pt"
+FILE_DIGESTS = "file_digests"
+"""In run.json: of the files beside it."""
 UNREADABLE = (
-    *(OSError, RuntimeError, EOFError, SafetensorError),
-    *(pickle.UnpicklingError, json.JSONDecodeError),
+    *(OSError, RuntimeError, EOFError, SafetensorError, KeyError, TypeError, AttributeError),
+    *(pickle.UnpicklingError, json.JSONDecodeError, UnicodeDecodeError),
 )
 """What files can raise that are cut off or damaged."""
 
@@ -140,9 +145,12 @@ def write(
     folder: Path, student: nn.Module, state: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> None:
     """Puts the three files into a folder; the random generators are added to the state."""
-    save_model(student, str(folder / "student.safetensors"))
-    torch.save({**state, "random": random_states()}, folder / "state.pt")
-    (folder / "run.json").write_text(json.dumps(identity, indent=2) + "\n")
+    save_model(student, str(folder / WEIGHTS))
+    torch.save({**state, "random": random_states()}, folder / STATE)
+    digests = {name: _digest(folder / name) for name in (WEIGHTS, STATE)}
+    run = {**identity, FILE_DIGESTS: digests}
+    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    shutil.copymode(folder / "run.json", folder / WEIGHTS)  # safetensors writes for the owner only
 
 
 def read(
@@ -161,11 +169,15 @@ def read(
     file = "run.json"
     try:
         saved = json.loads((folder / file).read_text())
+        digests = saved.pop(FILE_DIGESTS)
         _compare(where, saved, identity)
-        file = "state.pt"
+        for file in (STATE, WEIGHTS):
+            if _digest(folder / file) != digests[file]:
+                raise EOFError("its bytes have changed")
+        file = STATE
         # Only tensors and plain values are read back: a file cannot run code here.
         state = torch.load(folder / file, map_location="cpu", weights_only=True)
-        file = "student.safetensors"
+        file = WEIGHTS
         load_model(student, folder / file)
     except UNREADABLE as error:
         wrong = "is damaged"
@@ -174,12 +186,20 @@ def read(
         elif isinstance(error, PermissionError):
             wrong = "may not be read by this user"
         what = f"Delete {where} to go on from {before}, or give"
-        if before is None:
+        if isinstance(error, PermissionError):
+            what = "Make it readable, or give"
+        elif before is None:
             what = "There is no older checkpoint: give"
         raise ValueError(
             f"{where}/{file} {wrong}. {what} --start-over to begin at step 0."
         ) from error
     return state
+
+
+def _digest(path: Path) -> str:
+    if path.stat().st_size == 0:
+        return ""
+    return xxhash.xxh3_128_hexdigest(np.memmap(path, np.uint8, "r").data)
 
 
 def _compare(where: object, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

@@ -90,7 +90,7 @@ def run_train(config: TrainConfig) -> int:
     print(
         f"written: {config.output / 'report.html'}, report.json, results.json, loss.png, student/"
     )
-    return 0
+    return 1 if found["verdict"] == "diverged" else 0
 
 
 def run_report(config: ReportConfig) -> int:
@@ -124,6 +124,7 @@ def run_record(config: RecordConfig) -> int:
     from student_trainer import runs
     from student_trainer.recorded import Recorded
 
+    runs.check_settings(config)
     corpus = runs.read_corpus(config)
     sequences = torch.cat([corpus.sequences, corpus.held_out])
     record = None
@@ -181,6 +182,8 @@ def run_check(config: CheckConfig) -> int:
     if config.student is not None:
         import transformers
 
+        if not (config.student / "config.json").is_file():
+            raise ValueError(f"{config.student} is not a student folder: it has no config.json")
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.student)
     wanted = None if config.tokens is None else parse_count(config.tokens)
     result = check(

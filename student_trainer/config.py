@@ -96,7 +96,7 @@ class RecordConfig(CorpusConfig):
     temperature: float = Field(default=1.0, gt=0)
     """Of the teacher's distributions; `train` is to be given the same."""
     seed: int = Field(default=0, ge=0)
-    """Of the teacher's draws; `train` is to be given the same, or it replays other draws."""
+    """Of the teacher's draws. `train` replays what is recorded, whatever its own seed is."""
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON."""
 

@@ -1,6 +1,8 @@
 """One training run as `student-trainer train` describes it: its text, its teacher, its students."""
 
 import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from logit_codec import parse_targets
 from student_trainer import data, model_card, trainer
 from student_trainer.checkpoint import Checkpoints, KeepsCheckpoints, step_of
 from student_trainer.client import RemoteTeacher, connect
@@ -24,6 +27,7 @@ from student_trainer.ranks import Ranks
 from student_trainer.recorded import Recorded
 from student_trainer.results import Results, Scores, StudentResults, TeacherResults
 from student_trainer.shuffled import ShuffledTargets
+from student_trainer.window import parse_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,17 @@ class Corpus:
     """(N, L) int64: what is trained on."""
     held_out: Tensor
     """(M, L) int64: what is measured on."""
+
+
+def check_settings(config: CorpusConfig) -> None:
+    """Raises ValueError or InvalidRequest for what would be refused only behind the text."""
+    try:
+        parse_targets(config.targets)
+    except ValueError as error:
+        raise ValueError(f"--targets: {error}") from None
+    if isinstance(config, TrainConfig):
+        find_device(config)
+        parse_ahead(ahead_of(config))
 
 
 def read_corpus(config: CorpusConfig) -> Corpus:
@@ -186,8 +201,10 @@ def train(config: TrainConfig) -> Results:
         from student_trainer.ray_train import train_students as train_them
     else:
         train_them = train_students
-    corpus = read_corpus(config)
-    with _made(config.output), open_teacher(config, corpus.tokenizer) as teacher:
+    check_settings(config)
+    with _made(config.output), ExitStack() as ending:
+        corpus = read_corpus(config)
+        teacher = ending.enter_context(open_teacher(config, corpus.tokenizer))
         held_out = HeldOut.ask(config, teacher, corpus.held_out)
         trained = train_them(config, corpus, teacher, held_out)
         info = teacher.info
@@ -222,7 +239,12 @@ def train(config: TrainConfig) -> Results:
 def _made(folder: Path) -> Iterator[None]:
     """Makes a folder, before anything is computed for it; if nothing came of it, it is not left."""
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output {folder} cannot be written to by this user")
     try:
         yield
     except BaseException:
@@ -337,7 +359,7 @@ class DistilledPairs:
             targets=config.targets,
             temperature=config.temperature,
             seed=config.seed,
-            ahead=int(config.ahead) if config.ahead.isdigit() else config.ahead,
+            ahead=ahead_of(config),
         )
 
     def bytes_per_token(self) -> float | None:
@@ -440,14 +462,31 @@ def bytes_per_token(pairs: DistilledPairs, history: list[dict[str, float]]) -> f
     return pairs.bytes_per_token() or next(logged, None) or None
 
 
+def ahead_of(config: TrainConfig) -> int | str:
+    """As `stream_batches` takes it."""
+    return int(config.ahead) if config.ahead.isdecimal() else config.ahead
+
+
 def find_device(config: TrainConfig) -> str:
-    """cpu or cuda."""
-    if config.device != "auto":
-        return config.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device of torch. Raises ValueError for one that there is not."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(config.device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(
+            f"--device must be auto, cpu, cuda or one such as cuda:1, got {config.device!r}"
+        )
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {config.device}: torch {torch.__version__} finds no GPU here")
+    return config.device
 
 
 def save_student(student: Any, corpus: Corpus, folder: Path) -> None:
     """Writes a Hugging Face folder."""
     student.save_pretrained(folder)
     corpus.tokenizer.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):  # which safetensors writes for the owner only
+        shutil.copymode(folder / "config.json", weights)

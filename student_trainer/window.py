@@ -168,25 +168,31 @@ class TimedWindow(Window):
         self._last_s = now
 
 
-def make_window(ahead: int | str, spec: TargetSpec, info: teacher_pb2.TeacherInfo) -> Window:
-    """The window that `ahead` stands for: items, or "30s", or "30s,2048MiB".
-
-    Raises InvalidRequest.
-    """
+def parse_ahead(ahead: int | str) -> int | tuple[float, int]:
+    """Items, or "30s", or "30s,2048MiB": seconds and the most bytes. Raises InvalidRequest."""
     if isinstance(ahead, int):
         if ahead < 1:
             raise InvalidRequest(f"ahead must be at least 1 batch, got {ahead}")
-        return Window(ahead)
+        return ahead
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*s(?:\s*,\s*([1-9]\d*)\s*MiB)?", ahead.strip())
     if match is None or not float(match.group(1)) > 0:
         raise InvalidRequest(
             f"ahead must be a number of batches, '30s' or '30s,2048MiB', got {ahead!r}"
         )
+    return float(match.group(1)), int(match.group(2)) << 20 if match.group(2) else MAX_NBYTES
+
+
+def make_window(ahead: int | str, spec: TargetSpec, info: teacher_pb2.TeacherInfo) -> Window:
+    """The window that `ahead` stands for; see `parse_ahead`. Raises InvalidRequest."""
+    parsed = parse_ahead(ahead)
+    if isinstance(parsed, int):
+        return Window(parsed)
+    seconds, max_nbytes = parsed
     queue = info.limits.max_queued_tokens * max(1, len(info.replicas))
     return TimedWindow(
-        float(match.group(1)),
+        seconds,
         max_row_nbytes=max_row_nbytes(spec, info.vocab_size),
-        max_nbytes=int(match.group(2)) << 20 if match.group(2) else MAX_NBYTES,
+        max_nbytes=max_nbytes,
         # Half of the teacher's queue: what is beyond it is refused, and others want to enter too.
         max_tokens=queue // 2 if queue else math.inf,
     )

@@ -1,5 +1,6 @@
 """Arguments and files to a configuration: what is taken, and the line that each mistake gets."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -163,6 +164,32 @@ def test_a_file_that_cannot_be_read_is_the_only_mistake(tmp_path: Path) -> None:
         path.write_bytes(text)
         (said,) = mistakes(f"@{path}")
         assert said.startswith(f"{path} is not TOML: ")
+
+
+def test_a_file_without_its_sign_is_the_only_mistake(tmp_path: Path) -> None:
+    class Plain(BaseModel):
+        """It."""
+
+        text: str
+
+    path = write(tmp_path, "text = 'a'").removeprefix("@")
+    with pytest.raises(WrongUsage) as caught:
+        parse("prog", Group("Works.", {"plain": Plain}), ["plain", path])
+    (said,) = caught.value.mistakes
+    assert said.startswith(f"{path} is no option: give @{path} to read options from it")
+
+
+def test_a_mistake_on_the_command_line_is_not_blamed_on_a_file_before(tmp_path: Path) -> None:
+    assert mistakes("t", write(tmp_path, "size = 3"), "--size") == [
+        "--size needs a whole number, got nothing"
+    ]
+
+
+def test_the_version_is_told(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse("prog", GROUP, ["--version"])
+    assert not ended.value.code
+    assert capsys.readouterr().out == f"prog {version('logitstream')}\n"
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:

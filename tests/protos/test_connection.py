@@ -62,6 +62,11 @@ def test_pem_may_be_given_itself(ca):
     ("arguments", "words"),
     [
         ({"address": "teacher.lab"}, "host:port.*connection file"),
+        ({"address": "https://teacher.lab:50051"}, "without a scheme"),
+        ({"address": "teacher.lab:50051/"}, "a port is 1 to 65535"),
+        ({"address": "teacher.lab:99999"}, "a port is 1 to 65535"),
+        ({"address": "teacher.lab:http"}, "a port is 1 to 65535"),
+        ({"address": ":50051"}, "host:port"),
         ({"address": []}, "host:port"),
         ({"address": "a:1", "cert": PEM}, "both: cert and key"),
         ({"address": "a:1", "cert": PEM, "key": PEM}, "needs TLS"),

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+import pytest
 import torch
 from torch import nn
 
@@ -75,6 +76,30 @@ def test_killed_at_any_line_of_a_save_it_leaves_a_whole_checkpoint(tmp_path: Pat
     assert len(found) > 30
     assert set(found) == {4, 6}
     assert found[-1] == 6
+
+
+@pytest.mark.parametrize("name", ["state.pt", "student.safetensors", "run.json"])
+def test_a_byte_that_changed_is_noticed_wherever_it_is(tmp_path: Path, name: str):
+    path = checkpoints(tmp_path).save(2, student_of(2), {"step": 2})
+    whole = (path / name).read_bytes()
+    for place in range(0, len(whole), max(1, len(whole) // 100)):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        (path / name).write_bytes(changed)
+        student = student_of(7)
+        with pytest.raises(ValueError, match=r"is damaged|belongs to another run"):
+            checkpoints(tmp_path).load(student)
+        assert torch.equal(student.weight, student_of(7).weight), "nothing of it was taken"
+    (path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"step-2/{name} is damaged"):
+        checkpoints(tmp_path).load(student_of(7))
+    (path / name).write_bytes(whole)
+    assert checkpoints(tmp_path).load(student_of(7)) is not None
+
+
+def test_whoever_may_read_the_settings_may_read_the_weights(tmp_path: Path):
+    path = checkpoints(tmp_path).save(2, student_of(2), {"step": 2})
+    assert len({file.stat().st_mode for file in path.iterdir()}) == 1
 
 
 def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path):
