@@ -93,6 +93,17 @@ def test_train_writes_a_student_and_a_report(trained_service, student_folder, te
     assert not set(ONLY_DISTILLED) & set(curves["control"].Tags()["scalars"])
 
 
+def test_a_run_that_diverged_is_reported_and_no_success(
+    trained_service, student_folder, text, tmp_path: Path, capsys
+):
+    where = ("--student", str(student_folder), "--data", str(text), "--output", str(tmp_path))
+    sizes = ("--sequence-length", "64", "--batch-size", "8", "--steps", "12")
+    extreme = ("--optimizer", "adamw", "--learning-rate", "1e30")
+    assert main(["train", *where, *sizes, *extreme, "--teacher", trained_service.address]) == 1
+    assert "diverged" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "diverged"
+
+
 def test_train_refuses_another_tokenizer(trained_service, student_folder, text, tmp_path: Path):
     other = tmp_path / "student"
     transformers.AutoConfig.from_pretrained(student_folder).save_pretrained(other)

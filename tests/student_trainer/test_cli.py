@@ -96,6 +96,25 @@ def test_a_mistake_is_a_line_on_stderr_and_exit_code_2(tmp_path: Path, capsys):
             assert line.endswith(f"; see {' '.join(f'student-trainer {command}'.split())} --help")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--device", "gpu", "--device must be auto, cpu, cuda"),
+        ("--targets", "topk:64", "--targets: unknown kind of targets 'topk'"),
+        ("--ahead", "3x", "ahead must be a number of batches"),
+        ("--output", "/proc/x", "--output /proc/x cannot be made"),
+    ],
+)
+def test_what_can_be_known_at_once_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys, option: str, value: str, said: str
+):
+    where = ("--student", "no-student", "--data", "no-data", "--teacher", "127.0.0.1:1")
+    arguments = ["train", *where, "--output", str(tmp_path / "out"), option, value]
+    assert main(arguments) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def helped(capsys, *arguments: str) -> str:
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--help"])
