@@ -241,11 +241,13 @@ def unpack_codes16(string: bitpack.BitString, count: int) -> Tensor:
     return torch.from_numpy(nats)
 
 
-def refuse_rows(bad: np.ndarray, why: str, rows: np.ndarray | None = None) -> None:
+def refuse_rows(
+    bad: np.ndarray, why: str, rows: np.ndarray | None = None, first_row: int = 0
+) -> None:
     """Raises CodecError for the first row that is bad; `rows` says which row each element is of."""
     if bad.any():
         index = int(bad.argmax())
-        row = index if rows is None else int(rows[index])
+        row = first_row + (index if rows is None else int(rows[index]))
         raise CodecError(f"row {row} cannot be a target: {why}", row)
 
 

@@ -371,7 +371,9 @@ def _check_rows(targets: Targets, first_row: int = 0) -> None:
     """Refuses rows that are not finite, not normalised, or whose ids are not ascending."""
 
     def refuse(bad: Tensor, rows: Tensor | None, why: str) -> None:
-        _refuse_rows(bad, rows, why, first_row)
+        if bool(bad.any()):
+            rows_of = None if rows is None else rows.cpu().numpy()
+            content.refuse_rows(bad.cpu().numpy(), why, rows_of, first_row)
 
     tolerance = 1e-3
     mass = None
@@ -429,11 +431,3 @@ def _check_span(targets: Targets) -> None:
                 f"row_splits must go from 0 to the {len(targets.token_ids)} entries, got {first} "
                 f"to {last}"
             )
-
-
-def _refuse_rows(bad: Tensor, rows: Tensor | None, why: str, first_row: int) -> None:
-    """Raises for the first row that is bad; `rows` says which row each element of `bad` is of."""
-    if bool(bad.any()):
-        index = int(bad.nonzero()[0, 0])
-        row = first_row + (index if rows is None else int(rows[index]))
-        raise CodecError(f"row {row} cannot be a target: {why}", row)

@@ -20,6 +20,8 @@ import pydantic
 import tyro
 from pydantic.fields import FieldInfo
 
+from protos.connection import check_address
+
 Command = type[pydantic.BaseModel]
 HELP = ("-h", "--help")
 FILES = (
@@ -32,6 +34,12 @@ SERVICES = (
 )
 OF_SIZE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 """Errors of pydantic about values that are numbers."""
+AtAddress = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(metavar="HOST:PORT"),
+    pydantic.AfterValidator(check_address),
+]
+"""The service that a command is about."""
 KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 

@@ -180,11 +180,9 @@ def run_check(config: CheckConfig) -> int:
 
     tokenizer = None
     if config.student is not None:
-        import transformers
+        from student_trainer.runs import read_tokenizer
 
-        if not (config.student / "config.json").is_file():
-            raise ValueError(f"{config.student} is not a student folder: it has no config.json")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.student)
+        tokenizer = read_tokenizer(config.student)
     wanted = None if config.tokens is None else parse_count(config.tokens)
     result = check(
         config.address,

@@ -5,15 +5,10 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import tyro
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from protos.command_line import AtAddress
 from protos.connection import check_address
-
-AtAddress = Annotated[
-    tyro.conf.Positional[str],
-    tyro.conf.arg(metavar="HOST:PORT"),
-    AfterValidator(check_address),
-]
 
 
 def parse_count(text: str) -> int:

@@ -75,8 +75,18 @@ def check_settings(config: CorpusConfig) -> None:
     except ValueError as error:
         raise ValueError(f"--targets: {error}") from None
     if isinstance(config, TrainConfig):
-        find_device(config)
+        if not config.workers:  # theirs may be on other machines
+            find_device(config)
         parse_ahead(ahead_of(config))
+
+
+def read_tokenizer(student: Path) -> Any:
+    """Of a student's folder. Raises ValueError if it is none: the hub would be asked for it."""
+    import transformers
+
+    if not (student / "config.json").is_file():
+        raise ValueError(f"{student} is not a student folder: it has no config.json")
+    return transformers.AutoTokenizer.from_pretrained(student)
 
 
 def read_corpus(config: CorpusConfig) -> Corpus:
@@ -85,9 +95,7 @@ def read_corpus(config: CorpusConfig) -> Corpus:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if not (config.student / "config.json").is_file():
-        raise ValueError(f"{config.student} is not a student folder: it has no config.json")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.student)
+    tokenizer = read_tokenizer(config.student)
     length = config.sequence_length
     sequences = data.pack(data.find_files(config.data), tokenizer, length, label="data")
     if config.held_out:

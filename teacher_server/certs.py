@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from teacher_server.errors import ServeError
-from teacher_server.team_file import write_atomically
+from teacher_server.files import write_atomically
 
 CA_DAYS = 3650
 BACKDATE = timedelta(minutes=5)

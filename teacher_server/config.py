@@ -6,16 +6,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from protos.command_line import AtAddress
 from protos.connection import check_address
 from teacher_server.tls import Tls
-
-AtAddress = Annotated[
-    tyro.conf.Positional[str],
-    tyro.conf.arg(metavar="HOST:PORT"),
-    AfterValidator(check_address),
-]
 
 
 class _Section(BaseModel):

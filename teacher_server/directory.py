@@ -16,17 +16,16 @@ if it dispatched meanwhile, that comes on top: at most the lease.
 
 import asyncio
 import contextlib
-import fcntl
-import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 from urllib.parse import quote
 
+from teacher_server.files import locked
 from teacher_server.journal import Kind, Record, from_bytes
 
 T = TypeVar("T")
@@ -148,7 +147,9 @@ class Directory:
             self._base = self._open(":memory:")
             return
         folder.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(folder):
+        # A new file is made WAL by whoever comes first; to a second one at the same moment SQLite says
+        # "database is locked" at once, however long its busy_timeout is.
+        with locked(folder):
             self._base = self._open(str(folder / FILE_NAME))
 
     def _open(self, name: str) -> sqlite3.Connection:
@@ -283,21 +284,6 @@ def _usage(base: sqlite3.Connection, team: str | None, since: int) -> list[Usage
         (since, team, team),
     )
     return [UsageRow(*row) for row in found]
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Waits for others that open the ledger in this folder.
-
-    A new file is made WAL by whoever comes first; to a second one at the same moment SQLite says
-    "database is locked" at once, however long its busy_timeout is, as waiting could be a deadlock.
-    """
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 class _Transaction:

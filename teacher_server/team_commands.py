@@ -8,12 +8,12 @@ from pathlib import Path
 
 from teacher_server.config import TeamAction, TeamAdd, TeamDisable, TeamList, TeamRotate
 from teacher_server.errors import TeamsError
+from teacher_server.files import write_atomically
 from teacher_server.team_file import (
     add_team,
     edit_file,
     set_disabled,
     set_tokens,
-    write_atomically,
 )
 from teacher_server.teams import (
     NAME,

@@ -5,17 +5,16 @@ wanted before it replaces the file, so that a file of an unusual shape is refuse
 """
 
 import contextlib
-import fcntl
 import os
 import re
-import tempfile
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from teacher_server.errors import TeamsError
+from teacher_server.files import locked, write_atomically
 from teacher_server.teams import Declared, Teams, Token, parse_teams, read_text
 
 HEADER = """\
@@ -35,7 +34,7 @@ def edit_file(path: Path, edit: Edit, *, create: bool = False) -> Teams:
     """
     path = Path(os.path.realpath(path))
     try:
-        with _locked(path.parent):
+        with locked(path.parent):
             if create and not path.exists():
                 text, before = HEADER, None
             else:
@@ -197,38 +196,6 @@ def _unusual(name: str, what: str) -> TeamsError:
     )
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One edit at a time. The folder is locked, because the file itself is replaced."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _replace(path: Path, text: str) -> None:
     mode = path.stat().st_mode & 0o777 if path.exists() else NEW_MODE
     write_atomically(path, text.encode(), mode)
-
-
-def write_atomically(path: Path, data: bytes, mode: int) -> None:
-    """The whole file or none of it, whenever the machine stops. Raises OSError."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

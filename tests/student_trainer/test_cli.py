@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tqdm import tqdm
 
 from protos.command_line import WrongUsage, parse
 from student_trainer.cli import COMMANDS, log_above_bars, main, show
 from student_trainer.config import RecordConfig, TrainConfig
+from student_trainer.runs import check_settings
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -113,6 +115,14 @@ def test_what_can_be_known_at_once_is_refused_before_anything_is_read(
     assert main(arguments) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_is_looked_for_where_the_student_is_trained():
+    where = ("--student", "s", "--data", "d", "--teacher", "127.0.0.1:1", "--output", "o")
+    with pytest.raises(ValueError, match="finds no GPU here"):
+        check_settings(parsed("train", *where, "--device", "cuda"))
+    check_settings(parsed("train", *where, "--device", "cuda", "--workers", "2"))
 
 
 def helped(capsys, *arguments: str) -> str:
