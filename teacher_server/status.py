@@ -182,18 +182,27 @@ def merge_teams(answers: Sequence[teacher_pb2.StatusResponse]) -> list[TeamLine]
     """The teams of several replicas, by name.
 
     Counts are summed, shares averaged by the cost that each replica dispatched; of waiting times
-    the worst counts, of what is left of a quota the smallest, which is the latest one known.
+    the worst counts, of what is left of a quota the smallest, which is the latest one known. That
+    cost only the scope admin is told. For other callers it is what their own tokens and share at a
+    replica come to; replicas at which they did nothing count as the others do on average.
     """
     names = sorted({team.team for answer in answers for team in answer.teams})
-    cost = sum(answer.cost_per_second for answer in answers) or 1.0
+    told = any(answer.cost_per_second for answer in answers)
     lines = []
     for name in names:
-        found = [
-            (team, answer.cost_per_second / cost)
+        costs = [
+            (team, answer.cost_per_second if told else _cost_by_share(team))
             for answer in answers
             for team in answer.teams
             if team.team == name
         ]
+        if not told:
+            known = [cost for _, cost in costs if cost]
+            average = sum(known) / len(known) if known else 1.0
+            costs = [(team, cost or average) for team, cost in costs]
+        everything = sum(answer.cost_per_second for answer in answers)
+        everything = everything or sum(cost for _, cost in costs)
+        found = [(team, cost / everything) for team, cost in costs]
         teams = [team for team, _ in found]
         left = [t.tokens_left_today for t in teams if t.HasField("tokens_left_today")]
         lines.append(
@@ -211,6 +220,11 @@ def merge_teams(answers: Sequence[teacher_pb2.StatusResponse]) -> list[TeamLine]
             )
         )
     return lines
+
+
+def _cost_by_share(team: teacher_pb2.TeamStatus) -> float:
+    """What a replica dispatched for all teams, in tokens like those of this one."""
+    return team.tokens_per_second / team.share if team.share else 0.0
 
 
 def _replica_line(replica: teacher_pb2.ReplicaStatus, admin: bool) -> ReplicaLine:

@@ -141,7 +141,9 @@ def test_status_puts_the_replicas_together_and_shows_each_caller_its_own(
         assert replica["numbers"]["device_memory_bytes"] == 0
 
     (own,) = numbers("search")["teams"]
-    assert {**own, "tokens_per_second": 0} == {**search, "tokens_per_second": 0}
+    guessed = dict.fromkeys(("tokens_per_second", "share", "entitled"), 0)
+    assert {**own, **guessed} == {**search, **guessed}
+    assert 0 < own["share"] <= own["entitled"] <= 1  # what others use it is not told
     assert all(one["numbers"] is None for one in numbers("search")["replicas"])
     header, first, second, *_ = shown("ops").splitlines()
     assert " ".join(header.split()) == (

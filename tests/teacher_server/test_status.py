@@ -47,6 +47,19 @@ def test_counts_are_summed_shares_averaged_by_cost_and_the_worst_wait_counts() -
     assert b.tokens_left_today is None
 
 
+def test_shares_of_a_caller_that_is_told_no_cost_are_averaged_by_its_own_tokens() -> None:
+    answers = [
+        StatusResponse(teams=[TeamStatus(team="a", tokens_per_second=60, share=0.2, entitled=0.5)]),
+        StatusResponse(teams=[TeamStatus(team="a", tokens_per_second=90, share=0.9, entitled=0.9)]),
+    ]
+    (line,) = merge_teams(answers)
+    # 60 of 300 tokens at one replica, 90 of 100 at the other.
+    assert abs(line.share - 150 / 400) < 1e-12
+    assert abs(line.entitled - (0.5 * 300 + 0.9 * 100) / 400) < 1e-12
+    (line,) = merge_teams([*answers, StatusResponse(teams=[TeamStatus(team="a")])])
+    assert abs(line.share - 150 / 600) < 1e-12, "200 at one where it did nothing"
+
+
 def test_a_service_without_any_work_has_no_shares() -> None:
     (line,) = merge_teams([StatusResponse(replica=ReplicaStatus(id="r"), teams=[{"team": "a"}])])
     assert (line.share, line.entitled) == (0.0, 0.0)
