@@ -1,6 +1,10 @@
 import asyncio
 from contextlib import ExitStack
+from functools import partial
 
+import pytest
+
+from teacher_server import room
 from teacher_server.room import ProcessRoom, StreamRoom
 
 STEPS = 20
@@ -23,15 +27,76 @@ async def fits(room: StreamRoom, nbytes: int, team: str) -> bool:
     return True
 
 
-def test_a_stream_may_always_have_one_answer() -> None:
+def test_a_team_may_always_have_one_answer_and_its_streams_share_it() -> None:
     async def run() -> None:
         process = ProcessRoom(10)
-        with process.stream(5) as first, process.stream(5) as second:
+        with process.stream(5) as first, process.stream(5) as second, process.stream(5) as other:
             assert await fits(first, 100, "a")
             assert not await fits(first, 1, "a")
-            assert await fits(second, 100, "a")
+            assert not await fits(second, 1, "a")
+            assert await fits(other, 100, "b")
             first.give(100, "a")
+            assert await fits(second, 100, "a"), "the team holds nothing now"
             second.give(100, "a")
+            other.give(100, "b")
+            assert process.taken_nbytes == 0
+            assert not process._teams
+
+    asyncio.run(run())
+
+
+def test_many_streams_with_one_answer_each_stay_within_the_room() -> None:
+    async def run() -> None:
+        process = ProcessRoom(100)
+        with ExitStack() as stack:
+            for _ in range(200):
+                await fits(stack.enter_context(process.stream(50)), 30, "a")
+            assert process.taken_nbytes <= 100
+
+    asyncio.run(run())
+
+
+def test_a_stream_that_is_not_read_goes_when_others_of_its_team_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(room, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(room, "STOPPED_S", 0.0)
+
+    async def run() -> None:
+        process = ProcessRoom(10)
+        with ExitStack() as stack:
+            stopped, read, other, waiting = (
+                stack.enter_context(process.stream(10)) for _ in range(4)
+            )
+            await stopped.take(5, "a")
+            await read.take(5, "a")
+            await other.take(5, "b")
+            ended: asyncio.Queue[StreamRoom] = asyncio.Queue()
+            for one in (stopped, read, other):
+                one.end = partial(ended.put_nowait, one)
+            stopped.blocked_s, other.blocked_s = 2.0, 1.0
+            taking = asyncio.create_task(waiting.take(5, "a"))
+            assert await ended.get() is stopped, "of the same team, and not read"
+            stopped.give(5, "a")
+            read.give(5, "a")
+            await asyncio.wait_for(taking, 5)
+
+    asyncio.run(run())
+
+
+def test_copies_of_what_is_written_count_once_for_a_stream() -> None:
+    async def run() -> None:
+        process = ProcessRoom(100, copies_nbytes=10)
+        with process.stream(100) as one, process.stream(100) as other:
+            await one.take(3, "a")
+            assert process.taken_nbytes == 3 + 6
+            await one.take(20, "a")
+            await other.take(50, "b")
+            assert process.taken_nbytes == 3 + 20 + 10 + 50 + 10
+            assert not await fits(one, 18, "a"), "more than an equal part"
+            one.give(20, "a")
+            other.give(50, "b")
+            one.give(3, "a")
             assert process.taken_nbytes == 0
             assert not process._teams
 
@@ -102,16 +167,16 @@ def test_what_is_given_back_goes_to_whoever_waits_in_order() -> None:
     asyncio.run(run())
 
 
-def test_a_stream_that_waits_goes_on_when_its_own_answers_end() -> None:
+def test_a_stream_that_waits_goes_on_when_its_team_holds_nothing() -> None:
     async def run() -> None:
         process = ProcessRoom(10)
-        with process.stream(1000) as hog, process.stream(1000) as room:
-            await hog.take(100, "a")
-            await room.take(3, "a")
-            taking = asyncio.create_task(room.take(8, "a"))
+        with process.stream(1000) as hog, process.stream(1000) as one:
+            await hog.take(100, "b")
+            await one.take(3, "a")
+            taking = asyncio.create_task(one.take(8, "a"))
             await settle()
             assert not taking.done()
-            room.give(3, "a")
+            one.give(3, "a")
             await settle()
             assert taking.done()
 
