@@ -1,7 +1,7 @@
 """Who calls, and what that caller may do: one rule for every RPC, asked at each call.
 
-With teams declared, an interceptor finds the caller's team from the bearer token, or without one
-from the client certificate of the connection, and holds the call against the one table below. The
+With teams declared, the interceptor has the caller's team found here, from the bearer token, or
+without one from the client certificate of the connection, and the call held against the one table below. The
 handlers then find their caller in a context variable. A stream is asked about again and again: when
 its caller is not let in any more, its requests end, what was read is answered, and the status says
 why.
@@ -10,10 +10,9 @@ why.
 import asyncio
 import contextlib
 import hmac
-import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +21,7 @@ from typing import Any
 import grpc
 
 from protos import teacher_pb2
-from teacher_server.errors import RequestRefused, abort, invalid
+from teacher_server.errors import RequestRefused, invalid
 from teacher_server.teams import DEFAULT_TEAM, Declared, Team, TeamsFile, token_digest
 
 logger = logging.getLogger(__name__)
@@ -63,6 +62,12 @@ RULES: Mapping[str, Rule] = {
 
 class Caller:
     """Whoever makes one call; asked again for each request of a stream."""
+
+    def __init__(self) -> None:
+        self.refused: RequestRefused | None = None
+        """Why it is not let in any more."""
+        self.reader: asyncio.Task[Any] | None = None
+        """The task that waits for the next request of its stream."""
 
     def team(self) -> Team:
         """The caller's team as it is declared now.
@@ -112,14 +117,11 @@ class KnownCaller(Caller):
     """A caller with a token or a certificate that belonged to a team when the call began."""
 
     def __init__(self, access: "Access", credential: Credential, rule: Rule, method: str) -> None:
+        super().__init__()
         self._access = access
         self._credential = credential
         self._rule = rule
         self._method = method
-        self.refused: RequestRefused | None = None
-        """Why it is not let in any more."""
-        self.reader: asyncio.Task[Any] | None = None
-        """The task that waits for the next request of its stream."""
         self._call = asyncio.current_task()
         self._refused_s = 0.0
 
@@ -170,11 +172,20 @@ class Access:
             for caller in list(self._calls):
                 caller.check()
 
-    def enter(self, context: grpc.aio.ServicerContext, rule: Rule, method: str) -> KnownCaller:
+    def enter(
+        self, context: grpc.aio.ServicerContext, rule: Rule | None, method: str
+    ) -> KnownCaller:
         """Who makes this call. Raises RequestRefused if that is nobody, or may not do this."""
-        credential = self._credential(context)
-        caller = KnownCaller(self, credential, rule, method)
-        caller.team()
+        try:
+            if rule is None:
+                raise RequestRefused(
+                    grpc.StatusCode.PERMISSION_DENIED, "SCOPE_MISSING", f"{method} is for nobody"
+                )
+            caller = KnownCaller(self, self._credential(context), rule, method)
+            caller.team()
+        except RequestRefused as refused:
+            self._on_refusal("", refused.reason)
+            raise
         return caller
 
     def _credential(self, context: grpc.aio.ServicerContext) -> Credential:
@@ -235,127 +246,16 @@ class Access:
         raise _unauthenticated("TOKEN_MISSING", "this service is shared by teams and needs a token")
 
     @contextlib.contextmanager
-    def watched(self, caller: KnownCaller) -> Iterator[None]:
-        """Meanwhile the caller is asked about regularly."""
+    def watched(self, caller: Caller) -> Iterator[None]:
+        """Meanwhile the caller is asked about regularly, if it is one that may be let in no more."""
+        if not isinstance(caller, KnownCaller):
+            yield
+            return
         self._calls.add(caller)
         try:
             yield
         finally:
             self._calls.discard(caller)
-
-    async def refuse(self, context: grpc.aio.ServicerContext, refused: RequestRefused) -> None:
-        """Ends a call with the refusal."""
-        self._on_refusal("", refused.reason)
-        await abort(context, refused, (SERVICE_METADATA, self.service_id))
-
-
-class Requests:
-    """The requests of a stream, up to the moment when its caller is let in no more."""
-
-    def __init__(self, requests: AsyncIterator[Any], caller: KnownCaller) -> None:
-        self._requests = requests
-        self._caller = caller
-
-    def __aiter__(self) -> "Requests":
-        return self
-
-    async def __anext__(self) -> Any:
-        # As asyncio.timeout does it: no task of its own for every request.
-        if self._caller.refused is not None:
-            raise StopAsyncIteration
-        task = asyncio.current_task()
-        assert task is not None
-        cancelling = task.cancelling()
-        self._caller.reader = task
-        try:
-            return await anext(self._requests)
-        except asyncio.CancelledError:
-            if self._caller.refused is not None and task.uncancel() <= cancelling:
-                raise StopAsyncIteration from None
-            raise
-        finally:
-            self._caller.reader = None
-
-
-class AccessInterceptor(grpc.aio.ServerInterceptor):
-    """Puts `Access` before every handler."""
-
-    def __init__(self, access: Access) -> None:
-        self._access = access
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Any],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        handler = await continuation(handler_call_details)
-        method: str = handler_call_details.method  # pyright: ignore[reportAttributeAccessIssue]
-        rule = RULES.get(method)
-        if handler is None or (rule is not None and rule.everybody):
-            return handler
-        behaviour = (
-            handler.unary_unary
-            or handler.unary_stream
-            or handler.stream_unary
-            or handler.stream_stream
-        )
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[handler.request_streaming, handler.response_streaming]
-        # Whether answers are yielded or written and returned decides how gRPC calls a handler.
-        guard = self._yielding if inspect.isasyncgenfunction(behaviour) else self._returning
-        return make(
-            guard(behaviour, rule, method),
-            handler.request_deserializer,
-            handler.response_serializer,
-        )
-
-    async def _enter(
-        self, context: grpc.aio.ServicerContext, rule: Rule | None, method: str
-    ) -> KnownCaller:
-        try:
-            if rule is None:
-                raise RequestRefused(
-                    grpc.StatusCode.PERMISSION_DENIED, "SCOPE_MISSING", f"{method} is for nobody"
-                )
-            caller = self._access.enter(context, rule, method)
-        except RequestRefused as refused:
-            await self._access.refuse(context, refused)
-            raise
-        CURRENT.set(caller)  # of this call's task alone
-        return caller
-
-    def _returning(self, behaviour: Any, rule: Rule | None, method: str) -> Any:
-        async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            caller = await self._enter(context, rule, method)
-            with self._access.watched(caller):
-                answer = await behaviour(_bounded(request, caller), context)
-            if caller.refused is not None:
-                await self._access.refuse(context, caller.refused)
-            return answer
-
-        return guarded
-
-    def _yielding(self, behaviour: Any, rule: Rule | None, method: str) -> Any:
-        async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-            caller = await self._enter(context, rule, method)
-            with self._access.watched(caller):
-                async for response in behaviour(_bounded(request, caller), context):
-                    yield response
-                    if caller.refused is not None and not hasattr(request, "__anext__"):
-                        break  # answers to one request, as many as there may be
-            if caller.refused is not None:
-                await self._access.refuse(context, caller.refused)
-
-        return guarded
-
-
-def _bounded(request: Any, caller: KnownCaller) -> Any:
-    """The request of a call, or those of a stream as long as its caller is let in."""
-    return Requests(request, caller) if hasattr(request, "__anext__") else request
 
 
 def _certificate(context: Mapping[str, Iterable[bytes]]) -> Credential:

@@ -15,7 +15,7 @@ from torch import Tensor
 from logit_codec import DenseSpec, IdTable, SampledSpec, TargetSpec, TopKSpec, uniforms
 from logit_codec.spec import KINDS
 from protos import teacher_pb2
-from teacher_server.errors import RequestRefused, invalid
+from teacher_server.errors import RequestRefused, invalid, quoted
 from teacher_server.head import WantedRows
 from teacher_server.model import TeacherModel
 
@@ -78,7 +78,7 @@ class Admission:
             raise RequestRefused(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "OTHER_TEACHER",
-                f"the request is for teacher {request.teacher_fingerprint}, this is "
+                f"the request is for teacher {quoted(request.teacher_fingerprint)}, this is "
                 f"{self._fingerprint}: the service was changed. Connect again to use it.",
                 field="teacher_fingerprint",
             )
@@ -147,7 +147,7 @@ class Admission:
             have = "none" if self._id_table is None else self._id_table.digest.hex()
             raise invalid(
                 "UNKNOWN_ID_TABLE",
-                f"this teacher has no id table {digest.hex()}; it has {have}. Leave the field "
+                f"this teacher has no id table {quoted(digest.hex())}; it has {have}. Leave the field "
                 "empty for the built-in one.",
                 field="targets.id_table",
             )

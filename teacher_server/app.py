@@ -120,8 +120,8 @@ class TeacherReplica:
 
     async def check_health(self) -> None:
         """Called by Serve every few seconds; waits for nothing."""
-        if self._replica is not None and self._replica.is_stuck:
-            raise RuntimeError("a forward is stuck; this replica has to be replaced")
+        if self._replica is not None and (trouble := self._replica.trouble):
+            raise RuntimeError(f"{trouble}; this replica has to be replaced if that stays so")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve: how many replicas this one's queue is worth."""

@@ -52,7 +52,15 @@ class AdmissionConfig(_Section):
     """Unfinished answers of one stream, in MiB; further requests of it wait unread."""
     max_answers_mib: int = Field(default=1024, ge=1)
     """Unfinished answers of all streams of a replica, in MiB, shared by the teams that have any;
-    a stream may always have one."""
+    a team may always have one."""
+    max_connections: int = Field(default=16384, ge=1)
+    """Connections to a replica. Beyond it, those over which nobody was let in yet are shut down, the
+    oldest first."""
+    max_connections_per_address: int = Field(default=8192, ge=1)
+    """Connections from one address, likewise; proxies and NAT show many clients as one address."""
+    max_strangers_mib: int = Field(default=64, ge=1)
+    """What connections over which nobody was let in yet may hold in memory together, in MiB,
+    likewise; one takes about 16 KiB, with TLS 64 KiB."""
 
 
 class ServeConfig(_Section):

@@ -7,12 +7,18 @@ TeacherServerError
 `-- RequestRefused        one request cannot be answered; goes to its client as a RequestError
 """
 
+import logging
+import secrets
 from typing import NoReturn
 
 import grpc
 
 from protos import teacher_pb2
 
+logger = logging.getLogger(__name__)
+
+QUOTED = 64
+"""Characters of what a caller sent that a message to it may repeat."""
 ERROR_METADATA = "logitstream-error-bin"
 """The trailing metadata entry with the RequestError of a call that is no stream of requests."""
 
@@ -69,6 +75,18 @@ def invalid(
     )
 
 
+def incident(error: Exception) -> RequestRefused:
+    """A failure of ours: in the log as a whole, to the client as a number."""
+    number = secrets.token_hex(4)
+    logger.error("request failed incident=%s", number, exc_info=error)
+    return RequestRefused(
+        grpc.StatusCode.INTERNAL,
+        "INTERNAL",
+        f"the teacher failed on this request, incident {number}: the operator finds it in the "
+        "service's log.",
+    )
+
+
 def request_error(refused: RequestRefused) -> teacher_pb2.RequestError:
     """The message for a client."""
     return teacher_pb2.RequestError(
@@ -80,6 +98,12 @@ def request_error(refused: RequestRefused) -> teacher_pb2.RequestError:
         sequence=refused.sequence,
         row=refused.row,
     )
+
+
+def quoted(text: str) -> str:
+    """What a caller sent, for a message: at most 64 characters of it, without line ends."""
+    short = text[:QUOTED]
+    return repr(short) + ("..." if len(text) > QUOTED else "")
 
 
 async def abort(

@@ -111,6 +111,20 @@ NAMES = (
     ),
     Named("teacher_queued_tokens", "gauge", "Padded tokens that wait.", "Replicas"),
     Named("teacher_streams", "gauge", "Open Score streams.", "Replicas"),
+    Named("teacher_connections", "gauge", "Connections to the replica's ports.", "Replicas"),
+    Named(
+        "teacher_strangers",
+        "gauge",
+        "Of these, connections over which nobody was let in yet.",
+        "Replicas",
+    ),
+    Named(
+        "teacher_connections_shut_down_total",
+        "counter",
+        "Connections that had to go, mostly those of strangers.",
+        "Replicas",
+        ("reason",),
+    ),
     Named(
         "teacher_busy_seconds_total",
         "counter",
@@ -237,6 +251,7 @@ class Metrics:
         self.busy_s = counters["teacher_busy_seconds_total"]
         self.bytes_sent = counters["teacher_bytes_sent_total"]
         self.rejected = counters["teacher_rejected_total"]
+        self.connections_shut_down = counters["teacher_connections_shut_down_total"]
         self._team_tokens = counters["teacher_team_tokens_total"]
         self._team_cost = counters["teacher_team_cost_total"]
         self._team_waiting_s = histograms["teacher_team_waiting_seconds"]

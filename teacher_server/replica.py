@@ -25,25 +25,31 @@ from typing import Self
 
 import grpc
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from logit_codec import FORMAT_VERSION
 from logit_codec.spec import KINDS
 from protos import teacher_pb2, teacher_pb2_grpc
-from teacher_server.access import Access, AccessInterceptor
+from teacher_server.access import Access
 from teacher_server.accounts import Accounts
 from teacher_server.admission import Admission, Limits
 from teacher_server.backlog import EncodeBacklog
 from teacher_server.config import ServeConfig
+from teacher_server.connections import ConnectionLimits, Connections
 from teacher_server.cost import CostModel
 from teacher_server.directory import Directory, DirectoryLink, LocalDirectory
 from teacher_server.entry import check_entry
 from teacher_server.errors import RequestRefused, ServeError
+from teacher_server.grpc_log import keep_callers_out_of_the_log
 from teacher_server.head import VocabularyHead
+from teacher_server.health import Health
+from teacher_server.interceptor import Interceptor
 from teacher_server.metrics import Metrics
 from teacher_server.model import TeacherModel, load
+from teacher_server.ports import Ports
 from teacher_server.scheduler import Job, Scheduler
+from teacher_server.server import make_server, server_options
 from teacher_server.service import Scored, TeacherService
 from teacher_server.standing import Standing, TeamStanding
 from teacher_server.teams import TeamsFile
@@ -62,7 +68,6 @@ SLOW_FACTOR = 10
 EXIT_S = 2.0
 """How long a stuck replica lives on, so that its health checks and Describe can say so."""
 STOP_GRACE_S = 0.5
-MAX_METADATA_NBYTES = 16 << 10
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 
@@ -71,7 +76,8 @@ class Replica:
     """Serves one teacher.
 
     `await start()` returns the port; `await drain(seconds)` answers what was read and stops. A
-    forward that is stuck for `stuck_after_s` ends the process: nothing less frees the device.
+    forward that is stuck for `stuck_after_s` ends the process: nothing less frees the device. So
+    does a port that cannot be opened again.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class Replica:
         accounts: Accounts | None = None,
         teams: Path | None = None,
         tls: Tls | None = None,
+        connection_limits: ConnectionLimits | None = None,
     ) -> None:
         """Raises TeamsError."""
         self.model = model
@@ -101,9 +108,15 @@ class Replica:
                 service_id=self.service_id,
                 on_refusal=lambda team, reason: self.metrics.rejected.labels(team, reason).inc(),
             )
+        self._connections = Connections(
+            connection_limits or ConnectionLimits(max_message_nbytes=4 * limits.max_request_nbytes),
+            tls=tls is not None,
+            on_shutdown=lambda reason: self.metrics.connections_shut_down.labels(reason).inc(),
+        )
+        self._ports = Ports(self._make_server, tls)
         self._stuck_after_s = stuck_after_s
         self._address = ""
-        self._state = "starting"
+        self._state, self._stuck = "starting", ""
         self._others: list[teacher_pb2.Replica] = []
         self._batch_since_s: float | None = None
         self._longest_batch_s = 0.0
@@ -177,6 +190,12 @@ class Replica:
             accounts=accounts,
             teams=config.teams,
             tls=config.tls(),
+            connection_limits=ConnectionLimits(
+                max_connections=admission.max_connections,
+                max_per_address=admission.max_connections_per_address,
+                max_strangers_nbytes=admission.max_strangers_mib << 20,
+                max_message_nbytes=4 * limits.max_request_nbytes,
+            ),
         )
 
     async def start(
@@ -206,57 +225,58 @@ class Replica:
             workload=self.workload,
         )
         self._show_gauges()
-        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-        for name in ("", SERVICE_NAME):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        own, bound = self._server(host, port, shared=False)
-        self._servers = [own]
+        self._health = Health("", SERVICE_NAME)
+        self._interceptor = Interceptor(self._access, self._connections)
+        keep_callers_out_of_the_log()
+        bound = self._ports.open(host, port)
         if entry_port is not None:
             await check_entry(host, entry_port, self.service_id, self._tls)
-            self._servers.append(self._server(host, entry_port, shared=True)[0])
+            self._ports.open(host, entry_port, shared=True)
         self._address = f"{advertise or host}:{bound}"
         if self._tls is not None:
             self._tls.warn(advertise or host)
         self._state = "ready"
         self._compute.start()
-        for server in self._servers:
-            await server.start()
-        self._watchdog = asyncio.create_task(self._watch())
+        await self._ports.start()
+        self._connections.start(self._ports.numbers)
+        self._watchdogs = [
+            asyncio.create_task(self._watch_forwards()),
+            asyncio.create_task(self._watch_ports()),
+        ]
         self._bookkeeping = asyncio.create_task(self._accounts.run())
         self._access_watch = asyncio.create_task(self._access.watch()) if self._access else None
         return bound
 
-    def _server(self, host: str, port: int, *, shared: bool) -> tuple[grpc.aio.Server, int]:
-        """A server of this replica's services on one port. Raises ServeError."""
-        guards = [] if self._access is None else [AccessInterceptor(self._access)]
-        server = grpc.aio.server(
-            interceptors=guards, options=server_options(self.limits, shared=shared)
+    def _make_server(
+        self, shared: bool, on_death: Callable[[BaseException], None]
+    ) -> grpc.aio.Server:
+        """A server with this replica's services, without a port."""
+        options = server_options(self.limits, shared=shared)
+        server = make_server(
+            [self._interceptor], options, self._interceptor.unknown_method(), on_death
         )
         teacher_pb2_grpc.add_TeacherServicer_to_server(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        try:
-            if self._tls is None:
-                return server, server.add_insecure_port(f"{host}:{port}")
-            return server, server.add_secure_port(f"{host}:{port}", self._tls.credentials())
-        except RuntimeError as error:
-            raise ServeError(f"cannot listen on {host}:{port}: {error}") from error
+        return server
 
     async def drain(self, seconds: float) -> None:
         """Reads no more requests, answers those it has within `seconds`, then stops for good."""
         if self._state == "ready":
             self._state = "draining"
-        await self._health.enter_graceful_shutdown()
+        self._health.stop_serving()
         self._service.drain()
-        self._watchdog.cancel()
+        for watchdog in self._watchdogs:
+            watchdog.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._service.streams_ended()
         if self._access_watch is not None:
             self._access_watch.cancel()
         # What is left are calls without an end of their own, such as health's Watch.
-        await asyncio.gather(*(server.stop(STOP_GRACE_S) for server in self._servers))
+        await self._ports.stop(STOP_GRACE_S)
+        self._connections.stop()
         self._backlog.close()
         for job in self._scheduler.close():
             self._resolve(job, RuntimeError("the replica was stopped"))
@@ -272,9 +292,11 @@ class Replica:
         return self._scheduler.queued_tokens
 
     @property
-    def is_stuck(self) -> bool:
-        """Whether the forward in hand will never end, as far as one can tell."""
-        return self._state == "stuck"
+    def trouble(self) -> str:
+        """Why this replica has to be replaced, as far as it knows; empty: no reason."""
+        if self._state == "stuck":
+            return self._stuck
+        return f"nobody answers at {self._ports.silent}" if self._ports.silent else ""
 
     def card(self) -> teacher_pb2.Replica:
         """What the other replicas and the clients are told of this one."""
@@ -318,6 +340,8 @@ class Replica:
 
         watch("teacher_queued_tokens", lambda: self.queued_tokens)
         watch("teacher_unencoded_bytes", lambda: self._backlog.nbytes)
+        watch("teacher_connections", lambda: self._connections.count)
+        watch("teacher_strangers", lambda: self._connections.strangers)
         watch("teacher_memory_bytes", resident_nbytes)
         watch("teacher_device_memory_bytes", lambda: device_nbytes(self.model.device))
         watch("teacher_directory_away", lambda: float(accounts.is_alone))
@@ -335,24 +359,29 @@ class Replica:
         """Who else lives of this service; the replica's own card among them is left out."""
         self._others = [card for card in cards if card.id != self.replica_id]
 
-    async def _watch(self) -> None:
+    async def _watch_forwards(self) -> None:
         """Ends the process when a forward is stuck; clients go to other replicas."""
         while True:
             await asyncio.sleep(WATCH_S)
             since = self._batch_since_s
             limit = max(self._stuck_after_s, SLOW_FACTOR * self._longest_batch_s)
-            if since is None or time.monotonic() - since <= limit:
-                continue
-            self._state = "stuck"
-            await self._health.enter_graceful_shutdown()
-            logger.critical(
-                "a forward is stuck seconds=%.0f; this process ends in %.0f s and has to be "
-                "started again (Ray does that)",
-                time.monotonic() - since,
-                EXIT_S,
-            )
-            await asyncio.sleep(EXIT_S)
-            os._exit(1)
+            if since is not None and time.monotonic() - since > limit:
+                await self._end(f"a forward is stuck seconds={time.monotonic() - since:.0f}")
+
+    async def _watch_ports(self) -> None:
+        """Ends the process when a port is dead and stays so."""
+        await self._end(await self._ports.watch())
+
+    async def _end(self, why: str) -> None:
+        """Says that this replica is of no use any more, and ends its process."""
+        self._state, self._stuck = "stuck", why
+        self._health.stop_serving()
+        logger.critical(
+            "%s; this process ends in %.0f s and has to be started again (Ray does that)",
+            *(why, EXIT_S),
+        )
+        await asyncio.sleep(EXIT_S)
+        os._exit(1)
 
     def describe(self) -> teacher_pb2.TeacherInfo:
         """Who answers here, for Describe."""
@@ -529,27 +558,3 @@ def allow_many_connections() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def server_options(limits: Limits, *, shared: bool = False) -> list[tuple[str, int]]:
-    """gRPC settings of a replica's server."""
-    return [
-        # Two services on one port would answer in turns; grpc shares ports unless told not to.
-        ("grpc.so_reuseport", int(shared)),
-        # Refused by a message up to here; beyond, the transport ends the stream.
-        ("grpc.max_receive_message_length", 4 * limits.max_request_nbytes),
-        ("grpc.max_send_message_length", 2 * max(limits.max_part_nbytes, limits.max_reply_nbytes)),
-        # A peer that sends nothing at all after a ping is gone: noticed after about 10 + 5 s.
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-        # Also one that sends, but cannot be understood any more; slow links answer a ping in time.
-        ("grpc.http2.ping_timeout_ms", 25_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        # Of all entries of a call together; both, because gRPC refuses by chance in between.
-        ("grpc.max_metadata_size", MAX_METADATA_NBYTES),
-        ("grpc.absolute_max_metadata_size", MAX_METADATA_NBYTES),
-        # Whoever connects and says nothing is not waited for.
-        ("grpc.server_handshake_timeout_ms", 20_000),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ]

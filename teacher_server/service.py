@@ -17,7 +17,6 @@ from functools import partial
 
 import grpc
 import xxhash
-from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from logit_codec import CodecError, IdTable, Targets, encode_parts
@@ -27,7 +26,7 @@ from teacher_server.access import Caller, check_request, current_caller
 from teacher_server.accounts import Accounts, origin
 from teacher_server.admission import SESSION_ID_NBYTES, Admission, Admitted
 from teacher_server.directory import DirectoryAway
-from teacher_server.errors import RequestRefused, abort, invalid, request_error
+from teacher_server.errors import RequestRefused, incident, invalid, quoted, request_error
 from teacher_server.head import StageTimes
 from teacher_server.metrics import Metrics
 from teacher_server.room import ProcessRoom, StreamRoom
@@ -103,7 +102,12 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self._status = status
         self._team_standings = team_standings
         self._workload = workload
-        self._room = ProcessRoom(admission.limits.max_answers_nbytes)
+        limits = admission.limits
+        # Answers that are being computed and encoded are there as tensors beside their bytes.
+        tensors_nbytes = min(2 * limits.max_reply_nbytes, limits.max_answers_nbytes // 4)
+        self._room = ProcessRoom(
+            limits.max_answers_nbytes - tensors_nbytes, copies_nbytes=2 * limits.max_part_nbytes
+        )
         metrics.watch("teacher_streams", lambda: self._room.num_streams)
         metrics.watch("teacher_answer_bytes", lambda: self._room.taken_nbytes)
         metrics.watch("teacher_stream_answer_bytes_max", lambda: self._room.fullest_nbytes)
@@ -121,10 +125,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self, request: teacher_pb2.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> teacher_pb2.TeacherInfo:
         info = self._describe()
-        try:
-            team = current_caller().team()
-        except RequestRefused as refused:
-            await abort(context, refused)
+        team = current_caller().team()
         info.team = team.name
         info.caller.CopyFrom(_caller_message(team))
         left = await self._accounts.left_today(team)
@@ -137,49 +138,45 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
     ) -> teacher_pb2.FetchIdTableResponse:
         table = self._id_table
         if table is None or request.digest != table.digest:
-            refused = RequestRefused(
+            raise RequestRefused(
                 grpc.StatusCode.NOT_FOUND,
                 "UNKNOWN_ID_TABLE",
-                f"there is no id table {request.digest.hex() or '(empty)'} here; Describe names "
-                "those that are.",
+                f"there is no id table {quoted(request.digest.hex())} here; Describe names those "
+                "that are.",
                 field="digest",
             )
-            await abort(context, refused)
         return teacher_pb2.FetchIdTableResponse(data=table.to_bytes())
 
     async def Usage(
         self, request: teacher_pb2.UsageRequest, context: grpc.aio.ServicerContext
     ) -> teacher_pb2.UsageResponse:
+        wanted = _whose_usage(current_caller().team(), request.team)
         try:
-            team = current_caller().team()
-            wanted = _whose_usage(team, request.team)
-            try:
-                since = first_day(request.since)
-            except ValueError as error:
-                raise invalid("BAD_DAY", str(error), field="since") from None
+            since = first_day(request.since)
+        except ValueError as error:
+            raise invalid("BAD_DAY", str(error), field="since") from None
+        try:
             rows = await self._accounts.usage(wanted, since)
-        except RequestRefused as refused:
-            await abort(context, refused)
         except DirectoryAway as error:
             logger.warning("usage was asked for, and the directory is away: %s", error)
-            await context.abort(
-                grpc.StatusCode.UNAVAILABLE, "the ledger cannot be read now; try again in a moment"
-            )
+            raise RequestRefused(
+                grpc.StatusCode.UNAVAILABLE,
+                "LEDGER_AWAY",
+                "the ledger cannot be read now; try again in a moment",
+            ) from None
         return teacher_pb2.UsageResponse(rows=map(usage_row, rows))
 
     async def Status(
         self, request: teacher_pb2.StatusRequest, context: grpc.aio.ServicerContext
     ) -> teacher_pb2.StatusResponse:
-        try:
-            caller = current_caller().team()
-        except RequestRefused as refused:
-            await abort(context, refused)
+        caller = current_caller().team()
         replica = self._status()
         replica.streams = self._room.num_streams
         known = {**self._accounts.teams(), caller.name: caller}
         standings = {standing.team: standing for standing in self._team_standings()}
         cost = sum(standing.cost for standing in standings.values())
         if "admin" not in caller.scopes:
+            cost = 0.0  # with its own share it would tell how busy the others are
             replica = teacher_pb2.ReplicaStatus(
                 id=replica.id, address=replica.address, state=replica.state
             )
@@ -200,25 +197,26 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         request_iterator: AsyncIterator[teacher_pb2.ScoreRequest],
         context: grpc.aio.ServicerContext,
     ) -> None:
-        readable = True
+        refused = None
         # A client may wait for a first sign before it writes; see FIRST_SIGN_S of the one here.
         await context.send_initial_metadata(())
         with self._room.stream(self._admission.limits.max_stream_nbytes) as room:
             stream = _Stream(context, room, current_caller())
+            task = asyncio.current_task()
+            assert task is not None
+            room.end = task.cancel
             async with asyncio.TaskGroup() as tasks:
                 try:
                     async for request in _until(self._draining, request_iterator):
                         await self._start(request, stream, tasks)
-                except DecodeError:
-                    readable = False
-        if not readable:
-            await context.abort(
-                grpc.StatusCode.INTERNAL,
-                "a message of this stream is not a ScoreRequest; what came before it is answered",
-            )
+                except RequestRefused as error:
+                    refused = error  # ends the stream, when what came before it is answered
+        if refused is not None:
+            raise refused
         if self._draining.is_set():
-            await context.abort(
+            raise RequestRefused(
                 grpc.StatusCode.UNAVAILABLE,
+                "DRAINING",
                 "this replica is draining; everything that it had read is answered",
             )
 
@@ -401,15 +399,7 @@ def _error_message(
             row=row,
         )
     if not isinstance(error, RequestRefused):
-        incident = secrets.token_hex(4)
-        logger.error("request failed incident=%s", incident, exc_info=error)
-        error = RequestRefused(
-            grpc.StatusCode.INTERNAL,
-            "INTERNAL",
-            f"the teacher failed on this request, incident {incident}: the operator finds it in "
-            "the service's log.",
-            sequence=sequence,
-        )
+        error = incident(error)
     message = request_error(error)
     if error.sequence is None and sequence is not None:
         message.sequence = sequence
@@ -516,7 +506,11 @@ class _Stream:
             response.check = answer_check(answer.request_digest, response)
             if before is not None:
                 before()
-            await self._context.write(response)
+            self.room.blocked_s = time.monotonic()
+            try:
+                await self._context.write(response)
+            finally:
+                self.room.blocked_s = 0.0
 
 
 async def _until(
@@ -524,16 +518,15 @@ async def _until(
 ) -> AsyncIterator[teacher_pb2.ScoreRequest]:
     """The requests, up to the moment when `stop` is set."""
     stopping = asyncio.ensure_future(stop.wait())
+    reading = None
     try:
         while not stop.is_set():
             reading = asyncio.ensure_future(anext(requests, None))
             await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
-                reading.cancel()
-                return
-            request = reading.result()
-            if request is None:
+            if not reading.done() or (request := reading.result()) is None:
                 return
             yield request
     finally:
         stopping.cancel()
+        if reading is not None:
+            reading.cancel()

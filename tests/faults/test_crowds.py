@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -25,12 +26,18 @@ FLOOR_S = 0.1
 
 
 @contextlib.contextmanager
-def crowd(kind: str, count: int, address: str, own: str = "127.0.0.1") -> Iterator[list[str]]:
+def crowd(
+    kind: str, count: int, address: str, own: str = "127.0.0.1", *, ca: Path | None = None
+) -> Iterator[list[str]]:
     """`count` connections in a process of their own; what it says in the end is in the list."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.crowd", kind, str(count), address, own],
+        [
+            *(sys.executable, "-m", "tests.faults.crowd", kind, str(count), address, own),
+            *([] if ca is None else [str(ca)]),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
     )
     assert process.stdin is not None

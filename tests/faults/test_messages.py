@@ -196,8 +196,8 @@ def test_bytes_that_are_no_request_end_the_stream_after_the_answers(fleet: Fleet
         assert next(call).part.last
         with pytest.raises(grpc.RpcError) as caught:
             next(call)
-    assert caught.value.code() == grpc.StatusCode.INTERNAL  # type: ignore[attr-defined]
-    assert "ScoreRequest" in caught.value.details()  # type: ignore[attr-defined]
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+    assert "no request of" in caught.value.details()  # type: ignore[attr-defined]
     assert "Traceback" not in fleet.replicas[0].output()
 
 

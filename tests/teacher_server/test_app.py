@@ -118,9 +118,10 @@ def run(coroutine):
 
 
 def test_a_stuck_replica_is_unhealthy():
-    run(replica(is_stuck=False).check_health())
-    with pytest.raises(RuntimeError, match="stuck"):
-        replica(is_stuck=True).check_health().send(None)
+    run(replica(trouble="").check_health())
+    for trouble in ("a forward is stuck", "nobody answers at 127.0.0.1:1"):
+        with pytest.raises(RuntimeError, match=trouble):
+            replica(trouble=trouble).check_health().send(None)
 
 
 def test_the_load_of_a_replica_is_its_queue_in_targets():
