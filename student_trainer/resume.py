@@ -18,7 +18,7 @@ import xxhash
 
 from logit_codec import IdTable, Targets, decode
 from protos import teacher_pb2
-from protos.check import answer_check, request_digest
+from protos.check import is_what_was_written, request_digest
 from student_trainer.errors import IncompatibleTeacher, TargetsCorrupt
 from student_trainer.wish import Answer
 
@@ -53,6 +53,8 @@ class Pending:
     """Where the current attempt is; None while it waits for a link."""
     parts: dict[int, teacher_pb2.TargetsPart] = field(default_factory=dict)
     """Of the current attempt, by first row."""
+    written_s: float = 0.0
+    """When the current attempt was given to its link's stream."""
     damaged: int = 0
     """How often its answer arrived damaged."""
     passed_s: float | None = None
@@ -73,8 +75,8 @@ class Pending:
 class Dispatch:
     """Spreads requests over links by outstanding tokens and keeps those without an answer.
 
-    send: told (link, number) when a request is to be written to a link; `request(number)` is the
-    message, or None if it is no longer wanted by then.
+    send: told (link, number) when a request is to be written to a link; `to_write(number)` is
+    that request, or None if it is no longer wanted by then.
     """
 
     def __init__(self, send: Callable[[Link, int], None]) -> None:
@@ -128,15 +130,15 @@ class Dispatch:
             self._place(pending, avoid=None)
         return len(lost)
 
-    def request(self, number: int) -> teacher_pb2.ScoreRequest | None:
-        """The message to write; None if it was given up or has moved."""
+    def to_write(self, number: int) -> Pending | None:
+        """The request to write; None if it was given up or has moved."""
         pending = self._by_number.get(number)
         if pending is None:
             return None
         if pending.future.cancelled():
             self._forget(pending)
             return None
-        return pending.request
+        return pending
 
     def receive(
         self, link: Link, response: teacher_pb2.ScoreResponse
@@ -150,7 +152,7 @@ class Dispatch:
         pending = self._sent[link].get(response.request_id)
         if pending is None:
             return None
-        if response.check != answer_check(pending.digest, response):
+        if not is_what_was_written(pending.digest, response):
             self._forget(pending)
             return pending, Fate.DAMAGED
         if pending.future.cancelled():

@@ -573,12 +573,13 @@ class Session:
                 async with asyncio.timeout(FIRST_SIGN_S):
                     await call.initial_metadata()
         while True:
-            request = self._dispatch.request(await link.outbox.get())
-            if request is None:
+            pending = self._dispatch.to_write(await link.outbox.get())
+            if pending is None:
                 continue
-            self.counters.sent_nbytes += request.ByteSize()
+            self.counters.sent_nbytes += pending.request.ByteSize()
+            pending.written_s = time.monotonic()
             try:
-                await call.write(request)
+                await call.write(pending.request)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return
 
@@ -598,6 +599,8 @@ class Session:
         if fate is Fate.ANSWERED:
             timing = response.part.timing
             batch_s = (timing.forward_us + timing.head_us) / 1e6
+            # No batch takes longer than its answers do, whatever a flipped bit says.
+            batch_s = min(batch_s, link.answered_s - pending.written_s)
             self._longest_batch_s = min(600.0, max(self._longest_batch_s, batch_s))
             self._spawn(self._finish(pending), pending)
         else:

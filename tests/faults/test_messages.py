@@ -78,6 +78,8 @@ def changed(kind: str, seed: int):
             part.last = False
         elif kind == "another teacher":
             part.teacher_fingerprint = "0" * 64
+        elif kind == "another time":
+            part.timing.forward_us ^= 1 << 40
         elif kind == "another number":
             response.request_id ^= 1 << chance.randrange(40)
         return [response]
@@ -98,6 +100,7 @@ def changed(kind: str, seed: int):
         "other rows",
         "not the last",
         "another teacher",
+        "another time",
         "another number",
     ],
 )
@@ -119,6 +122,28 @@ def test_a_wrong_message_is_counted_and_asked_for_again(
         if kind not in ("repeated", "lost", "another number"):
             assert counters.corrupt > 0
             assert counters.reconnects == 0
+
+
+def test_a_batch_that_is_said_to_have_taken_days_does_not_delay_the_next_question(
+    relay: Relay, wanted, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a service of before `full_check`, a flipped time cannot be told from a true one."""
+    monkeypatch.setattr(session, "STALL_S", 0.5)
+    seen = 0
+
+    def change(response: teacher_pb2.ScoreResponse) -> list[teacher_pb2.ScoreResponse]:
+        nonlocal seen
+        seen += 1
+        response.ClearField("full_check")
+        response.part.timing.forward_us ^= (seen == 1) << 40
+        return [] if seen == 20 else [response]
+
+    relay.change = change
+    with connect(relay.address) as teacher:
+        pairs = teacher.stream(SEQUENCES, ahead=40)
+        assert within(60, lambda: [digest(targets) for _, targets in pairs]) == wanted
+        assert teacher.counters.corrupt == 0
+        assert teacher.counters.resent > 0
 
 
 @pytest.mark.slow

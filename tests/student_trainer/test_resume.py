@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 
 from logit_codec import Targets, TopKTargets, encode
 from protos import teacher_pb2
-from protos.check import answer_check, request_digest
+from protos.check import answer_check, full_answer_check, request_digest
 from student_trainer import resume, streaming
 from student_trainer.client import _request
 from student_trainer.resume import Dispatch, Fate, Pending, assemble
@@ -76,6 +76,7 @@ def answers(request: teacher_pb2.ScoreRequest, replica: int) -> list[teacher_pb2
             ),
         )
         response.check = answer_check(digest, response)
+        response.full_check = full_answer_check(digest, response)
         responses.append(response)
     return responses
 
@@ -120,8 +121,9 @@ class Client:
     def write(self, link: SimulatedLink) -> bool:
         """The replica reads the next request and begins to answer."""
         while link.outbox:
-            request = self.dispatch.request(link.outbox.popleft())
-            if request is not None:
+            pending = self.dispatch.to_write(link.outbox.popleft())
+            if pending is not None:
+                request = pending.request
                 # One piece of work has one item id, and each attempt a number of its own.
                 item = self.items.setdefault(request.token_ids, request.item_id)
                 assert request.item_id == item > 0
@@ -289,7 +291,10 @@ class Training(RuleBasedStateMachine):
         if link.delivered:
             link.under_way.append(link.delivered[which % len(link.delivered)])
 
-    @rule(pick=st.integers(0, 7), field=st.sampled_from(["payload", "first_row", "last", "check"]))
+    @rule(
+        pick=st.integers(0, 7),
+        field=st.sampled_from(["payload", "first_row", "last", "check", "full_check"]),
+    )
     @precondition(lambda self: any(link.under_way for link in self.client.links))
     def damage(self, pick: int, field: str) -> None:
         link = self.link(pick)
@@ -299,8 +304,8 @@ class Training(RuleBasedStateMachine):
         damaged.CopyFrom(link.under_way[0])
         if field == "payload":
             damaged.part.payload = damaged.part.payload[:-1] + b"\0\0"
-        elif field == "check":
-            damaged.check = damaged.check[:-1]
+        elif field in ("check", "full_check"):
+            setattr(damaged, field, getattr(damaged, field)[:-1])
         elif field == "last":
             damaged.part.last = not damaged.part.last
         else:
@@ -437,7 +442,7 @@ def old_numbers_still_count(monkeypatch: pytest.MonkeyPatch) -> None:
         place(self, pending, avoid=avoid)
 
     monkeypatch.setattr(Dispatch, "_place", same_number)
-    monkeypatch.setattr(resume, "answer_check", lambda digest, response: response.check)
+    monkeypatch.setattr(resume, "is_what_was_written", lambda digest, response: True)
 
 
 BUGS = [
