@@ -29,6 +29,7 @@ from student_trainer.errors import (
     ProtocolError,
     TargetsCorrupt,
     TeacherError,
+    TeacherInternalError,
     TeacherOverloaded,
     TeacherUnavailable,
 )
@@ -58,7 +59,10 @@ STALL_FACTOR = 4.0
 BUSY_FACTOR = 6.0
 """A link without any answer is given up after STALL_S, so many times that while it has work."""
 BACKOFF_S = (1.0, 2.0, 5.0, 15.0, 30.0)
-"""How long a replica is left alone after the first, second, ... failure to reach it."""
+"""How long a replica is left alone after the first, second, ... failure to reach it, and how long
+others are asked after its first, second, ... INTERNAL."""
+FAILED_PAUSE_S = 1.0
+"""How long after a failure the same replica is asked again, if there is no other one."""
 TELL_S = 5.0
 """How often a wait is logged."""
 MAX_ATTEMPTS = 3
@@ -121,6 +125,10 @@ class _Link:
     """When its stream last brought a message, or nothing was outstanding."""
     idle: bool = False
     """Whether the replica said since then that it has nothing in hand."""
+    failures: int = 0
+    """How often it was distrusted since the last good answer."""
+    distrusted_until_s: float | None = None
+    """Until when others are asked, because its replica failed on a request."""
     outbox: "asyncio.Queue[int]" = field(default_factory=asyncio.Queue)
     tasks: list["asyncio.Task[None]"] = field(default_factory=list)
     probe: "asyncio.Task[None] | None" = None
@@ -170,6 +178,8 @@ class Session:
         """The shortest time for which a batch counted as stuck: until it ends, others are asked."""
         self._left_waiting = 0
         """How often a replica that lives left all its requests without an answer."""
+        self._pausing = 0
+        """Requests that wait before they are sent again, and that dispatch does not know of."""
         self._longest_batch_s = 0.0
         self._refused = 0
         """Streams since the last answer that ended with a status that is not retried."""
@@ -245,6 +255,11 @@ class Session:
         if not self._links or self._dispatch.unanswered == 1:
             self._wake.set()  # the keeper sleeps while nothing is outstanding
 
+    @property
+    def _wanted(self) -> int:
+        """Requests whose answer somebody waits for."""
+        return self._dispatch.unanswered + self._pausing
+
     # Links: who is there, and whether it still answers.
 
     async def _keep(self) -> None:
@@ -254,11 +269,11 @@ class Session:
             # Not wait_for: before Python 3.12 it loses a cancellation that comes with the event, and
             # closing would wait for this task for ever.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TICK_S if self._dispatch.unanswered else None):
+                async with asyncio.timeout(TICK_S if self._wanted else None):
                     await self._wake.wait()
             self._wake.clear()
             try:
-                if not self._dispatch.unanswered:
+                if not self._wanted:
                     continue
                 if not self._links:
                     await self._wait_for_a_link()
@@ -464,6 +479,9 @@ class Session:
     def _watch(self, link: _Link) -> None:
         """Asks a silent link whether it lives; asks again for a request that was passed over."""
         now = time.monotonic()
+        if link.distrusted_until_s is not None and now > link.distrusted_until_s:
+            link.distrusted_until_s = None
+            self._dispatch.trust(link)
         oldest = next(iter(self._dispatch.outstanding(link).values()), None)
         if oldest is None:
             link.heard_s = link.answered_s = now  # nobody asked it anything
@@ -597,6 +615,7 @@ class Session:
         self._quiet_since_s = None
         self._refused = 0
         if fate is Fate.ANSWERED:
+            link.failures = 0
             timing = response.part.timing
             batch_s = (timing.forward_us + timing.head_us) / 1e6
             # No batch takes longer than its answers do, whatever a flipped bit says.
@@ -640,14 +659,14 @@ class Session:
         _resolve(pending, kind(f"{error} ({pending.damaged} times, from {self._where()})"))
 
     async def _handle_error(self, pending: Pending, error: teacher_pb2.RequestError) -> None:
-        """Waits out RESOURCE_EXHAUSTED, asks once more after DATA_LOSS, raises everything else."""
+        """Waits out RESOURCE_EXHAUSTED, asks once more after DATA_LOSS and INTERNAL, raises the rest."""
         kind = BY_CODE.get(error.code, ProtocolError)
         now = time.monotonic()
         if kind is TeacherOverloaded and error.reason != "OUT_OF_MEMORY":
             pending.waited_since_s = pending.waited_since_s or now
             delay = error.retry_after_ms / 1000 or random.uniform(0.5, 1.0)
             if now + delay - pending.waited_since_s <= self._patience_s:
-                await asyncio.sleep(delay)
+                await self._pause(delay)
                 self.counters.resent += 1
                 self._dispatch.submit(pending)
                 return
@@ -656,7 +675,37 @@ class Session:
             self.counters.resent += 1
             self._dispatch.again(pending)
             return
+        elif kind is TeacherInternalError:
+            failed_before = bool(pending.failed_at)
+            self._failed(pending, error.message)
+            if not failed_before:
+                if not self._dispatch.has_another(pending):
+                    await self._pause(FAILED_PAUSE_S)
+                self.counters.resent += 1
+                self._dispatch.again(pending)
+                return
         _resolve(pending, kind(error.message))
+
+    def _failed(self, pending: Pending, why: str) -> None:
+        """A replica answered a request with INTERNAL: others are asked for a while."""
+        link = pending.link
+        assert isinstance(link, _Link)
+        pending.failed_at.add(link)
+        if link.distrusted_until_s is not None:
+            return  # of a request that was sent before the failure that is known of
+        logger.warning("the teacher at %s failed, asking elsewhere: %s", link.address, why)
+        backoff_s = BACKOFF_S[min(link.failures, len(BACKOFF_S) - 1)]
+        link.failures += 1
+        link.distrusted_until_s = time.monotonic() + backoff_s
+        self._dispatch.distrust(link)
+
+    async def _pause(self, seconds: float) -> None:
+        """Before a request is sent again; the keeper looks after the links meanwhile."""
+        self._pausing += 1
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._pausing -= 1
 
     # Endings.
 

@@ -146,6 +146,33 @@ def test_a_batch_that_is_said_to_have_taken_days_does_not_delay_the_next_questio
         assert teacher.counters.resent > 0
 
 
+def test_the_only_request_is_looked_after_also_when_it_was_to_come_back_later(
+    relay: Relay, wanted, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(session, "STALL_S", 0.5)
+    monkeypatch.setattr(session, "PROBE_AFTER_S", 0.2)
+    later = teacher_pb2.RequestError(
+        code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0],
+        reason="RATE_LIMIT",
+        message="come back later",
+        retry_after_ms=1000,
+    )
+    seen = 0
+
+    def change(response: teacher_pb2.ScoreResponse) -> list[teacher_pb2.ScoreResponse]:
+        nonlocal seen
+        seen += 1
+        if seen == 1:
+            return [relay.refusal(response, later)]
+        return [] if seen == 2 else [response]
+
+    relay.change = change
+    with connect(relay.address) as teacher:
+        pairs = teacher.stream(SEQUENCES[:1])
+        assert within(30, lambda: [digest(targets) for _, targets in pairs]) == wanted[:1]
+        assert seen == 3
+
+
 @pytest.mark.slow
 def test_an_answer_with_a_flipped_number_is_asked_for_again_within_15_s(relay: Relay, wanted):
     seen = 0

@@ -247,10 +247,12 @@ class Training(RuleBasedStateMachine):
     def drain(self, pick: int) -> None:
         self.client.dispatch.pause(self.link(pick))
 
-    @rule(pick=st.integers(0, 7))
+    @rule(pick=st.integers(0, 7), trusted=st.booleans())
     @precondition(lambda self: self.client.links)
-    def stay(self, pick: int) -> None:
-        self.client.dispatch.unpause(self.link(pick))
+    def stay(self, pick: int, trusted: bool) -> None:
+        dispatch, link = self.client.dispatch, self.link(pick)
+        dispatch.unpause(link)
+        (dispatch.trust if trusted else dispatch.distrust)(link)
 
     @rule(pick=st.integers(0, 7), count=st.integers(1, 4))
     @precondition(lambda self: self.client.links)
@@ -461,3 +463,42 @@ def test_the_state_machine_notices_planted_bugs(plant, monkeypatch: pytest.Monke
     with pytest.raises(Exception) as caught:  # noqa: PT011 - any complaint will do, but of the bug
         run_state_machine_as_test(Training, settings=find)
     assert not isinstance(caught.value, TypeError | AttributeError)
+
+
+def placed(count: int) -> tuple[Dispatch, dict[str, list[int]]]:
+    """A Dispatch with that many links, named "a", "b", ..., and the numbers sent to each."""
+    sent: dict[str, list[int]] = {}
+    dispatch = Dispatch(lambda link, number: sent[link].append(number))
+    for name in "abc"[:count]:
+        sent[name] = []
+        dispatch.open(name)
+    return dispatch, sent
+
+
+def test_a_request_that_failed_at_two_links_goes_to_the_third():
+    dispatch, _ = placed(3)
+    pending = Pending(_request(SEQUENCES[0], None, WISH)[0], 2)
+    dispatch.submit(pending)
+    visited = []
+    for _ in range(3):
+        visited.append(pending.link)
+        pending.failed_at.add(pending.link)
+        dispatch.again(pending)
+    assert sorted(map(str, visited)) == ["a", "b", "c"]
+    assert not dispatch.has_another(pending)
+    assert pending.link is not None, "where all failed, it waits nowhere"
+
+
+def test_a_distrusted_link_is_asked_only_where_there_is_no_other():
+    dispatch, sent = placed(2)
+    dispatch.distrust("a")
+    for sequence in SEQUENCES:
+        dispatch.submit(Pending(_request(sequence, None, WISH)[0], len(sequence) - 1))
+    assert (len(sent["a"]), len(sent["b"])) == (0, len(SEQUENCES))
+    dispatch.pause("b")
+    dispatch.submit(Pending(_request(SEQUENCES[0], None, WISH)[0], 2))
+    assert len(sent["a"]) == 1
+    dispatch.unpause("b")
+    dispatch.trust("a")
+    dispatch.submit(Pending(_request(SEQUENCES[0], None, WISH)[0], 2))
+    assert len(sent["a"]) == 2, "it has fewer outstanding tokens"
