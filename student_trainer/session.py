@@ -85,6 +85,7 @@ RETRIED = {
 }
 """Ends of a stream after which another one is used: transport, drain, restart."""
 NO_MESSAGE = "an answer that is no message"
+CLOSED = "this teacher was closed while answers were outstanding"
 FIRST_SIGN_S = 0.5
 """How long a stream is listened to before the first write where the one before ended INTERNAL.
 
@@ -167,6 +168,7 @@ class Session:
         self._opening: dict[str, asyncio.Task[None]] = {}
         self._dispatch = Dispatch(lambda link, number: link.outbox.put_nowait(number))  # type: ignore[attr-defined]
         self._wake = asyncio.Event()
+        self._closed = False
         self._keeper: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
@@ -234,6 +236,7 @@ class Session:
         return table
 
     async def close(self) -> None:
+        self._closed = True
         tasks = [*self._tasks, *self._opening.values(), *([self._keeper] if self._keeper else [])]
         for task in tasks:
             task.cancel()
@@ -241,11 +244,21 @@ class Session:
         links = list(self._links.values())
         self._links.clear()
         await asyncio.gather(*map(_hang_up, links))
-        self._fail_all(TeacherError("this teacher was closed while answers were outstanding"))
+        self._fail_all(TeacherError(CLOSED))
         self._decoder.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, pending: Pending) -> None:
         """Sends a request, now or as soon as there is a link."""
+        try:
+            self._submit(pending)
+        except Exception as error:  # of a call that nobody waits for
+            logger.error("the client failed", exc_info=error)
+            _resolve(pending, _bug(error))
+
+    def _submit(self, pending: Pending) -> None:
+        if self._closed:  # by another thread, since the caller looked
+            _resolve(pending, TeacherError(CLOSED))
+            return
         self.counters.requests += 1
         if not self._dispatch.unanswered:
             now = time.monotonic()
@@ -286,9 +299,8 @@ class Session:
                     self._watch(link)
             except TeacherError as error:
                 self._fail_all(error)
-            except Exception as error:  # a bug of ours must not leave the trainer waiting for ever
-                logger.exception("the client failed")
-                self._fail_all(ProtocolError(f"the client failed: {error!r}"))
+            except Exception as error:
+                self._give_up(error)
 
     async def _wait_for_a_link(self) -> None:
         """Reconnects to anybody. Raises TeacherUnavailable after the patience."""
@@ -571,6 +583,9 @@ class Session:
                 code, details = await call.code(), await call.details()
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details()
+        except Exception as error:
+            self._give_up(error)
+            code, details = grpc.StatusCode.UNKNOWN, f"the client failed: {error!r}"
         finally:
             sending.cancel()
             call.cancel()
@@ -590,22 +605,35 @@ class Session:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_SIGN_S):
                     await call.initial_metadata()
-        while True:
-            pending = self._dispatch.to_write(await link.outbox.get())
-            if pending is None:
-                continue
-            self.counters.sent_nbytes += pending.request.ByteSize()
-            pending.written_s = time.monotonic()
-            try:
+        try:
+            while True:
+                pending = self._dispatch.to_write(await link.outbox.get())
+                if pending is None:
+                    continue
+                self.counters.sent_nbytes += pending.request.ByteSize()
+                pending.written_s = time.monotonic()
                 await call.write(pending.request)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                return
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return
+        except Exception as error:
+            self._give_up(error)
+            call.cancel()
 
     def _receive(self, link: _Link, response: teacher_pb2.ScoreResponse) -> None:
         ended = self._dispatch.receive(link, response)
         if ended is None:
             return
         pending, fate = ended
+        try:
+            self._take(link, response, pending, fate)
+        except Exception as error:  # nobody else knows of this request any more
+            logger.error("the client failed", exc_info=error)
+            _resolve(pending, _bug(error))
+
+    def _take(
+        self, link: _Link, response: teacher_pb2.ScoreResponse, pending: Pending, fate: Fate
+    ) -> None:
+        """What follows from the message that ended a request."""
         oldest = next(iter(self._dispatch.outstanding(link).values()), None)
         if oldest is not None and oldest.number < pending.number and oldest.passed_s is None:
             oldest.passed_s = time.monotonic()
@@ -630,14 +658,20 @@ class Session:
         assert self._info is not None
         loop = asyncio.get_running_loop()
         try:
-            answer = await loop.run_in_executor(
-                self._decoder, assemble, pending, self._info.teacher_fingerprint, self.id_tables
+            decoding = loop.run_in_executor(
+                self._decoder, _decoded, pending, self._info.teacher_fingerprint, self.id_tables
             )
+        except RuntimeError:  # the thread takes nothing any more: closed, or the interpreter ends
+            _resolve(pending, TeacherError(CLOSED))
+            return
+        try:
+            answer = await decoding
         except (CodecError, TargetsCorrupt, IncompatibleTeacher) as error:
             self._ask_again(pending, error)
             return
-        except RuntimeError:
-            return  # closed, or the interpreter is ending: nobody takes the answer any more
+        except ProtocolError as error:
+            _resolve(pending, error)
+            return
         self.counters.rows += answer.targets.num_rows
         self.counters.payload_nbytes += sum(len(part.payload) for part in pending.parts.values())
         _resolve(pending, answer)
@@ -656,7 +690,9 @@ class Session:
             kind = IncompatibleTeacher
         elif isinstance(error, CodecError) and "digest" not in str(error):
             kind = ProtocolError
-        _resolve(pending, kind(f"{error} ({pending.damaged} times, from {self._where()})"))
+        failure = kind(f"{error} ({pending.damaged} times, from {self._where()})")
+        failure.__cause__ = error
+        _resolve(pending, failure)
 
     async def _handle_error(self, pending: Pending, error: teacher_pb2.RequestError) -> None:
         """Waits out RESOURCE_EXHAUSTED, asks once more after DATA_LOSS and INTERNAL, raises the rest."""
@@ -712,22 +748,36 @@ class Session:
     def _spawn(
         self, work: Coroutine[Any, Any, None], pending: Pending | None = None
     ) -> "asyncio.Task[None]":
-        """Runs work on the side; a request whose work is cancelled fails instead of hanging."""
+        """Runs work on the side; a request whose work is cancelled or fails is not left waiting."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
 
         def ended(task: "asyncio.Task[None]") -> None:
             self._tasks.discard(task)
-            if pending is not None and task.cancelled():
-                _resolve(pending, TeacherError("this teacher was closed"))
+            failure = TeacherError(CLOSED)
+            if not task.cancelled():
+                cause = task.exception()
+                if cause is None:
+                    return
+                logger.error("the client failed", exc_info=cause)
+                failure = _bug(cause)
+            if pending is not None:
+                _resolve(pending, failure)
 
         task.add_done_callback(ended)
         return task
 
+    def _give_up(self, error: Exception) -> None:
+        """A bug of ours must not leave the trainer waiting for ever."""
+        logger.error("the client failed", exc_info=error)
+        self._fail_all(_bug(error))
+
     def _fail_all(self, error: TeacherError) -> None:
         self._quiet_since_s = None  # what is asked from now on has the whole patience again
         for pending in self._dispatch.take_all():
-            _resolve(pending, type(error)(str(error)))
+            own = type(error)(str(error))
+            own.__cause__ = error.__cause__
+            _resolve(pending, own)
 
     async def _diagnose(self) -> list[str]:
         """Of each given address, why it will not answer; empty where it may yet."""
@@ -764,6 +814,23 @@ async def _hang_up(link: _Link) -> None:
         task.cancel()
     await asyncio.gather(*link.tasks, return_exceptions=True)
     await link.channel.close()
+
+
+def _decoded(pending: Pending, fingerprint: str, id_tables: Sequence[IdTable]) -> Answer:
+    """`assemble` in the decode thread; what it was not made to raise becomes a ProtocolError."""
+    try:
+        return assemble(pending, fingerprint, id_tables)
+    except (CodecError, TargetsCorrupt, IncompatibleTeacher):
+        raise
+    except Exception as error:  # of any kind, StopIteration too, which a future cannot carry
+        raise _bug(error) from error
+
+
+def _bug(error: BaseException) -> ProtocolError:
+    """What is raised for an exception that nobody expected; it keeps that as its cause."""
+    failure = ProtocolError(f"the client failed on an answer: {error!r}")
+    failure.__cause__ = error
+    return failure
 
 
 def _resolve(pending: Pending, result: Answer | TeacherError) -> None:

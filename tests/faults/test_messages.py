@@ -8,7 +8,16 @@ import grpc
 import pytest
 
 from protos import teacher_pb2
-from student_trainer import ProtocolError, TargetsCorrupt, TeacherOverloaded, connect, session
+from student_trainer import (
+    ProtocolError,
+    TargetsCorrupt,
+    TeacherError,
+    TeacherOverloaded,
+    connect,
+    resume,
+    session,
+)
+from student_trainer.wish import Wish
 from tests import tiny
 from tests.faults.fleet import Fleet
 from tests.faults.oracle import VOCAB, digest, within
@@ -251,6 +260,52 @@ def test_bytes_that_are_no_request_end_the_stream_after_the_answers(fleet: Fleet
     assert caught.value.code() == grpc.StatusCode.INTERNAL  # type: ignore[attr-defined]
     assert "ScoreRequest" in caught.value.details()  # type: ignore[attr-defined]
     assert "Traceback" not in fleet.replicas[0].output()
+
+
+@pytest.mark.parametrize(
+    "kind", [RuntimeError, MemoryError, ValueError, KeyError, StopIteration, NotImplementedError]
+)
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(session, "assemble"), (resume, "is_what_was_written"), (resume, "request_digest")],
+    ids=["decoding", "receiving", "submitting"],
+)
+def test_a_bug_of_the_client_reaches_the_caller_with_its_cause(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], module, name: str
+):
+    def fail(*_: object) -> None:
+        raise kind("a bug")
+
+    with connect(fleet.own[0]) as teacher:
+        monkeypatch.setattr(module, name, fail)
+        with pytest.raises(ProtocolError, match=f"{kind.__name__}.*a bug") as caught:
+            within(20, lambda: list(teacher.stream(SEQUENCES)))
+        causes: list[BaseException] = [caught.value]
+        while (cause := causes[-1].__cause__) is not None:
+            causes.append(cause)
+        assert isinstance(causes[-1], kind)
+        monkeypatch.undo()
+        assert within(20, lambda: len(list(teacher.stream(SEQUENCES)))) == len(SEQUENCES)
+
+
+def test_a_bug_in_writing_reaches_the_caller(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise ValueError("a bug")
+
+    with connect(fleet.own[0]) as teacher:
+        monkeypatch.setattr(resume.Dispatch, "to_write", fail)
+        with pytest.raises(ProtocolError, match="a bug"):
+            within(20, lambda: list(teacher.stream(SEQUENCES)))
+        monkeypatch.undo()
+        assert within(20, lambda: len(list(teacher.stream(SEQUENCES)))) == len(SEQUENCES)
+
+
+def test_what_is_submitted_while_another_thread_closes_is_an_error(fleet: Fleet):
+    with connect(fleet.own[0]) as teacher:
+        teacher._io.run(teacher._session.close())
+        future = teacher.submit(SEQUENCES[0], None, Wish.of("top_k:4", 1.0, 0, 0))
+        with pytest.raises(TeacherError, match="closed"):
+            future.result(20)
 
 
 @pytest.mark.parametrize("turns", range(5))
