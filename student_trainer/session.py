@@ -223,17 +223,27 @@ class Session:
             return table
         link = next(iter(self._links.values()))
         request = teacher_pb2.FetchIdTableRequest(digest=digest)
-        try:
-            response = await link.stub.FetchIdTable(
-                request, timeout=FETCH_S, metadata=self._connection.metadata
-            )
-            table = IdTable.from_bytes(response.data)
-        except (grpc.aio.AioRpcError, CodecError) as error:
-            raise ProtocolError(f"the id table of {self._where()} did not come: {error}") from None
-        if table.digest != digest:
-            raise ProtocolError(f"{self._where()} sent another id table than {digest.hex()}")
-        cache_id_table(table)
-        return table
+        problem = ""
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                response = await link.stub.FetchIdTable(
+                    request, timeout=FETCH_S, metadata=self._connection.metadata
+                )
+                if response is None:  # gRPC's way to hand out bytes that are no message
+                    problem = NO_MESSAGE
+                    continue
+                table = IdTable.from_bytes(response.data)
+            except (grpc.aio.AioRpcError, CodecError) as error:
+                problem = str(error)
+                continue
+            if table.digest == digest:
+                cache_id_table(table)
+                return table
+            problem = f"another table came, {table.digest.hex()}"
+        raise ProtocolError(
+            f"the id table {digest.hex()} of {self._where()} did not come in {MAX_ATTEMPTS} attempts: "
+            f"{problem}"
+        )
 
     async def close(self) -> None:
         self._closed = True
@@ -347,11 +357,11 @@ class Session:
             timeout_s = TRY_S[min(failures.count, len(TRY_S) - 1)]
             info = await self._describe(channel, timeout_s)
             refusal = self._refusal(info, address, given)
-            if refusal and given and not self._links:
-                # Plain TCP delivers flipped bits: what ends a training run is asked twice.
-                info = await self._describe(channel, timeout_s)
+            is_end = bool(refusal) and given and not self._links
+            if is_end or (not refusal and self._is_new(info)):
+                info = await self._confirmed(info, address, channel, timeout_s)
                 refusal = self._refusal(info, address, given)
-                if refusal:
+                if refusal and given and not self._links:
                     raise IncompatibleTeacher(refusal)
             card = _own_card(info)
             if card.state != "ready":
@@ -375,7 +385,7 @@ class Session:
         failures.count = 0
         if link is None:
             return True  # there is a link to this replica already
-        if self._info is None or info.service_id != self._info.service_id:
+        if self._is_new(info):
             if self._info is not None:
                 logger.warning("the service at %s was started anew", address)
             self._info = info
@@ -406,6 +416,33 @@ class Session:
         nothing = grpc.aio.Metadata()
         raise grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, nothing, nothing, NO_MESSAGE)
 
+    async def _confirmed(
+        self,
+        first: teacher_pb2.TeacherInfo,
+        address: str,
+        channel: grpc.aio.Channel,
+        timeout_s: float,
+    ) -> teacher_pb2.TeacherInfo:
+        """What a replica says of itself twice; `first` is what it said once.
+
+        Plain TCP delivers flipped bits, and a whole run is built on this answer or ended by it.
+        """
+        second = await self._describe(channel, timeout_s)
+        if _lasting(second) == _lasting(first):
+            return second
+        third = await self._describe(channel, timeout_s)
+        if _lasting(third) in (_lasting(first), _lasting(second)):
+            return third
+        raise ProtocolError(
+            f"{address} was asked three times to describe its teacher and gave three different "
+            "answers: the network between damages what it carries. Use TLS, which notices damage, "
+            "or another way to the service."
+        )
+
+    def _is_new(self, info: teacher_pb2.TeacherInfo) -> bool:
+        """Whether this is to be what is known of the service from now on."""
+        return self._info is None or info.service_id != self._info.service_id
+
     def _refusal(self, info: teacher_pb2.TeacherInfo, address: str, given: bool) -> str:
         """Why this is not the teacher that the run began with; empty if it is."""
         if self._info is None:
@@ -430,6 +467,8 @@ class Session:
         async with self._connection.channel(address, CHANNEL_OPTIONS) as channel:
             try:
                 info = await self._describe(channel, TRY_S[0])
+                if self._refusal(info, address, given=False):
+                    info = await self._confirmed(info, address, channel, TRY_S[0])
             except grpc.aio.AioRpcError:
                 return  # it may come up later
         if refusal := self._refusal(info, address, given=False):
@@ -807,6 +846,16 @@ def _own_card(info: teacher_pb2.TeacherInfo) -> teacher_pb2.Replica:
     """The card of the replica that answered; one that says nothing of itself counts as ready."""
     own = (card for card in info.replicas if card.id == info.replica_id)
     return next(own, teacher_pb2.Replica(state="ready"))
+
+
+def _lasting(info: teacher_pb2.TeacherInfo) -> bytes:
+    """All that a replica says of its service that stays from one question to the next."""
+    lasting = teacher_pb2.TeacherInfo()
+    lasting.CopyFrom(info)
+    lasting.ClearField("replicas")
+    lasting.ClearField("replica_id")  # behind some proxies each question meets another one
+    lasting.caller.ClearField("tokens_left_today")
+    return lasting.SerializeToString(deterministic=True)
 
 
 async def _hang_up(link: _Link) -> None:

@@ -17,12 +17,16 @@ Change = Callable[[teacher_pb2.ScoreResponse], Iterable[teacher_pb2.ScoreRespons
 class Relay(AbstractContextManager["Relay"]):
     """`address` stands for the replica at `target`; clients are told of nobody else.
 
-    change: what becomes of an answer; `requests` are those that passed, by number. refuse: codes that the next streams end with at once. garbage:
+    change: what becomes of an answer; `requests` are those that passed, by number.
+    described: changes an answer to Describe in place. id_tables: files that FetchIdTable gives, one
+    after the other. refuse: codes that the next streams end with at once. garbage:
     methods whose next answer is bytes that are no message.
     """
 
     def __init__(self, target: str) -> None:
         self.change: Change = lambda response: [response]
+        self.described: Callable[[teacher_pb2.TeacherInfo], None] = lambda info: None
+        self.id_tables: list[bytes] = []
         self.requests: dict[int, teacher_pb2.ScoreRequest] = {}
         self.refuse: list[grpc.StatusCode] = []
         self.garbage: list[str] = []
@@ -35,6 +39,11 @@ class Relay(AbstractContextManager["Relay"]):
                 self.Describe,
                 teacher_pb2.DescribeRequest.FromString,
                 lambda answer: self._serialized("Describe", answer),
+            ),
+            "FetchIdTable": grpc.unary_unary_rpc_method_handler(
+                self.FetchIdTable,
+                teacher_pb2.FetchIdTableRequest.FromString,
+                lambda answer: self._serialized("FetchIdTable", answer),
             ),
             "Score": grpc.stream_stream_rpc_method_handler(
                 self.Score,
@@ -60,7 +69,13 @@ class Relay(AbstractContextManager["Relay"]):
         own[0].address = self.address
         del info.replicas[:]
         info.replicas.extend(own)
+        self.described(info)
         return info
+
+    def FetchIdTable(
+        self, request: Any, context: grpc.ServicerContext
+    ) -> teacher_pb2.FetchIdTableResponse:
+        return teacher_pb2.FetchIdTableResponse(data=self.id_tables.pop(0))
 
     def Score(
         self, request_iterator: Any, context: grpc.ServicerContext
