@@ -1,9 +1,13 @@
 """What binds an answer to its request, field by field."""
 
+import re
+import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from protos import teacher_pb2
 from protos.check import (
@@ -138,3 +142,73 @@ def test_an_answer_of_before_full_check_is_taken():
     assert is_what_was_written(DIGEST, answer)
     answer.part.num_rows += 1
     assert not is_what_was_written(DIGEST, answer)
+
+
+def spelled_out(name: str) -> bytes:
+    """The bytes behind `name:` in the example of teacher.proto, up to the next name."""
+    page = (Path(__file__).parents[2] / "protos" / "teacher.proto").read_text()
+    lines = page.split("Canonical bytes of a request")[1].split("\n}\n")[0].splitlines()
+    text = " ".join(line.strip().removeprefix("//") for line in lines)
+    found = re.search(rf"(?<!for) {name}: +((?:[0-9a-f]{{2}}\b *)+)", text)
+    assert found, f"{name} is not in the example"
+    return bytes.fromhex(found[1])
+
+
+def test_the_example_in_the_proto_is_what_is_computed():
+    ids = struct.pack("<3i", 3, 5, 300)
+    request = teacher_pb2.ScoreRequest(
+        request_id=7,
+        token_ids=ids,
+        lengths=[3],
+        targets=teacher_pb2.TargetSpec(top_k=teacher_pb2.TopK(k=4, bits=7)),
+        temperature=1.0,
+    )
+    part = teacher_pb2.TargetsPart(
+        num_rows=2,
+        last=True,
+        ids_digest=xxhash.xxh3_128_digest(ids),
+        payload=b"anything" + bytes(range(16)),
+        teacher_fingerprint="ab",
+        timing=teacher_pb2.Timing(
+            queue_us=1,
+            forward_us=2000,
+            head_us=300,
+            encode_us=40,
+            batch_sequences=1,
+            batch_tokens=32,
+        ),
+    )
+    response = teacher_pb2.ScoreResponse(request_id=7, part=part)
+    assert request.SerializeToString(deterministic=True) == spelled_out("request")
+    request_hash = spelled_out("XXH3-128")
+    assert xxhash.xxh3_128_digest(spelled_out("request")) == request_hash
+    assert request_digest(request) == request_hash
+    for name, computed in (("check", answer_check), ("full_check", full_answer_check)):
+        said = spelled_out(name)
+        assert xxhash.xxh3_128_digest(request_hash + spelled_out(f"for {name}")) == said
+        assert computed(request_hash, response) == said
+
+
+@pytest.mark.parametrize(
+    ("request_", "canonical"),
+    [
+        (teacher_pb2.ScoreRequest(temperature=0.0, session_id=b"", seed=0), ""),
+        (teacher_pb2.ScoreRequest(targets=teacher_pb2.TargetSpec()), "3a00"),
+        (
+            teacher_pb2.ScoreRequest(targets=teacher_pb2.TargetSpec(top_k=teacher_pb2.TopK())),
+            "3a020a00",
+        ),
+        (teacher_pb2.ScoreRequest(lengths=[1, 300]), "220301ac02"),
+        # Not packed, not ascending, a default that was sent, a longer varint, and an unknown field.
+        (
+            teacher_pb2.ScoreRequest.FromString(bytes.fromhex("a006052001208200 1a00 10878000")),
+            None,
+        ),
+    ],
+    ids=["defaults", "an empty message", "an empty kind", "packed", "unusual"],
+)
+def test_a_request_is_hashed_in_its_canonical_bytes(
+    request_: teacher_pb2.ScoreRequest, canonical: str | None
+):
+    expected = "100722020102" + "a00605" if canonical is None else canonical
+    assert request_digest(request_) == xxhash.xxh3_128_digest(bytes.fromhex(expected))
