@@ -768,7 +768,7 @@ class Session:
         pending.failed_at.add(link)
         if link.distrusted_until_s is not None:
             return  # of a request that was sent before the failure that is known of
-        logger.warning("the teacher at %s failed, asking elsewhere: %s", link.address, why)
+        logger.warning("the teacher at %s failed, asking once more: %s", link.address, why)
         backoff_s = BACKOFF_S[min(link.failures, len(BACKOFF_S) - 1)]
         link.failures += 1
         link.distrusted_until_s = time.monotonic() + backoff_s
