@@ -1,4 +1,4 @@
-"""`ScoreResponse.check`: binds an answer to the request it is for; see teacher.proto."""
+"""`ScoreResponse.check` and `full_check`: bind an answer to its request; see teacher.proto."""
 
 import struct
 
@@ -8,6 +8,10 @@ from protos import teacher_pb2
 
 PART = struct.Struct("<IIIB")
 ERROR = struct.Struct("<iQ")
+FULL_PART = struct.Struct("<BIIIB")
+TIMING = struct.Struct("<QQQQII")
+FULL_ERROR = struct.Struct("<BiQBIBI")
+LENGTH = struct.Struct("<I")
 CONTAINER_DIGEST_NBYTES = 16
 
 
@@ -29,3 +33,49 @@ def answer_check(digest: bytes, response: teacher_pb2.ScoreResponse) -> bytes:
         state.update(PART.pack(part.sequence, part.first_row, part.num_rows, part.last))
         state.update(part.payload[-CONTAINER_DIGEST_NBYTES:])
     return state.digest()
+
+
+def full_answer_check(digest: bytes, response: teacher_pb2.ScoreResponse) -> bytes:
+    """What `full_check` must be in an answer to the request with this digest."""
+    state = xxhash.xxh3_128(digest)
+    if response.HasField("error"):
+        error = response.error
+        state.update(
+            FULL_ERROR.pack(
+                *(teacher_pb2.ScoreResponse.ERROR_FIELD_NUMBER, error.code, error.retry_after_ms),
+                *(error.HasField("sequence"), error.sequence),
+                *(error.HasField("row"), error.row),
+            )
+        )
+        texts = [text.encode() for text in (error.reason, error.message, error.field)]
+    else:
+        part, timing = response.part, response.part.timing
+        state.update(
+            FULL_PART.pack(
+                *(teacher_pb2.ScoreResponse.PART_FIELD_NUMBER, part.sequence, part.first_row),
+                *(part.num_rows, part.last),
+            )
+        )
+        state.update(part.payload[-CONTAINER_DIGEST_NBYTES:])
+        state.update(
+            TIMING.pack(
+                *(timing.queue_us, timing.forward_us, timing.head_us, timing.encode_us),
+                *(timing.batch_sequences, timing.batch_tokens),
+            )
+        )
+        texts = [part.ids_digest, part.teacher_fingerprint.encode()]
+    for text in texts:
+        state.update(LENGTH.pack(len(text)))
+        state.update(text)
+    return state.digest()
+
+
+def is_what_was_written(digest: bytes, response: teacher_pb2.ScoreResponse) -> bool:
+    """Whether an answer is the one that a service wrote to the request with this digest.
+
+    A service of before `full_check` leaves that out: then the fields that `check` does not cover may
+    have been changed on the way.
+    """
+    if response.check != answer_check(digest, response):
+        return False
+    return response.full_check in (b"", full_answer_check(digest, response))

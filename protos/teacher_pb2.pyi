@@ -224,16 +224,18 @@ class Dense(_message.Message):
     def __init__(self, bits: _Optional[int] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("request_id", "part", "error", "check")
+    __slots__ = ("request_id", "part", "error", "check", "full_check")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CHECK_FIELD_NUMBER: _ClassVar[int]
+    FULL_CHECK_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     part: TargetsPart
     error: RequestError
     check: bytes
-    def __init__(self, request_id: _Optional[int] = ..., part: _Optional[_Union[TargetsPart, _Mapping]] = ..., error: _Optional[_Union[RequestError, _Mapping]] = ..., check: _Optional[bytes] = ...) -> None: ...
+    full_check: bytes
+    def __init__(self, request_id: _Optional[int] = ..., part: _Optional[_Union[TargetsPart, _Mapping]] = ..., error: _Optional[_Union[RequestError, _Mapping]] = ..., check: _Optional[bytes] = ..., full_check: _Optional[bytes] = ...) -> None: ...
 
 class TargetsPart(_message.Message):
     __slots__ = ("sequence", "first_row", "num_rows", "last", "ids_digest", "payload", "teacher_fingerprint", "timing")

@@ -9,7 +9,7 @@
     |-- IncompatibleTeacher(ValueError)        at connect, FAILED_PRECONDITION: not retried
     |-- UnsuitableTargets(ValueError)          the kind of targets cannot express the loss
     |-- TargetsCorrupt                         DATA_LOSS, a digest that differs: retried, then raised
-    |-- TeacherInternalError                   INTERNAL: not retried
+    |-- TeacherInternalError                   INTERNAL: asked once elsewhere, then raised
     |-- ForkedClient(RuntimeError)             the client was made in another process
     |-- NotRecorded(LookupError)               a record has no targets of a sequence
     |-- RecordError(OSError)                   a record cannot be read or written
@@ -56,7 +56,8 @@ class TargetsCorrupt(TeacherError):
 
 
 class TeacherInternalError(TeacherError):
-    """The teacher failed; its operator finds the incident number in the log."""
+    """The teacher failed twice on one request, on two replicas if there are two; its operator finds the
+    incident number in the log."""
 
 
 class ForkedClient(TeacherError, RuntimeError):

@@ -18,7 +18,7 @@ import xxhash
 
 from logit_codec import IdTable, Targets, decode
 from protos import teacher_pb2
-from protos.check import answer_check, request_digest
+from protos.check import is_what_was_written, request_digest
 from student_trainer.errors import IncompatibleTeacher, TargetsCorrupt
 from student_trainer.wish import Answer
 
@@ -53,12 +53,16 @@ class Pending:
     """Where the current attempt is; None while it waits for a link."""
     parts: dict[int, teacher_pb2.TargetsPart] = field(default_factory=dict)
     """Of the current attempt, by first row."""
+    written_s: float = 0.0
+    """When the current attempt was given to its link's stream."""
     damaged: int = 0
     """How often its answer arrived damaged."""
     passed_s: float | None = None
     """Since when requests that were sent later on the same link have been answered."""
     waited_since_s: float | None = None
     """Since when the teacher has been asking to come back later."""
+    failed_at: set[Link] = field(default_factory=set)
+    """Links whose replica answered it with INTERNAL: it goes to others while there are any."""
 
     @property
     def num_tokens(self) -> int:
@@ -73,8 +77,8 @@ class Pending:
 class Dispatch:
     """Spreads requests over links by outstanding tokens and keeps those without an answer.
 
-    send: told (link, number) when a request is to be written to a link; `request(number)` is the
-    message, or None if it is no longer wanted by then.
+    send: told (link, number) when a request is to be written to a link; `to_write(number)` is
+    that request, or None if it is no longer wanted by then.
     """
 
     def __init__(self, send: Callable[[Link, int], None]) -> None:
@@ -85,6 +89,7 @@ class Dispatch:
         self._by_number: dict[int, Pending] = {}
         self._tokens: dict[Link, int] = {}
         self._paused: set[Link] = set()
+        self._distrusted: set[Link] = set()
         self._waiting: list[tuple[int, Pending]] = []
 
     @property
@@ -117,26 +122,39 @@ class Dispatch:
         self._paused.discard(link)
         self._place_waiting()
 
+    def distrust(self, link: Link) -> None:
+        """The link takes requests only where no other one does.
+
+        A replica that fails at once on every request always has the fewest outstanding tokens.
+        """
+        if link in self._sent:
+            self._distrusted.add(link)
+
+    def trust(self, link: Link) -> None:
+        """The link takes requests like any other again."""
+        self._distrusted.discard(link)
+
     def close(self, link: Link) -> int:
         """The link is lost: its unanswered requests go to others; returns how many there were."""
         lost = self._sent.pop(link)
         del self._tokens[link]
         self._paused.discard(link)
+        self._distrusted.discard(link)
         for number in lost:
             del self._by_number[number]
         for pending in sorted(lost.values(), key=lambda pending: pending.order):
             self._place(pending, avoid=None)
         return len(lost)
 
-    def request(self, number: int) -> teacher_pb2.ScoreRequest | None:
-        """The message to write; None if it was given up or has moved."""
+    def to_write(self, number: int) -> Pending | None:
+        """The request to write; None if it was given up or has moved."""
         pending = self._by_number.get(number)
         if pending is None:
             return None
         if pending.future.cancelled():
             self._forget(pending)
             return None
-        return pending.request
+        return pending
 
     def receive(
         self, link: Link, response: teacher_pb2.ScoreResponse
@@ -150,7 +168,7 @@ class Dispatch:
         pending = self._sent[link].get(response.request_id)
         if pending is None:
             return None
-        if response.check != answer_check(pending.digest, response):
+        if not is_what_was_written(pending.digest, response):
             self._forget(pending)
             return pending, Fate.DAMAGED
         if pending.future.cancelled():
@@ -170,6 +188,10 @@ class Dispatch:
             self._forget(pending)
         self._place(pending, avoid=link)
 
+    def has_another(self, pending: Pending) -> bool:
+        """Whether a link takes requests whose replica did not fail on this one."""
+        return any(link not in pending.failed_at for link in self._ready())
+
     def take_all(self) -> list[Pending]:
         """Forgets every request that has no answer, and returns them."""
         everything = [pending for _, pending in self._waiting]
@@ -187,18 +209,19 @@ class Dispatch:
             self._place(heapq.heappop(waiting)[1], avoid=None)
 
     def _place(self, pending: Pending, *, avoid: Link | None) -> None:
-        """Gives a request to the link with the fewest outstanding tokens."""
+        """Gives a request to the link with the fewest outstanding tokens, a trusted one if it can."""
         if pending.future.cancelled():
             return
-        ready = [link for link in self._sent if link not in self._paused]
-        links = [link for link in ready if link != avoid] or ready
+        ready = self._ready()
+        unwanted = {avoid, *pending.failed_at}
+        links = [link for link in ready if link not in unwanted] or ready
         pending.parts = {}
         pending.passed_s = None
         pending.link = None
         if not links:
             heapq.heappush(self._waiting, (pending.order, pending))
             return
-        link = min(links, key=self._tokens.__getitem__)
+        link = min(links, key=lambda link: (link in self._distrusted, self._tokens[link]))
         pending.number = pending.request.request_id = next(self._numbers)
         pending.digest = request_digest(pending.request)
         pending.link = link
@@ -206,6 +229,9 @@ class Dispatch:
         self._by_number[pending.number] = pending
         self._tokens[link] += pending.num_tokens
         self._send(link, pending.number)
+
+    def _ready(self) -> list[Link]:
+        return [link for link in self._sent if link not in self._paused]
 
     def _forget(self, pending: Pending) -> None:
         assert pending.link is not None

@@ -29,6 +29,7 @@ from student_trainer.errors import (
     ProtocolError,
     TargetsCorrupt,
     TeacherError,
+    TeacherInternalError,
     TeacherOverloaded,
     TeacherUnavailable,
 )
@@ -58,7 +59,10 @@ STALL_FACTOR = 4.0
 BUSY_FACTOR = 6.0
 """A link without any answer is given up after STALL_S, so many times that while it has work."""
 BACKOFF_S = (1.0, 2.0, 5.0, 15.0, 30.0)
-"""How long a replica is left alone after the first, second, ... failure to reach it."""
+"""How long a replica is left alone after the first, second, ... failure to reach it, and how long
+others are asked after its first, second, ... INTERNAL."""
+FAILED_PAUSE_S = 1.0
+"""How long after a failure the same replica is asked again, if there is no other one."""
 TELL_S = 5.0
 """How often a wait is logged."""
 MAX_ATTEMPTS = 3
@@ -81,6 +85,7 @@ RETRIED = {
 }
 """Ends of a stream after which another one is used: transport, drain, restart."""
 NO_MESSAGE = "an answer that is no message"
+CLOSED = "this teacher was closed while answers were outstanding"
 FIRST_SIGN_S = 0.5
 """How long a stream is listened to before the first write where the one before ended INTERNAL.
 
@@ -121,6 +126,10 @@ class _Link:
     """When its stream last brought a message, or nothing was outstanding."""
     idle: bool = False
     """Whether the replica said since then that it has nothing in hand."""
+    failures: int = 0
+    """How often it was distrusted since the last good answer."""
+    distrusted_until_s: float | None = None
+    """Until when others are asked, because its replica failed on a request."""
     outbox: "asyncio.Queue[int]" = field(default_factory=asyncio.Queue)
     tasks: list["asyncio.Task[None]"] = field(default_factory=list)
     probe: "asyncio.Task[None] | None" = None
@@ -159,6 +168,7 @@ class Session:
         self._opening: dict[str, asyncio.Task[None]] = {}
         self._dispatch = Dispatch(lambda link, number: link.outbox.put_nowait(number))  # type: ignore[attr-defined]
         self._wake = asyncio.Event()
+        self._closed = False
         self._keeper: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
@@ -170,6 +180,8 @@ class Session:
         """The shortest time for which a batch counted as stuck: until it ends, others are asked."""
         self._left_waiting = 0
         """How often a replica that lives left all its requests without an answer."""
+        self._pausing = 0
+        """Requests that wait before they are sent again, and that dispatch does not know of."""
         self._longest_batch_s = 0.0
         self._refused = 0
         """Streams since the last answer that ended with a status that is not retried."""
@@ -211,19 +223,30 @@ class Session:
             return table
         link = next(iter(self._links.values()))
         request = teacher_pb2.FetchIdTableRequest(digest=digest)
-        try:
-            response = await link.stub.FetchIdTable(
-                request, timeout=FETCH_S, metadata=self._connection.metadata
-            )
-            table = IdTable.from_bytes(response.data)
-        except (grpc.aio.AioRpcError, CodecError) as error:
-            raise ProtocolError(f"the id table of {self._where()} did not come: {error}") from None
-        if table.digest != digest:
-            raise ProtocolError(f"{self._where()} sent another id table than {digest.hex()}")
-        cache_id_table(table)
-        return table
+        problem = ""
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                response = await link.stub.FetchIdTable(
+                    request, timeout=FETCH_S, metadata=self._connection.metadata
+                )
+                if response is None:  # gRPC's way to hand out bytes that are no message
+                    problem = NO_MESSAGE
+                    continue
+                table = IdTable.from_bytes(response.data)
+            except (grpc.aio.AioRpcError, CodecError) as error:
+                problem = str(error)
+                continue
+            if table.digest == digest:
+                cache_id_table(table)
+                return table
+            problem = f"another table came, {table.digest.hex()}"
+        raise ProtocolError(
+            f"the id table {digest.hex()} of {self._where()} did not come in {MAX_ATTEMPTS} attempts: "
+            f"{problem}"
+        )
 
     async def close(self) -> None:
+        self._closed = True
         tasks = [*self._tasks, *self._opening.values(), *([self._keeper] if self._keeper else [])]
         for task in tasks:
             task.cancel()
@@ -231,11 +254,21 @@ class Session:
         links = list(self._links.values())
         self._links.clear()
         await asyncio.gather(*map(_hang_up, links))
-        self._fail_all(TeacherError("this teacher was closed while answers were outstanding"))
+        self._fail_all(TeacherError(CLOSED))
         self._decoder.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, pending: Pending) -> None:
         """Sends a request, now or as soon as there is a link."""
+        try:
+            self._submit(pending)
+        except Exception as error:  # of a call that nobody waits for
+            logger.error("the client failed", exc_info=error)
+            _resolve(pending, _bug(error))
+
+    def _submit(self, pending: Pending) -> None:
+        if self._closed:  # by another thread, since the caller looked
+            _resolve(pending, TeacherError(CLOSED))
+            return
         self.counters.requests += 1
         if not self._dispatch.unanswered:
             now = time.monotonic()
@@ -244,6 +277,11 @@ class Session:
         self._dispatch.submit(pending)
         if not self._links or self._dispatch.unanswered == 1:
             self._wake.set()  # the keeper sleeps while nothing is outstanding
+
+    @property
+    def _wanted(self) -> int:
+        """Requests whose answer somebody waits for."""
+        return self._dispatch.unanswered + self._pausing
 
     # Links: who is there, and whether it still answers.
 
@@ -254,11 +292,11 @@ class Session:
             # Not wait_for: before Python 3.12 it loses a cancellation that comes with the event, and
             # closing would wait for this task for ever.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TICK_S if self._dispatch.unanswered else None):
+                async with asyncio.timeout(TICK_S if self._wanted else None):
                     await self._wake.wait()
             self._wake.clear()
             try:
-                if not self._dispatch.unanswered:
+                if not self._wanted:
                     continue
                 if not self._links:
                     await self._wait_for_a_link()
@@ -271,9 +309,8 @@ class Session:
                     self._watch(link)
             except TeacherError as error:
                 self._fail_all(error)
-            except Exception as error:  # a bug of ours must not leave the trainer waiting for ever
-                logger.exception("the client failed")
-                self._fail_all(ProtocolError(f"the client failed: {error!r}"))
+            except Exception as error:
+                self._give_up(error)
 
     async def _wait_for_a_link(self) -> None:
         """Reconnects to anybody. Raises TeacherUnavailable after the patience."""
@@ -320,11 +357,11 @@ class Session:
             timeout_s = TRY_S[min(failures.count, len(TRY_S) - 1)]
             info = await self._describe(channel, timeout_s)
             refusal = self._refusal(info, address, given)
-            if refusal and given and not self._links:
-                # Plain TCP delivers flipped bits: what ends a training run is asked twice.
-                info = await self._describe(channel, timeout_s)
+            is_end = bool(refusal) and given and not self._links
+            if is_end or (not refusal and self._is_new(info)):
+                info = await self._confirmed(info, address, channel, timeout_s)
                 refusal = self._refusal(info, address, given)
-                if refusal:
+                if refusal and given and not self._links:
                     raise IncompatibleTeacher(refusal)
             card = _own_card(info)
             if card.state != "ready":
@@ -348,7 +385,7 @@ class Session:
         failures.count = 0
         if link is None:
             return True  # there is a link to this replica already
-        if self._info is None or info.service_id != self._info.service_id:
+        if self._is_new(info):
             if self._info is not None:
                 logger.warning("the service at %s was started anew", address)
             self._info = info
@@ -379,6 +416,33 @@ class Session:
         nothing = grpc.aio.Metadata()
         raise grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, nothing, nothing, NO_MESSAGE)
 
+    async def _confirmed(
+        self,
+        first: teacher_pb2.TeacherInfo,
+        address: str,
+        channel: grpc.aio.Channel,
+        timeout_s: float,
+    ) -> teacher_pb2.TeacherInfo:
+        """What a replica says of itself twice; `first` is what it said once.
+
+        Plain TCP delivers flipped bits, and a whole run is built on this answer or ended by it.
+        """
+        second = await self._describe(channel, timeout_s)
+        if _lasting(second) == _lasting(first):
+            return second
+        third = await self._describe(channel, timeout_s)
+        if _lasting(third) in (_lasting(first), _lasting(second)):
+            return third
+        raise ProtocolError(
+            f"{address} was asked three times to describe its teacher and gave three different "
+            "answers: the network between damages what it carries. Use TLS, which notices damage, "
+            "or another way to the service."
+        )
+
+    def _is_new(self, info: teacher_pb2.TeacherInfo) -> bool:
+        """Whether this is to be what is known of the service from now on."""
+        return self._info is None or info.service_id != self._info.service_id
+
     def _refusal(self, info: teacher_pb2.TeacherInfo, address: str, given: bool) -> str:
         """Why this is not the teacher that the run began with; empty if it is."""
         if self._info is None:
@@ -403,6 +467,8 @@ class Session:
         async with self._connection.channel(address, CHANNEL_OPTIONS) as channel:
             try:
                 info = await self._describe(channel, TRY_S[0])
+                if self._refusal(info, address, given=False):
+                    info = await self._confirmed(info, address, channel, TRY_S[0])
             except grpc.aio.AioRpcError:
                 return  # it may come up later
         if refusal := self._refusal(info, address, given=False):
@@ -464,6 +530,9 @@ class Session:
     def _watch(self, link: _Link) -> None:
         """Asks a silent link whether it lives; asks again for a request that was passed over."""
         now = time.monotonic()
+        if link.distrusted_until_s is not None and now > link.distrusted_until_s:
+            link.distrusted_until_s = None
+            self._dispatch.trust(link)
         oldest = next(iter(self._dispatch.outstanding(link).values()), None)
         if oldest is None:
             link.heard_s = link.answered_s = now  # nobody asked it anything
@@ -553,6 +622,9 @@ class Session:
                 code, details = await call.code(), await call.details()
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details()
+        except Exception as error:
+            self._give_up(error)
+            code, details = grpc.StatusCode.UNKNOWN, f"the client failed: {error!r}"
         finally:
             sending.cancel()
             call.cancel()
@@ -572,21 +644,35 @@ class Session:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_SIGN_S):
                     await call.initial_metadata()
-        while True:
-            request = self._dispatch.request(await link.outbox.get())
-            if request is None:
-                continue
-            self.counters.sent_nbytes += request.ByteSize()
-            try:
-                await call.write(request)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                return
+        try:
+            while True:
+                pending = self._dispatch.to_write(await link.outbox.get())
+                if pending is None:
+                    continue
+                self.counters.sent_nbytes += pending.request.ByteSize()
+                pending.written_s = time.monotonic()
+                await call.write(pending.request)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return
+        except Exception as error:
+            self._give_up(error)
+            call.cancel()
 
     def _receive(self, link: _Link, response: teacher_pb2.ScoreResponse) -> None:
         ended = self._dispatch.receive(link, response)
         if ended is None:
             return
         pending, fate = ended
+        try:
+            self._take(link, response, pending, fate)
+        except Exception as error:  # nobody else knows of this request any more
+            logger.error("the client failed", exc_info=error)
+            _resolve(pending, _bug(error))
+
+    def _take(
+        self, link: _Link, response: teacher_pb2.ScoreResponse, pending: Pending, fate: Fate
+    ) -> None:
+        """What follows from the message that ended a request."""
         oldest = next(iter(self._dispatch.outstanding(link).values()), None)
         if oldest is not None and oldest.number < pending.number and oldest.passed_s is None:
             oldest.passed_s = time.monotonic()
@@ -596,8 +682,11 @@ class Session:
         self._quiet_since_s = None
         self._refused = 0
         if fate is Fate.ANSWERED:
+            link.failures = 0
             timing = response.part.timing
             batch_s = (timing.forward_us + timing.head_us) / 1e6
+            # No batch takes longer than its answers do, whatever a flipped bit says.
+            batch_s = min(batch_s, link.answered_s - pending.written_s)
             self._longest_batch_s = min(600.0, max(self._longest_batch_s, batch_s))
             self._spawn(self._finish(pending), pending)
         else:
@@ -608,14 +697,20 @@ class Session:
         assert self._info is not None
         loop = asyncio.get_running_loop()
         try:
-            answer = await loop.run_in_executor(
-                self._decoder, assemble, pending, self._info.teacher_fingerprint, self.id_tables
+            decoding = loop.run_in_executor(
+                self._decoder, _decoded, pending, self._info.teacher_fingerprint, self.id_tables
             )
+        except RuntimeError:  # the thread takes nothing any more: closed, or the interpreter ends
+            _resolve(pending, TeacherError(CLOSED))
+            return
+        try:
+            answer = await decoding
         except (CodecError, TargetsCorrupt, IncompatibleTeacher) as error:
             self._ask_again(pending, error)
             return
-        except RuntimeError:
-            return  # closed, or the interpreter is ending: nobody takes the answer any more
+        except ProtocolError as error:
+            _resolve(pending, error)
+            return
         self.counters.rows += answer.targets.num_rows
         self.counters.payload_nbytes += sum(len(part.payload) for part in pending.parts.values())
         _resolve(pending, answer)
@@ -634,17 +729,19 @@ class Session:
             kind = IncompatibleTeacher
         elif isinstance(error, CodecError) and "digest" not in str(error):
             kind = ProtocolError
-        _resolve(pending, kind(f"{error} ({pending.damaged} times, from {self._where()})"))
+        failure = kind(f"{error} ({pending.damaged} times, from {self._where()})")
+        failure.__cause__ = error
+        _resolve(pending, failure)
 
     async def _handle_error(self, pending: Pending, error: teacher_pb2.RequestError) -> None:
-        """Waits out RESOURCE_EXHAUSTED, asks once more after DATA_LOSS, raises everything else."""
+        """Waits out RESOURCE_EXHAUSTED, asks once more after DATA_LOSS and INTERNAL, raises the rest."""
         kind = BY_CODE.get(error.code, ProtocolError)
         now = time.monotonic()
         if kind is TeacherOverloaded and error.reason != "OUT_OF_MEMORY":
             pending.waited_since_s = pending.waited_since_s or now
             delay = error.retry_after_ms / 1000 or random.uniform(0.5, 1.0)
             if now + delay - pending.waited_since_s <= self._patience_s:
-                await asyncio.sleep(delay)
+                await self._pause(delay)
                 self.counters.resent += 1
                 self._dispatch.submit(pending)
                 return
@@ -653,29 +750,73 @@ class Session:
             self.counters.resent += 1
             self._dispatch.again(pending)
             return
+        elif kind is TeacherInternalError:
+            failed_before = bool(pending.failed_at)
+            self._failed(pending, error.message)
+            if not failed_before:
+                if not self._dispatch.has_another(pending):
+                    await self._pause(FAILED_PAUSE_S)
+                self.counters.resent += 1
+                self._dispatch.again(pending)
+                return
         _resolve(pending, kind(error.message))
+
+    def _failed(self, pending: Pending, why: str) -> None:
+        """A replica answered a request with INTERNAL: others are asked for a while."""
+        link = pending.link
+        assert isinstance(link, _Link)
+        pending.failed_at.add(link)
+        if link.distrusted_until_s is not None:
+            return  # of a request that was sent before the failure that is known of
+        logger.warning("the teacher at %s failed, asking once more: %s", link.address, why)
+        backoff_s = BACKOFF_S[min(link.failures, len(BACKOFF_S) - 1)]
+        link.failures += 1
+        link.distrusted_until_s = time.monotonic() + backoff_s
+        self._dispatch.distrust(link)
+
+    async def _pause(self, seconds: float) -> None:
+        """Before a request is sent again; the keeper looks after the links meanwhile."""
+        self._pausing += 1
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._pausing -= 1
 
     # Endings.
 
     def _spawn(
         self, work: Coroutine[Any, Any, None], pending: Pending | None = None
     ) -> "asyncio.Task[None]":
-        """Runs work on the side; a request whose work is cancelled fails instead of hanging."""
+        """Runs work on the side; a request whose work is cancelled or fails is not left waiting."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
 
         def ended(task: "asyncio.Task[None]") -> None:
             self._tasks.discard(task)
-            if pending is not None and task.cancelled():
-                _resolve(pending, TeacherError("this teacher was closed"))
+            failure = TeacherError(CLOSED)
+            if not task.cancelled():
+                cause = task.exception()
+                if cause is None:
+                    return
+                logger.error("the client failed", exc_info=cause)
+                failure = _bug(cause)
+            if pending is not None:
+                _resolve(pending, failure)
 
         task.add_done_callback(ended)
         return task
 
+    def _give_up(self, error: Exception) -> None:
+        """A bug of ours must not leave the trainer waiting for ever."""
+        logger.error("the client failed", exc_info=error)
+        self._fail_all(_bug(error))
+
     def _fail_all(self, error: TeacherError) -> None:
         self._quiet_since_s = None  # what is asked from now on has the whole patience again
         for pending in self._dispatch.take_all():
-            _resolve(pending, type(error)(str(error)))
+            own = type(error)(str(error))
+            own.__cause__ = error.__cause__
+            _resolve(pending, own)
 
     async def _diagnose(self) -> list[str]:
         """Of each given address, why it will not answer; empty where it may yet."""
@@ -707,11 +848,38 @@ def _own_card(info: teacher_pb2.TeacherInfo) -> teacher_pb2.Replica:
     return next(own, teacher_pb2.Replica(state="ready"))
 
 
+def _lasting(info: teacher_pb2.TeacherInfo) -> bytes:
+    """All that a replica says of its service that stays from one question to the next."""
+    lasting = teacher_pb2.TeacherInfo()
+    lasting.CopyFrom(info)
+    lasting.ClearField("replicas")
+    lasting.ClearField("replica_id")  # behind some proxies each question meets another one
+    lasting.caller.ClearField("tokens_left_today")
+    return lasting.SerializeToString(deterministic=True)
+
+
 async def _hang_up(link: _Link) -> None:
     for task in link.tasks:
         task.cancel()
     await asyncio.gather(*link.tasks, return_exceptions=True)
     await link.channel.close()
+
+
+def _decoded(pending: Pending, fingerprint: str, id_tables: Sequence[IdTable]) -> Answer:
+    """`assemble` in the decode thread; what it was not made to raise becomes a ProtocolError."""
+    try:
+        return assemble(pending, fingerprint, id_tables)
+    except (CodecError, TargetsCorrupt, IncompatibleTeacher):
+        raise
+    except Exception as error:  # of any kind, StopIteration too, which a future cannot carry
+        raise _bug(error) from error
+
+
+def _bug(error: BaseException) -> ProtocolError:
+    """What is raised for an exception that nobody expected; it keeps that as its cause."""
+    failure = ProtocolError(f"the client failed on an answer: {error!r}")
+    failure.__cause__ = error
+    return failure
 
 
 def _resolve(pending: Pending, result: Answer | TeacherError) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from logit_codec import CodecError, IdTable, Targets, encode_parts
 from protos import teacher_pb2, teacher_pb2_grpc
-from protos.check import answer_check, request_digest
+from protos.check import answer_check, full_answer_check, request_digest
 from teacher_server.access import Caller, check_request, current_caller
 from teacher_server.accounts import Accounts, origin
 from teacher_server.admission import SESSION_ID_NBYTES, Admission, Admitted
@@ -504,6 +504,7 @@ class _Stream:
             if ended and self.unanswered.get(answer.request_id) is answer:
                 del self.unanswered[answer.request_id]
             response.check = answer_check(answer.request_digest, response)
+            response.full_check = full_answer_check(answer.request_digest, response)
             if before is not None:
                 before()
             self.room.blocked_s = time.monotonic()

@@ -8,7 +8,16 @@ import grpc
 import pytest
 
 from protos import teacher_pb2
-from student_trainer import ProtocolError, TargetsCorrupt, TeacherOverloaded, connect, session
+from student_trainer import (
+    ProtocolError,
+    TargetsCorrupt,
+    TeacherError,
+    TeacherOverloaded,
+    connect,
+    resume,
+    session,
+)
+from student_trainer.wish import Wish
 from tests import tiny
 from tests.faults.fleet import Fleet
 from tests.faults.oracle import VOCAB, digest, within
@@ -78,6 +87,8 @@ def changed(kind: str, seed: int):
             part.last = False
         elif kind == "another teacher":
             part.teacher_fingerprint = "0" * 64
+        elif kind == "another time":
+            part.timing.forward_us ^= 1 << 40
         elif kind == "another number":
             response.request_id ^= 1 << chance.randrange(40)
         return [response]
@@ -98,6 +109,7 @@ def changed(kind: str, seed: int):
         "other rows",
         "not the last",
         "another teacher",
+        "another time",
         "another number",
     ],
 )
@@ -119,6 +131,55 @@ def test_a_wrong_message_is_counted_and_asked_for_again(
         if kind not in ("repeated", "lost", "another number"):
             assert counters.corrupt > 0
             assert counters.reconnects == 0
+
+
+def test_a_batch_that_is_said_to_have_taken_days_does_not_delay_the_next_question(
+    relay: Relay, wanted, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a service of before `full_check`, a flipped time cannot be told from a true one."""
+    monkeypatch.setattr(session, "STALL_S", 0.5)
+    seen = 0
+
+    def change(response: teacher_pb2.ScoreResponse) -> list[teacher_pb2.ScoreResponse]:
+        nonlocal seen
+        seen += 1
+        response.ClearField("full_check")
+        response.part.timing.forward_us ^= (seen == 1) << 40
+        return [] if seen == 20 else [response]
+
+    relay.change = change
+    with connect(relay.address) as teacher:
+        pairs = teacher.stream(SEQUENCES, ahead=40)
+        assert within(60, lambda: [digest(targets) for _, targets in pairs]) == wanted
+        assert teacher.counters.corrupt == 0
+        assert teacher.counters.resent > 0
+
+
+def test_the_only_request_is_looked_after_also_when_it_was_to_come_back_later(
+    relay: Relay, wanted, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(session, "STALL_S", 0.5)
+    monkeypatch.setattr(session, "PROBE_AFTER_S", 0.2)
+    later = teacher_pb2.RequestError(
+        code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0],
+        reason="RATE_LIMIT",
+        message="come back later",
+        retry_after_ms=1000,
+    )
+    seen = 0
+
+    def change(response: teacher_pb2.ScoreResponse) -> list[teacher_pb2.ScoreResponse]:
+        nonlocal seen
+        seen += 1
+        if seen == 1:
+            return [relay.refusal(response, later)]
+        return [] if seen == 2 else [response]
+
+    relay.change = change
+    with connect(relay.address) as teacher:
+        pairs = teacher.stream(SEQUENCES[:1])
+        assert within(30, lambda: [digest(targets) for _, targets in pairs]) == wanted[:1]
+        assert seen == 3
 
 
 @pytest.mark.slow
@@ -199,6 +260,52 @@ def test_bytes_that_are_no_request_end_the_stream_after_the_answers(fleet: Fleet
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
     assert "no request of" in caught.value.details()  # type: ignore[attr-defined]
     assert "Traceback" not in fleet.replicas[0].output()
+
+
+@pytest.mark.parametrize(
+    "kind", [RuntimeError, MemoryError, ValueError, KeyError, StopIteration, NotImplementedError]
+)
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(session, "assemble"), (resume, "is_what_was_written"), (resume, "request_digest")],
+    ids=["decoding", "receiving", "submitting"],
+)
+def test_a_bug_of_the_client_reaches_the_caller_with_its_cause(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], module, name: str
+):
+    def fail(*_: object) -> None:
+        raise kind("a bug")
+
+    with connect(fleet.own[0]) as teacher:
+        monkeypatch.setattr(module, name, fail)
+        with pytest.raises(ProtocolError, match=f"{kind.__name__}.*a bug") as caught:
+            within(20, lambda: list(teacher.stream(SEQUENCES)))
+        causes: list[BaseException] = [caught.value]
+        while (cause := causes[-1].__cause__) is not None:
+            causes.append(cause)
+        assert isinstance(causes[-1], kind)
+        monkeypatch.undo()
+        assert within(20, lambda: len(list(teacher.stream(SEQUENCES)))) == len(SEQUENCES)
+
+
+def test_a_bug_in_writing_reaches_the_caller(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise ValueError("a bug")
+
+    with connect(fleet.own[0]) as teacher:
+        monkeypatch.setattr(resume.Dispatch, "to_write", fail)
+        with pytest.raises(ProtocolError, match="a bug"):
+            within(20, lambda: list(teacher.stream(SEQUENCES)))
+        monkeypatch.undo()
+        assert within(20, lambda: len(list(teacher.stream(SEQUENCES)))) == len(SEQUENCES)
+
+
+def test_what_is_submitted_while_another_thread_closes_is_an_error(fleet: Fleet):
+    with connect(fleet.own[0]) as teacher:
+        teacher._io.run(teacher._session.close())
+        future = teacher.submit(SEQUENCES[0], None, Wish.of("top_k:4", 1.0, 0, 0))
+        with pytest.raises(TeacherError, match="closed"):
+            future.result(20)
 
 
 @pytest.mark.parametrize("turns", range(5))

@@ -38,6 +38,7 @@ from logit_codec import (
     parse_targets,
     select,
 )
+from logit_codec.ids import identity_shift, num_identity_buckets
 from logit_codec.spec import CODE_BITS
 from tests.golden import make
 from tests.logit_codec import oracle, plain_reader
@@ -359,6 +360,27 @@ def test_the_example_of_draws_reads_as_its_page_says():
     plain = plain_reader.read(data)
     assert (len(data), plain.vocab_size, plain.num_draws) == (88, 1000, 8)
     assert (plain.ids, plain.counts) == ([[3, 700, 701], [9]], [[2, 5, 1], [8]])
+
+
+def test_a_realized_logprob_of_0_is_read_as_minus_0():
+    """FORMAT.md says so: readers that compare bytes have to know."""
+    targets = random_targets(TopKSpec(3), 2, 11)
+    targets = replace(targets, realized_logprob=torch.zeros(2))
+    realized = decode(encode(targets)).realized_logprob
+    assert realized is not None
+    assert realized.view(torch.int32).tolist() == [-(2**31)] * 2
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "num_rows", "num_entries"),
+    [(1000, 2, 4), (2**31 - 1, 2**32 - 1, 2**32 - 1), (7, 5, 35), (262_144, 3, 3), (8, 3, 6)],
+)
+def test_the_shift_of_the_identity_table_is_a_matter_of_whole_numbers(
+    vocab_size: int, num_rows: int, num_entries: int
+):
+    shift = identity_shift(vocab_size, num_rows, num_entries)
+    assert 2**shift * num_entries <= vocab_size * num_rows < 2 ** (shift + 1) * num_entries
+    assert num_identity_buckets(vocab_size, shift) == (vocab_size - 1) // 2**shift + 1
 
 
 FORMAT = Path(logit_codec.__file__).parent / "FORMAT.md"

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 
 from logit_codec import Targets, TopKTargets, encode
 from protos import teacher_pb2
-from protos.check import answer_check, request_digest
+from protos.check import answer_check, full_answer_check, request_digest
 from student_trainer import resume, streaming
 from student_trainer.client import _request
 from student_trainer.resume import Dispatch, Fate, Pending, assemble
@@ -76,6 +76,7 @@ def answers(request: teacher_pb2.ScoreRequest, replica: int) -> list[teacher_pb2
             ),
         )
         response.check = answer_check(digest, response)
+        response.full_check = full_answer_check(digest, response)
         responses.append(response)
     return responses
 
@@ -120,8 +121,9 @@ class Client:
     def write(self, link: SimulatedLink) -> bool:
         """The replica reads the next request and begins to answer."""
         while link.outbox:
-            request = self.dispatch.request(link.outbox.popleft())
-            if request is not None:
+            pending = self.dispatch.to_write(link.outbox.popleft())
+            if pending is not None:
+                request = pending.request
                 # One piece of work has one item id, and each attempt a number of its own.
                 item = self.items.setdefault(request.token_ids, request.item_id)
                 assert request.item_id == item > 0
@@ -245,10 +247,12 @@ class Training(RuleBasedStateMachine):
     def drain(self, pick: int) -> None:
         self.client.dispatch.pause(self.link(pick))
 
-    @rule(pick=st.integers(0, 7))
+    @rule(pick=st.integers(0, 7), trusted=st.booleans())
     @precondition(lambda self: self.client.links)
-    def stay(self, pick: int) -> None:
-        self.client.dispatch.unpause(self.link(pick))
+    def stay(self, pick: int, trusted: bool) -> None:
+        dispatch, link = self.client.dispatch, self.link(pick)
+        dispatch.unpause(link)
+        (dispatch.trust if trusted else dispatch.distrust)(link)
 
     @rule(pick=st.integers(0, 7), count=st.integers(1, 4))
     @precondition(lambda self: self.client.links)
@@ -289,7 +293,10 @@ class Training(RuleBasedStateMachine):
         if link.delivered:
             link.under_way.append(link.delivered[which % len(link.delivered)])
 
-    @rule(pick=st.integers(0, 7), field=st.sampled_from(["payload", "first_row", "last", "check"]))
+    @rule(
+        pick=st.integers(0, 7),
+        field=st.sampled_from(["payload", "first_row", "last", "check", "full_check"]),
+    )
     @precondition(lambda self: any(link.under_way for link in self.client.links))
     def damage(self, pick: int, field: str) -> None:
         link = self.link(pick)
@@ -299,8 +306,8 @@ class Training(RuleBasedStateMachine):
         damaged.CopyFrom(link.under_way[0])
         if field == "payload":
             damaged.part.payload = damaged.part.payload[:-1] + b"\0\0"
-        elif field == "check":
-            damaged.check = damaged.check[:-1]
+        elif field in ("check", "full_check"):
+            setattr(damaged, field, getattr(damaged, field)[:-1])
         elif field == "last":
             damaged.part.last = not damaged.part.last
         else:
@@ -437,7 +444,7 @@ def old_numbers_still_count(monkeypatch: pytest.MonkeyPatch) -> None:
         place(self, pending, avoid=avoid)
 
     monkeypatch.setattr(Dispatch, "_place", same_number)
-    monkeypatch.setattr(resume, "answer_check", lambda digest, response: response.check)
+    monkeypatch.setattr(resume, "is_what_was_written", lambda digest, response: True)
 
 
 BUGS = [
@@ -456,3 +463,42 @@ def test_the_state_machine_notices_planted_bugs(plant, monkeypatch: pytest.Monke
     with pytest.raises(Exception) as caught:  # noqa: PT011 - any complaint will do, but of the bug
         run_state_machine_as_test(Training, settings=find)
     assert not isinstance(caught.value, TypeError | AttributeError)
+
+
+def placed(count: int) -> tuple[Dispatch, dict[str, list[int]]]:
+    """A Dispatch with that many links, named "a", "b", ..., and the numbers sent to each."""
+    sent: dict[str, list[int]] = {}
+    dispatch = Dispatch(lambda link, number: sent[link].append(number))
+    for name in "abc"[:count]:
+        sent[name] = []
+        dispatch.open(name)
+    return dispatch, sent
+
+
+def test_a_request_that_failed_at_two_links_goes_to_the_third():
+    dispatch, _ = placed(3)
+    pending = Pending(_request(SEQUENCES[0], None, WISH)[0], 2)
+    dispatch.submit(pending)
+    visited = []
+    for _ in range(3):
+        visited.append(pending.link)
+        pending.failed_at.add(pending.link)
+        dispatch.again(pending)
+    assert sorted(map(str, visited)) == ["a", "b", "c"]
+    assert not dispatch.has_another(pending)
+    assert pending.link is not None, "where all failed, it waits nowhere"
+
+
+def test_a_distrusted_link_is_asked_only_where_there_is_no_other():
+    dispatch, sent = placed(2)
+    dispatch.distrust("a")
+    for sequence in SEQUENCES:
+        dispatch.submit(Pending(_request(sequence, None, WISH)[0], len(sequence) - 1))
+    assert (len(sent["a"]), len(sent["b"])) == (0, len(SEQUENCES))
+    dispatch.pause("b")
+    dispatch.submit(Pending(_request(SEQUENCES[0], None, WISH)[0], 2))
+    assert len(sent["a"]) == 1
+    dispatch.unpause("b")
+    dispatch.trust("a")
+    dispatch.submit(Pending(_request(SEQUENCES[0], None, WISH)[0], 2))
+    assert len(sent["a"]) == 2, "it has fewer outstanding tokens"
