@@ -634,7 +634,9 @@ class Session:
         if code in RETRIED or code == grpc.StatusCode.OK:
             return
         self._refused += 1
-        if self._refused > 1:  # once may be a flipped bit
+        # Once may be a flipped bit; a request that cannot be read on the other side always is one.
+        flips = MAX_ATTEMPTS if code == grpc.StatusCode.INVALID_ARGUMENT else 1
+        if self._refused > flips:
             kind = BY_CODE.get(code.value[0], ProtocolError)
             self._fail_all(kind(f"{link.address}: {why}"))
 

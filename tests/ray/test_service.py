@@ -1,5 +1,6 @@
 """A service on Ray, as operators start it and as trainers see it."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.http2 import Peer
 from tests.ray.conftest import VOCAB, Launched, describe, members, trainer, wait_for
 
 AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
@@ -95,6 +97,65 @@ def test_an_update_replaces_replicas_one_by_one_and_no_trainer_notices(
     assert not before.keys() & members(pair.address).keys()
     assert describe(pair.address).service_id == identity
     assert update.output() == f"ready {pair.address}\n"
+
+
+def send_bad_paths(address: str, count: int) -> None:
+    """Calls whose path is no UTF-8, each over a connection of its own: any replica may get it."""
+    for _ in range(count):
+        with contextlib.suppress(OSError), Peer(address) as peer:
+            peer.call(b"/\xe5")
+            peer.receive(0.2)
+
+
+def test_paths_that_are_no_utf8_deafen_no_replica(pair: Launched) -> None:
+    before = members(pair.address)
+    with trainer(pair.address):
+        send_bad_paths(pair.address, 10)
+        for address in before.values():
+            send_bad_paths(address, 2)
+            assert members(address) == before
+        assert members(pair.address) == before
+    assert "Traceback" not in pair.log()
+
+
+UNHARDENED = """
+import importlib.machinery, sys
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        spec = super().find_spec(name, path, target)
+        if name == "teacher_server.server" and spec is not None:
+            run = spec.loader.exec_module
+            def exec_module(module):
+                run(module)
+                module.can_be_hardened = lambda: False
+            spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder)
+"""
+"""sitecustomize.py: in every process, gRPC's own server is used, which such a path ends."""
+
+
+@pytest.mark.slow
+def test_replicas_that_went_deaf_are_opened_anew_and_ray_hears_of_it(
+    launch, model_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(UNHARDENED)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.getcwd()}")
+    service = launch(model_folder("Gemma2", VOCAB), "--replicas", "2")
+    wait_for(lambda: len(members(service.address)) == 2, 60)
+    before = members(service.address)
+    with trainer(service.address):
+        for address in (service.address, *before.values()):
+            send_bad_paths(address, 4)
+        for address in before.values():
+            wait_for(lambda address=address: address in members(address).values(), 25)
+        wait_for(lambda: members(service.address), 25)
+    assert "opened anew" in service.log()
+    assert members(service.address) == before, "no replica had to be replaced"
+    assert service.stop() == 0
 
 
 def test_a_second_service_of_the_same_name_is_refused(pair: Launched, launch, model_folder) -> None:
