@@ -20,7 +20,7 @@ import torch
 from logit_codec import TopKSpec
 from teacher_server.errors import RequestRefused
 from teacher_server.head import WantedRows
-from teacher_server.scheduler import NUM_LEVELS, Job, Scheduler
+from teacher_server.scheduler import NUM_LEVELS, SHARED_BATCH_S, Job, Scheduler
 from teacher_server.teams import Team
 
 NOTHING = torch.empty(0, dtype=torch.int64)
@@ -47,6 +47,8 @@ class Queue(Protocol):
     def submit(self, job: Job) -> None: ...
     def cancel(self, job: Job) -> None: ...
     def next_batch(self) -> list[Job]: ...
+    def take_ahead(self) -> list[Job]: ...
+    def record_speed(self, tokens: int, seconds: float, cost: float) -> None: ...
 
 
 class Fifo:
@@ -92,6 +94,13 @@ class Fifo:
                 self._queues.pop((level, first[1]), None)
         return batch
 
+    def take_ahead(self) -> list[Job]:
+        """Nobody goes ahead of anybody."""
+        return []
+
+    def record_speed(self, tokens: int, seconds: float, cost: float) -> None:
+        """Nothing follows from it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -133,6 +142,10 @@ class Simulation:
         self.log: list[Entry] = []
         self.waits: dict[str, list[float]] = defaultdict(list)
         """Seconds from submission to dispatch of each job of a team."""
+        self.latencies: dict[str, list[float]] = defaultdict(list)
+        """Seconds from submission to the end of its forward pass."""
+        self.batches: list[list[str]] = []
+        """Whose jobs they were, in the order of dispatch."""
         self.longest_batch_s = 0.0
         self.refused: Counter[str] = Counter()
         self.queue = make(
@@ -203,23 +216,49 @@ class Simulation:
         if not self.queue.queued_tokens:
             self._busy = False
             return
+        began = self.now
+
+        def ended() -> None:
+            self.longest_batch_s = max(self.longest_batch_s, self.now - began)
+            self._take()
+
+        self._compute(self.queue.next_batch(), ended)
+
+    def _compute(self, batch: list[Job], ended: Callable[[], None]) -> None:
+        """One forward pass after the other, each answered at its end, as `Replica` does it."""
         passes: dict[int, list[Job]] = {}
-        for job in self.queue.next_batch():
+        for job in batch:
             team, since, _ = self._answered[job]
             self.waits[team.name].append(self.now - since)
             self.log.append(Entry(self.now, team.name, -1, cost(job), team.weight))
             passes.setdefault(job.bucket, []).append(job)
-        began = end = self.now
-        for jobs in passes.values():  # one forward pass after the other, each answered at its end
-            end += max(FLOOR_S, COST_S * sum(map(cost, jobs)))
-            self.at(end, partial(self._answer, jobs))
-        self.longest_batch_s = max(self.longest_batch_s, end - began)
-        self.at(end, self._take)
+        self.batches.append([self._answered[job][0].name for job in batch])
+        self._next_pass(deque(passes.values()), self.now, ended)
 
-    def _answer(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            _, _, answered = self._answered.pop(job)
-            answered(job)
+    def _next_pass(
+        self, passes: deque[list[Job]], looked: float, ended: Callable[[], None]
+    ) -> None:
+        if not passes:
+            ended()
+            return
+        if self.now - looked >= SHARED_BATCH_S:
+            looked = self.now
+            if ahead := self.queue.take_ahead():
+                self._compute(ahead, partial(self._next_pass, passes, looked, ended))
+                return
+        jobs = passes.popleft()
+        costs = sum(map(cost, jobs))
+        seconds = max(FLOOR_S, COST_S * costs)
+
+        def passed() -> None:
+            self.queue.record_speed(sum(job.bucket for job in jobs), seconds, costs)
+            for job in jobs:
+                _, since, answered = self._answered.pop(job)
+                self.latencies[job.team.name].append(self.now - since)
+                answered(job)
+            self._next_pass(passes, looked, ended)
+
+        self.at(self.now + seconds, passed)
 
     def dispatched(self, team: str, since: float = 0.0, until: float = math.inf) -> float:
         """Cost of what a team got in a time."""
@@ -229,15 +268,19 @@ class Simulation:
         return sum(entry.cost for entry in self.log)
 
 
-def worst_gap(log: Sequence[Entry], one: str, other: str) -> tuple[float, float]:
+def worst_gap(
+    log: Sequence[Entry], one: str, other: str, budget: float = BATCH_TOKENS
+) -> tuple[float, float]:
     """The largest difference of dispatched cost per weight between two teams, over all intervals in
-    which both have work; and what it may be: a largest job of each, per weight.
+    which both have work; and what it may be: of each, per weight, a largest job, and what it may
+    dispatch ahead of others, which is the budget or one job that is larger.
 
     The difference over an interval is that of a running sum at its ends, so over all intervals of
     one period it is the sum's highest value minus its lowest.
     """
     waiting = {one: 0, other: 0}
     largest = {one: 0.0, other: 0.0}
+    ahead = {one: 0.0, other: 0.0}
     both = False
     worst = balance = low = high = 0.0
     for entry in log:
@@ -248,11 +291,13 @@ def worst_gap(log: Sequence[Entry], one: str, other: str) -> tuple[float, float]
             low, high = min(low, balance), max(high, balance)
             worst = max(worst, high - low)
         largest[entry.team] = max(largest[entry.team], entry.cost / entry.weight)
+        most = max(budget, entry.cost) if budget else 0.0
+        ahead[entry.team] = max(ahead[entry.team], most / entry.weight)
         waiting[entry.team] += entry.work
         before, both = both, all(waiting.values())
         if both and not before:
             balance = low = high = 0.0
-    return worst, sum(largest.values())
+    return worst, sum(largest.values()) + sum(ahead.values())
 
 
 def sizes(*choices: int, seed: int = 0) -> Iterator[int]:
