@@ -1,11 +1,15 @@
 """Answers that are scored and not encoded yet: a bound for how far computing may run ahead.
 
 One thread encodes. Without a bound, answers that take long to encode (dense ones) would pile up
-before it, and with them the next answer of every other team. So the compute thread waits here
-before it takes a batch, and takes whoever's turn it is then.
+before it. So the compute thread waits here before it takes a batch, and takes whoever's turn it is
+then. Jobs that may go ahead of other teams wait here no longer than until half as much again as the
+bound is held: what others have to be encoded is not before theirs, since the encoder takes turns.
+A batch of them answers with half of the bound at most, so that no more than twice the bound is held
+either way.
 """
 
 import threading
+from collections.abc import Callable
 
 from teacher_server.scheduler import Job
 
@@ -42,10 +46,28 @@ class EncodeBacklog:
                 self._nbytes -= job.reply_nbytes
                 self._changed.notify()
 
-    def wait(self) -> None:
-        """Until no more than the bound waits, or until closed."""
+    def has_room_ahead(self, planned_nbytes: int = 0) -> bool:
+        """Whether a batch that goes ahead may be computed while so many bytes more are to come."""
+        return self._nbytes + planned_nbytes <= 1.5 * self._max_nbytes
+
+    def wait(self, has_ahead: Callable[[], bool] = lambda: False) -> bool:
+        """Until no more than the bound waits, or until closed: True. False if only what goes ahead
+        may be computed; `has_ahead` says whether there is any, and `look` that it may have changed.
+        """
+
+        def may_go_on() -> bool:
+            if self._closed or self._nbytes <= self._max_nbytes:
+                return True
+            return self.has_room_ahead() and has_ahead()
+
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._nbytes <= self._max_nbytes)
+            self._changed.wait_for(may_go_on)
+            return self._closed or self._nbytes <= self._max_nbytes
+
+    def look(self) -> None:
+        """Whoever waits asks `has_ahead` again."""
+        with self._changed:
+            self._changed.notify()
 
     def close(self) -> None:
         """Nobody waits any more."""

@@ -18,7 +18,6 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Self
@@ -38,12 +37,13 @@ from teacher_server.backlog import EncodeBacklog
 from teacher_server.config import ServeConfig
 from teacher_server.cost import CostModel
 from teacher_server.directory import Directory, DirectoryLink, LocalDirectory
+from teacher_server.encoding import Encoder
 from teacher_server.entry import check_entry
 from teacher_server.errors import RequestRefused, ServeError
 from teacher_server.head import VocabularyHead
 from teacher_server.metrics import Metrics
 from teacher_server.model import TeacherModel, load
-from teacher_server.scheduler import Job, Scheduler
+from teacher_server.scheduler import SHARED_BATCH_S, Job, Scheduler
 from teacher_server.service import Scored, TeacherService
 from teacher_server.standing import Standing, TeamStanding
 from teacher_server.teams import TeamsFile
@@ -124,7 +124,7 @@ class Replica:
         self._accounts = accounts or open_accounts(None)
         self._waiting: dict[Job, asyncio.Future[Scored]] = {}
         self._backlog = EncodeBacklog(limits.max_reply_nbytes)
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._encoder = Encoder(ended=self._backlog.forget)
         self._compute = threading.Thread(target=self._compute_loop, name="compute", daemon=True)
 
     @classmethod
@@ -262,7 +262,7 @@ class Replica:
             self._resolve(job, RuntimeError("the replica was stopped"))
         # A forward cannot be interrupted; the process may end without it.
         await asyncio.get_running_loop().run_in_executor(None, self._compute.join, seconds)
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+        await asyncio.get_running_loop().run_in_executor(None, self._encoder.close)
         self._bookkeeping.cancel()
         await self._accounts.close()
 
@@ -397,6 +397,7 @@ class Replica:
         self._waiting[job] = future
         try:
             self._scheduler.submit(job)
+            self._backlog.look()
             return await future
         finally:
             self._scheduler.cancel(job)
@@ -414,20 +415,36 @@ class Replica:
 
     def _compute_loop(self) -> None:
         while True:
-            self._backlog.wait()
-            batch = self._scheduler.next_batch()
-            if not batch:
-                return
-            self._accounts.dispatched(batch)
-            now = time.monotonic()
-            for job in batch:
-                waited_s = max(0.0, now - job.submitted_s)
-                self.metrics.dispatched(job.team.name, job.bucket, job.cost, waited_s)
-            groups: dict[int, list[Job]] = {}  # jobs of one canonical length share a forward pass
-            for job in batch:
-                groups.setdefault(job.bucket, []).append(job)
-            for group in groups.values():
-                self._score_group(group)
+            if self._backlog.wait(lambda: self._scheduler.has_ahead):
+                batch = self._scheduler.next_batch()
+                if not batch:
+                    return
+            else:
+                batch = self._scheduler.take_ahead()
+            looked = time.monotonic()
+            groups = self._dispatch(batch)
+            while groups:
+                # Not after every pass: those who go ahead need passes of their own, which may be
+                # much smaller than what they hold up.
+                if time.monotonic() - looked >= SHARED_BATCH_S:
+                    planned = sum(job.reply_nbytes for group in groups for job in group)
+                    if self._backlog.has_room_ahead(planned):
+                        groups = [*self._dispatch(self._scheduler.take_ahead()), *groups]
+                    looked = time.monotonic()
+                self._score_group(groups.pop(0))
+
+    def _dispatch(self, batch: list[Job]) -> list[list[Job]]:
+        """Enters a batch into the books; returns its forward passes, each of one canonical length."""
+        if not batch:
+            return []
+        self._accounts.dispatched(batch)
+        now = time.monotonic()
+        groups: dict[int, list[Job]] = {}
+        for job in batch:
+            waited_s = max(0.0, now - job.submitted_s)
+            self.metrics.dispatched(job.team.name, job.bucket, job.cost, waited_s)
+            groups.setdefault(job.bucket, []).append(job)
+        return list(groups.values())
 
     def _score_group(self, group: list[Job]) -> None:
         """One forward pass, and what it says to those who wait for it."""
@@ -442,7 +459,7 @@ class Replica:
         self.workload.computed(seconds)
         self.metrics.busy_s.inc(seconds)
         self._longest_batch_s = max(self._longest_batch_s, seconds)
-        self._scheduler.record_speed(tokens, seconds)
+        self._scheduler.record_speed(tokens, seconds, sum(job.cost for job in group))
         logger.debug(
             "batch scored sequences=%d tokens=%d ms=%.0f", len(group), tokens, 1e3 * seconds
         )
