@@ -46,23 +46,19 @@ class EncodeBacklog:
                 self._nbytes -= job.reply_nbytes
                 self._changed.notify()
 
-    def has_room_ahead(self, planned_nbytes: int = 0) -> bool:
-        """Whether a batch that goes ahead may be computed while so many bytes more are to come."""
-        return self._nbytes + planned_nbytes <= 1.5 * self._max_nbytes
-
     def wait(self, has_ahead: Callable[[], bool] = lambda: False) -> bool:
         """Until no more than the bound waits, or until closed: True. False if only what goes ahead
         may be computed; `has_ahead` says whether there is any, and `look` that it may have changed.
         """
 
-        def may_go_on() -> bool:
-            if self._closed or self._nbytes <= self._max_nbytes:
-                return True
-            return self.has_room_ahead() and has_ahead()
+        def has_room() -> bool:
+            return self._closed or self._nbytes <= self._max_nbytes
 
         with self._changed:
-            self._changed.wait_for(may_go_on)
-            return self._closed or self._nbytes <= self._max_nbytes
+            self._changed.wait_for(
+                lambda: has_room() or (self._nbytes <= 1.5 * self._max_nbytes and has_ahead())
+            )
+            return has_room()
 
     def look(self) -> None:
         """Whoever waits asks `has_ahead` again."""

@@ -43,7 +43,7 @@ from teacher_server.errors import RequestRefused, ServeError
 from teacher_server.head import VocabularyHead
 from teacher_server.metrics import Metrics
 from teacher_server.model import TeacherModel, load
-from teacher_server.scheduler import SHARED_BATCH_S, Job, Scheduler
+from teacher_server.scheduler import Job, Scheduler
 from teacher_server.service import Scored, TeacherService
 from teacher_server.standing import Standing, TeamStanding
 from teacher_server.teams import TeamsFile
@@ -421,30 +421,16 @@ class Replica:
                     return
             else:
                 batch = self._scheduler.take_ahead()
-            looked = time.monotonic()
-            groups = self._dispatch(batch)
-            while groups:
-                # Not after every pass: those who go ahead need passes of their own, which may be
-                # much smaller than what they hold up.
-                if time.monotonic() - looked >= SHARED_BATCH_S:
-                    planned = sum(job.reply_nbytes for group in groups for job in group)
-                    if self._backlog.has_room_ahead(planned):
-                        groups = [*self._dispatch(self._scheduler.take_ahead()), *groups]
-                    looked = time.monotonic()
-                self._score_group(groups.pop(0))
-
-    def _dispatch(self, batch: list[Job]) -> list[list[Job]]:
-        """Enters a batch into the books; returns its forward passes, each of one canonical length."""
-        if not batch:
-            return []
-        self._accounts.dispatched(batch)
-        now = time.monotonic()
-        groups: dict[int, list[Job]] = {}
-        for job in batch:
-            waited_s = max(0.0, now - job.submitted_s)
-            self.metrics.dispatched(job.team.name, job.bucket, job.cost, waited_s)
-            groups.setdefault(job.bucket, []).append(job)
-        return list(groups.values())
+            self._accounts.dispatched(batch)
+            now = time.monotonic()
+            for job in batch:
+                waited_s = max(0.0, now - job.submitted_s)
+                self.metrics.dispatched(job.team.name, job.bucket, job.cost, waited_s)
+            groups: dict[int, list[Job]] = {}  # jobs of one canonical length share a forward pass
+            for job in batch:
+                groups.setdefault(job.bucket, []).append(job)
+            for group in groups.values():
+                self._score_group(group)
 
     def _score_group(self, group: list[Job]) -> None:
         """One forward pass, and what it says to those who wait for it."""

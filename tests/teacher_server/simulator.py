@@ -20,7 +20,7 @@ import torch
 from logit_codec import TopKSpec
 from teacher_server.errors import RequestRefused
 from teacher_server.head import WantedRows
-from teacher_server.scheduler import NUM_LEVELS, SHARED_BATCH_S, Job, Scheduler
+from teacher_server.scheduler import NUM_LEVELS, Job, Scheduler
 from teacher_server.teams import Team
 
 NOTHING = torch.empty(0, dtype=torch.int64)
@@ -47,7 +47,6 @@ class Queue(Protocol):
     def submit(self, job: Job) -> None: ...
     def cancel(self, job: Job) -> None: ...
     def next_batch(self) -> list[Job]: ...
-    def take_ahead(self) -> list[Job]: ...
     def record_speed(self, tokens: int, seconds: float, cost: float) -> None: ...
 
 
@@ -93,10 +92,6 @@ class Fifo:
             if not queue:
                 self._queues.pop((level, first[1]), None)
         return batch
-
-    def take_ahead(self) -> list[Job]:
-        """Nobody goes ahead of anybody."""
-        return []
 
     def record_speed(self, tokens: int, seconds: float, cost: float) -> None:
         """Nothing follows from it."""
@@ -216,16 +211,7 @@ class Simulation:
         if not self.queue.queued_tokens:
             self._busy = False
             return
-        began = self.now
-
-        def ended() -> None:
-            self.longest_batch_s = max(self.longest_batch_s, self.now - began)
-            self._take()
-
-        self._compute(self.queue.next_batch(), ended)
-
-    def _compute(self, batch: list[Job], ended: Callable[[], None]) -> None:
-        """One forward pass after the other, each answered at its end, as `Replica` does it."""
+        batch = self.queue.next_batch()
         passes: dict[int, list[Job]] = {}
         for job in batch:
             team, since, _ = self._answered[job]
@@ -233,32 +219,21 @@ class Simulation:
             self.log.append(Entry(self.now, team.name, -1, cost(job), team.weight))
             passes.setdefault(job.bucket, []).append(job)
         self.batches.append([self._answered[job][0].name for job in batch])
-        self._next_pass(deque(passes.values()), self.now, ended)
+        began = end = self.now
+        for jobs in passes.values():  # one forward pass after the other, each answered at its end
+            seconds = max(FLOOR_S, COST_S * sum(map(cost, jobs)))
+            end += seconds
+            self.at(end, partial(self._answer, jobs, seconds))
+        self.longest_batch_s = max(self.longest_batch_s, end - began)
+        self.at(end, self._take)
 
-    def _next_pass(
-        self, passes: deque[list[Job]], looked: float, ended: Callable[[], None]
-    ) -> None:
-        if not passes:
-            ended()
-            return
-        if self.now - looked >= SHARED_BATCH_S:
-            looked = self.now
-            if ahead := self.queue.take_ahead():
-                self._compute(ahead, partial(self._next_pass, passes, looked, ended))
-                return
-        jobs = passes.popleft()
-        costs = sum(map(cost, jobs))
-        seconds = max(FLOOR_S, COST_S * costs)
-
-        def passed() -> None:
-            self.queue.record_speed(sum(job.bucket for job in jobs), seconds, costs)
-            for job in jobs:
-                _, since, answered = self._answered.pop(job)
-                self.latencies[job.team.name].append(self.now - since)
-                answered(job)
-            self._next_pass(passes, looked, ended)
-
-        self.at(self.now + seconds, passed)
+    def _answer(self, jobs: list[Job], seconds: float) -> None:
+        tokens = sum(job.bucket for job in jobs)
+        self.queue.record_speed(tokens, seconds, sum(map(cost, jobs)))
+        for job in jobs:
+            team, since, answered = self._answered.pop(job)
+            self.latencies[team.name].append(self.now - since)
+            answered(job)
 
     def dispatched(self, team: str, since: float = 0.0, until: float = math.inf) -> float:
         """Cost of what a team got in a time."""

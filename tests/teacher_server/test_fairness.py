@@ -322,16 +322,6 @@ def test_a_light_team_goes_ahead_of_a_flood_that_marks_everything_as_interactive
     assert next_batches(run, INTERACTIVE, 12)[0][:12] == ["light"] * 12
 
 
-def test_a_prompt_of_a_light_team_waits_for_a_pass_and_not_for_the_batch_in_hand() -> None:
-    run = Simulation(max_batch_tokens=16 * BATCH_TOKENS)
-    floods(run)  # nobody else was there: the batch in hand takes more than a second
-    run.at(0.5, lambda: run.submit(team("light"), 128))
-    run.run(3.0)
-    one_pass_s = 500 * simulator.COST_S * 1024 / 4
-    assert run.longest_batch_s > 1.0
-    assert max(run.waits["light"]) <= SHARED_BATCH_S + one_pass_s
-
-
 def test_batches_are_short_while_a_light_team_is_there() -> None:
     run = Simulation(max_batch_tokens=16 * BATCH_TOKENS)
     Closed(run, team("flood"), sizes(512), window=500)
@@ -362,23 +352,6 @@ def test_prompts_in_bursts_gain_no_more_than_the_share_that_was_left_unused() ->
     urgent_bursts(run)
     run.run(60.0)
     assert run.dispatched("urgent_bursts") <= 0.5 * run.total() + BATCH_TOKENS
-
-
-def test_a_budget_is_no_larger_after_an_hour_than_after_a_minute() -> None:
-    taken = []
-    for away_s in (60.0, 3600.0):
-        run = Simulation()
-        Closed(run, team("steady"), sizes(512), window=100, end=0.5)
-        assert isinstance(run.queue, Scheduler)
-        run.run(1.0)
-        run.queue._virtual_time = away_s / simulator.COST_S  # as if steady had gone on
-        for line in run.queue._lines.values():
-            line.start = run.queue._virtual_time
-        Closed(run, team("steady"), sizes(512), window=500, start=1.0)
-        Closed(run, team("guest"), sizes(512), window=500, start=1.1, level=INTERACTIVE)
-        run.run(2.0)
-        taken.append(run.dispatched("guest", 1.0) - run.dispatched("steady", 1.1))
-    assert taken[0] == taken[1] <= BATCH_TOKENS + 2 * 1024
 
 
 def test_a_team_that_returns_has_saved_no_share_up() -> None:

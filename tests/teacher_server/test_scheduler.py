@@ -297,7 +297,7 @@ def test_nobody_goes_ahead_where_only_a_flood_or_nobody_is() -> None:
     assert scheduler.take_ahead() == []
 
 
-def test_what_may_go_ahead_can_be_taken_in_the_middle_of_a_batch() -> None:
+def test_what_may_go_ahead_can_be_taken_by_itself() -> None:
     scheduler = beside_a_flood()
     jobs = submit(scheduler, *(of("light", make_job(level=INTERACTIVE)) for _ in range(3)))
     assert scheduler.has_ahead
