@@ -1,16 +1,19 @@
 """What a flood does to others: a FIFO queue, fairness among credentials, fairness among teams.
 
-Run `python -m benchmarks.fairness`; it prints one table and draws docs/fairness.png. One replica in
+Run `python -m benchmarks.fairness`; it prints two tables and draws docs/fairness.png. One replica in
 virtual time (tests/teacher_server/simulator.py drives the production scheduler): a team that floods
 it with 20 credentials, two trainers of weight 1 and 3, and a light team that asks for one sequence
-three times a second. The numbers are the same on every machine.
+three times a second. The second table is how long a light team waits for its answers beside the
+other three, by what it asks for. These numbers are the same on every machine; with `--live` there
+is a third table, of a real replica (benchmarks/latency.py).
 """
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from teacher_server.scheduler import Scheduler
+from benchmarks.latency import measure
+from teacher_server.scheduler import BULK, INTERACTIVE, TRAINING, Scheduler
 from teacher_server.teams import Team
 from tests.teacher_server.simulator import (
     Closed,
@@ -40,6 +43,7 @@ def main() -> None:
     """Simulates, prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description="A flooding team and three others, simulated.")
     parser.add_argument("--picture", type=Path, default=Path("docs/fairness.png"))
+    parser.add_argument("--live", action="store_true", help="measure a real replica too")
     options = parser.parse_args()
     runs = {name: simulate(*queue) for name, queue in QUEUES.items()}
     print(f"{'':24} {'cost/s':>8}   share of what was dispatched{'':13}wait of the light team, s")
@@ -58,17 +62,40 @@ def main() -> None:
     weights = [team.weight for team in (FLOOD, *TRAINERS)]
     entitled = [(1 - light) * weight / sum(weights) for weight in weights]
     print(f"{'by their weights':36}" + "".join(f"{share:15.1%}" for share in (*entitled, light)))
+    show_latencies()
     draw(runs, options.picture)
+    if options.live:
+        print()
+        measure()
+
+
+def show_latencies() -> None:
+    """How long the light team waits for its answers, per kind of request."""
+    print(f"\n{'a light team asks for':36}{'p50, s':>10}{'p99, s':>10}{'worst, s':>10}")
+    for level, name in ((BULK, "bulk"), (TRAINING, "training"), (INTERACTIVE, "interactive")):
+        for count in (1, 12):
+            run = Simulation()
+            busy(run)
+            Open(run, LIGHT, sizes(128), period_s=1.7, count=count, level=level)
+            waits = sorted(run.run(SECONDS).latencies["light"])
+            title = f"{count} {'sequence' if count == 1 else 'sequences'} at a time, {name}"
+            marks = (waits[len(waits) // 2], waits[int(0.99 * len(waits))], waits[-1])
+            print(f"{title:36}" + "".join(f"{mark:10.3f}" for mark in marks))
 
 
 def simulate(make: Callable[..., Queue], identify: Identify) -> Simulation:
     """One minute of the four teams."""
     run = Simulation(make, identify=identify)
+    busy(run)
+    Open(run, LIGHT, sizes(128), period_s=1 / 3)
+    return run.run(SECONDS)
+
+
+def busy(run: Simulation) -> None:
+    """The three teams that always have work."""
     Closed(run, FLOOD, sizes(*MIXED, seed=0), window=2000, credentials=20)
     for seed, trainer in enumerate(TRAINERS, start=1):
         Closed(run, trainer, sizes(*MIXED, seed=seed), window=100)
-    Open(run, LIGHT, sizes(128), period_s=1 / 3)
-    return run.run(SECONDS)
 
 
 def draw(runs: dict[str, Simulation], path: Path) -> None:

@@ -15,7 +15,6 @@ import os
 import statistics
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +35,7 @@ def score_server(pipe: Connection) -> None:
     from logit_codec import DenseSpec, select
     from protos import teacher_pb2, teacher_pb2_grpc
     from teacher_server.admission import Admission, Limits
+    from teacher_server.encoding import Encoder
     from teacher_server.head import StageTimes
     from teacher_server.metrics import Metrics
     from teacher_server.replica import keep_freed_memory, open_accounts, server_options
@@ -73,7 +73,7 @@ def score_server(pipe: Connection) -> None:
             score=ready,
             encoded=lambda job: None,
             accounts=open_accounts(None),
-            encoder=ThreadPoolExecutor(1),
+            encoder=Encoder(ended=lambda job: None),
             teacher_fingerprint=teacher.teacher_fingerprint,
             id_table=None,
             metrics=Metrics(),

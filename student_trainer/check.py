@@ -43,7 +43,7 @@ class CheckResult:
     nll_by_shift: dict[int, float]
     """Teacher's mean NLL of token i + shift at row i, in nats; clearly lowest at shift 1."""
     latency_ms: float
-    """Median of a short sequence alone, there and back."""
+    """Median of a short sequence, there and back, as somebody at a prompt sees it."""
     tokens_per_s: float
     bytes_per_token: float
     """Of targets, as they are sent and stored."""
@@ -139,7 +139,7 @@ def written_by(teacher: Teacher, num_tokens: int = 24) -> Tensor:
     width = min(4, teacher.info.limits.max_top_k, largest)
     while len(ids) < min(num_tokens, teacher.info.max_sequence_tokens - 1):
         # L tokens have L-1 rows: one more, which may be anything, brings the row of what comes next.
-        ((_, targets),) = teacher.stream([[*ids, 0]], targets=f"top_k:{width}")
+        ((_, targets),) = teacher.stream([[*ids, 0]], targets=f"top_k:{width}", interactive=True)
         row = targets[len(ids) - 1 :]
         assert isinstance(row, TopKTargets)
         best = row.token_ids[row.logprobs.argsort(descending=True)].tolist()
@@ -164,14 +164,14 @@ def check(
         info = teacher.info
         ids = written_by(teacher)
         width = min(64, info.limits.max_top_k, info.effective_vocab_size)
-        ((_, rows),) = teacher.stream([ids], targets=f"top_k:{width}")
+        ((_, rows),) = teacher.stream([ids], targets=f"top_k:{width}", interactive=True)
         by_shift = nll_by_shift(ids, rows)
         wrong = min(nll for shift, nll in by_shift.items() if shift != 1)
 
         waits = []
         for _ in range(9):
             started = time.perf_counter()
-            list(teacher.stream([ids], targets=targets))
+            list(teacher.stream([ids], targets=targets, interactive=True))
             waits.append(time.perf_counter() - started)
 
         length = min(512, info.max_sequence_tokens)

@@ -144,6 +144,7 @@ def _request(
         message.sampled.n = spec.n
     else:
         raise ProtocolError(f"no message for {type(spec).__name__}")
+    level = teacher_pb2.LEVEL_INTERACTIVE if wish.interactive else teacher_pb2.LEVEL_TRAINING
     request = teacher_pb2.ScoreRequest(
         token_ids=ids.tobytes(),
         lengths=[len(ids)],
@@ -151,7 +152,7 @@ def _request(
         temperature=wish.temperature,
         seed=wish.seed,
         epoch=wish.epoch,
-        level=teacher_pb2.LEVEL_TRAINING,
+        level=level,
     )
     mask = row_mask(rows, len(ids) - 1)
     if rows is None or mask is None:

@@ -159,15 +159,18 @@ class Teacher(ABC):
         seed: int = 0,
         epoch: int = 0,
         ahead: int | None = None,
+        interactive: bool = False,
     ) -> TargetStream[Tensor]:
         """(token_ids, targets) of each sequence, in order, with `ahead` sequences in flight.
 
         token_ids: (L,) int64; targets: L-1 rows, row i is the teacher's distribution of token i+1.
-        targets and ahead: by default `default_targets` and `default_ahead` of the teacher. Raises
+        targets and ahead: by default `default_targets` and `default_ahead` of the teacher.
+        interactive: somebody waits for the answers, so a service puts them before the other work of
+        the team and, as long as the team uses less than its share, before that of other teams. Raises
         InvalidRequest for what the teacher refuses, TeacherUnavailable after the patience.
         """
         self.check_usable()
-        wish = self.make_wish(targets, temperature, seed, epoch)
+        wish = replace(self.make_wish(targets, temperature, seed, epoch), interactive=interactive)
         ahead = self.default_ahead if ahead is None else ahead
         return stream_sequences(self.submit, sequences, wish, ahead, self.check_usable)
 

@@ -21,6 +21,8 @@ class Wish:
     epoch: int
     keep_payloads: bool = False
     """Whether answers are to come with the bytes that they were decoded from."""
+    interactive: bool = False
+    """Whether somebody waits for the answers; see LEVEL_INTERACTIVE."""
 
     @classmethod
     def of(cls, targets: str | TargetSpec, temperature: float, seed: int, epoch: int) -> "Wish":

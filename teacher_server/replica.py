@@ -18,7 +18,6 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Self
@@ -39,6 +38,7 @@ from teacher_server.config import ServeConfig
 from teacher_server.connections import ConnectionLimits, Connections
 from teacher_server.cost import CostModel
 from teacher_server.directory import Directory, DirectoryLink, LocalDirectory
+from teacher_server.encoding import Encoder
 from teacher_server.entry import check_entry
 from teacher_server.errors import RequestRefused, ServeError
 from teacher_server.grpc_log import keep_callers_out_of_the_log
@@ -137,7 +137,7 @@ class Replica:
         self._accounts = accounts or open_accounts(None)
         self._waiting: dict[Job, asyncio.Future[Scored]] = {}
         self._backlog = EncodeBacklog(limits.max_reply_nbytes)
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._encoder = Encoder(ended=self._backlog.forget)
         self._compute = threading.Thread(target=self._compute_loop, name="compute", daemon=True)
 
     @classmethod
@@ -282,7 +282,7 @@ class Replica:
             self._resolve(job, RuntimeError("the replica was stopped"))
         # A forward cannot be interrupted; the process may end without it.
         await asyncio.get_running_loop().run_in_executor(None, self._compute.join, seconds)
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+        await asyncio.get_running_loop().run_in_executor(None, self._encoder.close)
         self._bookkeeping.cancel()
         await self._accounts.close()
 
@@ -426,6 +426,7 @@ class Replica:
         self._waiting[job] = future
         try:
             self._scheduler.submit(job)
+            self._backlog.look()
             return await future
         finally:
             self._scheduler.cancel(job)
@@ -443,10 +444,12 @@ class Replica:
 
     def _compute_loop(self) -> None:
         while True:
-            self._backlog.wait()
-            batch = self._scheduler.next_batch()
-            if not batch:
-                return
+            if self._backlog.wait(lambda: self._scheduler.has_ahead):
+                batch = self._scheduler.next_batch()
+                if not batch:
+                    return
+            else:
+                batch = self._scheduler.take_ahead()
             self._accounts.dispatched(batch)
             now = time.monotonic()
             for job in batch:
@@ -471,7 +474,7 @@ class Replica:
         self.workload.computed(seconds)
         self.metrics.busy_s.inc(seconds)
         self._longest_batch_s = max(self._longest_batch_s, seconds)
-        self._scheduler.record_speed(tokens, seconds)
+        self._scheduler.record_speed(tokens, seconds, sum(job.cost for job in group))
         logger.debug(
             "batch scored sequences=%d tokens=%d ms=%.0f", len(group), tokens, 1e3 * seconds
         )

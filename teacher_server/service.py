@@ -11,7 +11,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import Executor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,6 +26,7 @@ from teacher_server.access import Caller, check_request, current_caller
 from teacher_server.accounts import Accounts, origin
 from teacher_server.admission import SESSION_ID_NBYTES, Admission, Admitted
 from teacher_server.directory import DirectoryAway
+from teacher_server.encoding import Encoder, Parts
 from teacher_server.errors import RequestRefused, incident, invalid, quoted, request_error
 from teacher_server.head import StageTimes
 from teacher_server.metrics import Metrics
@@ -79,7 +80,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         score: Score,
         encoded: Callable[[Job], None],
         accounts: Accounts,
-        encoder: Executor,
+        encoder: Encoder,
         teacher_fingerprint: str,
         id_table: IdTable | None,
         metrics: Metrics,
@@ -290,56 +291,55 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
     async def _answer(
         self, answer: "_Answer", index: int, item: Admitted, job: Job, stream: "_Stream"
     ) -> None:
-        """Scores, encodes and writes one sequence."""
+        """Scores, encodes and writes one sequence, each part as soon as it is encoded."""
         try:
             scored = await self._score(job)
-            began = time.perf_counter()
-            loop = asyncio.get_running_loop()
-            parts = await loop.run_in_executor(self._encoder, self._encode, item, scored)
-            self._encoded(job)
+            encoding = self._encoder.encode(job, partial(self._encode, item, scored))
             timing = teacher_pb2.Timing(
                 queue_us=int(1e6 * max(0.0, scored.started_s - job.submitted_s)),
                 forward_us=int(1e6 * scored.times.forward_s),
                 head_us=int(1e6 * scored.times.head_s),
-                encode_us=int(1e6 * (time.perf_counter() - began)),
                 batch_sequences=scored.batch_sequences,
                 batch_tokens=scored.batch_tokens,
             )
             self._metrics.queue_s.observe(timing.queue_us / 1e6)
-            self._metrics.encode_s.observe(timing.encode_us / 1e6)
-            self._workload.encoded(timing.encode_us / 1e6)
             del scored  # a reader that stopped holds the bytes, not the tensors too
             digest = xxhash.xxh3_128_digest(item.ids_bytes)
-            nbytes = sum(len(payload) for *_, payload in parts)
-            delivered = partial(
-                *(self._accounts.delivered, answer.team, answer.origin, index, digest),
-                *(len(item.wanted.rows), nbytes),
-            )
-            for position, (first_row, num_rows, payload) in enumerate(parts):
-                final = position == len(parts) - 1
-                if final:
-                    answer.unfinished -= 1
-                response = teacher_pb2.ScoreResponse(request_id=answer.request_id)
-                part = response.part  # filled in place: a message passed in would be copied
-                part.sequence = index
-                part.first_row = first_row
-                part.num_rows = num_rows
-                part.last = final and answer.unfinished == 0
-                part.ids_digest = digest
-                part.payload = payload
-                part.teacher_fingerprint = self._fingerprint
-                part.timing.CopyFrom(timing)
-                await stream.write(answer, response, before=delivered if final else None)
-                self._metrics.bytes_sent.labels(answer.team.name).inc(len(payload))
+            nbytes = 0
+            with closing(encoding):
+                async for made in encoding:
+                    nbytes += len(made.payload)
+                    timing.encode_us = int(1e6 * made.seconds)
+                    response = teacher_pb2.ScoreResponse(request_id=answer.request_id)
+                    part = response.part  # filled in place: a message passed in would be copied
+                    part.sequence = index
+                    part.first_row = made.first_row
+                    part.num_rows = made.num_rows
+                    part.ids_digest = digest
+                    part.payload = made.payload
+                    part.teacher_fingerprint = self._fingerprint
+                    part.timing.CopyFrom(timing)
+                    delivered = None
+                    if made.first_row + made.num_rows == len(item.wanted.rows):
+                        answer.unfinished -= 1
+                        part.last = answer.unfinished == 0
+                        delivered = partial(
+                            *(self._accounts.delivered, answer.team, answer.origin, index, digest),
+                            *(len(item.wanted.rows), nbytes),
+                        )
+                        self._metrics.encode_s.observe(made.seconds)
+                        self._workload.encoded(made.seconds)
+                    await stream.write(answer, response, before=delivered)
+                    self._metrics.bytes_sent.labels(answer.team.name).inc(len(made.payload))
         except grpc.aio.InternalError:
             answer.failed = True  # nobody takes it: the client has gone
         except Exception as error:
             await self._fail(answer, stream, error, sequence=index, rows=item.wanted.rows)
 
-    def _encode(self, item: Admitted, scored: Scored) -> list[tuple[int, int, bytes]]:
+    def _encode(self, item: Admitted, scored: Scored) -> Parts:
         limit = self._admission.limits.max_part_nbytes - PART_SLACK_NBYTES
-        return list(
-            encode_parts(scored.targets, item.wanted.spec, max_nbytes=limit, id_table=item.id_table)
+        return encode_parts(
+            scored.targets, item.wanted.spec, max_nbytes=limit, id_table=item.id_table
         )
 
     async def _fail(

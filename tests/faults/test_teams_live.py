@@ -23,6 +23,7 @@ BATCHES = ("--batch.max-tokens", str(8 * LENGTH))
 BATCH_S = 0.05
 IDS = torch.arange(LENGTH, dtype=torch.int32).numpy().tobytes()
 TARGETS = teacher_pb2.TargetSpec(top_k=teacher_pb2.TopK(k=1, bits=8))
+DENSE = teacher_pb2.TargetSpec(dense=teacher_pb2.Dense(bits=32))
 
 
 class Shared(Fleet):
@@ -33,7 +34,10 @@ class Shared(Fleet):
     ):
         teams = home / "teams.toml"
         replicas = add_team(teams, "replicas", "--scopes", "generate")
-        tokens = {name: add_team(teams, name, "--weight", weights[name]) for name in weights}
+        scopes = ("--scopes", "score", "dense")
+        tokens = {
+            name: add_team(teams, name, "--weight", weights[name], *scopes) for name in weights
+        }
         flags = (*BATCHES, "--teams", str(teams), *make_certs(home))
         ca = home / "ca.pem"
         super().__init__(
@@ -59,6 +63,12 @@ class Load:
             running = self._stream(address, name, -(-WINDOW // streams), lengths)
             self._tasks.append(asyncio.create_task(running))
 
+    def flood(self, name: str, *, streams: int, window: int) -> None:
+        """A team that asks for dense targets on so many streams, each with a window of its own."""
+        for address, _ in itertools.product(self._fleet.own, range(streams)):
+            running = self._stream(address, name, window, (LENGTH,), DENSE)
+            self._tasks.append(asyncio.create_task(running))
+
     async def storm(self, name: str) -> None:
         """A team that opens streams, asks, and goes away before the answers, until cancelled."""
         numbers = itertools.count()
@@ -72,8 +82,15 @@ class Load:
                 await asyncio.sleep(BATCH_S / 2)
                 call.cancel()
 
-    async def _stream(self, address: str, name: str, window: int, lengths: Sequence[int]) -> None:
-        requests = (_request(n, length) for n, length in enumerate(itertools.cycle(lengths)))
+    async def _stream(
+        self,
+        address: str,
+        name: str,
+        window: int,
+        lengths: Sequence[int],
+        targets: teacher_pb2.TargetSpec | None = None,
+    ) -> None:
+        requests = (_request(n, one, targets) for n, one in enumerate(itertools.cycle(lengths)))
         options = [("grpc.use_local_subchannel_pool", 1)]
         connection = self._fleet.connections[name]
         async with connection.channel(address, options) as channel:
@@ -82,8 +99,9 @@ class Load:
                 await call.write(next(requests))
             async for response in call:
                 assert response.HasField("part"), response.error
-                self.answers.append((time.monotonic(), name))
-                await call.write(next(requests))
+                if response.part.last:
+                    self.answers.append((time.monotonic(), name))
+                    await call.write(next(requests))
 
     def counts(self, since: float, until: float) -> Counter[str]:
         return Counter(name for when, name in self.answers if since <= when < until)
@@ -97,13 +115,16 @@ class Load:
                 assert ended is None, ended
 
 
-def _request(number: int, length: int) -> teacher_pb2.ScoreRequest:
+def _request(
+    number: int, length: int, targets: teacher_pb2.TargetSpec | None = None
+) -> teacher_pb2.ScoreRequest:
+    """Of the last row only, or of all rows if the targets are given."""
     return teacher_pb2.ScoreRequest(
         request_id=number,
         token_ids=IDS[: 4 * length],
         lengths=[length],
-        first_rows=[length - 2],
-        targets=TARGETS,
+        first_rows=[0 if targets else length - 2],
+        targets=targets or TARGETS,
     )
 
 

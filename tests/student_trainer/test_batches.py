@@ -1,11 +1,16 @@
 """What a batch may look like, and that nothing else is taken for one."""
 
+from concurrent.futures import Future
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from student_trainer import InvalidRequest
-from student_trainer.streaming import Layout, stream_sequences
+from protos import teacher_pb2
+from student_trainer import InvalidRequest, TeacherError
+from student_trainer.client import _request
+from student_trainer.streaming import Layout, Teacher, stream_sequences
 from student_trainer.wish import Wish
 
 IDS = torch.arange(1, 31).view(3, 10)
@@ -66,3 +71,32 @@ def test_a_seed_or_epoch_that_is_no_number_of_64_bits_is_refused(value):
 def test_a_stream_of_sequences_is_ahead_by_a_number_of_them(ahead):
     with pytest.raises(InvalidRequest, match="number of sequences"):
         stream_sequences(lambda *_: None, [], Wish.of("sampled", 1.0, 0, 0), ahead)  # type: ignore[arg-type,return-value]
+
+
+class Noted(Teacher):
+    """Answers nothing, and keeps the messages that would have been sent."""
+
+    info = teacher_pb2.TeacherInfo()  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.requests: list[teacher_pb2.ScoreRequest] = []
+
+    def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> Future:
+        self.requests.append(_request(token_ids, rows, wish)[0])
+        future: Future = Future()
+        future.set_exception(TeacherError("nobody is here"))
+        return future
+
+    def close(self) -> None: ...
+    def check_usable(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("options", "level"),
+    [({}, teacher_pb2.LEVEL_TRAINING), ({"interactive": True}, teacher_pb2.LEVEL_INTERACTIVE)],
+)
+def test_a_stream_says_whether_somebody_waits_for_it(options, level):
+    teacher = Noted()
+    with pytest.raises(TeacherError, match="nobody is here"):
+        next(teacher.stream([[1, 2, 3]], ahead=1, **options))
+    assert [request.level for request in teacher.requests] == [level]

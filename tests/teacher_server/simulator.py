@@ -47,6 +47,7 @@ class Queue(Protocol):
     def submit(self, job: Job) -> None: ...
     def cancel(self, job: Job) -> None: ...
     def next_batch(self) -> list[Job]: ...
+    def record_speed(self, tokens: int, seconds: float, cost: float) -> None: ...
 
 
 class Fifo:
@@ -92,6 +93,9 @@ class Fifo:
                 self._queues.pop((level, first[1]), None)
         return batch
 
+    def record_speed(self, tokens: int, seconds: float, cost: float) -> None:
+        """Nothing follows from it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -133,6 +137,10 @@ class Simulation:
         self.log: list[Entry] = []
         self.waits: dict[str, list[float]] = defaultdict(list)
         """Seconds from submission to dispatch of each job of a team."""
+        self.latencies: dict[str, list[float]] = defaultdict(list)
+        """Seconds from submission to the end of its forward pass."""
+        self.batches: list[list[str]] = []
+        """Whose jobs they were, in the order of dispatch."""
         self.longest_batch_s = 0.0
         self.refused: Counter[str] = Counter()
         self.queue = make(
@@ -203,22 +211,28 @@ class Simulation:
         if not self.queue.queued_tokens:
             self._busy = False
             return
+        batch = self.queue.next_batch()
         passes: dict[int, list[Job]] = {}
-        for job in self.queue.next_batch():
+        for job in batch:
             team, since, _ = self._answered[job]
             self.waits[team.name].append(self.now - since)
             self.log.append(Entry(self.now, team.name, -1, cost(job), team.weight))
             passes.setdefault(job.bucket, []).append(job)
+        self.batches.append([self._answered[job][0].name for job in batch])
         began = end = self.now
         for jobs in passes.values():  # one forward pass after the other, each answered at its end
-            end += max(FLOOR_S, COST_S * sum(map(cost, jobs)))
-            self.at(end, partial(self._answer, jobs))
+            seconds = max(FLOOR_S, COST_S * sum(map(cost, jobs)))
+            end += seconds
+            self.at(end, partial(self._answer, jobs, seconds))
         self.longest_batch_s = max(self.longest_batch_s, end - began)
         self.at(end, self._take)
 
-    def _answer(self, jobs: list[Job]) -> None:
+    def _answer(self, jobs: list[Job], seconds: float) -> None:
+        tokens = sum(job.bucket for job in jobs)
+        self.queue.record_speed(tokens, seconds, sum(map(cost, jobs)))
         for job in jobs:
-            _, _, answered = self._answered.pop(job)
+            team, since, answered = self._answered.pop(job)
+            self.latencies[team.name].append(self.now - since)
             answered(job)
 
     def dispatched(self, team: str, since: float = 0.0, until: float = math.inf) -> float:
@@ -229,15 +243,19 @@ class Simulation:
         return sum(entry.cost for entry in self.log)
 
 
-def worst_gap(log: Sequence[Entry], one: str, other: str) -> tuple[float, float]:
+def worst_gap(
+    log: Sequence[Entry], one: str, other: str, budget: float = BATCH_TOKENS
+) -> tuple[float, float]:
     """The largest difference of dispatched cost per weight between two teams, over all intervals in
-    which both have work; and what it may be: a largest job of each, per weight.
+    which both have work; and what it may be: of each, per weight, a largest job, and what it may
+    dispatch ahead of others, which is the budget or one job that is larger.
 
     The difference over an interval is that of a running sum at its ends, so over all intervals of
     one period it is the sum's highest value minus its lowest.
     """
     waiting = {one: 0, other: 0}
     largest = {one: 0.0, other: 0.0}
+    ahead = {one: 0.0, other: 0.0}
     both = False
     worst = balance = low = high = 0.0
     for entry in log:
@@ -248,11 +266,13 @@ def worst_gap(log: Sequence[Entry], one: str, other: str) -> tuple[float, float]
             low, high = min(low, balance), max(high, balance)
             worst = max(worst, high - low)
         largest[entry.team] = max(largest[entry.team], entry.cost / entry.weight)
+        most = max(budget, entry.cost) if budget else 0.0
+        ahead[entry.team] = max(ahead[entry.team], most / entry.weight)
         waiting[entry.team] += entry.work
         before, both = both, all(waiting.values())
         if both and not before:
             balance = low = high = 0.0
-    return worst, sum(largest.values())
+    return worst, sum(largest.values()) + sum(ahead.values())
 
 
 def sizes(*choices: int, seed: int = 0) -> Iterator[int]:

@@ -54,6 +54,32 @@ def test_one_answer_larger_than_the_bound_holds_up_what_comes_after_it_only_unti
     assert not thread.is_alive()
 
 
+def test_only_what_goes_ahead_may_be_computed_above_the_bound():
+    backlog = EncodeBacklog(100)
+    assert backlog.wait(lambda: True)
+    backlog.add(answer(150))
+    assert not backlog.wait(lambda: True)
+    backlog.close()
+    assert backlog.wait(lambda: True)
+
+
+def test_a_look_ends_the_wait_of_what_goes_ahead():
+    backlog = EncodeBacklog(100)
+    backlog.add(answer(120))
+    ahead: list[str] = []
+    results: list[bool] = []
+    thread = threading.Thread(
+        target=lambda: results.append(backlog.wait(lambda: bool(ahead))), daemon=True
+    )
+    thread.start()
+    thread.join(0.1)
+    assert thread.is_alive()
+    ahead.append("a job")
+    backlog.look()
+    thread.join(5)
+    assert results == [False]
+
+
 def test_closing_ends_the_wait():
     backlog = EncodeBacklog(100)
     backlog.add(answer(101))

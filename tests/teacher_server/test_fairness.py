@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_server.scheduler import NUM_LEVELS, Job, Scheduler, _Line
+from teacher_server.scheduler import (
+    BULK,
+    INTERACTIVE,
+    NUM_LEVELS,
+    SHARED_BATCH_S,
+    TRAINING,
+    Job,
+    Scheduler,
+    _Line,
+)
 from teacher_server.teams import Team
 from tests.teacher_server import simulator
 from tests.teacher_server.simulator import (
@@ -90,8 +99,26 @@ def joins_and_leaves(run: Simulation) -> None:
 
 
 def urgent(run: Simulation) -> None:
-    """Marks everything as interactive: that is among its own requests only."""
-    Closed(run, team("urgent"), sizes(512), window=100, level=0)
+    """Marks everything as interactive, and always has work."""
+    Closed(run, team("urgent"), sizes(512), window=100, level=INTERACTIVE)
+
+
+def urgent_bursts(run: Simulation) -> None:
+    """Marks everything as interactive, and pauses just long enough to fill its budget."""
+    Closed(
+        run,
+        team("urgent_bursts"),
+        sizes(*MIXED, seed=8),
+        window=60,
+        on_s=0.3,
+        off_s=0.3,
+        level=INTERACTIVE,
+    )
+
+
+def hopper(run: Simulation) -> None:
+    """Always comes back from idle, and has no more work then than a light team may have."""
+    Closed(run, team("hopper"), sizes(1024), window=3, back_s=0.0)
 
 
 HOSTILE = (
@@ -106,23 +133,25 @@ HOSTILE = (
     tokens,
     joins_and_leaves,
     urgent,
+    urgent_bursts,
+    hopper,
 )
 Setup = Callable[[Simulation], None]
 
 
-def gaps(run: Simulation) -> dict[tuple[str, str], float]:
+def gaps(run: Simulation, budget: float = BATCH_TOKENS) -> dict[tuple[str, str], float]:
     """The largest unfairness of every two teams, as a fraction of what is promised."""
     names = sorted({entry.team for entry in run.log})
     found = {}
     for one, other in itertools.combinations(names, 2):
-        worst, promised = worst_gap(run.log, one, other)
+        worst, promised = worst_gap(run.log, one, other, budget)
         found[one, other] = worst / promised
     return found
 
 
 @pytest.mark.parametrize("hostile", [*HOSTILE, None], ids=lambda one: one and one.__name__)
 @pytest.mark.parametrize("weight", [1.0, 3.0])
-def test_every_two_teams_stay_within_a_largest_job_of_each(
+def test_every_two_teams_stay_within_a_largest_job_and_a_budget_of_each(
     hostile: Setup | None, weight: float
 ) -> None:
     run = Simulation()
@@ -133,6 +162,23 @@ def test_every_two_teams_stay_within_a_largest_job_of_each(
     assert max(found.values()) <= ROUNDING, found
     assert len(found) >= 1
     assert run.dispatched("good") > 0
+
+
+class AllBulk(Scheduler):
+    """Whatever a job says, it is bulk, which never goes ahead."""
+
+    def submit(self, job: Job) -> None:
+        job.level = BULK
+        super().submit(job)
+
+
+def test_without_going_ahead_every_two_teams_stay_within_a_largest_job_of_each() -> None:
+    run = Simulation(AllBulk)
+    good(run)
+    for setup in HOSTILE:
+        setup(run)
+    found = gaps(run.run(6.0), budget=0.0)
+    assert max(found.values()) <= ROUNDING, found
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -237,7 +283,78 @@ def test_a_light_team_waits_at_most_a_batch_among_floods() -> None:
     assert max(fifo.run(30.0).waits["light"]) > 10 * run.longest_batch_s  # what it would wait
 
 
-def test_a_team_that_returns_has_saved_nothing_up() -> None:
+def floods(run: Simulation, count: int = 3, level: int = TRAINING) -> None:
+    for number in range(count):
+        lengths = sizes(*MIXED, seed=number)
+        Closed(run, team(f"flood{number}"), lengths, window=500, level=level)
+
+
+def next_batches(run: Simulation, level: int, count: int) -> list[list[str]]:
+    """The batches after a light team asked for `count` sequences in the middle of one."""
+    before = 0
+
+    def ask() -> None:
+        nonlocal before
+        before = len(run.batches)
+        for _ in range(count):
+            assert run.submit(team("light"), 128, level=level)
+
+    run.at(5.03, ask)
+    run.run(8.0)
+    return run.batches[before:]
+
+
+@pytest.mark.parametrize("level", [INTERACTIVE, TRAINING])
+def test_all_that_a_light_team_asks_for_is_in_the_very_next_batch_among_floods(level: int) -> None:
+    run = Simulation()
+    floods(run)
+    batches = next_batches(run, level, 12)
+    assert batches[0][:12] == ["light"] * 12
+    bulk = Simulation()
+    floods(bulk)
+    spread = next_batches(bulk, BULK, 12)
+    assert spread[0].count("light") < 12  # what it would be by tags alone
+
+
+def test_a_light_team_goes_ahead_of_a_flood_that_marks_everything_as_interactive() -> None:
+    run = Simulation()
+    floods(run, level=INTERACTIVE)
+    assert next_batches(run, INTERACTIVE, 12)[0][:12] == ["light"] * 12
+
+
+def test_batches_are_short_while_a_light_team_is_there() -> None:
+    run = Simulation(max_batch_tokens=16 * BATCH_TOKENS)
+    Closed(run, team("flood"), sizes(512), window=500)
+    Open(run, team("light"), sizes(128), period_s=0.5, start=3.0)
+    run.run(6.0)
+    assert run.longest_batch_s > 1.0, "a team alone may have long ones"
+    run.longest_batch_s = 0.0
+    run.waits.clear()
+    run.run(20.0)
+    largest_s = simulator.COST_S * 700  # a job of 512 tokens
+    assert run.longest_batch_s <= SHARED_BATCH_S + largest_s
+    assert max(run.waits["light"]) <= SHARED_BATCH_S + largest_s
+
+
+def test_a_team_that_marks_everything_as_interactive_gains_nothing_over_a_minute() -> None:
+    run = Simulation()
+    Closed(run, team("urgent"), sizes(512), window=100, credentials=20, level=INTERACTIVE)
+    Closed(run, team("good"), sizes(512), window=100)
+    run.run(60.0)
+    most = 0.5 * run.total() + BATCH_TOKENS + 2 * 1024
+    assert run.dispatched("urgent") <= most
+    assert run.dispatched("good") >= run.total() - most
+
+
+def test_prompts_in_bursts_gain_no_more_than_the_share_that_was_left_unused() -> None:
+    run = Simulation()
+    Closed(run, team("good"), sizes(512), window=100)
+    urgent_bursts(run)
+    run.run(60.0)
+    assert run.dispatched("urgent_bursts") <= 0.5 * run.total() + BATCH_TOKENS
+
+
+def test_a_team_that_returns_has_saved_no_share_up() -> None:
     run = Simulation()
     Closed(run, team("steady"), sizes(256), window=100)
     Closed(run, team("guest"), sizes(256), window=100, start=20.0)
@@ -250,9 +367,27 @@ def test_a_team_that_leaves_at_once_and_returns_has_gained_nothing() -> None:
     run = Simulation()
     Closed(run, team("steady"), sizes(1024), window=20)
     # Its last job is dispatched, it has none waiting, and comes back before its tag is reached.
-    Closed(run, team("hopper"), sizes(1024), window=1, back_s=0.0)
+    hopper(run)
     run.run(30.0)
-    assert run.dispatched("hopper") <= 0.5 * run.total() * 1.01
+    assert run.dispatched("hopper") <= 0.5 * run.total() + BATCH_TOKENS + 2 * 1100
+
+
+def gain_of_returning(make: type = Scheduler) -> float:
+    """What a team of prompts has more than another, each time that it comes back and stays."""
+    run = Simulation(make)
+    Closed(run, team("steady"), sizes(512), window=100)
+    prompts = {"window": 20, "on_s": 2.0, "off_s": 2.0, "level": INTERACTIVE}
+    Closed(run, team("prompts"), sizes(512), **prompts)
+    run.run(60.0)
+    periods = [(since, since + 2.0) for since in range(0, 60, 4)]
+    got = {
+        name: sum(run.dispatched(name, *one) for one in periods) for name in ("steady", "prompts")
+    }
+    return (got["prompts"] - got["steady"]) / len(periods)
+
+
+def test_what_goes_ahead_is_paid_back_while_others_wait() -> None:
+    assert gain_of_returning() <= 1100
 
 
 @pytest.mark.parametrize("hostile", [storm, quitter])
@@ -317,6 +452,62 @@ class CountsJobs(Scheduler):
     def _charge(self, line: _Line, job: Job) -> None:
         self._virtual_time = line.start
         line.start += 1 / line.weight
+
+
+class NoBudget(Scheduler):
+    """Planted: who marks its jobs as interactive always goes ahead."""
+
+    def _review(self, line: _Line) -> None:
+        line.budget = self._max_budget
+        super()._review(line)
+
+
+class NoCap(Scheduler):
+    """Planted: whatever was left unused may be spent at once."""
+
+    def _budget_on_return(self, line: _Line) -> float:
+        return line.budget + max(0.0, line.weight * (self._virtual_time - line.start))
+
+
+class NotCharged(Scheduler):
+    """Planted: going ahead costs budget, and nothing of the share."""
+
+    def _charge_ahead(self, line: _Line, job: Job) -> None:
+        start = line.start
+        super()._charge_ahead(line, job)
+        line.start = start
+
+
+class NotSpent(Scheduler):
+    """Planted: going ahead is charged, and may go on for ever."""
+
+    def _charge_ahead(self, line: _Line, job: Job) -> None:
+        budget = line.budget
+        super()._charge_ahead(line, job)
+        line.budget = budget
+
+
+def test_a_scheduler_that_does_not_charge_who_goes_ahead_is_caught() -> None:
+    assert gain_of_returning(NotCharged) > 3000
+
+
+def test_a_budget_of_every_credential_is_caught() -> None:
+    run = Simulation(identify=by_credential)
+    many = team("many")
+    options = {"window": 60, "credentials": 20, "on_s": 0.6, "off_s": 0.6, "level": INTERACTIVE}
+    Closed(run, many, sizes(512), **options)
+    Closed(run, team("one"), sizes(512), window=100)
+    assert max(gaps(run.run(15.0)).values()) > 1.5
+
+
+@pytest.mark.parametrize("planted", [NoBudget, NoCap, NotSpent])
+def test_a_scheduler_that_lets_a_team_go_ahead_too_far_is_caught(planted: type) -> None:
+    run = Simulation(planted)
+    good(run)
+    Closed(run, team("guest"), sizes(512), window=400, start=5.0, end=5.3, level=INTERACTIVE)
+    urgent(run)
+    urgent_bursts(run)
+    assert max(gaps(run.run(8.0)).values()) > 1.2
 
 
 @pytest.mark.parametrize(

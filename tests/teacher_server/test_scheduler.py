@@ -13,9 +13,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precon
 from logit_codec import TopKSpec
 from teacher_server.errors import RequestRefused
 from teacher_server.head import WantedRows
-from teacher_server.scheduler import NUM_LEVELS, Job, Scheduler
+from teacher_server.scheduler import BULK, INTERACTIVE, NUM_LEVELS, TRAINING, Job, Scheduler
+from teacher_server.teams import Team
 
-INTERACTIVE, TRAINING, BULK = range(NUM_LEVELS)
 NOTHING = torch.empty(0, dtype=torch.int64)
 
 
@@ -275,6 +275,123 @@ def test_a_job_that_departs_after_close_gives_nothing_back_twice() -> None:
     scheduler.close()
     scheduler.cancel(job)
     assert scheduler.queued_tokens == 0
+
+
+def of(team: str, job: Job) -> Job:
+    job.team = Team(team)
+    return job
+
+
+def beside_a_flood(**options: int) -> Scheduler:
+    """A scheduler whose only batch so far was one of a flood that has much more."""
+    scheduler = make_scheduler(batch=128, **options)
+    submit(scheduler, *(of("flood", make_job()) for _ in range(40)))
+    assert len(scheduler.next_batch()) == 4
+    return scheduler
+
+
+def test_nobody_goes_ahead_where_only_a_flood_or_nobody_is() -> None:
+    assert make_scheduler().take_ahead() == []
+    scheduler = beside_a_flood()
+    assert not scheduler.has_ahead
+    assert scheduler.take_ahead() == []
+
+
+def test_what_may_go_ahead_can_be_taken_by_itself() -> None:
+    scheduler = beside_a_flood()
+    jobs = submit(scheduler, *(of("light", make_job(level=INTERACTIVE)) for _ in range(3)))
+    assert scheduler.has_ahead
+    assert scheduler.take_ahead() == jobs
+    assert not scheduler.has_ahead
+    assert scheduler.take_ahead() == []
+    assert scheduler.queued_tokens == 36 * 32
+
+
+def test_a_budget_is_a_batch_and_what_is_beyond_it_waits_for_its_turn() -> None:
+    scheduler = beside_a_flood()
+    jobs = submit(scheduler, *(of("light", make_job(level=INTERACTIVE)) for _ in range(9)))
+    # Two have the smallest tag, the others need the budget, which is for four of them.
+    assert scheduler.take_ahead() + scheduler.take_ahead() == jobs[:6]
+    assert scheduler.take_ahead() == []
+    assert {job.team.name for job in scheduler.next_batch()} == {"flood"}
+
+
+def test_more_training_work_than_a_budget_does_not_go_ahead() -> None:
+    scheduler = beside_a_flood()
+    submit(scheduler, *(of("heavy", make_job()) for _ in range(5)))
+    assert scheduler.take_ahead() == []
+
+
+def test_bulk_work_and_large_answers_do_not_go_ahead() -> None:
+    scheduler = beside_a_flood(reply=1000)
+    submit(scheduler, of("bulk", make_job(level=BULK)))
+    submit(scheduler, of("dense", make_job(level=INTERACTIVE, reply_nbytes=501)))
+    assert scheduler.take_ahead() == []
+    (small,) = submit(scheduler, of("small", make_job(level=INTERACTIVE, reply_nbytes=500)))
+    assert scheduler.take_ahead() == [small]
+
+
+def test_a_job_of_more_than_a_budget_goes_ahead_once_and_leaves_a_debt() -> None:
+    scheduler = beside_a_flood()
+    *first, large, small = submit(
+        scheduler,
+        *(of("light", make_job(level=INTERACTIVE)) for _ in range(2)),
+        of("light", make_job(2000, level=INTERACTIVE)),
+        of("light", make_job(level=INTERACTIVE)),
+    )
+    assert scheduler.take_ahead() == first  # by their tags
+    assert scheduler.take_ahead() == [large]
+    assert scheduler.take_ahead() == []
+    assert small not in scheduler.next_batch()
+
+
+def test_a_job_that_departs_or_is_closed_does_not_go_ahead() -> None:
+    scheduler = beside_a_flood()
+    gone, left = submit(scheduler, *(of("light", make_job(level=INTERACTIVE)) for _ in range(2)))
+    scheduler.cancel(gone)
+    assert scheduler.take_ahead() == [left]
+    submit(scheduler, of("light", make_job(level=INTERACTIVE)))
+    scheduler.close()
+    assert not scheduler.has_ahead
+    assert scheduler.take_ahead() == []
+
+
+def test_teams_that_may_go_ahead_take_turns() -> None:
+    scheduler = beside_a_flood()
+    one = submit(scheduler, *(of("one", make_job(level=INTERACTIVE)) for _ in range(4)))
+    two = submit(scheduler, *(of("two", make_job(level=INTERACTIVE)) for _ in range(4)))
+    taken = scheduler.take_ahead()
+    assert len(set(taken) & set(one)) == len(set(taken) & set(two)) == 2
+
+
+def test_a_forgotten_team_has_no_new_budget_before_it_has_earned_one() -> None:
+    scheduler = beside_a_flood()
+    submit(scheduler, *(of("light", make_job(level=INTERACTIVE)) for _ in range(6)))
+    assert len(scheduler.take_ahead() + scheduler.take_ahead()) == 6
+    for _ in range(2):  # virtual time passes its tag, by half of a budget
+        scheduler.next_batch()
+    for number in range(200):
+        (job,) = submit(scheduler, of(f"stranger{number}", make_job()))
+        scheduler.cancel(job)
+    submit(scheduler, *(of("light", make_job(level=INTERACTIVE)) for _ in range(9)))
+    assert len(scheduler.take_ahead() + scheduler.take_ahead()) == 2 + 2
+
+
+def test_a_batch_is_as_long_as_the_speed_says_while_two_teams_are_there() -> None:
+    times = [0.0]
+    scheduler = Scheduler(
+        max_batch_tokens=1 << 20,
+        max_batch_reply_nbytes=1 << 30,
+        max_queued_tokens=1 << 30,
+        clock=lambda: times[0],
+    )
+    submit(scheduler, of("light", make_job()))
+    scheduler.next_batch()
+    scheduler.record_speed(3200, 1.0, 3200.0)
+    submit(scheduler, *(of("flood", make_job()) for _ in range(100)))
+    assert len(scheduler.next_batch()) == 10  # 0.1 s at 3200 units a second
+    times[0] = 11.0
+    assert len(scheduler.next_batch()) == 90
 
 
 class SchedulerMachine(RuleBasedStateMachine):
