@@ -28,6 +28,8 @@ from typing import NamedTuple
 
 import xxhash
 
+from teacher_server.files import make_private
+
 logger = logging.getLogger(__name__)
 
 SEGMENT_NBYTES = 1 << 16
@@ -107,7 +109,7 @@ class Journal:
         self._sealed: list[int] = []
         self._lock_file: int | None = None
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private(folder)
             self._lock_file = _lock(folder / f"{self.name}.lock")
             if self._lock_file is None:
                 raise OSError(f"{folder}/{self.name}.lock is locked by somebody else")
