@@ -274,15 +274,16 @@ class _Reader:
 
     def _read_file(self, path: Path) -> None:
         try:
-            content = tomllib.loads(path.read_text())
+            settings = _flattened(tomllib.loads(path.read_text()))
         except OSError as error:
             self.all_read = False
             self._wrong(f"cannot read {path}: {error.strerror}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self.all_read = False
-            self._wrong(f"{path} is not TOML: {error}")
+            why = "it is nested too deep" if isinstance(error, RecursionError) else error
+            self._wrong(f"{path} is not TOML: {why}")
         else:
-            for key, value in _flattened(content):
+            for key, value in settings:
                 self._read_setting(path, key, value)
 
     def _read_setting(self, path: Path, key: str, value: Any) -> None:
@@ -295,7 +296,7 @@ class _Reader:
         values = value if isinstance(value, list) else [value]
         are_flags = {isinstance(one, bool) for one in values}
         if (
-            any(isinstance(one, dict | list) for one in values)
+            any(isinstance(one, dict | list) or _is_huge(one) for one in values)
             or (isinstance(value, list) and not option.is_list)
             or are_flags - {option.is_flag}
         ):
@@ -367,6 +368,8 @@ def _must(found: Any, option: _Option) -> str:
             return f"must look like {limits['pattern']}"
         case "literal_error":
             return f"must be {limits['expected']}"
+        case "finite_number":
+            return "must be a finite number"
         case "int_parsing" | "float_parsing" | "int_from_float" | "int_parsing_size":
             return f"must be {option.allowed}"
     return _plain(found)
@@ -387,10 +390,17 @@ def _flattened(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, 
     return found
 
 
+def _is_huge(value: Any) -> bool:
+    """A whole number that no option takes; of those with thousands of digits there is no text."""
+    return isinstance(value, int) and value.bit_length() > 64
+
+
 def _toml(value: Any) -> str:
     """A value about as it stands in the file."""
     if isinstance(value, bool):
         return str(value).lower()
+    if _is_huge(value):
+        return "a number of more than 64 bits"
     if isinstance(value, str):
         return f'"{value[:40]}"'
     if isinstance(value, list):

@@ -40,7 +40,7 @@ def check_address(address: str) -> str:
     if "//" in address:
         raise ValueError(f"{ADDRESS_RULE}, without a scheme or path; got {address!r}")
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+    if not host or not port.isdecimal() or len(port) > 5 or not 1 <= int(port) <= 65535:
         raise ValueError(f"{ADDRESS_RULE}, and a port is 1 to 65535; got {address!r}")
     return address
 
@@ -149,8 +149,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         text = f"cannot read the connection file {path}: {error.strerror}"
         raise type(error)(text) from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} is not TOML: {why}") from None
     if unknown := sorted(set(content) - FILE_KEYS):
         raise ValueError(
             f"{path}: there is no key {unknown[0]!r}; there are {', '.join(sorted(FILE_KEYS))}. A "
@@ -183,6 +184,8 @@ def _pem(value: Pem | None, what: str) -> bytes | None:
             data = Path(value).read_bytes()
         except OSError as error:
             raise FileNotFoundError(f"cannot read {what} {where}: {error.strerror}") from None
+        except ValueError as error:  # a null byte in it
+            raise ValueError(f"cannot read {what} {where!r}: {error}") from None
     if b"-----BEGIN" not in data:
         raise ValueError(f"{where} is not PEM: a {what} begins with -----BEGIN")
     return data

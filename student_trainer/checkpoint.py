@@ -33,9 +33,9 @@ FILE_DIGESTS = "file_digests"
 """In run.json: of the files beside it."""
 UNREADABLE = (
     *(OSError, RuntimeError, EOFError, SafetensorError, KeyError, TypeError, AttributeError),
-    *(pickle.UnpicklingError, json.JSONDecodeError, UnicodeDecodeError),
+    *(pickle.UnpicklingError, ValueError),
 )
-"""What files can raise that are cut off or damaged."""
+"""What files can raise that are cut off or damaged; JSON that is nested too deep: a RuntimeError."""
 
 
 class KeepsCheckpoints(Protocol):
@@ -166,19 +166,20 @@ def read(
     one. Raises ValueError if it is of another run or cannot be read.
     """
     where = where or folder
-    file = "run.json"
+    file, state = "run.json", {}
     try:
         saved = json.loads((folder / file).read_text())
         digests = saved.pop(FILE_DIGESTS)
-        _compare(where, saved, identity)
-        for file in (STATE, WEIGHTS):
-            if _digest(folder / file) != digests[file]:
-                raise EOFError("its bytes have changed")
-        file = STATE
-        # Only tensors and plain values are read back: a file cannot run code here.
-        state = torch.load(folder / file, map_location="cpu", weights_only=True)
-        file = WEIGHTS
-        load_model(student, folder / file)
+        different = _differences(saved, identity)
+        if not different:
+            for file in (STATE, WEIGHTS):
+                if _digest(folder / file) != digests[file]:
+                    raise EOFError("its bytes have changed")
+            file = STATE
+            # Only tensors and plain values are read back: a file cannot run code here.
+            state = torch.load(folder / file, map_location="cpu", weights_only=True)
+            file = WEIGHTS
+            load_model(student, folder / file)
     except UNREADABLE as error:
         wrong = "is damaged"
         if isinstance(error, FileNotFoundError):
@@ -193,6 +194,11 @@ def read(
         raise ValueError(
             f"{where}/{file} {wrong}. {what} --start-over to begin at step 0."
         ) from error
+    if different:
+        raise ValueError(
+            f"{where} belongs to another run: {'; '.join(different)}. Give what it had, "
+            "another --output, or --start-over to delete it and begin again."
+        )
     return state
 
 
@@ -202,20 +208,16 @@ def _digest(path: Path) -> str:
     return xxhash.xxh3_128_hexdigest(np.memmap(path, np.uint8, "r").data)
 
 
-def _compare(where: object, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def _differences(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """What is not the same in two runs, in words."""
     names = [*identity, *(name for name in saved if name not in identity)]
-    different = [
+    return [
         f"the content of {name.removesuffix(DIGEST)} has changed"
         if name.endswith(DIGEST)
         else f"{name} was {saved.get(name)!r} and is {identity.get(name)!r}"
         for name in names
         if saved.get(name) != identity.get(name)
     ]
-    if different:
-        raise ValueError(
-            f"{where} belongs to another run: {'; '.join(different)}. Give what it had, "
-            "another --output, or --start-over to delete it and begin again."
-        )
 
 
 def random_states() -> dict[str, Any]:

@@ -5,6 +5,7 @@ Letters: N sequences, L tokens of each.
 
 import glob
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return sorted(found)
 
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a pair, which JSON can write and no tokenizer takes; bytes that are no text become the same."""
+
+
 def documents(files: Sequence[Path]) -> Iterator[str]:
     """The texts of files: a .jsonl file holds one object with a "text" per line, others are one text."""
     for path in files:
@@ -42,15 +47,18 @@ def documents(files: Sequence[Path]) -> Iterator[str]:
         if path.suffix != ".jsonl":
             yield text
             continue
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # others may stand in a JSON string
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
+                found = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                found = None
+            if not isinstance(found, str):
                 raise ValueError(
                     f"{path}, line {number}: expected an object with a 'text', got {line[:60]!r}"
-                ) from None
+                )
+            yield SURROGATE.sub("\ufffd", found)
 
 
 def pack(files: Sequence[Path], tokenizer: Any, sequence_length: int, *, label: str) -> Tensor:

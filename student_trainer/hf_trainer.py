@@ -400,7 +400,7 @@ class DistillationMixin(_Trainer):
         if not (checkpoint / IDENTITY_FILE).is_file():
             logger.warning("%s does not say which teacher it was trained with", checkpoint)
             return
-        saved, ours = json.loads((checkpoint / IDENTITY_FILE).read_text()), self._identity()
+        saved, ours = _read_identity(checkpoint / IDENTITY_FILE), self._identity()
         if saved["teacher_fingerprint"] != ours["teacher_fingerprint"]:
             raise IncompatibleTeacher(
                 f"{checkpoint} was trained with another teacher: its fingerprint is "
@@ -516,6 +516,20 @@ def _attached(batch: Mapping[str, Any], layout: Layout, targets: Targets | None)
     )
 
 
+def _read_identity(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of its teacher. Raises ValueError that names the file."""
+    try:
+        saved = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        saved = None
+    if not isinstance(saved, dict) or not isinstance(saved.get("teacher_fingerprint"), str):
+        raise ValueError(
+            f"{path} is damaged: it does not say which teacher the checkpoint was trained with. Delete "
+            "it to go on with this teacher, or go on from an older checkpoint."
+        )
+    return saved
+
+
 def _newest_whole(output_dir: Path) -> str | bool:
     """The newest checkpoint that was written to its end, which is when its state is readable."""
     newest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
@@ -526,6 +540,6 @@ def _newest_whole(output_dir: Path) -> str | bool:
         try:
             json.loads((path / "trainer_state.json").read_text())
             return str(path)
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError, RecursionError):
             logger.warning("%s was not written to its end and is left out", path)
     return True

@@ -22,7 +22,11 @@ def license_of(folder: Path) -> str | None:
         return None
     try:
         found = (metadata_load(path) or {}).get("license")
-    except (ValueError, yaml.YAMLError):  # a card that the hub would not read either
+    except (
+        ValueError,
+        RecursionError,
+        yaml.YAMLError,
+    ):  # a card that the hub would not read either
         return None
     return str(found) if found else None
 

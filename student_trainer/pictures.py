@@ -151,6 +151,7 @@ def _calibration(
     lines = []
     for name, of_student in bins.items():
         error = of_run[f"{name}_calibration_error"]
+        of_student = [one for one in of_student if math.isfinite(one.confidence + one.accuracy)]
         if not of_student or error is None:
             continue
         points = [(one.confidence, one.accuracy) for one in of_student]

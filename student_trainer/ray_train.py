@@ -215,7 +215,7 @@ def _mended(job: _Job) -> _Job:
             return job
     except FileNotFoundError:
         return job  # a checkpoint that was not noted may be half of one
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         logger.warning("%s is damaged: going on from the newest checkpoint beside it", snapshot)
     snapshot.unlink(missing_ok=True)
     found = checkpoint.all_in(job.folder)
@@ -227,7 +227,7 @@ def newest_step(folder: Path) -> int | None:
     try:
         noted = json.loads((folder / SNAPSHOT).read_text())["checkpoint_results"]
         steps = [int(one["checkpoint_dir_name"].removeprefix("step-")) for one in noted]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return max(steps, default=None)
 

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
-from google.protobuf.json_format import MessageToDict, ParseDict
+from google.protobuf.json_format import MessageToDict
 from torch import Tensor
 from tqdm import tqdm
 
@@ -356,8 +356,7 @@ class Recorded(Teacher):
 
     def _provenance_info(self) -> teacher_pb2.TeacherInfo:
         assert self._provenance is not None
-        info = teacher_pb2.TeacherInfo()
-        return ParseDict(self._provenance.teacher, info, ignore_unknown_fields=True)
+        return self._provenance.info()
 
     def _read_id_tables(self) -> Sequence[IdTable]:
         tables = [] if self._fallback is None else list(self._fallback.id_tables)

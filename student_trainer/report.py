@@ -212,7 +212,7 @@ def _difference(more: Scores | None, less: Scores | None) -> tuple[float | None,
     assert less.loss is not None
     pairs = zip(more.sequence_losses, less.sequence_losses, strict=True)
     differences = [one - other for one, other in pairs]
-    if len(differences) < 2:
+    if len(differences) < 2 or not all(map(math.isfinite, differences)):
         return more.loss - less.loss, None
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     return more.loss - less.loss, error

@@ -5,12 +5,21 @@ results.json is written once, when the training has ended; `report.py` reads one
 
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 FILE_NAME = "results.json"
 FORMAT = 1
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+MOST = 1e12
+Seconds = Annotated[float, Field(ge=0, lt=MOST)]
+SETTINGS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("sequence_length", "batch_size", "steps", "seed"), (int,)),
+    **dict.fromkeys(("learning_rate", "temperature", "kd_weight", "ce_weight"), (int, float)),
+    **dict.fromkeys(("targets", "optimizer"), (str,)),
+}
+"""Those that a report shows."""
 
 
 class _Part(BaseModel):
@@ -23,7 +32,7 @@ class _Part(BaseModel):
 class Bin(_Part):
     """The rows whose likeliest token got a probability of one tenth of 0 to 1."""
 
-    count: int
+    count: Count
     """Rows; at least 1."""
     confidence: float
     """Mean probability of the likeliest token."""
@@ -46,17 +55,17 @@ class Scores(_Part):
     """Those that are not empty, in ascending order."""
     top1_agreement: float | None = None
     """How often the likeliest token was the teacher's; of a student."""
-    agreement_rows: int = 0
+    agreement_rows: Count = 0
     """Rows whose likeliest token the teacher told."""
 
 
 class StudentResults(_Part):
     """One student that was trained, and how."""
 
-    seconds: float
+    seconds: Seconds
     """In the steps, without the measurements."""
-    waiting_s: float
-    tokens: int
+    waiting_s: Seconds
+    tokens: Count
     """Trained rows."""
     history: list[dict[str, float]]
     """At every logged step: step, tokens, seconds, loss, tokens_per_s, waiting_fraction, ..."""
@@ -64,6 +73,17 @@ class StudentResults(_Part):
     """About ten: step, tokens, seconds, held_out_loss and what else was measured then."""
     scores: Scores
     """At the end."""
+
+    @model_validator(mode="after")
+    def _check_entries(self) -> Self:
+        needed = {"history": "waiting_fraction", "measurements": "held_out_loss"}
+        for name, value in needed.items():
+            for entry in getattr(self, name):
+                if not {"step", "seconds", value} <= entry.keys():
+                    raise ValueError(f"an entry of {name} lacks step, seconds or {value}")
+                if not all(0 <= entry[key] < MOST for key in ("step", "seconds")):
+                    raise ValueError(f"an entry of {name} has an impossible step or time")
+        return self
 
 
 class TeacherResults(_Part):
@@ -75,7 +95,7 @@ class TeacherResults(_Part):
     """As its model card says; None if it has none that can be read here."""
     weights_fingerprint: str
     teacher_fingerprint: str
-    vocab_size: int
+    vocab_size: Count
     scores: Scores
     unknown: str = ""
     """Why some of the scores could not be known."""
@@ -89,8 +109,8 @@ class Results(_Part):
     """All of TrainConfig."""
     data_digest: str
     held_out_digest: str
-    held_out_sequences: int
-    student_parameters: int
+    held_out_sequences: Count
+    student_parameters: Count
     student_architecture: str
     student_license: str | None
     """Of the weights that it started from, as their model card says."""
@@ -104,6 +124,21 @@ class Results(_Part):
     teacher: TeacherResults
     students: dict[str, StudentResults]
     """By name: distilled, and control and shuffled if they were asked for."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "distilled" not in self.students:
+            raise ValueError("it has no distilled student")
+        for name, kinds in SETTINGS.items():
+            value: Any = self.settings.get(name)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ValueError(f"the setting {name} is missing, or of another type")
+            if not isinstance(value, str) and not 0 <= value < MOST:
+                raise ValueError(f"the setting {name} is impossible")
+        scores = [self.teacher.scores, *(student.scores for student in self.students.values())]
+        if len({len(one.sequence_losses) for one in scores if one.loss is not None}) > 1:
+            raise ValueError("not all losses are of the same sequences")
+        return self
 
     def save(self, folder: Path) -> Path:
         """Writes results.json into the folder, whole or not at all."""
@@ -127,7 +162,7 @@ class Results(_Part):
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
+            where = ".".join(map(str, first["loc"])) or "as a whole"
             raise ValueError(
                 f"{path} is damaged, or of another version ({where}: {first['msg']}). Run "
                 "student-trainer train again: with checkpoints it only measures and writes."

@@ -86,7 +86,10 @@ def read_tokenizer(student: Path) -> Any:
 
     if not (student / "config.json").is_file():
         raise ValueError(f"{student} is not a student folder: it has no config.json")
-    return transformers.AutoTokenizer.from_pretrained(student)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(student)
+    except RecursionError:
+        raise ValueError(f"a file of the tokenizer in {student} is nested too deep") from None
 
 
 def read_corpus(config: CorpusConfig) -> Corpus:

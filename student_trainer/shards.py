@@ -20,7 +20,7 @@ import secrets
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -31,7 +31,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
+from google.protobuf.json_format import ParseDict, ParseError
 
+from logit_codec import parse_targets
+from protos import teacher_pb2
 from student_trainer.errors import RecordError
 
 SCHEMA = pa.schema(
@@ -61,6 +64,8 @@ it is read a third faster, for a shard that is 0.7 % larger and takes 1.4 times 
 CHUNK_NBYTES = 4 << 20
 ABANDONED_S = 600.0
 """A partial file that was not written to for so long belongs to nobody any more."""
+MAX_TEMPERATURE = 1e9
+"""Far above any that means something."""
 OPEN_SHARDS = 128
 """Shards of which the footer is kept in memory."""
 DAMAGE = (pa.ArrowException, OSError, KeyError, ValueError, IndexError)
@@ -99,11 +104,29 @@ class Provenance:
 
     @classmethod
     def from_signed(cls, text: bytes) -> Self:
-        """Raises KeyError or ValueError if it is not what `signed` made."""
-        found = json.loads(text)
-        if found.pop("digest") != _digest_of(found):
-            raise ValueError("the provenance of a shard was changed")
-        return cls(found["teacher"], found["spec"], found["temperature"], tuple(found["id_tables"]))
+        """Raises ValueError if it is not what `signed` made."""
+        try:
+            found = json.loads(text)
+            if found.pop("digest") != _digest_of(found):
+                raise ValueError("the provenance of a shard was changed")
+            json.dumps(found, ensure_ascii=False).encode()  # half surrogate pairs are no text
+            if not isinstance(found["teacher"], dict):
+                raise ValueError("the teacher is not described")
+            tables = [bytes.fromhex(table).hex() for table in _listed(found["id_tables"])]
+            made = cls(found["teacher"], found["spec"], found["temperature"], tuple(tables))
+            made.info()
+            parse_targets(made.spec)
+            if isinstance(made.temperature, bool) or not 0 < made.temperature < MAX_TEMPERATURE:
+                raise ValueError("the temperature is not a number above 0")
+        except RecursionError:
+            raise ValueError("the provenance of a shard is nested too deep") from None
+        except (KeyError, TypeError, AttributeError, ParseError) as error:
+            raise ValueError(f"the provenance of a shard is not one ({error!r})") from None
+        return made
+
+    def info(self) -> teacher_pb2.TeacherInfo:
+        """Who the teacher is; fields that this version does not know are left out."""
+        return ParseDict(self.teacher, teacher_pb2.TeacherInfo(), ignore_unknown_fields=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +249,10 @@ class Shards:
 
     def identities(self, name: str) -> pa.Table:
         """The columns IDENTITY of all rows. Raises one of DAMAGE."""
-        return self._file(name)[0].read(columns=list(IDENTITY), use_threads=False)
+        found = self._file(name)[0].read(columns=list(IDENTITY), use_threads=False)
+        if any(found.column(column).null_count for column in ("key", "seed", "epoch")):
+            raise ValueError("a row does not say which sequence it is of")
+        return found
 
     def payloads(self, name: str, row: int, identity: tuple[bytes, int, int]) -> list[bytes]:
         """The targets of a row that has this key, seed and epoch. Raises one of DAMAGE."""
@@ -239,6 +265,8 @@ class Shards:
         )
         if tuple(said) != identity:
             raise ValueError(f"row {row} of {name} is another one than the shard said at first")
+        if not payloads or None in payloads:
+            raise ValueError(f"row {row} of {name} has no targets")
         return payloads
 
     def forget(self, name: str) -> None:
@@ -341,11 +369,25 @@ def missing_shards(folder: Folder, present: Sequence[str]) -> tuple[list[str], l
         name = f"{BESIDE}/{file}"
         try:
             manifest = json.loads(folder.read(name))
-            expected |= {str(shard["name"]) for shard in manifest["shards"]}
-            known |= set(manifest["lost"])
-        except (OSError, ValueError, KeyError, TypeError):
+            sealed = _names(shard["name"] for shard in _listed(manifest["shards"]))
+            known |= _names(_listed(manifest["lost"]))
+            expected |= sealed
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             unreadable.append(name)
     return sorted(expected - known), unreadable
+
+
+def _listed(found: Any) -> list[Any]:
+    if not isinstance(found, list):
+        raise TypeError(f"a list was expected, got {type(found).__name__}")
+    return found
+
+
+def _names(found: Iterable[Any]) -> set[str]:
+    names = list(found)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError("the name of a shard is a text")
+    return set(names)
 
 
 def id_table_file(digest: str) -> str:

@@ -295,11 +295,14 @@ def make_student(folder: Path, *, seed: int, device: str) -> nn.Module:
     import transformers
 
     torch.manual_seed(seed)
-    if has_weights(folder):
-        student: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True
-        )
-    else:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        student = transformers.AutoModelForCausalLM.from_config(config)
+    try:
+        if has_weights(folder):
+            student: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True
+            )
+        else:
+            config = transformers.AutoConfig.from_pretrained(folder)
+            student = transformers.AutoModelForCausalLM.from_config(config)
+    except RecursionError:
+        raise ValueError(f"the config of the student in {folder} is nested too deep") from None
     return student.float().to(device)

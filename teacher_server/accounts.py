@@ -17,7 +17,7 @@ import random
 import struct
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ import grpc
 
 from teacher_server.directory import DirectoryAway, DirectoryLink, Grant, UsageRow, Wish
 from teacher_server.errors import RequestRefused
-from teacher_server.journal import Journal, Kind, Record, orphans, to_bytes
+from teacher_server.journal import Journal, Kind, Record, complain_once, orphans, to_bytes
 from teacher_server.scheduler import Job
 from teacher_server.teams import Team
 
@@ -113,6 +113,10 @@ class Accounts:
         self._level_s = self._synced_s
         """When the directory last knew everything."""
         self._away = False
+        self._told: set[Path] = set()
+        """What is wrong in the folder, and was said."""
+        self._attempts: Counter[str] = Counter()
+        """To take over journals that are still there."""
         self._due = asyncio.Event()
         self._round: asyncio.Future[None] | None = None
         """Of the next sync, if somebody waits for it."""
@@ -445,7 +449,9 @@ class Accounts:
                 )
         except (DirectoryAway, TimeoutError, OSError) as error:
             if not self._away:
-                logger.warning("the directory is away, serving goes on: %s", error or "no answer")
+                logger.warning(
+                    "the directory is away, serving goes on: %s", str(error) or "no answer"
+                )
             self._away = True
             return
         if self._away:
@@ -495,18 +501,38 @@ class Accounts:
         if self._folder is None:
             return
         try:
-            with orphans(self._folder) as found:
-                for name, files in found:
-                    for number, path in files:
-                        segment = number, path.read_bytes()
-                        async with asyncio.timeout(ANSWER_S):
-                            await self._directory.sync(name, segment, {}, ended=True)
-                        path.unlink()
-                    logger.info("took over what another replica had not reported journal=%s", name)
+            with orphans(self._folder, self._told) as found:
+                # What failed before comes last: one that always fails must not keep the others.
+                for name, files in sorted(found, key=lambda one: self._attempts[one[0]]):
+                    self._attempts[name] += 1
+                    if await self._take_over(name, files):
+                        del self._attempts[name]
         except (DirectoryAway, TimeoutError):
             return  # the next time
         except OSError as error:
-            logger.error("the journals in %s: %s", self._folder, error.strerror)
+            complain_once(self._told, self._folder, f"cannot be used: {error.strerror}")
+        except Exception:
+            # The books of this replica are none the worse for it.
+            logger.exception("taking over journals failed, it is tried again")
+
+    async def _take_over(self, name: str, files: list[tuple[int, Path]]) -> bool:
+        """Whether all of a journal was told, and removed."""
+        for number, path in files:
+            try:
+                segment = number, path.read_bytes()
+                async with asyncio.timeout(ANSWER_S):
+                    await self._directory.sync(name, segment, {}, ended=True)
+                path.unlink()
+            except (DirectoryAway, TimeoutError) as error:
+                why = str(error) or "no answer from the directory"
+                complain_once(self._told, path, f"is not taken over yet: {why}")
+                raise
+            except OSError as error:
+                # Those behind it wait: the directory takes them in the order of their numbers.
+                complain_once(self._told, path, f"cannot be taken over: {error.strerror}")
+                return False
+        logger.info("took over what another replica had not reported journal=%s", name)
+        return True
 
 
 def origin(session: bytes, item: int) -> bytes:

@@ -23,11 +23,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import ray
 from ray import serve as ray_serve
+from ray._private import worker as ray_worker
 from ray.actor import ActorProxy
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray.experimental import internal_kv
@@ -400,7 +402,7 @@ def serve(config: ServeConfig) -> int:
             _on_signals(stop)
             with _ray(config), _entry_port(config) as port:
                 _on_signals(stop)  # Ray has put its own in their place
-                return _serve_application(config, port, stop, ready)
+                return _serve_while_ray_lives(config, port, stop, ready)
         except (_StoppedEarly, SystemExit):  # Ray's own handler raises the latter
             print("teacher-server: interrupted before it was ready")
             return 130
@@ -408,6 +410,10 @@ def serve(config: ServeConfig) -> int:
 
 class _StoppedEarly(Exception):
     """A signal came before the service was ready."""
+
+
+class _RayLost(ServeError):
+    """A Ray of our own is not whole any more."""
 
 
 def _on_signals(stop: threading.Event) -> None:
@@ -447,10 +453,41 @@ def _ray(config: ServeConfig) -> Iterator[None]:
         raise ServeError(f"{where}: {_first_line(error)}") from error
     try:
         yield
+    except _RayLost:
+        _kill_rest(folder)  # a raylet that is frozen would be waited for
+        raise
     finally:
         ray.shutdown()
         if folder:
+            _kill_rest(folder)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kill_rest(folder: str) -> None:
+    """Ends what is left of a Ray of our own: actors outlive a raylet that was killed, with their ports.
+
+    Ray's processes are known by the logs that they keep open in its folder.
+    """
+    deadline = time.monotonic() + STOP_MARGIN_S
+    while (pids := list(_processes_of(folder))) and time.monotonic() < deadline:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(POLL_S)
+
+
+def _processes_of(folder: str) -> Iterator[int]:
+    """The processes of the Ray with this folder, but for this one. Others may read its logs too."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            command = (process / "cmdline").read_bytes()
+            if process.name == str(os.getpid()) or not (
+                command.startswith(b"ray::") or b"/ray/" in command
+            ):
+                continue
+            opened = [os.readlink(file) for file in (process / "fd").iterdir()]
+            if any(path.startswith(f"{folder}/") for path in opened):
+                yield int(process.name)
 
 
 @contextlib.contextmanager
@@ -467,7 +504,50 @@ def _entry_port(config: ServeConfig) -> Iterator[int]:
         yield port
 
 
-def _serve_application(config: ServeConfig, port: int, stop: threading.Event, ready: TextIO) -> int:
+def _serve_while_ray_lives(
+    config: ServeConfig, port: int, stop: threading.Event, ready: TextIO
+) -> int:
+    """Serves in a thread: what is asked of a Ray that has died waits for ever. Raises ServeError."""
+    serving: Future[int] = Future()
+    lost = threading.Event()
+
+    def serve() -> None:
+        try:
+            serving.set_result(_serve_application(config, port, stop, lost, ready))
+        except BaseException as error:  # SystemExit too, which Ray raises
+            serving.set_exception(error)
+
+    threading.Thread(target=serve, name="serve", daemon=True).start()
+    while not wait([serving], WATCH_S).done:
+        ended = None if config.ray_address else _ended_part()
+        if ended:
+            lost.set()
+            stop.set()
+            raise _RayLost(
+                f"{ended}, and the service with it. Start it again; if memory ran out, the kernel's log "
+                "(dmesg) names what it killed."
+            )
+    return serving.result()
+
+
+def _ended_part() -> str | None:
+    """What has ended of a Ray of our own, of the parts that it cannot be without."""
+    node: Any = ray_worker._global_node
+    if node is None:
+        return None
+    ended = {name for name, _ in node.dead_processes()}
+    for name in ("gcs_server", "raylet"):
+        if name in ended:
+            return f"Ray's {name} has ended unexpectedly"
+    # One that is frozen is still alive for a minute, as Ray sees it; until then all goes on.
+    alive = [one["Alive"] for one in ray.nodes() if one["NodeID"] == node.node_id]
+    return None if all(alive) else "Ray's raylet does not answer any more"
+
+
+def _serve_application(
+    config: ServeConfig, port: int, stop: threading.Event, lost: threading.Event, ready: TextIO
+) -> int:
+    """lost: set when there is no Ray any more that could be asked for anything."""
     name = config.name or "teacher"
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray_serve.start(proxy_location="Disabled", logging_config=QUIET)
@@ -506,11 +586,13 @@ def _serve_application(config: ServeConfig, port: int, stop: threading.Event, re
         print(f"ready {host}:{port}", file=ready, flush=True)
         if not config.update:
             _wait_for_the_end(name, stop)
+            if lost.is_set():
+                return 1
             logger.info("draining seconds=%s (again to stop at once)", config.drain_s)
     except ValueError as error:
         raise ServeError(_first_line(error)) from error
     finally:
-        if not config.update:
+        if not config.update and not lost.is_set():
             _delete(name, 2 * config.drain_s + 2 * STOP_MARGIN_S)
     logger.info("updated" if config.update else "stopped")
     return 0

@@ -16,7 +16,10 @@ if it dispatched meanwhile, that comes on top: at most the lease.
 
 import asyncio
 import contextlib
+import logging
+import os
 import sqlite3
+import stat
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +28,16 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 from urllib.parse import quote
 
-from teacher_server.files import locked
+from teacher_server.files import locked, make_private
 from teacher_server.journal import Kind, Record, from_bytes
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 FILE_NAME = "ledger.sqlite"
+BESIDE = ("-wal", "-shm")
+"""How the names of SQLite's own files end, beside the ledger."""
 LEASE_S = 30.0
 ACTIVE_S = 3.0
 """A replica shares a team's limits with those that have worked for it in so long."""
@@ -146,10 +153,11 @@ class Directory:
         if folder is None:
             self._base = self._open(":memory:")
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
         # A new file is made WAL by whoever comes first; to a second one at the same moment SQLite says
         # "database is locked" at once, however long its busy_timeout is.
         with locked(folder):
+            _keep_private(folder / FILE_NAME)
             self._base = self._open(str(folder / FILE_NAME))
 
     def _open(self, name: str) -> sqlite3.Connection:
@@ -268,6 +276,26 @@ class Directory:
         )
         self._base.execute("DELETE FROM leases WHERE heard_s < ?", (now - 2 * LEASE_S,))
         return Grant(tokens, left, elsewhere, replicas)
+
+
+def _keep_private(path: Path) -> None:
+    """Lets nobody but its owner read a ledger, which is made if it is not there. Raises OSError.
+
+    SQLite would make a new one for everybody, and gives the files beside it the mode of this one. An
+    open file of it must never be closed here: that would take SQLite's locks away from this process.
+    """
+    path = Path(os.path.realpath(path))
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    for one in (path, *(path.with_name(path.name + side) for side in BESIDE)):
+        try:
+            mode = stat.S_IMODE(one.stat().st_mode)
+            if mode & 0o077:
+                one.chmod(mode & 0o700)
+        except FileNotFoundError:
+            continue
+        except PermissionError:
+            logger.warning("%s can be read by others and is not this user's: chmod 600 it", one)
 
 
 def read_usage(path: Path, team: str | None, since: int) -> list[UsageRow]:

@@ -1,6 +1,7 @@
 """Files that several processes write: whole or not at all, and one at a time."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import tempfile
@@ -27,6 +28,16 @@ def write_atomically(path: Path, data: bytes, mode: int) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def make_private(folder: Path) -> None:
+    """A folder that nobody but its owner can enter, and so those above it that are missing; what is
+    there already stays as it is. Raises OSError."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    for one in reversed(missing):
+        one.mkdir(mode=0o700, exist_ok=True)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
 @contextlib.contextmanager

@@ -17,16 +17,21 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import secrets
+import stat
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import date
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
+
+from teacher_server.files import make_private
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +39,10 @@ SEGMENT_NBYTES = 1 << 16
 """A segment is sealed beyond this; Ray carries up to 100 KB without its object store."""
 _PREFIX = struct.Struct("<QH")
 _BODY = struct.Struct("<BIQQ16s")
+_FILE = re.compile(r"([0-9a-f]{16})\.(lock|[0-9]{6,18})")
+LAST_DAY = (date.max - date(1970, 1, 1)).days
+MOST = 1 << 48
+"""A record counts less than this: the sums of many have to fit into the 64 bits of the ledger."""
 
 
 class Kind(IntEnum):
@@ -67,7 +76,10 @@ def to_bytes(record: Record) -> bytes:
 
 
 def from_bytes(data: bytes) -> Iterator[Record]:
-    """The records of a segment, up to the first one that is damaged: a crash of the host cut it."""
+    """The records of a segment, up to the first one that is damaged: a crash of the host cut it.
+
+    A record that is whole and cannot be counted is left out, and those behind it are not.
+    """
     place = 0
     while place < len(data):
         end = place + _PREFIX.size
@@ -79,11 +91,18 @@ def from_bytes(data: bytes) -> Iterator[Record]:
             break
         kind, day, number, amount, key = _BODY.unpack_from(body)
         place = end + length
-        if kind in Kind._value2member_map_:
-            team = body[_BODY.size :].decode()
-            yield Record(Kind(kind), team, day, number, amount, key)
-        else:
+        if kind not in Kind._value2member_map_:
             logger.error("a journal has a record of kind %d, of a newer version; not counted", kind)
+            continue
+        try:
+            team = body[_BODY.size :].decode()
+        except UnicodeDecodeError:
+            logger.error("a journal has a record of a team whose name is not UTF-8; not counted")
+            continue
+        if day > LAST_DAY or max(number, amount) >= MOST:
+            logger.error("a journal has a record of impossible numbers; not counted team=%s", team)
+            continue
+        yield Record(Kind(kind), team, day, number, amount, key)
     if place < len(data):
         logger.error("a journal is damaged, %d bytes of it are not counted", len(data) - place)
 
@@ -107,7 +126,7 @@ class Journal:
         self._sealed: list[int] = []
         self._lock_file: int | None = None
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private(folder)
             self._lock_file = _lock(folder / f"{self.name}.lock")
             if self._lock_file is None:
                 raise OSError(f"{folder}/{self.name}.lock is locked by somebody else")
@@ -197,27 +216,80 @@ class Journal:
 
 
 @contextmanager
-def orphans(folder: Path) -> Iterator[list[tuple[str, list[tuple[int, Path]]]]]:
+def orphans(
+    folder: Path, told: set[Path] | None = None
+) -> Iterator[list[tuple[str, list[tuple[int, Path]]]]]:
     """The journals whose process has ended: name, and number and file of each segment in order.
 
-    They are locked within this block. A journal whose files the block removes is forgotten.
+    They are locked within this block. A journal whose files the block removes is forgotten. What is
+    no journal's is left alone and logged, once if `told` is kept from call to call. Raises OSError if
+    the folder cannot be read.
     """
+    told = set() if told is None else told
+    told.difference_update([path for path in told if not os.path.lexists(path)])
+    locks: dict[str, int] = {}
     found: list[tuple[str, list[tuple[int, Path]]]] = []
-    locks: dict[Path, int] = {}
     try:
-        for path in sorted(folder.glob("*.lock")):
-            lock = _lock(path)
-            if lock is None:
+        contents = _contents(folder)
+        for path in contents.strays:
+            complain_once(told, path, "is no file of a journal, and is left alone")
+        for name, path in contents.locks.items():
+            try:
+                lock = _lock(path)
+            except OSError as error:
+                complain_once(told, path, f"cannot be locked: {error.strerror}")
                 continue
-            locks[path] = lock
-            segments = sorted(one for one in folder.glob(f"{path.stem}.*") if one != path)
-            found.append((path.stem, [(int(one.suffix[1:]), one) for one in segments]))
+            if lock is not None:
+                locks[name] = lock
+        segments = _contents(folder).segments  # until now one of them may have been written to
+        found += [(name, segments.get(name, [])) for name in locks]
         yield found
     finally:
-        for (_, segments), (path, lock) in zip(found, locks.items(), strict=True):
-            if not any(segment.exists() for _, segment in segments):
-                path.unlink(missing_ok=True)
+        for name, files in found:
+            if not any(path.exists() for _, path in files):
+                with suppress(OSError):  # it is found again
+                    (folder / f"{name}.lock").unlink(missing_ok=True)
+        for lock in locks.values():
             os.close(lock)
+
+
+def complain_once(told: set[Path], path: Path, what: str) -> None:
+    """Logs what is wrong with a file among the journals, unless it is in `told`; there it is put."""
+    if path not in told:
+        told.add(path)
+        logger.error("%s %s", path, what)
+
+
+class _Contents(NamedTuple):
+    """What is in a folder of journals."""
+
+    locks: dict[str, Path]
+    """By journal."""
+    segments: dict[str, list[tuple[int, Path]]]
+    """By journal, in the order of their numbers."""
+    strays: list[Path]
+    """What is neither: copies, what editors and file systems put there, folders, links."""
+
+
+def _contents(folder: Path) -> _Contents:
+    found = _Contents({}, {}, [])
+    for path in sorted(folder.iterdir()):
+        try:
+            is_file = stat.S_ISREG(path.lstat().st_mode)
+        except FileNotFoundError:
+            continue  # its owner has just removed it
+        parts = _FILE.fullmatch(path.name) if is_file else None
+        if parts is None:
+            found.strays.append(path)
+        elif parts[2] == "lock":
+            found.locks[parts[1]] = path
+        elif path == _segment(folder, parts[1], int(parts[2])):
+            found.segments.setdefault(parts[1], []).append((int(parts[2]), path))
+        else:
+            found.strays.append(path)
+    for segments in found.segments.values():
+        segments.sort()
+    return found
 
 
 def _segment(folder: Path, name: str, number: int) -> Path:
@@ -226,7 +298,7 @@ def _segment(folder: Path, name: str, number: int) -> Path:
 
 def _lock(path: Path) -> int | None:
     """An open and locked file, or None if somebody else has it or has just removed it."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.stat(path).st_ino == os.fstat(file).st_ino:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ MIN_BUCKET = 32
 """Shortest padded length: products of fewer rows round differently."""
 HEAD_ARITHMETIC = "model-forward-1"
 """Name of how logits are made from hidden states; part of the fingerprint."""
+SHA256 = re.compile(r"[0-9a-f]{64}")
 ID_TABLE_NAME = "id_table.bin"
 """Beside the weights of a model, if it was fitted."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -420,9 +422,10 @@ def _folder_fingerprint(folder: Path, revision: str) -> str:
     cache_file = _cache_folder() / "weights.json"
     try:
         cache = json.loads(cache_file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         cache = None
-    known = dict(cache) if isinstance(cache, dict) else {}
+    kept = cache.items() if isinstance(cache, dict) else ()
+    known = {one: sha for one, sha in kept if isinstance(sha, str) and SHA256.fullmatch(sha)}
     for path in sorted(folder.glob("*.safetensors")):
         status = path.stat()
         identity = f"{path.resolve()}:{status.st_size}:{status.st_ino}:{status.st_mtime_ns}"

@@ -129,7 +129,8 @@ def parse_teams(text: str, where: str) -> Teams:
     try:
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise TeamsError(f"{where} is not TOML: {error}") from None
+        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise TeamsError(f"{where} is not TOML: {why}") from None
     _only(content, {"teams"}, f"{where}:")
     tables = content.get("teams", {})
     if not isinstance(tables, dict) or not tables:
@@ -206,7 +207,10 @@ def _token(table: Any, where: str) -> Token:
 def _moment(value: Any, where: str) -> datetime:
     """A date begins at midnight UTC; a time without an offset is UTC."""
     if isinstance(value, datetime):
-        return value if value.tzinfo is not None else value.replace(tzinfo=UTC)
+        try:
+            return value.astimezone(UTC) if value.tzinfo is not None else value.replace(tzinfo=UTC)
+        except OverflowError:
+            raise TeamsError(f"{where}.expires is outside the years 1 to 9999 in UTC") from None
     if isinstance(value, date):
         return datetime.combine(value, time(), UTC)
     raise TeamsError(
@@ -253,7 +257,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits or of tables in tables
+        return "something far too large"
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 

@@ -88,6 +88,11 @@ def test_a_connection_file_with_a_mistake_is_told(tmp_path: Path):
         ("ca = 'x'", "address must be"),
         ("address = 'a:1'\ntoken = 'secret'", "token is never in a file"),
         ("address = 'a:1'\nca = 'none.pem'", r"none\.pem"),
+        ("address = " + "[" * 5000, "not TOML: it is nested too deep"),
+        ("address = 'a:1'\nca = " + "9" * 5000, "not TOML"),
+        ("address = 'a:" + "9" * 5000 + "'", "a port is 1 to 65535"),
+        ("address = 'a:1'\nca = 0x" + "f" * 5000, "the rest strings"),
+        ('address = "a:1"\nca = "a\\u0000b"', "cannot read ca .*null byte"),
     ):
         file.write_text(text)
         with pytest.raises((ValueError, OSError), match=words) as caught:

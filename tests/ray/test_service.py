@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -241,6 +242,26 @@ def test_a_killed_launcher_takes_its_ray_along(launch, model_folder) -> None:
         # Two agents of Ray give up after a minute only; they hold no port of ours and no device.
         wait_for(lambda one=launched: set(one.processes().values()) <= AGENTS, 15)
         wait_for(lambda one=launched: not one.processes(), 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_serve_ends_with_its_ray_and_leaves_nothing_behind(launch, model_folder, part: str) -> None:
+    launched = launch(model_folder("Gemma2", VOCAB))
+    host, _, port = launched.address.rpartition(":")
+    session = f"session_*_{launched.process.pid}"
+    assert list(Path("/tmp").glob(f"teacher-*/{session}"))
+    (killed,) = (p for p, command in launched.processes().items() if f"/{part} " in command)
+    os.kill(killed, signal.SIGKILL)
+    assert launched.process.wait(60) == 1
+    told = [line for line in launched.log().splitlines() if line.startswith("teacher-server: ")]
+    assert len(told) == 1
+    assert f"Ray's {part} has ended unexpectedly" in told[0]
+    assert "Traceback" not in launched.log()
+    assert launched.processes() == {}
+    assert not list(Path("/tmp").glob(f"teacher-*/{session}"))
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)), 5)
 
 
 # The last one: it ends the service of the others.

@@ -1,5 +1,7 @@
 import asyncio
 import contextlib
+import errno
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -303,6 +305,83 @@ def test_what_another_replica_left_is_told_to_the_directory(tmp_path: Path):
 
     with_link(test)
     assert list(tmp_path.iterdir()) == []
+
+
+def leave_behind(link: Link, folder: Path, tokens: int) -> str:
+    """What a killed replica leaves; returns the name of its journal."""
+    left = Accounts(link, folder)
+    left.dispatched([make_job(FREE, tokens)])
+    left._journal.close()
+    return left._journal.name
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+async def rounds(monkeypatch: pytest.MonkeyPatch, link: Link, folder: Path, tokens: int) -> None:
+    """A replica that looks for orphans all the time, until so much is in the ledger."""
+    monkeypatch.setattr(accounts, "ADOPT_S", 0.0)
+    monkeypatch.setattr(accounts, "SYNC_S", 0.02)
+    async with books(link, folder) as mine:
+        while sum(row.tokens for row in await link.rows()) < tokens:
+            await mine.sync()
+        for _ in range(5):
+            await mine.sync()
+
+
+def test_a_journal_that_cannot_be_read_stops_no_take_over_of_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    async def test(link: Link) -> None:
+        names = sorted(leave_behind(link, tmp_path, 32) for _ in range(3))
+        kept = tmp_path / f"{names[0]}.000001"
+        behind = tmp_path / f"{names[0]}.000002"
+        behind.write_bytes(kept.read_bytes())
+        read = Path.read_bytes
+
+        def refuse(path: Path) -> bytes:
+            if path == kept:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return read(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", refuse)
+            await rounds(monkeypatch, link, tmp_path, 64)
+        assert names_in(tmp_path) == [
+            f"{names[0]}.000001",
+            f"{names[0]}.000002",
+            f"{names[0]}.lock",
+        ]
+        (message,) = [one for one in caplog.messages if "Permission denied" in one]
+        assert str(kept) in message
+        await rounds(monkeypatch, link, tmp_path, 128)
+        assert names_in(tmp_path) == []
+
+    with_link(test)
+
+
+@pytest.mark.parametrize("error", [DirectoryAway("not this one"), OverflowError("nor this")])
+def test_a_journal_that_the_directory_does_not_take_stops_no_take_over_of_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+):
+    class Choosy(Link):
+        refused = ""
+
+        async def sync(self, holder: str, *arguments, **options) -> dict[str, Grant]:
+            if holder == self.refused:
+                raise error
+            return await super().sync(holder, *arguments, **options)
+
+    async def test(plain: Link) -> None:
+        link = Choosy(plain._directory)
+        names = sorted(leave_behind(link, tmp_path, 32) for _ in range(3))
+        link.refused = names[0]
+        await rounds(monkeypatch, link, tmp_path, 64)
+        assert names_in(tmp_path) == [f"{names[0]}.000001", f"{names[0]}.lock"]
+        await LocalDirectory.close(link)
+
+    with_link(test)
 
 
 def test_a_folder_that_cannot_be_used_is_refused():

@@ -1,12 +1,17 @@
+import errno
 import os
 import signal
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from teacher_server import journal
+from teacher_server.directory import Directory
 from teacher_server.journal import Journal, Kind, Record, from_bytes, orphans, to_bytes
+from teacher_server.usage import usage_row
 from tests.conftest import FORKSERVER
 
 RECORDS = [
@@ -87,6 +92,122 @@ def test_what_a_killed_process_had_written_is_found_and_a_live_ones_is_left_alon
     assert all_records(alive) == RECORDS[:1]
     alive.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def left_behind(folder: Path, *records: Record) -> str:
+    """A journal whose process has ended; returns its name."""
+    gone = Journal(folder)
+    gone.append(b"".join(map(to_bytes, records)))
+    gone.close()
+    return gone.name
+
+
+def link(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+STRAYS: dict[str, Callable[[Path], object]] = {
+    "NAME.bak": Path.touch,
+    "NAME.000001~": Path.touch,
+    "NAME.1": Path.touch,
+    "NAME.0000001": Path.touch,
+    "NAME." + "9" * 200: Path.touch,
+    "NAME.\u0663\u0663\u0663\u0663\u0663\u0663": Path.touch,
+    "NAME.000002": Path.mkdir,
+    "NAME.000003": link,
+    "NAME.000004": os.mkfifo,
+    "NAME.lock~": Path.touch,
+    "NAME.lock.bak": Path.touch,
+    ".nfs000000000001": Path.touch,
+    ".nfs000.lock": Path.touch,
+    "backup.lock": Path.touch,
+    "00000000deadbeef.lock": Path.mkdir,
+    "00000001deadbeef.lock": link,
+    "00000002deadbeef.lock": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("stray", STRAYS)
+def test_what_is_no_journal_is_told_of_once_and_stops_no_take_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stray: str
+):
+    names = sorted(left_behind(tmp_path, record) for record in RECORDS)
+    odd = tmp_path / stray.replace("NAME", names[1])
+    STRAYS[stray](odd)
+    told: set[Path] = set()
+    for _ in range(2):
+        with orphans(tmp_path, told) as found:
+            assert [name for name, _ in found] == names
+            assert [[number for number, _ in files] for _, files in found] == [[1]] * 3
+            ours = [path for _, files in found for _, path in files]
+            assert sum(len(list(from_bytes(path.read_bytes()))) for path in ours) == 3
+    (message,) = caplog.messages
+    assert str(odd) in message
+    for path in ours:
+        path.unlink()
+    with orphans(tmp_path, told):
+        pass
+    with orphans(tmp_path, told) as found:
+        assert found == []
+    assert list(tmp_path.iterdir()) == [odd], "it is left alone"
+
+
+def test_a_lock_that_cannot_be_opened_stops_no_take_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    first, second = sorted(left_behind(tmp_path, record) for record in RECORDS[:2])
+    open_file = os.open
+
+    def refuse(path: Path, *arguments: int) -> int:
+        if Path(path).name == f"{first}.lock":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open_file(path, *arguments)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with orphans(tmp_path, set()) as found:
+        assert [name for name, _ in found] == [second]
+    (message,) = caplog.messages
+    assert f"{first}.lock" in message
+    assert "Permission denied" in message
+
+
+def test_segments_are_taken_over_in_the_order_of_their_numbers(tmp_path: Path):
+    name = left_behind(tmp_path, RECORDS[0])
+    for number in (999_999, 1_000_000):
+        (tmp_path / f"{name}.{number:06}").touch()
+    with orphans(tmp_path) as found:
+        ((_, files),) = found
+        assert [number for number, _ in files] == [1, 999_999, 1_000_000]
+
+
+def signed(body: bytes) -> bytes:
+    """Something that has the digest of a record."""
+    return journal._PREFIX.pack(xxhash.xxh3_64_intdigest(body), len(body)) + body
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        to_bytes(RECORDS[0]).replace(b"search", b"s\xffarch"),
+        to_bytes(RECORDS[0]).replace(b"search", b"s\xed\xa0\x80ch"),  # half a surrogate pair
+        to_bytes(RECORDS[0]._replace(day=(1 << 32) - 1)),
+        to_bytes(RECORDS[0]._replace(number=(1 << 64) - 1)),
+        to_bytes(RECORDS[1]._replace(amount=1 << 63)),
+        to_bytes(RECORDS[0])[:10] + b"\x63" + to_bytes(RECORDS[0])[11:],
+    ],
+    ids=["bytes", "surrogate", "day", "number", "amount", "kind"],
+)
+def test_a_record_that_nobody_can_count_does_not_hide_those_behind_it(
+    caplog: pytest.LogCaptureFixture, odd: bytes
+):
+    data = to_bytes(RECORDS[1]) + signed(odd[journal._PREFIX.size :]) + to_bytes(RECORDS[2])
+    directory = Directory(None)
+    directory.sync("left", (1, data), {})
+    assert list(from_bytes(data)) == [RECORDS[1], RECORDS[2]]
+    assert len(caplog.messages) == 2
+    for row in directory.usage(None, 0):
+        usage_row(row)
+    directory.close()
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch, caplog):

@@ -523,3 +523,22 @@ def test_weights_in_many_files_are_all_part_of_the_fingerprint(tmp_path: Path) -
     weights[name].view(-1)[0] += 1.0
     save_file(weights, files[-1], metadata={"format": "pt"})
     assert load(str(sharded)).weights_fingerprint != before.weights_fingerprint
+
+
+@pytest.mark.parametrize(
+    "value", ['"no hash"', '"\\ud800"', "5", "null", "9" * 5000, "[" * 100_000]
+)
+def test_a_damaged_cache_of_hashes_is_computed_again(
+    folder: Path, cache_file: Path, value: str
+) -> None:
+    first = load(str(folder)).weights_fingerprint
+    good = cache_file.read_text()
+    ((identity, _),) = json.loads(good).items()
+    cache_file.write_text(f"{{{json.dumps(identity)}: {value}}}")
+    assert load(str(folder)).weights_fingerprint == first
+    assert json.loads(cache_file.read_text()) == json.loads(good)
+
+
+def test_a_config_that_is_nested_too_deep_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+    assert f"cannot load a causal LM from {folder}" in refusal(folder)

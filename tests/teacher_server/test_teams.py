@@ -91,6 +91,15 @@ def test_a_file_declares_everything_about_a_team():
         ),
         ("[teams.a]\nlimits = { max_request_tokens = 1.5 }", ["whole number"]),
         ("[teams.a]\nlimits = 3", ["limits", "table"]),
+        ("[teams.a]\nweight = 0x" + "f" * 5000, ["team a", "weight", "far too large"]),
+        ("[teams.a]\nlimits.max_request_tokens = 0x" + "f" * 5000, ["max_request_tokens"]),
+        ("[teams.a]\nweight = " + "9" * 5000, ["not TOML"]),
+        ("[teams.a]\nweight = 1e999", ["weight"]),
+        (f"[teams.a.weight.{'a.' * 3000}a]", ["team a", "weight", "far too large"]),
+        (
+            f"[teams.a]\ntokens = [{{ sha256 = '{A}', expires = 0001-01-01T00:00:00+10:00 }}]",
+            ["tokens[0].expires", "1 to 9999"],
+        ),
     ],
 )
 def test_mistakes_are_told_with_the_file_the_team_and_the_key(text: str, words: list[str]):
