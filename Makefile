@@ -37,6 +37,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.record
 	$(BIN)/python -m benchmarks.fairness
 	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python -m benchmarks.edge
 
 # torch goes first and by its exact version: that is how a CPU build is found where there is one.
 $(VENV)/ready: pyproject.toml constraints.txt
