@@ -4,16 +4,16 @@ results.json is written once, when the training has ended; `report.py` reads one
 """
 
 import os
+import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 FILE_NAME = "results.json"
 FORMAT = 1
-Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 MOST = 1e12
-Seconds = Annotated[float, Field(ge=0, lt=MOST)]
+"""Nothing that is counted or timed here comes near it."""
 SETTINGS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("sequence_length", "batch_size", "steps", "seed"), (int,)),
     **dict.fromkeys(("learning_rate", "temperature", "kd_weight", "ce_weight"), (int, float)),
@@ -32,7 +32,7 @@ class _Part(BaseModel):
 class Bin(_Part):
     """The rows whose likeliest token got a probability of one tenth of 0 to 1."""
 
-    count: Count
+    count: int
     """Rows; at least 1."""
     confidence: float
     """Mean probability of the likeliest token."""
@@ -55,17 +55,17 @@ class Scores(_Part):
     """Those that are not empty, in ascending order."""
     top1_agreement: float | None = None
     """How often the likeliest token was the teacher's; of a student."""
-    agreement_rows: Count = 0
+    agreement_rows: int = 0
     """Rows whose likeliest token the teacher told."""
 
 
 class StudentResults(_Part):
     """One student that was trained, and how."""
 
-    seconds: Seconds
+    seconds: float
     """In the steps, without the measurements."""
-    waiting_s: Seconds
-    tokens: Count
+    waiting_s: float
+    tokens: int
     """Trained rows."""
     history: list[dict[str, float]]
     """At every logged step: step, tokens, seconds, loss, tokens_per_s, waiting_fraction, ..."""
@@ -73,17 +73,6 @@ class StudentResults(_Part):
     """About ten: step, tokens, seconds, held_out_loss and what else was measured then."""
     scores: Scores
     """At the end."""
-
-    @model_validator(mode="after")
-    def _check_entries(self) -> Self:
-        needed = {"history": "waiting_fraction", "measurements": "held_out_loss"}
-        for name, value in needed.items():
-            for entry in getattr(self, name):
-                if not {"step", "seconds", value} <= entry.keys():
-                    raise ValueError(f"an entry of {name} lacks step, seconds or {value}")
-                if not all(0 <= entry[key] < MOST for key in ("step", "seconds")):
-                    raise ValueError(f"an entry of {name} has an impossible step or time")
-        return self
 
 
 class TeacherResults(_Part):
@@ -95,7 +84,7 @@ class TeacherResults(_Part):
     """As its model card says; None if it has none that can be read here."""
     weights_fingerprint: str
     teacher_fingerprint: str
-    vocab_size: Count
+    vocab_size: int
     scores: Scores
     unknown: str = ""
     """Why some of the scores could not be known."""
@@ -109,8 +98,8 @@ class Results(_Part):
     """All of TrainConfig."""
     data_digest: str
     held_out_digest: str
-    held_out_sequences: Count
-    student_parameters: Count
+    held_out_sequences: int
+    student_parameters: int
     student_architecture: str
     student_license: str | None
     """Of the weights that it started from, as their model card says."""
@@ -124,21 +113,6 @@ class Results(_Part):
     teacher: TeacherResults
     students: dict[str, StudentResults]
     """By name: distilled, and control and shuffled if they were asked for."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if "distilled" not in self.students:
-            raise ValueError("it has no distilled student")
-        for name, kinds in SETTINGS.items():
-            value: Any = self.settings.get(name)
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                raise ValueError(f"the setting {name} is missing, or of another type")
-            if not isinstance(value, str) and not 0 <= value < MOST:
-                raise ValueError(f"the setting {name} is impossible")
-        scores = [self.teacher.scores, *(student.scores for student in self.students.values())]
-        if len({len(one.sequence_losses) for one in scores if one.loss is not None}) > 1:
-            raise ValueError("not all losses are of the same sequences")
-        return self
 
     def save(self, folder: Path) -> Path:
         """Writes results.json into the folder, whole or not at all."""
@@ -159,11 +133,45 @@ class Results(_Part):
                 "was stopped goes on with the same student-trainer train."
             )
         try:
-            return cls.model_validate_json(path.read_bytes())
+            found = cls.model_validate_json(path.read_bytes())
+            problem = _problem(found)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "as a whole"
+            found, problem = None, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        if found is None or problem:
             raise ValueError(
-                f"{path} is damaged, or of another version ({where}: {first['msg']}). Run "
+                f"{path} is damaged, or of another version ({problem}). Run "
                 "student-trainer train again: with checkpoints it only measures and writes."
-            ) from None
+            )
+        return found
+
+
+def _problem(results: Results) -> str | None:
+    """Why a report cannot show what was read, although its form is right."""
+    if "distilled" not in results.students:
+        return "it has no distilled student"
+    for name, kinds in SETTINGS.items():
+        value: Any = results.settings.get(name)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            return f"settings.{name} is missing, or of another type"
+        most = MOST if kinds == (int,) else sys.float_info.max
+        if not isinstance(value, str) and not 0 <= value <= most:
+            return f"settings.{name} is impossible"
+    students = list(results.students.values())
+    scores = [results.teacher.scores, *(student.scores for student in students)]
+    if len({len(one.sequence_losses) for one in scores if one.loss is not None}) > 1:
+        return "not all losses are of the same sequences"
+    counts = [results.held_out_sequences, results.student_parameters, results.teacher.vocab_size]
+    counts += [bin.count for one in scores for bin in one.bins]
+    for student in students:
+        counts.append(student.tokens)
+        for needed, entries in (
+            ("waiting_fraction", student.history),
+            ("held_out_loss", student.measurements),
+        ):
+            if not all({"step", "seconds", needed} <= entry.keys() for entry in entries):
+                return f"an entry of a student lacks step, seconds or {needed}"
+        entries = [*student.history, *student.measurements]
+        counts += [entry[name] for entry in entries for name in ("step", "seconds")]
+        counts += [student.seconds, student.waiting_s]
+    return None if all(0 <= one < MOST for one in counts) else "a count or a time is impossible"

@@ -36,8 +36,9 @@ PIECE = 256
 PLAIN_NBYTES, TLS_NBYTES = 16 << 10, 64 << 10
 """What a connection without a call costs, about."""
 CALL_NBYTES = 8 << 10
-STRANGER_NBYTES = 128 << 10
-"""What a stranger may send before anybody is let in over its connection."""
+STRANGER_NBYTES, STRANGER_NBYTES_PER_S = 32 << 10, 4 << 10
+"""What a stranger may send at once, and for how long it takes: to say who it is takes less, with TLS
+too, and a health check takes 200 bytes."""
 STRANGER_CALLS, STRANGER_CALLS_PER_S = 64, 10.0
 """Calls that a stranger may make at once, and for how long it takes; health checks are calls."""
 MAX_REFUSALS = 20
@@ -235,7 +236,7 @@ class Connections:
                 self._notes.pop(peer, None)
 
     def _judge(self, there: dict[int, tuple[int, _Connection]]) -> None:
-        limits = self._limits
+        limits, now = self._limits, self._clock()
         nobody = Note()
         strangers: list[tuple[int, _Connection, int]] = []
         known: list[tuple[int, _Connection, int]] = []
@@ -245,7 +246,8 @@ class Connections:
             if note.vouched:
                 known.append((inode, connection, _unread_nbytes(connection, note)))
                 continue
-            allowed = STRANGER_NBYTES + (limits.max_message_nbytes if note.readers else 0)
+            allowed = STRANGER_NBYTES + STRANGER_NBYTES_PER_S * (now - connection.since_s)
+            allowed += limits.max_message_nbytes if note.readers else 0
             held = self._base_nbytes + note.calls * CALL_NBYTES
             held += _unread_nbytes(connection, note)
             if note.is_tiresome:

@@ -33,6 +33,8 @@ READERS = 6
 """Messages of strangers that are read at a time; each may have what the transport allows."""
 TURN_S = 0.01
 """How long a stranger's message is waited for while others wait."""
+SOON = 8
+"""Calls of a stranger after which its connection is looked at soon."""
 PROBES = "/grpc.health.v1.Health/"
 """Who only calls these is a stranger still."""
 
@@ -128,7 +130,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         note = self._connections.note(context.peer())
         note.begun += 1
         note.calls += 1
-        if note.is_tiresome:
+        if note.begun > SOON and not note.vouched:
             self._connections.hurry()
         return note
 
