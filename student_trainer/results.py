@@ -154,7 +154,7 @@ def _problem(results: Results) -> str | None:
         value: Any = results.settings.get(name)
         if isinstance(value, bool) or not isinstance(value, kinds):
             return f"settings.{name} is missing, or of another type"
-        most = MOST if kinds == (int,) else sys.float_info.max
+        most = (1 << 64) if kinds == (int,) else sys.float_info.max
         if not isinstance(value, str) and not 0 <= value <= most:
             return f"settings.{name} is impossible"
     students = list(results.students.values())
