@@ -253,12 +253,17 @@ def test_serve_ends_with_its_ray_and_leaves_nothing_behind(launch, model_folder,
     assert list(Path("/tmp").glob(f"teacher-*/{session}"))
     (killed,) = (p for p, command in launched.processes().items() if f"/{part} " in command)
     os.kill(killed, signal.SIGKILL)
-    assert launched.process.wait(60) == 1
+    try:
+        assert launched.process.wait(60) == 1
+        left = launched.processes()
+    finally:
+        for pid in launched.processes():
+            os.kill(pid, signal.SIGKILL)
+    assert left == {}
     told = [line for line in launched.log().splitlines() if line.startswith("teacher-server: ")]
     assert len(told) == 1
     assert f"Ray's {part} has ended unexpectedly" in told[0]
     assert "Traceback" not in launched.log()
-    assert launched.processes() == {}
     assert not list(Path("/tmp").glob(f"teacher-*/{session}"))
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, int(port)), 5)
