@@ -1,5 +1,6 @@
-# demo: the main job; test: the suite; test-slow: what takes long of it; check: lint, types, stubs;
-# protos: the stubs; bench: the benchmarks. All set up .venv first. DEMO_FLAGS="--seeds 0 1 2" goes to the demo.
+# demo: the main job; test: the suite, two files at a time, because many tests wait more than they
+# compute; test-slow: what takes long of it; check: lint, types, stubs; protos: the stubs; bench: the
+# benchmarks. All set up .venv first. DEMO_FLAGS="--seeds 0 1 2" goes to the demo.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ demo: $(VENV)/ready
 	$(BIN)/python -m examples.demo $(DEMO_FLAGS)
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow

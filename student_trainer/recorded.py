@@ -289,7 +289,9 @@ class Recorded(Teacher):
             self._put_aside(name)
         for name in missing:
             logger.warning(
-                "%s is missing from %s: its sequences are not replayed", name, self._folder.root
+                "%s is missing from %s: its sequences are not replayed",
+                # A manifest may name anything, also what no log can hold.
+                *(name.encode("ascii", "backslashreplace").decode(), self._folder.root),
             )
         self._missing, self._lost = missing, [*missing, *damaged]
 

@@ -45,6 +45,7 @@ MAX_REFUSALS = 20
 """Calls of a stranger that are refused, until its connection is shut down."""
 GROWTH_NBYTES = 4 << 20
 """Strangers that have sent so much since the last look are looked at again soon."""
+MAX_NOTES = 1 << 17
 TELL_S = 60.0
 FORGET_LOOKS = 4
 FILES = Path("/proc/self/fd")
@@ -154,6 +155,8 @@ class Connections:
         """Of the connection whose other end gRPC calls `peer`."""
         note = self._notes.get(peer)
         if note is None:
+            if len(self._notes) >= MAX_NOTES:  # where nobody looks, nobody forgets
+                self._notes = {name: one for name, one in self._notes.items() if one.calls}
             note = self._notes[peer] = Note(seen=self._look_number)
         return note
 

@@ -64,7 +64,8 @@ class Ports:
         self._make = make
         self._tls = tls
         self._ports: list[_Port] = []
-        self._old: set[asyncio.Task[None]] = set()
+        self._old: dict[grpc.aio.Server, asyncio.Task[None]] = {}
+        """Servers that were replaced and whose streams may go on, and who waits for them."""
         self._died: set[_Port] = set()
         self._wake = asyncio.Event()
 
@@ -93,9 +94,8 @@ class Ports:
 
     async def stop(self, grace_s: float) -> None:
         """Ends all servers; calls that are open may take so long."""
-        for task in self._old:
-            task.cancel()
-        await asyncio.gather(*(_stop(port.server, grace_s) for port in self._ports), *self._old)
+        servers = [*(port.server for port in self._ports), *self._old]
+        await asyncio.gather(*(_stop(server, grace_s) for server in servers))
 
     async def watch(self) -> str:
         """Keeps the ports open; returns only to say which one cannot be."""
@@ -173,9 +173,8 @@ class Ports:
     def _wind_up(self, server: grpc.aio.Server) -> None:
         """Stops a server on the side; its streams may go on for a while."""
         grace_s = OLD_STREAMS_S if len(self._old) < MAX_OLD else None
-        task = asyncio.create_task(_stop(server, grace_s))
-        self._old.add(task)
-        task.add_done_callback(self._old.discard)
+        self._old[server] = asyncio.create_task(_stop(server, grace_s))
+        self._old[server].add_done_callback(lambda _: self._old.pop(server))
 
 
 async def _stop(server: grpc.aio.Server, grace_s: float | None) -> None:

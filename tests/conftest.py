@@ -28,6 +28,13 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tests.preload"])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file of tests stays in one process where several run (`-n`), and all that share a Ray do."""
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def one_torch_thread() -> Iterator[None]:
     """Body of a fixture: one thread of torch, for tests whose tensors are small. Threads that wait
     for each other on busy cores more than doubled their time."""
