@@ -36,9 +36,12 @@ PIECE = 256
 PLAIN_NBYTES, TLS_NBYTES = 16 << 10, 64 << 10
 """What a connection without a call costs, about."""
 CALL_NBYTES = 8 << 10
-STRANGER_NBYTES, STRANGER_NBYTES_PER_S = 32 << 10, 4 << 10
-"""What a stranger may send at once, and for how long it takes: to say who it is takes less, with TLS
-too, and a health check takes 200 bytes."""
+STRANGER_NBYTES, STRANGER_NBYTES_PER_S = 96 << 10, 4 << 10
+"""What a stranger may send at once, and for how long it takes. To say who it is takes a few KiB, with
+TLS too, and a health check 200 bytes; but who sends a message that is too large has sent a whole window
+of it (64 KiB) when it is told."""
+STEP_NBYTES = 32 << 10
+"""Strangers that hold the same number of these are equals."""
 STRANGER_CALLS, STRANGER_CALLS_PER_S = 64, 10.0
 """Calls that a stranger may make at once, and for how long it takes; health checks are calls."""
 MAX_REFUSALS = 20
@@ -266,7 +269,7 @@ class Connections:
             self.hurry()
         self._held_nbytes = held
         # Those that hold much go first, and of equals the oldest.
-        strangers.sort(key=lambda entry: (-(entry[2] // STRANGER_NBYTES), entry[1].since_s))
+        strangers.sort(key=lambda entry: (-(entry[2] // STEP_NBYTES), entry[1].since_s))
         total = len(there)
         for inode, connection, nbytes in strangers:
             crowded = per_address[connection.address] > limits.max_per_address

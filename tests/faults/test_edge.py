@@ -151,18 +151,19 @@ def fragile() -> None:
 @pytest.mark.parametrize("hook", [unhardened, fragile])
 def test_a_server_that_died_is_opened_anew_and_streams_resume(serve, folder, wanted, hook):
     with Fleet(serve, folder, 1, hook=hook, batch_s=0.1) as fleet:
+        opened = lambda: fleet.replicas[0].output().count("opened anew")  # noqa: E731
         with connect(fleet.own[0]) as teacher:
             pairs = teacher.stream(SEQUENCES, ahead=8)
             got = [digest(next(pairs)[1])]
-            for _ in range(3):
+            for number in range(1, 4):
                 with Peer(fleet.own[0]) as peer:
                     peer.call(BAD_PATH)
-                    # Five times what is promised.
+                    # Five times what is promised. It answers still until it has read the path.
+                    wait_until(lambda n=number: opened() >= n, "opened anew", 25.0)
                     wait_until(lambda: answers(fleet.own[0]), "it answers again", 25.0)
             fleet.hurry()
             got += within(60, lambda: [digest(targets) for _, targets in pairs])
         assert got == wanted
-        assert "opened anew" in fleet.replicas[0].output()
         fleet.assert_nothing_left(30.0)
 
 
