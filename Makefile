@@ -12,7 +12,7 @@ demo: $(VENV)/ready
 	$(BIN)/python -m examples.demo $(DEMO_FLAGS)
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow

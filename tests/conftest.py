@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from tests import tiny
 
@@ -28,11 +30,17 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tests.preload"])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file of tests stays in one process where several run (`-n`), and all that share a Ray do."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> "ByFile":
+    """Where several processes run tests (`-n`)."""
+    return ByFile(config, log)
+
+
+class ByFile(LoadFileScheduling):
+    """A file of tests stays in one process, and so do all files that share a Ray."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
 
 
 def one_torch_thread() -> Iterator[None]:

@@ -1,6 +1,6 @@
 """Fixtures of the fault tests: a tiny teacher, and the fault-free run that others are compared with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,13 @@ from tests.faults.oracle import VOCAB, Left, Plan, Training
 @pytest.fixture(scope="session")
 def folder(model_folder: Callable[[str, int], Path]) -> Path:
     return model_folder("Gemma2", VOCAB)
+
+
+@pytest.fixture(scope="module")
+def fleet(serve, folder) -> Iterator[Fleet]:
+    """One replica for all tests of a file that need nothing else."""
+    with Fleet(serve, folder, 1) as fleet:
+        yield fleet
 
 
 @pytest.fixture(scope="session")

@@ -112,12 +112,6 @@ def assert_unchanged(fleet: Fleet, before: list[float], count: int, what: str) -
     raise AssertionError(f"{what}: p99 {tries}, before {p99(before)} s")
 
 
-@pytest.fixture(scope="module")
-def fleet(serve, folder) -> Iterator[Fleet]:
-    with Fleet(serve, folder, 1) as fleet:
-        yield fleet
-
-
 def test_a_service_may_have_as_many_files_open_as_it_can(fleet: Fleet):
     pid = fleet.replicas[0].process.pid
     assert pid is not None

@@ -24,12 +24,6 @@ Damage = Callable[[teacher_pb2.TeacherInfo], None]
 
 
 @pytest.fixture(scope="module")
-def fleet(serve, folder) -> Iterator[Fleet]:
-    with Fleet(serve, folder, 1) as fleet:
-        yield fleet
-
-
-@pytest.fixture(scope="module")
 def relay(fleet: Fleet) -> Iterator[Relay]:
     with Relay(fleet.own[0]) as relay:
         yield relay

@@ -48,12 +48,6 @@ PATHS = (
 
 
 @pytest.fixture(scope="module")
-def fleet(serve, folder) -> Iterator[Fleet]:
-    with Fleet(serve, folder, 1) as fleet:
-        yield fleet
-
-
-@pytest.fixture(scope="module")
 def wanted(fleet: Fleet) -> list[str]:
     with connect(fleet.own[0]) as teacher:
         return [digest(targets) for _, targets in teacher.stream(SEQUENCES)]

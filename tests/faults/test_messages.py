@@ -26,12 +26,6 @@ from tests.faults.relay import Relay
 SEQUENCES = tiny.random_sequences(80, VOCAB, seed=11)
 
 
-@pytest.fixture(scope="module")
-def fleet(serve, folder) -> Iterator[Fleet]:
-    with Fleet(serve, folder, 1) as fleet:
-        yield fleet
-
-
 @pytest.fixture
 def relay(fleet: Fleet) -> Iterator[Relay]:
     with Relay(fleet.own[0]) as relay:

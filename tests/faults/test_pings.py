@@ -2,15 +2,14 @@
 
 import socket
 import time
+from collections import deque
 from collections.abc import Iterator
 
 import pytest
 
 from tests.faults.fleet import Fleet
+from tests.faults.http2 import ACK, GOAWAY, PING, PREFACE, Frame, Frames, frame, reply, settings
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-SETTINGS, PING, GOAWAY = 4, 6, 7
-ACK = 1
 ENHANCE_YOUR_CALM = 11
 
 
@@ -21,29 +20,23 @@ class Connection:
         self.answers_pings = False
         host, _, port = address.rpartition(":")
         self.socket = socket.create_connection((host, int(port)))
-        self.socket.sendall(PREFACE + self._frame(SETTINGS, b""))
-        self._received = b""
-
-    @staticmethod
-    def _frame(kind: int, payload: bytes, flags: int = 0) -> bytes:
-        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + bytes(4) + payload
+        self.socket.sendall(PREFACE + settings())
+        self._cut = Frames()
+        self._received: deque[Frame] = deque()
 
     def ping(self) -> None:
-        self.socket.sendall(self._frame(PING, bytes(8)))
+        self.socket.sendall(frame(PING, payload=bytes(8)))
 
     def wait_for(self, kind: int, flags: int, seconds: float) -> bytes | None:
         """The payload of the next frame of this kind; None if another end comes first."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
-            while len(self._received) >= 9:
-                size = 9 + int.from_bytes(self._received[:3], "big")
-                if len(self._received) < size:
-                    break
-                frame, self._received = self._received[:size], self._received[size:]
-                if (frame[3], frame[4]) == (PING, 0) and self.answers_pings:
-                    self.socket.sendall(self._frame(PING, frame[9:], ACK))
-                if (frame[3], frame[4]) == (kind, flags):
-                    return frame[9:]
+            while self._received:
+                one = self._received.popleft()
+                if self.answers_pings:
+                    self.socket.sendall(reply(one))
+                if (one.kind, one.flags) == (kind, flags):
+                    return one.payload
             self.socket.settimeout(left)
             try:
                 chunk = self.socket.recv(65536)
@@ -51,14 +44,8 @@ class Connection:
                 return None
             if not chunk:
                 return None
-            self._received += chunk
+            self._received += self._cut.feed(chunk)
         return None
-
-
-@pytest.fixture(scope="module")
-def fleet(serve, folder) -> Iterator[Fleet]:
-    with Fleet(serve, folder, 1) as fleet:
-        yield fleet
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """A client and a service of different versions: each works with the one of before."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -19,12 +18,6 @@ from tests.faults.relay import Relay
 SEQUENCES = tiny.random_sequences(12, VOCAB, seed=12)
 ADDED_SINCE = {"ScoreResponse": {"full_check"}}
 """Fields that a client or service of before does not know."""
-
-
-@pytest.fixture(scope="module")
-def fleet(serve, folder) -> Iterator[Fleet]:
-    with Fleet(serve, folder, 1) as fleet:
-        yield fleet
 
 
 @pytest.fixture(scope="module")
