@@ -232,6 +232,7 @@ class _Call:
             ) from None
         if data is None:
             raise invalid("MALFORMED", f"a call to {self._method.name} has one message.", field="")
+        self._count(data)
         return self._received(data)
 
     def raise_if_refused(self) -> None:
@@ -255,6 +256,7 @@ class _Call:
         try:
             async with asyncio.timeout(FIRST_REQUEST_S if self._is_first else None):
                 data = await anext(self._messages)
+            self._count(data)  # before it stops to be read, or it would be too much for a stranger
         except TimeoutError:
             raise RequestRefused(
                 grpc.StatusCode.UNAVAILABLE,
@@ -271,11 +273,14 @@ class _Call:
             self._note.readers -= 1
         return self._received(data)
 
+    def _count(self, data: bytes) -> None:
+        """Takes a message that came whole off what its connection has sent."""
+        self._note.messages += 1
+        self._note.messages_nbytes += len(data)
+
     def _received(self, data: bytes) -> Any:
         request = self._method.parse(data)
         self._is_first = False
-        self._note.messages += 1
-        self._note.messages_nbytes += len(data)
         self._note.vouched = self._note.vouched or not self._method.is_probe
         return request
 

@@ -30,6 +30,11 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tests.preload"])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that several processes end at the same time."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> "ByFile":
     """Where several processes run tests (`-n`)."""

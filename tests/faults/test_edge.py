@@ -240,12 +240,13 @@ def test_a_port_that_cannot_be_opened_again_ends_its_replica_and_another_takes_o
 # Memory before anybody is asked who they are.
 
 
+@pytest.mark.parametrize("count", [100, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["unfinished", "unfinished-check", "watching", "idle", "half-tls"])
-def test_strangers_do_not_make_a_shared_service_grow(shared: Shared, kind: str):
+def test_strangers_do_not_make_a_shared_service_grow(shared: Shared, kind: str, count: int):
     with shared.connect() as teacher:
         list(teacher.stream(SEQUENCES))
         before = shared.rss_nbytes()
-        with crowd(kind, 300, shared.address, ca=shared.ca):
+        with crowd(kind, count, shared.address, ca=shared.ca):
             for _ in range(4):
                 assert len(within(60, lambda: list(teacher.stream(SEQUENCES[:20])))) == 20
                 assert shared.rss_nbytes() - before < STRANGERS_NBYTES

@@ -17,12 +17,16 @@ from tests.faults.fleet import Fleet
 from tests.teams import add_team, make_certs
 
 LENGTH = 64
-WINDOW = 40
-"""Requests in flight of a team at each replica: five batches."""
+WINDOW = 160
+"""Requests in flight of a team at each replica: twenty batches, so that it always has some there, also
+where this process has to wait for its turn."""
+STORM = 40
 BATCHES = ("--batch.max-tokens", str(8 * LENGTH))
 BATCH_S = 0.05
 IDS = torch.arange(LENGTH, dtype=torch.int32).numpy().tobytes()
 TARGETS = teacher_pb2.TargetSpec(top_k=teacher_pb2.TopK(k=1, bits=8))
+ENOUGH = 640
+"""Answers: one batch more or less of these is no difference."""
 DENSE = teacher_pb2.TargetSpec(dense=teacher_pb2.Dense(bits=32))
 
 
@@ -77,7 +81,7 @@ class Load:
             stub = teacher_pb2_grpc.TeacherStub(channel)
             while True:
                 call = stub.Score(metadata=connection.metadata)
-                for _ in range(WINDOW):
+                for _ in range(STORM):
                     await call.write(_request(next(numbers), LENGTH))
                 await asyncio.sleep(BATCH_S / 2)
                 call.cancel()
@@ -137,7 +141,8 @@ async def weights_and_a_guest(fleet: Shared, seconds: float) -> tuple[float, flo
     await asyncio.sleep(1.0)
     began = time.monotonic()
     await asyncio.sleep(seconds)
-    counts = load.counts(began, time.monotonic())
+    while (counts := load.counts(began, time.monotonic())).total() < ENOUGH:
+        await asyncio.sleep(0.5)
     joined = time.monotonic()
     load.join("guest", streams=4)
     joining_s = float("inf")
