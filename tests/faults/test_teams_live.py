@@ -140,9 +140,10 @@ async def weights_and_a_guest(fleet: Shared, seconds: float) -> tuple[float, flo
     load.join("three")
     await asyncio.sleep(1.0)
     began = time.monotonic()
-    await asyncio.sleep(seconds)
-    while (counts := load.counts(began, time.monotonic())).total() < ENOUGH:
-        await asyncio.sleep(0.5)
+    counts = Counter[str]()
+    while counts.total() < ENOUGH:
+        await asyncio.sleep(seconds)
+        counts = load.counts(began, time.monotonic())
     joined = time.monotonic()
     load.join("guest", streams=4)
     joining_s = float("inf")
