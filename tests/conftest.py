@@ -80,7 +80,7 @@ class Served:
     def output(self) -> str:
         return self.log.read_text()
 
-    def wait_ready(self, seconds: float = 120.0) -> str:
+    def wait_ready(self, seconds: float = 300.0) -> str:
         """The address, once the service has printed it; fails with its output if it does not."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

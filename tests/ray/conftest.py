@@ -98,7 +98,7 @@ class Launched:
     def ray_address(self) -> str:
         return self.log().partition("ray started address=")[2].split()[0]
 
-    def wait_ready(self, seconds: float = 120) -> str:
+    def wait_ready(self, seconds: float = 300) -> str:
         wait_for(lambda: self.output() or self.process.poll() is not None, seconds)
         assert self.output().startswith("ready "), self.log()
         self.address = self.output().split()[1]
@@ -121,7 +121,7 @@ class Launched:
         title = f"ray::ServeReplica:{name}:"
         return [pid for pid, command in self.processes().items() if command.startswith(title)]
 
-    def stop(self, seconds: float = 60) -> int:
+    def stop(self, seconds: float = 180) -> int:
         """Ctrl-C in its terminal; what is left after that is killed, and the test fails."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGINT)

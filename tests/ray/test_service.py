@@ -60,6 +60,11 @@ def test_everything_listens_on_loopback_and_no_argument_has_the_token(pair: Laun
     assert token not in pair.log()
 
 
+def test_replicas_get_as_much_of_the_machine_as_other_programs(pair: Launched) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in pair.replica_pids()] == [own, own]
+
+
 def test_a_killed_replica_is_forgotten_and_replaced(pair: Launched) -> None:
     before = members(pair.address)
     with trainer(pair.address):
