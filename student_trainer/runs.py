@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from logit_codec import parse_targets
+from protos.extras import check_installed
 from student_trainer import data, model_card, trainer
 from student_trainer.checkpoint import Checkpoints, KeepsCheckpoints, step_of
 from student_trainer.client import RemoteTeacher, connect
@@ -75,6 +76,10 @@ def check_settings(config: CorpusConfig) -> None:
     except ValueError as error:
         raise ValueError(f"--targets: {error}") from None
     if isinstance(config, TrainConfig):
+        if config.workers:
+            check_installed("ray-train", "ray", "pandas")
+        if config.tensorboard:
+            check_installed("train", "tensorboard")
         if not config.workers:  # theirs may be on other machines
             find_device(config)
         parse_ahead(ahead_of(config))
