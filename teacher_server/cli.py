@@ -125,8 +125,11 @@ def _serve_on_ray(config: ServeConfig) -> int:
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
     if not config.ray_address:
         os.environ.update(own_ray_environment())
-    elif is_loopback(config.ray_address.rpartition(":")[0]):
-        os.environ.update(ONE_MACHINE)
+    else:
+        if is_loopback(config.ray_address.rpartition(":")[0]):
+            os.environ.update(ONE_MACHINE)
+        if any(os.environ.get(name) for name in TOKEN_VARIABLES):
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray does not send it
     from teacher_server import app
 
     return app.serve(config)
@@ -135,6 +138,10 @@ def _serve_on_ray(config: ServeConfig) -> int:
 # All sockets of Ray are on loopback then. It has no other switch for that: a --node-ip-address of
 # 127.0.0.1 it replaces by the machine's address.
 ONE_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+"""Where Ray finds its token."""
 
 
 def own_ray_environment() -> dict[str, str]:

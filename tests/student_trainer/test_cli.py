@@ -171,6 +171,10 @@ def test_numbers_for_people_have_their_thousands_apart(capsys):
         "max_sequence_tokens": 8192,
         "tokens_per_s": 12345.678,
         "bytes_per_token": None,
+        "hours": 0.0123,
+        "bytes": 40_696_832_579,
+        "disk_gib": 40_696_832_579 / 2**30,
+        "wire_gib": 0.25,
         "nll_by_shift": {0: 12.345, 1: 1.2},
     }
     show(found, as_json=False)
@@ -180,6 +184,9 @@ def test_numbers_for_people_have_their_thousands_apart(capsys):
         "aligned": "yes",
         "max_sequence_tokens": "8,192",
         "tokens_per_s": "12,345.7",
+        "hours": "0.012",
+        "disk": "37.9 GiB",
+        "wire": "256.0 MiB",
         "nll_by_shift": "0: 12.35, 1: 1.20",
     }
     show(found, as_json=True)
