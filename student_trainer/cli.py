@@ -176,8 +176,13 @@ def run_record(config: RecordConfig) -> int:
 
 def run_check(config: CheckConfig) -> int:
     """Prints what `check` found; 1 if the targets are not where they should be."""
+    from logit_codec import parse_targets
     from student_trainer.check import check
 
+    try:
+        parse_targets(config.targets)
+    except ValueError as error:
+        raise ValueError(f"--targets: {error}") from None
     tokenizer = None
     if config.student is not None:
         from student_trainer.runs import read_tokenizer

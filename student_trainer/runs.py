@@ -90,7 +90,9 @@ def read_tokenizer(student: Path) -> Any:
     import transformers
 
     if not (student / "config.json").is_file():
-        raise ValueError(f"{student} is not a student folder: it has no config.json")
+        hub = "" if student.exists() else ". A model of the hub has to be in a folder: hf download "
+        hub += f"{student} --local-dir FOLDER" if hub else ""
+        raise ValueError(f"{student} is not a student folder: it has no config.json{hub}")
     try:
         return transformers.AutoTokenizer.from_pretrained(student)
     except RecursionError:

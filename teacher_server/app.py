@@ -32,7 +32,7 @@ import ray
 from ray import serve as ray_serve
 from ray._private import services
 from ray._private import worker as ray_worker
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
 from ray.actor import ActorProxy
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray.experimental import internal_kv
@@ -476,7 +476,7 @@ def _check_cluster(given: str) -> None:
             "cluster's GCS: what `ray start --head` prints, or a launcher in its first log line."
         ) from None
     token = os.environ.get("RAY_AUTH_MODE") == "token" and _ray_token()
-    metadata = [("authorization", token)] if token else []
+    metadata = (("authorization", token),) if token else ()
     with grpc.insecure_channel(address) as channel:
         call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:

@@ -117,6 +117,12 @@ def test_what_can_be_known_at_once_is_refused_before_anything_is_read(
     assert not (tmp_path / "out").exists()
 
 
+def test_check_refuses_targets_that_there_are_not_before_it_connects(capsys):
+    assert main(["check", "no.such.host:1", "--targets", "topk"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("student-trainer: --targets: unknown kind of targets 'topk'")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_is_looked_for_where_the_student_is_trained():
     where = ("--student", "s", "--data", "d", "--teacher", "127.0.0.1:1", "--output", "o")

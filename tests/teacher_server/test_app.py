@@ -89,7 +89,9 @@ def test_a_mistake_in_the_yaml_is_a_line_that_serve_shows_without_a_traceback(ar
 
 
 def test_a_wrong_address_of_a_cluster_is_told_at_once():
-    with pytest.raises(ServeError, match=r"no Ray answers at --ray-address 127\.0\.0\.1:1: .*refused"):
+    with pytest.raises(
+        ServeError, match=r"no Ray answers at --ray-address 127\.0\.0\.1:1: .*refused"
+    ):
         app._check_cluster("127.0.0.1:1")
     with pytest.raises(ServeError, match="It is auto, or the HOST:PORT of the cluster's GCS"):
         app._check_cluster("127.0.0.1")
