@@ -109,6 +109,8 @@ def serve(config: ServeConfig) -> int:
         if not config.ray_address:
             check_port_free(config.host, config.port)
         if config.standalone:
+            if config.metrics_port is not None:
+                check_port_free(config.host, config.metrics_port, "--metrics-port")
             return asyncio.run(_serve_standalone(config))
         return _serve_on_ray(config)
     except TeacherServerError as error:
@@ -197,7 +199,7 @@ def _stop_or_exit(stop: asyncio.Event) -> None:
     stop.set()
 
 
-def check_port_free(host: str, port: int) -> None:
+def check_port_free(host: str, port: int, flag: str = "--port") -> None:
     """Raises ServeError if somebody listens there, also somebody who shares the port."""
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
@@ -211,7 +213,7 @@ def check_port_free(host: str, port: int) -> None:
         except OSError as error:
             raise ServeError(
                 f"cannot listen on {host}:{port}: {error.strerror}. Another service may be "
-                "running there; choose another port with --port, or 0 for a free one."
+                f"running there; choose another port with {flag}, or 0 for a free one."
             ) from error
 
 
