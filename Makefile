@@ -1,12 +1,13 @@
 # demo: the main job; test: the suite, two files at a time, because many tests wait more than they
 # compute; test-slow: what takes long of it; check: lint, types, stubs; protos: the stubs; bench: the
-# benchmarks. All set up .venv first. DEMO_FLAGS="--seeds 0 1 2" goes to the demo.
+# benchmarks. All of these set up .venv first. wheel: dist/*.whl, to install on other machines.
+# DEMO_FLAGS="--seeds 0 1 2" goes to the demo.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_FLAGS ?=
 
-.PHONY: demo test test-slow check protos bench
+.PHONY: demo test test-slow check protos bench wheel
 
 demo: $(VENV)/ready
 	$(BIN)/python -m examples.demo $(DEMO_FLAGS)
@@ -39,6 +40,9 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.fairness
 	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.edge
+
+wheel:
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 # torch goes first and by its exact version: that is how a CPU build is found where there is one.
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -1,7 +1,7 @@
 """What a distillation loss costs in memory and time: from full logits, fused, and TRL's.
 
 Run `python -m benchmarks.losses` (13 minutes of one core; --rounds 1 takes five). TRL's rows need
-`pip install 'logitstream[bench]'`. 512 rows of a head of 256,000 x 128 in float32, 64 kept ids per
+`pip install -e '.[bench]'`. 512 rows of a head of 256,000 x 128 in float32, 64 kept ids per
 row: forward, backward, gradients of hidden states and head. The logits alone are 0.49 GiB, the head's
 gradient 0.12 GiB. One CPU thread.
 
@@ -201,7 +201,7 @@ def main() -> None:
         memory = statistics.median(row.memory)
         print(f"{name:<32}{memory:8.2f}{seconds:8.2f}{ratio:10.2f}{row.loss:10.5f}")
     if missing and chosen & {"TRL chunked", "TRL chunked, teacher's head"}:
-        print("TRL is not installed: pip install 'logitstream[bench]'")
+        print("TRL is not installed: pip install -e '.[bench]'")
     elif {"fused", "TRL chunked"} <= found.keys():
         ours, theirs = (statistics.median(found[name].seconds) for name in ("fused", "TRL chunked"))
         print(f"fused takes {ours / theirs:.2f} of the time of TRL chunked")

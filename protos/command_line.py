@@ -87,6 +87,19 @@ def parse(prog: str, group: Group, arguments: Sequence[str]) -> Any:
     return _Reader(prog, name, command, group).read(rest)
 
 
+def read_settings(
+    prog: str, name: str, command: Command, settings: Mapping[str, Any], where: str
+) -> Any:
+    """The configuration of a command that a table stands for, checked like a TOML file.
+
+    where: what the table is called in messages. Raises WrongUsage.
+    """
+    reader = _Reader(prog, name, command, Group("", {name: command}))
+    for key, value in _flattened(settings):
+        reader.read_setting(where, key, value)
+    return reader.finished()
+
+
 def print_help(prog: str, command: Command) -> None:
     """The options of one command."""
     notes = [FILES, SERVICES] if {"ca", "cert", "key"} <= {*command.model_fields} else [FILES]
@@ -218,6 +231,10 @@ class _Reader:
             else:
                 self._wrong(f"{argument[:40]!r} belongs to no option{_taken(before)}")
         self._read_positional(free)
+        return self.finished()
+
+    def finished(self) -> pydantic.BaseModel:
+        """What was read, checked. Raises WrongUsage."""
         config = self._checked()
         if config is None or self.mistakes:
             see = _see(f"{self.prog} {self.name}")
@@ -284,11 +301,12 @@ class _Reader:
             self._wrong(f"{path} is not TOML: {why}")
         else:
             for key, value in settings:
-                self._read_setting(path, key, value)
+                self.read_setting(str(path), key, value)
 
-    def _read_setting(self, path: Path, key: str, value: Any) -> None:
+    def read_setting(self, where: str, key: str, value: Any) -> None:
+        """One key of a table. Raises nothing: what is wrong is said in the end."""
         name = key.replace("_", "-")
-        option, label = self.options.get(name), f"{key} in {path}"
+        option, label = self.options.get(name), f"{key} in {where}"
         if option is None:
             if self.group.files_of.get(self.name) not in self._takers(name):
                 self._wrong(self._unknown(label, name, ""))

@@ -10,9 +10,10 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import grpc
+if TYPE_CHECKING:  # a command line is parsed with what is here, and needs no gRPC for that
+    import grpc
 
 Address = str | os.PathLike[str] | Sequence[str]
 """host:port, several of one service, or the path of a connection file."""
@@ -109,14 +110,18 @@ class Connection:
         """What every call carries."""
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
 
-    def credentials(self) -> grpc.ChannelCredentials | None:
+    def credentials(self) -> "grpc.ChannelCredentials | None":
         """Of a channel; None: plain text."""
         if self.ca is None:
             return None
+        import grpc
+
         return grpc.ssl_channel_credentials(self.ca or None, self.key, self.cert)
 
-    def channel(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.aio.Channel:
+    def channel(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> "grpc.aio.Channel":
         """An asyncio channel to one address."""
+        import grpc
+
         credentials = self.credentials()
         if credentials is None:
             return grpc.aio.insecure_channel(address, options=options)
@@ -124,8 +129,10 @@ class Connection:
 
     def blocking_channel(
         self, address: str, options: Sequence[tuple[str, Any]] = ()
-    ) -> grpc.Channel:
+    ) -> "grpc.Channel":
         """A channel of plain threads to one address."""
+        import grpc
+
         credentials = self.credentials()
         if credentials is None:
             return grpc.insecure_channel(address, options=options)

@@ -31,6 +31,10 @@ def diagnose(address: str, connection: Connection) -> str:
     try:
         with socket.create_connection((host, int(port)), TRY_S) as plain:
             return _look(plain, (host, int(port)), connection)
+    except socket.gaierror as error:
+        if error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
+            return f"There is no host called {host} (or its name server does not know it)."
+        return ""  # the name server did not answer: it may yet
     except (OSError, ValueError):
         return ""  # nobody there: that is what gRPC says too
 

@@ -1,37 +1,40 @@
 """Used inside a trainer: targets from a served teacher, and the losses that take them."""
 
 import os
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 # gRPC's core writes a line for every handshake that fails; what they mean is said once, by us.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-
-from typing import TYPE_CHECKING, Any
-
-from student_trainer.client import RemoteTeacher, connect
-from student_trainer.errors import (
-    AccessDenied,
-    ForkedClient,
-    IncompatibleTeacher,
-    InvalidRequest,
-    NotRecorded,
-    ProtocolError,
-    RecordError,
-    TargetsCorrupt,
-    TeacherError,
-    TeacherInternalError,
-    TeacherOverloaded,
-    TeacherTimeout,
-    TeacherUnavailable,
-    UnsuitableTargets,
-)
-from student_trainer.fused import fused_distillation_loss
-from student_trainer.local import LocalTeacher
-from student_trainer.losses import distillation_loss
-from student_trainer.prefetch import prefetch
-from student_trainer.streaming import Teacher
+# A forked child must get ForkedClient: gRPC's own fork handlers crash one in ten of them instead.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 if TYPE_CHECKING:
+    from student_trainer.client import RemoteTeacher, connect
+    from student_trainer.errors import (
+        AccessDenied,
+        ForkedClient,
+        IncompatibleTeacher,
+        InvalidRequest,
+        NotRecorded,
+        ProtocolError,
+        RecordError,
+        TargetsCorrupt,
+        TeacherError,
+        TeacherInternalError,
+        TeacherOverloaded,
+        TeacherTimeout,
+        TeacherUnavailable,
+        UnsuitableTargets,
+    )
+    from student_trainer.fused import fused_distillation_loss
+    from student_trainer.local import LocalTeacher
+    from student_trainer.losses import distillation_loss
+    from student_trainer.prefetch import prefetch
     from student_trainer.recorded import Recorded
+    from student_trainer.streaming import Teacher
 
 __all__ = [
     "AccessDenied",
@@ -59,14 +62,48 @@ __all__ = [
 ]
 
 
+HOMES = {
+    "LocalTeacher": "local",
+    "Recorded": "recorded",
+    "RemoteTeacher": "client",
+    "Teacher": "streaming",
+    "connect": "client",
+    "distillation_loss": "losses",
+    "fused_distillation_loss": "fused",
+    "prefetch": "prefetch",
+}
+"""The modules of the public names; all others are errors."""
+
+
 def __getattr__(name: str) -> Any:
-    # Parquet is in the train extra; those who only stream targets do without it.
-    if name != "Recorded":
+    # Imported when they are used: torch takes seconds, and a command line that is wrong or asks for
+    # help needs none of it.
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from student_trainer.recorded import Recorded
+        found = getattr(import_module(f"{__name__}.{HOMES.get(name, 'errors')}"), name)
     except ImportError as error:
-        raise ImportError(
-            f"records need more: pip install 'logitstream[train]' ({error})"
-        ) from error
-    return Recorded
+        from protos.extras import explain
+
+        line = explain(error, "train")  # such as Parquet, which those who only stream do without
+        if line is None:
+            raise
+        raise ImportError(f"{name}: {line}", name=error.name, path=error.path) from error
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """`prefetch` is a function here, also when the module of that name was imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "prefetch" and isinstance(value, ModuleType):
+            value = value.prefetch
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

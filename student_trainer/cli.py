@@ -176,8 +176,13 @@ def run_record(config: RecordConfig) -> int:
 
 def run_check(config: CheckConfig) -> int:
     """Prints what `check` found; 1 if the targets are not where they should be."""
+    from logit_codec import parse_targets
     from student_trainer.check import check
 
+    try:
+        parse_targets(config.targets)
+    except ValueError as error:
+        raise ValueError(f"--targets: {error}") from None
     tokenizer = None
     if config.student is not None:
         from student_trainer.runs import read_tokenizer
@@ -196,7 +201,7 @@ def run_check(config: CheckConfig) -> int:
     if wanted is not None:
         numbers["tokens"] = wanted
         numbers["hours"] = wanted / result.tokens_per_s / 3600
-        numbers["bytes"] = wanted * result.bytes_per_token
+        numbers["bytes"] = round(wanted * result.bytes_per_token)
         numbers["disk_gib"] = numbers["bytes"] / 2**30
         numbers["wire_gib"] = wanted * result.wire_bytes_per_token / 2**30
     show(numbers, as_json=config.as_json)
@@ -216,8 +221,18 @@ def show(numbers: Mapping[str, Any], *, as_json: bool) -> None:
         print(json.dumps(numbers, indent=2))
         return
     for name, value in numbers.items():
-        if value is not None:  # there was nothing to measure
+        if name.endswith("_gib"):
+            print(f"{name.removesuffix('_gib'):20} {shown_size(value)}")
+        elif value is not None and name != "bytes":  # nothing was measured; the same as disk
             print(f"{name:20} {shown(value)}")
+
+
+def shown_size(gib: float) -> str:
+    """GiB in a unit that leaves a few digits."""
+    for unit, size in (("TiB", 2.0**10), ("GiB", 1.0)):
+        if gib >= size:
+            return f"{gib / size:,.1f} {unit}"
+    return f"{gib * 2**10:,.1f} MiB"
 
 
 def shown(value: Any) -> str:
@@ -227,7 +242,7 @@ def shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.1f}"
+        return f"{value:,.1f}" if value >= 1 or not value else f"{value:.2g}"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {number:,.2f}" for key, number in value.items())
     return str(value)

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from protos.extras import install_command
+
 
 class Curves:
     """Scalars in a folder; points are added inside `with curves.behind(step):`.
@@ -21,7 +23,7 @@ class Curves:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(
-                f"curves need TensorBoard: pip install 'logitstream[train]' ({error})"
+                f"curves need TensorBoard: {install_command('train')} ({error})"
             ) from None
         self._open = lambda step: SummaryWriter(str(folder), purge_step=step)
 

@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from protos.connection import FILE_SUFFIX, PUBLIC_AUTHORITIES, Connection
+from protos.extras import install_command
 from student_trainer import checkpoint, data, runs, trainer
 from student_trainer.client import RemoteTeacher
 from student_trainer.config import TrainConfig
@@ -303,7 +304,7 @@ def _ray(config: TrainConfig) -> Iterator[None]:
         import ray.train
     except ImportError as error:
         raise ValueError(
-            f"several workers need Ray Train: pip install 'logitstream[ray-train]' ({error})"
+            f"several workers need Ray Train: {install_command('ray-train')} ({error})"
         ) from None
     folder, before = "", _descendants()
     try:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from logit_codec import parse_targets
+from protos.extras import check_installed
 from student_trainer import data, model_card, trainer
 from student_trainer.checkpoint import Checkpoints, KeepsCheckpoints, step_of
 from student_trainer.client import RemoteTeacher, connect
@@ -75,6 +76,10 @@ def check_settings(config: CorpusConfig) -> None:
     except ValueError as error:
         raise ValueError(f"--targets: {error}") from None
     if isinstance(config, TrainConfig):
+        if config.workers:
+            check_installed("ray-train", "ray", "pandas")
+        if config.tensorboard:
+            check_installed("train", "tensorboard")
         if not config.workers:  # theirs may be on other machines
             find_device(config)
         parse_ahead(ahead_of(config))
@@ -85,7 +90,9 @@ def read_tokenizer(student: Path) -> Any:
     import transformers
 
     if not (student / "config.json").is_file():
-        raise ValueError(f"{student} is not a student folder: it has no config.json")
+        hub = "" if student.exists() else ". A model of the hub has to be in a folder: hf download "
+        hub += f"{student} --local-dir FOLDER" if hub else ""
+        raise ValueError(f"{student} is not a student folder: it has no config.json{hub}")
     try:
         return transformers.AutoTokenizer.from_pretrained(student)
     except RecursionError:

@@ -25,11 +25,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
+import grpc
 import ray
 from ray import serve as ray_serve
+from ray._private import services
 from ray._private import worker as ray_worker
+from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue]
 from ray.actor import ActorProxy
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray.experimental import internal_kv
@@ -40,6 +43,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from protos import teacher_pb2
+from protos.command_line import WrongUsage, read_settings
 from teacher_server.config import ServeConfig, is_loopback
 from teacher_server.directory import Directory, DirectoryAway, Grant, UsageRow, Wish
 from teacher_server.errors import ServeError
@@ -64,6 +68,8 @@ STORE_NBYTES = 100 << 20
 POLL_S = 0.2
 WATCH_S = 2.0
 TELL_WAITING_S = 30.0
+ASK_S = 5.0
+"""How long a cluster may take for its first sign of life."""
 LOST_AFTER_S = 30.0
 """Without an answer from the cluster for so long, the launcher gives up."""
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -306,8 +312,29 @@ def replicas_for_load(context: AutoscalingContext) -> tuple[int, dict]:
     return math.ceil(sum(loads.values())), {}
 
 
-def build(config: ServeConfig) -> ray_serve.Application:
+class ArgumentsRefused(RayServeException, ValueError):
+    """`args:` that make no application. Of its own errors Serve shows the text, of others a traceback."""
+
+
+class Arguments(ServeConfig):
+    """What stands under `args:` in the YAML of Serve, which has it checked by `model_validate`."""
+
+    @classmethod
+    def model_validate(cls, obj: Any, **_: Any) -> Self:
+        """A ServeConfig. Raises ArgumentsRefused, with a line for each mistake."""
+        try:
+            found = read_settings("teacher-server", "serve", ServeConfig, obj, "args")
+        except WrongUsage as error:
+            raise ArgumentsRefused(str(error)) from None
+        return found  # replicas get the class that they know
+
+
+def build(config: Arguments) -> ray_serve.Application:
     """The Serve application of a teacher: `import_path: teacher_server.app:build`."""
+    return _application(config)
+
+
+def _application(config: ServeConfig) -> ray_serve.Application:
     _check(config)
     most = config.max_replicas or config.replicas or 1
     gpus = _gpus_per_replica(config)
@@ -347,19 +374,23 @@ def _scaling(config: ServeConfig, max_replicas: int) -> AutoscalingConfig:
 
 
 def _check(config: ServeConfig) -> None:
-    """Raises ValueError if this cannot be an application."""
+    """Raises ArgumentsRefused if this cannot be an application."""
     if config.standalone or config.ray_address or config.name or config.update:
-        raise ValueError(
+        raise ArgumentsRefused(
             "standalone, ray_address, name and update are for the command line; an application "
             "gets its name from Serve"
         )
     if not config.port:
-        raise ValueError("an application needs a port that is the same on all machines, not 0")
+        raise ArgumentsRefused(
+            "an application needs a port that is the same on all machines, not 0"
+        )
     folder = config.ledger_folder()
     if folder is not None and not folder.is_absolute():
-        raise ValueError(f"an application needs an absolute path for its ledger, not {folder}")
+        raise ArgumentsRefused(
+            f"an application needs an absolute path for its ledger, not {folder}"
+        )
     if problem := config.exposure():
-        raise ValueError(problem)
+        raise ArgumentsRefused(problem)
 
 
 def _gpus_per_replica(config: ServeConfig) -> float:
@@ -428,12 +459,52 @@ def _on_signals(stop: threading.Event) -> None:
     signal.signal(signal.SIGTERM, handle)
 
 
+def _check_cluster(given: str) -> None:
+    """Raises ServeError if no Ray answers at --ray-address, or none that takes this token.
+
+    Ray itself tries for a minute or more, and says each time in lines of its own why it failed.
+    """
+    try:
+        address = services.canonicalize_bootstrap_address(given)
+        if address is None:
+            return  # auto, and Ray knows of none: it says so at once
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), ASK_S).close()
+    except (OSError, ValueError) as error:
+        raise ServeError(
+            f"no Ray answers at --ray-address {given}: {error}. It is auto, or the HOST:PORT of the "
+            "cluster's GCS: what `ray start --head` prints, or a launcher in its first log line."
+        ) from None
+    token = os.environ.get("RAY_AUTH_MODE") == "token" and _ray_token()
+    metadata = (("authorization", token),) if token else ()
+    with grpc.insecure_channel(address) as channel:
+        call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            call(b"", timeout=ASK_S, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.UNAUTHENTICATED:  # pyright: ignore
+                return
+            told = "refuses the token in RAY_AUTH_TOKEN" if token else "asks for a token"
+            raise ServeError(
+                f"the Ray at {address} {told}: set RAY_AUTH_TOKEN to the one that it was started with "
+                "(and leave RAY_AUTH_MODE unset, or set it to token). Of a launcher's own Ray it is "
+                "random, and nobody knows it, unless RAY_AUTH_TOKEN was set before `serve` started it."
+            ) from None
+
+
+def _ray_token() -> str:
+    """What Ray sends, "Bearer ..."; empty if it finds none."""
+    found = AuthenticationTokenLoader.instance().get_token_for_http_header()
+    return next(iter(found.values()), "")
+
+
 @contextlib.contextmanager
 def _ray(config: ServeConfig) -> Iterator[None]:
     """A connection to the cluster, or a Ray of our own that ends with this block."""
     folder = ""
     try:
         if config.ray_address:
+            _check_cluster(config.ray_address)
             ray.init(config.ray_address, logging_level=logging.WARNING, log_to_driver=False)
         else:
             # Its sockets have paths, which have to be short: not in TMPDIR.
@@ -447,7 +518,7 @@ def _ray(config: ServeConfig) -> Iterator[None]:
                 _temp_dir=folder,
             )
             logger.info("ray started address=%s", ray.get_runtime_context().gcs_address)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         where = f"cannot reach Ray at {config.ray_address}" if config.ray_address else "no Ray"
         shutil.rmtree(folder, ignore_errors=True)
         raise ServeError(f"{where}: {_first_line(error)}") from error
@@ -563,7 +634,7 @@ def _serve_application(
     folder = config.ledger_folder()
     folder = None if folder is None else folder.resolve()
     try:
-        application = build(
+        application = _application(
             config.model_copy(
                 update={
                     **{"port": port, "name": None, "ray_address": None, "update": False},

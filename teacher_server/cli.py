@@ -109,6 +109,8 @@ def serve(config: ServeConfig) -> int:
         if not config.ray_address:
             check_port_free(config.host, config.port)
         if config.standalone:
+            if config.metrics_port is not None:
+                check_port_free(config.host, config.metrics_port, "--metrics-port")
             return asyncio.run(_serve_standalone(config))
         return _serve_on_ray(config)
     except TeacherServerError as error:
@@ -125,8 +127,11 @@ def _serve_on_ray(config: ServeConfig) -> int:
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
     if not config.ray_address:
         os.environ.update(own_ray_environment())
-    elif is_loopback(config.ray_address.rpartition(":")[0]):
-        os.environ.update(ONE_MACHINE)
+    else:
+        if is_loopback(config.ray_address.rpartition(":")[0]):
+            os.environ.update(ONE_MACHINE)
+        if any(os.environ.get(name) for name in TOKEN_VARIABLES):
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray does not send it
     from teacher_server import app
 
     return app.serve(config)
@@ -135,6 +140,10 @@ def _serve_on_ray(config: ServeConfig) -> int:
 # All sockets of Ray are on loopback then. It has no other switch for that: a --node-ip-address of
 # 127.0.0.1 it replaces by the machine's address.
 ONE_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+"""Where Ray finds its token."""
 
 
 def own_ray_environment() -> dict[str, str]:
@@ -192,7 +201,7 @@ def _stop_or_exit(stop: asyncio.Event) -> None:
     stop.set()
 
 
-def check_port_free(host: str, port: int) -> None:
+def check_port_free(host: str, port: int, flag: str = "--port") -> None:
     """Raises ServeError if somebody listens there, also somebody who shares the port."""
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
@@ -206,7 +215,7 @@ def check_port_free(host: str, port: int) -> None:
         except OSError as error:
             raise ServeError(
                 f"cannot listen on {host}:{port}: {error.strerror}. Another service may be "
-                "running there; choose another port with --port, or 0 for a free one."
+                f"running there; choose another port with {flag}, or 0 for a free one."
             ) from error
 
 

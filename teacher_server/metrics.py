@@ -5,9 +5,13 @@ From the list come the metrics, the table in docs/operations.md and the Grafana 
 caller chooses.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from socketserver import ThreadingMixIn
+from typing import Any, Literal
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import (
     CollectorRegistry,
@@ -15,7 +19,7 @@ from prometheus_client import (
     Histogram,
     Metric,
     disable_created_metrics,
-    start_http_server,
+    make_wsgi_app,
 )
 from prometheus_client.core import GaugeMetricFamily
 
@@ -228,7 +232,9 @@ NAMES = (
 class Metrics:
     """The metrics of one replica, in a registry of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, why_not_serving: Callable[[], str] = str) -> None:
+        """why_not_serving: what /healthz says; empty where the replica serves."""
+        self._why_not_serving = why_not_serving
         disable_created_metrics()  # one more series per counter, which nobody asked for
         self.registry = CollectorRegistry()
         counters = {
@@ -269,9 +275,37 @@ class Metrics:
         self._gauges.watch(name, value)
 
     def serve(self, host: str, port: int) -> int:
-        """Serves the metrics over HTTP; returns the port. Raises OSError if it is taken."""
-        server, _ = start_http_server(port, addr=host, registry=self.registry)
+        """Serves /metrics and /healthz over HTTP; returns the port. Raises OSError if it is taken."""
+        host = host.strip("[]")
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        made = type("_Server", (_Server,), {"address_family": family})
+        server = make_server(host, port, self._page, made, _SilentHandler)
+        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         return server.server_port
+
+    def _page(self, request: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        """One answer of the HTTP server, as WSGI has it."""
+        path = request["PATH_INFO"]
+        if path == "/metrics":
+            return make_wsgi_app(self.registry)(request, start)
+        if path == "/healthz":
+            why = self._why_not_serving()
+            status, text = ("503 Service Unavailable", why) if why else ("200 OK", "serving")
+        else:
+            status, text = "404 Not Found", "there are /metrics and /healthz"
+        start(
+            status, [("Content-Type", "text/plain; charset=utf-8"), ("Cache-Control", "no-store")]
+        )
+        return [f"{text}\n".encode()]
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _SilentHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
 
 
 class _Gauges:

@@ -99,7 +99,7 @@ class Replica:
         self.limits = limits
         self.service_id = service_id or secrets.token_hex(16)
         self.replica_id = secrets.token_hex(4)
-        self.metrics = Metrics()
+        self.metrics = Metrics(lambda: self.why_not_serving)
         self._tls = tls
         self._access = None
         if teams is not None:
@@ -297,6 +297,11 @@ class Replica:
         if self._state == "stuck":
             return self._stuck
         return f"nobody answers at {self._ports.silent}" if self._ports.silent else ""
+
+    @property
+    def why_not_serving(self) -> str:
+        """Why nobody should be sent here, as far as it knows; empty: it is ready."""
+        return self.trouble or ("" if self._state == "ready" else f"the replica is {self._state}")
 
     def card(self) -> teacher_pb2.Replica:
         """What the other replicas and the clients are told of this one."""

@@ -1,6 +1,8 @@
 """The metrics of a real service are those that are documented, and say nothing of anybody's work."""
 
 import re
+import signal
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -84,6 +86,34 @@ def test_a_scrape_has_every_documented_name_and_no_other(serve, model_folder, tm
     for secret in (token, token[10:30], ", ".join(map(str, IDS)), " ".join(map(str, IDS))):
         assert secret not in text
         assert secret not in log
+
+
+def test_the_port_of_the_metrics_says_whether_the_replica_serves(serve, model_folder):
+    port = free_port()
+    flags = "--metrics-port", str(port), "--drain-s", "30"
+    served = serve(model_folder("Gemma2", 1001), *flags)
+
+    def asked(path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    assert asked("/healthz") == (200, "serving\n")
+    for path in ("/", "/health", "/healthz/x", "/metrics/x"):
+        assert asked(path) == (404, "there are /metrics and /healthz\n")
+    assert "teacher_streams" in asked("/metrics")[1]
+    with connect(served.address) as teacher:
+        pairs = teacher.stream(iter(lambda: torch.tensor(IDS), None), ahead=4)
+        next(pairs)
+        served.send_signal(signal.SIGTERM)  # it waits for the stream, which goes on
+        while "draining" not in served.output():
+            next(pairs)
+        assert asked("/healthz") == (503, "the replica is draining\n")
+    served.process.join(60)
+    assert served.process.exitcode == 0
 
 
 def test_the_docs_and_the_dashboard_are_made_from_the_list():

@@ -152,6 +152,18 @@ def test_the_likely_cause_of_a_failure_is_found(tmp_path: Path):
     assert found("127.0.0.1:1") == "", "nobody is there"
 
 
+def test_a_name_that_does_not_exist_is_told_apart_from_a_name_server_that_is_away(monkeypatch):
+    def answer(number: int) -> str:
+        def fail(*_, **__):
+            raise socket.gaierror(number, "...")
+
+        monkeypatch.setattr(socket, "getaddrinfo", fail)
+        return diagnose("techer.lab:50051", Connection.to("techer.lab:50051"))
+
+    assert answer(socket.EAI_NONAME).startswith("There is no host called techer.lab")
+    assert answer(socket.EAI_AGAIN) == ""
+
+
 @contextmanager
 def listener(treat: Callable[[socket.socket], None]) -> Iterator[str]:
     """Somebody who accepts connections, treats each in some way, and closes it."""

@@ -148,7 +148,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
         if on is None:
             environment = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
         else:
-            environment = {**on.environment, "RAY_AUTH_MODE": "token"}
+            environment = on.environment
             flags = ("--ray-address", on.ray_address, *flags)
         if "--port" not in flags:
             flags = ("--port", "0", *flags)

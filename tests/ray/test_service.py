@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,23 @@ def test_an_update_replaces_replicas_one_by_one_and_no_trainer_notices(
     assert not before.keys() & members(pair.address).keys()
     assert describe(pair.address).service_id == identity
     assert update.output() == f"ready {pair.address}\n"
+
+
+def test_a_ray_that_asks_for_another_token_is_told_in_one_line(
+    pair: Launched, launch, model_folder
+) -> None:
+    for environment, said in (
+        ({}, f"the Ray at {pair.ray_address} asks for a token: set RAY_AUTH_TOKEN"),
+        (
+            {"RAY_AUTH_TOKEN": "x"},
+            f"the Ray at {pair.ray_address} refuses the token in RAY_AUTH_TO",
+        ),
+    ):
+        other = replace(pair, environment=environment)
+        update = launch(model_folder("Gemma2", VOCAB), "--update", on=other, ready=False)
+        assert update.process.wait(60) == 1
+        (line,) = update.log().splitlines()
+        assert line.startswith(f"teacher-server: {said}")
 
 
 def send_bad_paths(address: str, count: int) -> None:

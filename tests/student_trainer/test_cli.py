@@ -117,6 +117,12 @@ def test_what_can_be_known_at_once_is_refused_before_anything_is_read(
     assert not (tmp_path / "out").exists()
 
 
+def test_check_refuses_targets_that_there_are_not_before_it_connects(capsys):
+    assert main(["check", "no.such.host:1", "--targets", "topk"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("student-trainer: --targets: unknown kind of targets 'topk'")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_is_looked_for_where_the_student_is_trained():
     where = ("--student", "s", "--data", "d", "--teacher", "127.0.0.1:1", "--output", "o")
@@ -171,6 +177,10 @@ def test_numbers_for_people_have_their_thousands_apart(capsys):
         "max_sequence_tokens": 8192,
         "tokens_per_s": 12345.678,
         "bytes_per_token": None,
+        "hours": 0.0123,
+        "bytes": 40_696_832_579,
+        "disk_gib": 40_696_832_579 / 2**30,
+        "wire_gib": 0.25,
         "nll_by_shift": {0: 12.345, 1: 1.2},
     }
     show(found, as_json=False)
@@ -180,6 +190,9 @@ def test_numbers_for_people_have_their_thousands_apart(capsys):
         "aligned": "yes",
         "max_sequence_tokens": "8,192",
         "tokens_per_s": "12,345.7",
+        "hours": "0.012",
+        "disk": "37.9 GiB",
+        "wire": "256.0 MiB",
         "nll_by_shift": "0: 12.35, 1: 1.20",
     }
     show(found, as_json=True)

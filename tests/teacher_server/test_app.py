@@ -7,11 +7,13 @@ import pytest
 import yaml
 from ray import serve
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call_builder
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from teacher_server import app
 from teacher_server.app import TeacherReplica, build, replicas_for_load
 from teacher_server.config import ServeConfig
+from teacher_server.errors import ServeError
 
 YAML = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 
@@ -52,6 +54,47 @@ def test_the_yaml_in_deploy_is_an_application_that_serve_accepts():
 def test_arguments_that_make_no_application_are_refused(arguments, words: str):
     with pytest.raises(ValueError, match=words):
         call_builder(build, arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (
+            {"model": "m", "prot": 1},
+            ["prot in args is not an option of serve (did you mean port?)"],
+        ),
+        (
+            {"model": "m", "batch": {"max_token": 1}},
+            ["batch.max_token in args is not an option of serve (did you mean batch.max-tokens?)"],
+        ),
+        ({"model": "m", "port": "x"}, ["port in args must be a whole number, got 'x'"]),
+        (
+            {"modle": "m"},
+            ["modle in args is not an option of serve (did you mean model?)", "--mod"],
+        ),
+        ({"model": "m", "replicas": 0}, ["replicas in args must be at least 1, got 0"]),
+        (
+            {"model": "m", "dtype": "int8"},
+            ["dtype in args must be 'auto', 'float32', 'bfloat16' or"],
+        ),
+        ({"model": "m", "tls_cert": "a.pem"}, ["TLS needs both: --tls-cert and --tls-key"]),
+    ],
+)
+def test_a_mistake_in_the_yaml_is_a_line_that_serve_shows_without_a_traceback(arguments, lines):
+    with pytest.raises(RayServeException) as caught:  # of others Serve shows the traceback
+        call_builder(build, arguments)
+    said = str(caught.value).splitlines()
+    assert len(said) == len(lines), said
+    assert all(one.startswith(line) for one, line in zip(said, lines, strict=True)), said
+
+
+def test_a_wrong_address_of_a_cluster_is_told_at_once():
+    with pytest.raises(
+        ServeError, match=r"no Ray answers at --ray-address 127\.0\.0\.1:1: .*refused"
+    ):
+        app._check_cluster("127.0.0.1:1")
+    with pytest.raises(ServeError, match="It is auto, or the HOST:PORT of the cluster's GCS"):
+        app._check_cluster("127.0.0.1")
 
 
 @pytest.mark.parametrize(

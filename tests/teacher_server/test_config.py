@@ -1,9 +1,10 @@
+import socket
 from pathlib import Path
 
 import pytest
 
 from protos.command_line import WrongUsage, parse
-from teacher_server.cli import COMMANDS
+from teacher_server.cli import COMMANDS, main
 from teacher_server.config import ServeConfig, TeamAdd, is_loopback
 
 
@@ -133,3 +134,13 @@ def test_a_public_address_needs_tls_and_teams(flags: list[str], missing: str | N
     assert problem is not None
     for words in (missing, "teacher-server certs", "team add", "--tls-cert", "--allow-public"):
         assert words in problem
+
+
+def test_a_port_of_the_metrics_that_is_taken_is_told_before_the_model_is_looked_for(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        flags = "--standalone", "--port", "0", "--metrics-port", port
+        assert main(["serve", "--model", "no-model", *flags]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"teacher-server: cannot listen on 127.0.0.1:{port}: Address already in")
+    assert "choose another port with --metrics-port" in line
