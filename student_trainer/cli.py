@@ -161,7 +161,7 @@ def run_record(config: RecordConfig) -> int:
                         progress.update(config.sequence_length)
     except KeyboardInterrupt:
         kept = "nothing was asked for yet"
-        if isinstance(record, Recorded):  # closed by now, and what came is sealed
+        if isinstance(record, Recorded) and len(record):  # closed by now, what came is sealed
             kept = f"{len(record):,} sequences are recorded in {config.record}"
         print(
             f"student-trainer: interrupted; {kept}: run the same command to go on",
