@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from logit_codec import SampledTargets, SparseTargets, Targets, TopKTargets
+from protos import teacher_pb2
 from protos.connection import Pem
 from student_trainer.client import connect
-from student_trainer.errors import ProtocolError
+from student_trainer.errors import IncompatibleTeacher, ProtocolError
 from student_trainer.streaming import Teacher, split_batch
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class CheckResult:
     teacher_fingerprint: str
     tokenizer: str
     """same, not compared (no student given), or unknown (the teacher has none)."""
+    vocabulary: str
+    """How many ids teacher and student have, and how many of them are shared."""
     exactness: str
     max_sequence_tokens: int
     targets: str
@@ -114,6 +117,36 @@ def check_alignment(batch: Mapping[str, Any], targets: Targets) -> None:
         )
 
 
+def shared_ids(info: teacher_pb2.TeacherInfo, tokenizer: Any, student_ids: int) -> int:
+    """How many ids teacher and student share: what lies behind them in either head is padding.
+
+    student_ids: rows of the student's head. What the shared tokenizer can make of text has to be in
+    both; how far a head is padded behind that does not matter. Special tokens that a head lacks
+    (Gemma 3 1B has none for images) are in no text, and warned of. Raises IncompatibleTeacher for a
+    student without ids that the teacher uses.
+    """
+    used = info.effective_vocab_size
+    if student_ids >= used:
+        return used
+    missing = {
+        token: number for token, number in tokenizer.get_vocab().items() if number >= student_ids
+    }
+    special = {one.content for one in tokenizer.added_tokens_decoder.values() if one.special}
+    if info.tokenizer_fingerprint and missing.keys() <= special:
+        logger.warning(
+            "the student has no row for %s (id %d; it has ids 0 to %d): text with it cannot be "
+            "trained on",
+            *(next(iter(missing)), next(iter(missing.values())), student_ids - 1),
+        )
+        return student_ids
+    raise IncompatibleTeacher(
+        f"the student is too small for the teacher's token ids: vocab_size of its config.json is "
+        f"{student_ids:,}, the teacher {info.model} uses ids 0 to {used - 1:,}. A student needs at "
+        f"least {used:,} (more is padding): take another one, or give it the rows with "
+        "resize_token_embeddings."
+    )
+
+
 def warn_of_tail(targets: Targets, ce_weight: float) -> None:
     """Logs a warning if top_k targets leave out much that nothing else in the loss teaches."""
     if ce_weight or not isinstance(targets, TopKTargets):
@@ -151,17 +184,25 @@ def check(
     address: str,
     *,
     tokenizer: Any = None,
+    student_ids: int | None = None,
     targets: str = "sampled",
     seconds: float = 5.0,
     ca: Pem | None = None,
     cert: Pem | None = None,
     key: Pem | None = None,
 ) -> CheckResult:
-    """Connects, compares, measures for about `seconds`. Raises a TeacherError that says what is wrong."""
+    """Connects, compares, measures for about `seconds`. Raises a TeacherError that says what is wrong.
+
+    student_ids: rows of the student's head; with the tokenizer, they are compared with the teacher's.
+    """
     with connect(
         address, tokenizer=tokenizer, ca=ca, cert=cert, key=key, patience_s=10.0
     ) as teacher:
         info = teacher.info
+        vocabulary = f"teacher {info.vocab_size:,} ({info.effective_vocab_size:,} in use)"
+        if tokenizer is not None and student_ids is not None:
+            shared = shared_ids(info, tokenizer, student_ids)
+            vocabulary += f", student {student_ids:,}: {shared:,} shared, the rest is padding"
         ids = written_by(teacher)
         width = min(64, info.limits.max_top_k, info.effective_vocab_size)
         ((_, rows),) = teacher.stream([ids], targets=f"top_k:{width}", interactive=True)
@@ -203,6 +244,7 @@ def check(
         architecture=info.architecture,
         teacher_fingerprint=info.teacher_fingerprint,
         tokenizer=compared,
+        vocabulary=vocabulary,
         exactness=info.exactness,
         max_sequence_tokens=info.max_sequence_tokens,
         targets=targets,

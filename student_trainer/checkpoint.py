@@ -26,6 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from student_trainer.disk import writing
+
 DIGEST = "_digest"
 """How the names of those in run.json end that stand for content."""
 WEIGHTS, STATE = "student.safetensors", "state.pt"
@@ -82,19 +84,24 @@ class Checkpoints:
     def save(self, step: int, student: nn.Module, state: Mapping[str, Any]) -> Path:
         """Writes step-N, unless it is there, and removes all but the newest few.
 
-        The random generators are added.
+        The random generators are added. Raises NotWritten; then those before it are still there.
         """
         whole = self.folder / f"step-{step}"
         if whole.exists():
             return whole
         partial = self.folder / f".step-{step}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial, student, state, self._identity)
-        for path in (*partial.iterdir(), partial):
-            _force_to_disk(path)
-        partial.rename(whole)
-        _force_to_disk(self.folder)
+        with writing(self.folder, f"the checkpoint of step {step} to {self.folder}"):
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                partial.mkdir(parents=True)
+                write(partial, student, state, self._identity)
+                for path in (*partial.iterdir(), partial):
+                    _force_to_disk(path)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)  # and its room is free again
+                raise
+            partial.rename(whole)
+            _force_to_disk(self.folder)
         for old in all_in(self.folder)[: -self._keep]:
             self._remove(old)
         return whole
@@ -195,11 +202,33 @@ def read(
             f"{where}/{file} {wrong}. {what} --start-over to begin at step 0."
         ) from error
     if different:
-        raise ValueError(
-            f"{where} belongs to another run: {'; '.join(different)}. Give what it had, "
-            "another --output, or --start-over to delete it and begin again."
-        )
+        raise _of_another_run(where, different)
     return state
+
+
+def refuse_another_run(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Raises ValueError if the newest checkpoint in a folder is of another run.
+
+    As far as the identity goes: it may lack what is not known yet. One that cannot be read is left
+    to `read`, which says what to do.
+    """
+    newest = next(reversed(all_in(folder)), None)
+    if newest is None:
+        return
+    try:
+        found = json.loads((newest / "run.json").read_text())
+        saved = {name: found[name] for name in found if name in identity}
+    except UNREADABLE:
+        return
+    if different := _differences(saved, json.loads(json.dumps(dict(identity)))):
+        raise _of_another_run(newest, different)
+
+
+def _of_another_run(where: object, different: list[str]) -> ValueError:
+    return ValueError(
+        f"{where} belongs to another run: {'; '.join(different)}. Give what it had, "
+        "another --output, or --start-over to delete it and begin again."
+    )
 
 
 def _digest(path: Path) -> str:

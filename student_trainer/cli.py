@@ -71,20 +71,26 @@ def log_above_bars() -> None:
 def run_train(config: TrainConfig) -> int:
     """Trains the student, and the controls if asked for; prints and writes the report."""
     from student_trainer import model_card, report, runs
-    from student_trainer.errors import Interrupted
+    from student_trainer.errors import Interrupted, NotWritten
 
+    whole = ""
     try:
         results = runs.train(config)
+        whole = f"the student is whole in {config.output / 'student'}; "
+        found = report.make_report({str(config.output): results})
+        results.save(config.output)
+        report.write_report(config.output / "report.html", found)
+        report.draw_losses(config.output / "loss.png", found)
+        model_card.write_model_card(config.output / "student", results, found)
     except KeyboardInterrupt as error:
         where = f" {error}" if isinstance(error, Interrupted) else ""  # workers do not tell
         kept = runs.what_is_kept(config)
         print(f"student-trainer: interrupted{where}; {kept}", file=sys.stderr)
         return 130
-    results.save(config.output)
-    found = report.make_report({str(config.output): results})
-    report.write_report(config.output / "report.html", found)
-    report.draw_losses(config.output / "loss.png", found)
-    model_card.write_model_card(config.output / "student", results, found)
+    except NotWritten as error:
+        kept = f"; {whole}{runs.what_is_kept(config)}" if config.output.is_dir() else ""
+        print(f"student-trainer: {error}{kept}", file=sys.stderr)
+        return 1
     print(report.table(found))
     print("\n".join(found["sentences"]))
     print(
@@ -125,12 +131,16 @@ def run_record(config: RecordConfig) -> int:
     from student_trainer.recorded import Recorded
 
     runs.check_settings(config)
-    corpus = runs.read_corpus(config)
-    sequences = torch.cat([corpus.sequences, corpus.held_out])
-    record = None
+    student = runs.read_student(config.student)
+    runs.find_texts(config)
+    record, sequences = None, torch.empty(0, 0)
     try:
-        with runs.open_teacher(config, corpus.tokenizer) as record:
+        with runs.open_teacher(config, student.tokenizer) as record:
             assert isinstance(record, Recorded)
+            num_ids = runs.check_teacher(config, record, student)
+            corpus = runs.read_corpus(config, student.tokenizer)
+            runs.check_ids(corpus, num_ids)
+            sequences = torch.cat([corpus.sequences, corpus.held_out])
             for epoch in range(config.draws):
                 missing = [one for one in sequences if not record.has(one, config.seed, epoch)]
                 pairs = record.stream_batches(
@@ -151,7 +161,7 @@ def run_record(config: RecordConfig) -> int:
                         progress.update(config.sequence_length)
     except KeyboardInterrupt:
         kept = "nothing was asked for yet"
-        if isinstance(record, Recorded):  # closed by now, and what came is sealed
+        if isinstance(record, Recorded) and len(record):  # closed by now, what came is sealed
             kept = f"{len(record):,} sequences are recorded in {config.record}"
         print(
             f"student-trainer: interrupted; {kept}: run the same command to go on",
@@ -183,15 +193,17 @@ def run_check(config: CheckConfig) -> int:
         parse_targets(config.targets)
     except ValueError as error:
         raise ValueError(f"--targets: {error}") from None
-    tokenizer = None
+    tokenizer = student_ids = None
     if config.student is not None:
-        from student_trainer.runs import read_tokenizer
+        from student_trainer.runs import read_student
 
-        tokenizer = read_tokenizer(config.student)
+        student = read_student(config.student)
+        tokenizer, student_ids = student.tokenizer, student.num_ids
     wanted = None if config.tokens is None else parse_count(config.tokens)
     result = check(
         config.address,
         tokenizer=tokenizer,
+        student_ids=student_ids,
         targets=config.targets,
         ca=config.ca,
         cert=config.cert,

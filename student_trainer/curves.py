@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from protos.extras import install_command
+from student_trainer.disk import writing
+from student_trainer.errors import NotWritten
 
 
 class Curves:
@@ -16,6 +18,7 @@ class Curves:
     def __init__(self, folder: Path | None) -> None:
         """Raises ValueError if tensorboard is not installed."""
         self._writer = None
+        self._folder = Path() if folder is None else folder
         if folder is None:
             self._open = lambda step: None
             return
@@ -30,17 +33,28 @@ class Curves:
     @contextmanager
     def behind(self, step: int) -> Iterator[None]:
         """A run that goes on behind `step`: what was added for later steps is not shown any more."""
-        self._writer = self._open(step + 1)
+        with writing(self._folder):
+            self._writer = self._open(step + 1)
         try:
             yield
-        finally:
-            if self._writer is not None:
+        except NotWritten:
+            raise  # to close it would fail again, for the same reason
+        except BaseException:
+            self._close()
+            raise
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            with writing(self._folder):
                 self._writer.close()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """One point of each curve, written when this returns."""
         if self._writer is None:
             return
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        with writing(self._folder):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()

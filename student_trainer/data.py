@@ -5,6 +5,8 @@ Letters: N sequences, L tokens of each.
 
 import glob
 import json
+import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,33 +19,70 @@ from tqdm import tqdm
 
 from student_trainer.streaming import Layout
 
+logger = logging.getLogger(__name__)
+
+KNOWN_FORMATS = {
+    b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"PK\x03\x04": "a zip archive",
+    b"%PDF": "a PDF",
+    b"ARROW1": "an Arrow file",
+    b"\x93NUMPY": "an array of NumPy",
+    b"SQLite": "a database of SQLite",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+"""How files begin that are given for text by mistake."""
+TEXT_RULE = 'data is UTF-8 text, or .jsonl with a "text" in each line'
+
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
     """Files named by paths, folders (all files below) and glob patterns, sorted, each once.
 
+    Hidden files and folders (.git) below a folder are left out, unless they are named themselves.
     Raises FileNotFoundError for a pattern that names nothing.
     """
     found: set[Path] = set()
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            matches = [one for one in path.rglob("*") if one.is_file()]
-        else:
-            matches = [Path(one) for one in glob.glob(str(path), recursive=True)]
+            matches = _below(path)
+        else:  # which finds folders too
+            named = (Path(one) for one in glob.glob(str(path), recursive=True))
+            matches = [one for one in named if one.is_file()]
         if not matches:
-            raise FileNotFoundError(f"no file matches {pattern!r}")
+            is_hidden = any(one.is_file() for one in path.rglob("*")) if path.is_dir() else False
+            hidden = ": all files in it are hidden" if is_hidden else ""
+            raise FileNotFoundError(f"no file matches {pattern!r}{hidden}")
         found.update(matches)
     return sorted(found)
 
 
+def _below(folder: Path) -> list[Path]:
+    """All files in a folder and those below it that are not hidden."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [one for one in folders if not one.startswith(".")]
+        paths = (Path(root, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.is_file()]
+    return found
+
+
 SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half a pair, which JSON can write and no tokenizer takes; bytes that are no text become the same."""
+"""Half a pair, which JSON can write and no tokenizer takes."""
 
 
 def documents(files: Sequence[Path]) -> Iterator[str]:
-    """The texts of files: a .jsonl file holds one object with a "text" per line, others are one text."""
+    """The texts of files: a .jsonl file holds one object with a "text" per line, others are one text.
+
+    Raises ValueError, naming the place, for a file that is no UTF-8 text and a line that is no such
+    object.
+    """
     for path in files:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_text(path)
         if path.suffix != ".jsonl":
             yield text
             continue
@@ -59,6 +98,47 @@ def documents(files: Sequence[Path]) -> Iterator[str]:
                     f"{path}, line {number}: expected an object with a 'text', got {line[:60]!r}"
                 )
             yield SURROGATE.sub("\ufffd", found)
+
+
+def read_text(path: Path) -> str:
+    """The content of a file. Raises ValueError, naming the byte, if it is no UTF-8 text."""
+    content = path.read_bytes()
+    try:
+        text = content.decode()
+        where = content.find(0)  # UTF-8 allows it, text has none
+    except UnicodeDecodeError as error:
+        text, where = "", error.start
+    if where < 0:
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+    what = next((one for begin, one in KNOWN_FORMATS.items() if content.startswith(begin)), None)
+    if what is None and content[8:10] == b'{"':
+        what = "a safetensors file"
+    advice = "Leave it out, or write its text to a .jsonl file."
+    if what is None and content[where]:
+        advice = "Leave it out, or convert it: iconv -f latin1 -t utf-8 (if Latin-1 is what it is)."
+    elif what == "UTF-16":
+        advice = "Convert it: iconv -f utf-16 -t utf-8."
+    raise ValueError(
+        f"{path} is not text{f' but {what}' if what else ''}: byte {where:,} is "
+        f"0x{content[where]:02x}; {TEXT_RULE}. {advice}"
+    )
+
+
+def look_through(files: Sequence[Path], *, label: str) -> None:
+    """Reads all files and logs how much there is. Raises what `documents` does.
+
+    So that the last file is known to be text before the first is tokenized, which takes a hundred
+    times as long.
+    """
+    with tqdm(documents(files), desc=f"reading {label}", unit=" texts", leave=False) as texts:
+        lengths = [len(text) for text in texts]
+    logger.info(
+        "%s: %s in %s of %s",
+        label,
+        f"{sum(lengths):,} characters",
+        "1 text" if len(lengths) == 1 else f"{len(lengths):,} texts",
+        "1 file" if len(files) == 1 else f"{len(files):,} files",
+    )
 
 
 def pack(files: Sequence[Path], tokenizer: Any, sequence_length: int, *, label: str) -> Tensor:

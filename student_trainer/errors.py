@@ -97,3 +97,7 @@ class Interrupted(KeyboardInterrupt):
 class TrainingFailed(RuntimeError):
     """The workers of a run failed, and more often than they are started again. No TeacherError: the
     teacher need not have to do with it."""
+
+
+class NotWritten(OSError):
+    """A file of a run cannot be written, mostly because the disk is full. The message names it."""

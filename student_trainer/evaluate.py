@@ -26,11 +26,17 @@ UNKNOWN = -1
 
 @torch.inference_mode()
 def evaluate(
-    student: nn.Module, sequences: Tensor, best_ids: Tensor | None = None, *, batch_size: int = 32
+    student: nn.Module,
+    sequences: Tensor,
+    best_ids: Tensor | None = None,
+    *,
+    batch_size: int = 32,
+    num_ids: int | None = None,
 ) -> Scores:
     """A student on (N, L) sequences.
 
-    best_ids: (N, L-1), the teacher's likeliest id of each row, or UNKNOWN. The ranks of a student in
+    best_ids: (N, L-1), the teacher's likeliest id of each row, or UNKNOWN. num_ids: what the head has
+    behind so many ids is padding, and has no probability (default: nothing is). The ranks of a student in
     DistributedDataParallel measure a share each; all have to ask, and all get the scores of the whole.
     """
     ranks, student = Ranks.of(student), unwrapped(student).eval()
@@ -43,7 +49,7 @@ def evaluate(
     for first in range(0, len(mine), batch_size):  # nothing, where there is no share of it
         number_B = mine[first : first + batch_size]
         ids = sequences[number_B].to(device)
-        logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        logits = student(input_ids=ids).logits[:, :-1, :num_ids].flatten(0, 1)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         chunks = zip(logits.split(CHUNK_ROWS), ids[:, 1:].flatten().split(CHUNK_ROWS), strict=True)
         for some_CV, labels_C in chunks:

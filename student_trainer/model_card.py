@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from student_trainer.disk import put
 from student_trainer.results import Results
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -48,9 +49,7 @@ def is_hub_model(model: str, revision: str) -> bool:
 
 def write_model_card(folder: Path, results: Results, report: Mapping[str, Any]) -> Path:
     """Writes README.md into the student's folder; report: of `make_report`, of this run alone."""
-    path = folder / "README.md"
-    path.write_text(_card(folder.resolve(), results, report), encoding="utf-8")
-    return path
+    return put(folder / "README.md", _card(folder.resolve(), results, report))
 
 
 def _card(folder: Path, results: Results, report: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from student_trainer import charts
 
 BADGES = {
     "helped": ("helped", "It helped"),
+    "barely helped": ("unsure", "It barely helped"),
     "did not help": ("wrong", "It did not help"),
     "unclear": ("unsure", "Not clear"),
     "no control": ("unsure", "Nothing to compare with"),

@@ -36,7 +36,14 @@ from protos.extras import install_command
 from student_trainer import checkpoint, data, runs, trainer
 from student_trainer.client import RemoteTeacher
 from student_trainer.config import TrainConfig
-from student_trainer.errors import AccessDenied, NotRecorded, ProtocolError, TrainingFailed
+from student_trainer.disk import writing
+from student_trainer.errors import (
+    AccessDenied,
+    NotRecorded,
+    NotWritten,
+    ProtocolError,
+    TrainingFailed,
+)
 from student_trainer.ranks import unwrapped
 from student_trainer.recorded import Recorded
 from student_trainer.results import StudentResults
@@ -55,7 +62,7 @@ STORE_NBYTES = 100 << 20
 """Ray's object store, which only carries the settings."""
 POLL_S = 0.5
 """How often the workers of a Ray of our own are looked at; Ray's 2 s delay each checkpoint by 1 s."""
-PERMANENT = (ValueError, AccessDenied, NotRecorded, ProtocolError)
+PERMANENT = (ValueError, AccessDenied, NotRecorded, NotWritten, ProtocolError)
 """What a worker would fail with again; IncompatibleTeacher and InvalidRequest are ValueErrors."""
 STOP_S = 10.0
 """How long the processes of a Ray of our own may take to end."""
@@ -83,7 +90,9 @@ def train_students(
 
         def fit(name: str, **identity: str) -> _Fitted:
             identified = runs.identity_of(config, corpus, **identity)
-            fitted = _fit(_Job(config, name, texts, corpus.tokenizer, identified, on_gpus))
+            fitted = _fit(
+                _Job(config, name, texts, corpus.tokenizer, identified, on_gpus, held_out.num_ids)
+            )
             students[name] = fitted.results
             return fitted
 
@@ -112,6 +121,8 @@ class _Job:
     tokenizer: Any
     identity: Mapping[str, Any]
     on_gpus: bool
+    num_ids: int | None = None
+    """Those that student and teacher share."""
     found: Path | None = None
     """A checkpoint that Ray does not know of any more."""
 
@@ -472,7 +483,7 @@ def _work(job: _Job) -> tuple[dict[str, Any], float | None]:
         student, device_ids=[device] if job.on_gpus else None, forward_sync_buffers=False
     )
     checkpoints = _Checkpoints(job, rank)
-    held_out = runs.HeldOut(corpus.held_out, texts.get("best_ids"))
+    held_out = runs.HeldOut(corpus.held_out, texts.get("best_ids"), num_ids=job.num_ids)
     shares = data.share(runs.batches(config, corpus), rank=rank, num_ranks=num_ranks)
     with ExitStack() as ending:
         ending.enter_context(_token_missed(config))
@@ -569,7 +580,8 @@ class _Checkpoints:
             folder = Path(name)
             torch.save(checkpoint.random_states(), folder / f"random-{self._rank}.pt")
             if self._rank == 0:
-                checkpoint.write(folder, unwrapped(student), state, self._job.identity)
+                with writing(folder, f"the checkpoint of step {step} to {folder}"):
+                    checkpoint.write(folder, unwrapped(student), state, self._job.identity)
             metrics = {"step": step, "loss": state["run"]["train_losses"][-1]}
             if state["run"]["curve"]:
                 metrics["held_out_loss"] = state["run"]["curve"][-1][1]

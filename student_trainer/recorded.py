@@ -52,6 +52,7 @@ from student_trainer.shards import (
     Writer,
     id_table_file,
     missing_shards,
+    origin_of,
 )
 from student_trainer.streaming import Teacher, as_token_ids
 from student_trainer.wish import Answer, Wish, row_mask
@@ -167,14 +168,18 @@ class Recorded(Teacher):
             self.default_targets = self._provenance.spec
         self._info = self._provenance_info() if fallback is None else fallback.info
         check_compatible(self._info, tokenizer)
+        if self._provenance is not None:
+            check_compatible(self._provenance.info(), None)
         self.id_tables = self._read_id_tables()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="record")
         atexit.register(self.close)
 
     def __len__(self) -> int:
-        """Sequences and draws that can be replayed now."""
+        """Sequences and draws that can be replayed now; of a record that was closed: that are sealed."""
         with self._lock:
-            return len(self._index) + sum(map(len, self._fresh.values()))
+            fresh = (entry for entries in self._fresh.values() for entry in entries)
+            # What is on its way never comes once the record is closed.
+            return len(self._index) + sum(entry.asked is None for entry in fresh)
 
     def has(self, token_ids: Any, seed: int = 0, epoch: int = 0) -> bool:
         """Whether all rows of a sequence would be replayed, without asking the live teacher."""
@@ -238,7 +243,11 @@ class Recorded(Teacher):
                     self._seal()
         finally:
             self._worker.shutdown(cancel_futures=True)
-            self._shards.close()
+            try:
+                if self._failure is None:
+                    self._seal()  # what came while the worker ended
+            finally:
+                self._shards.close()
 
     def make_wish(
         self, targets: str | TargetSpec | None, temperature: float, seed: int, epoch: int
@@ -264,24 +273,40 @@ class Recorded(Teacher):
         """Finds what is recorded, and puts aside what is damaged."""
         names = self._shards.names()
         damaged = list(self._not_whole(names)) if verify else []
-        provenances: dict[tuple[str, str, float], str] = {}
+        provenances: dict[tuple[tuple[str, ...], str, float], tuple[str, Provenance]] = {}
+        fingerprints: dict[str, tuple[int, Provenance]] = {}
+        """With the number of their rows."""
+        tables: dict[str, None] = {}
         for name in names:
             if name in damaged:
                 continue
             try:
                 found = self._shards.provenance(name)
-                self._index.add(name, self._shards.identities(name))
+                identities = self._shards.identities(name)
+                self._index.add(name, identities)
             except DAMAGE as error:
                 self._check_damaged(name, error)
                 damaged.append(name)
                 continue
-            provenances.setdefault((found.fingerprint, found.spec, found.temperature), name)
-            self._provenance = found
+            key = (found.origin, found.spec, found.temperature)
+            provenances.setdefault(key, (name, found))
+            count, _ = fingerprints.get(found.fingerprint, (0, found))
+            fingerprints[found.fingerprint] = count + len(identities), found
+            tables = dict.fromkeys((*tables, *found.id_tables))
         if len(provenances) > 1:
-            (one, first), (two, second) = list(provenances.items())[:2]
+            (first, one), (second, two) = list(provenances.values())[:2]
             raise IncompatibleTeacher(
-                f"{self._folder.root} holds two records: {first} has {_described(*one)}, {second} "
-                f"has {_described(*two)}. Put them into folders of their own."
+                f"{self._folder.root} holds two records: {first} has {_described(one)}, {second} "
+                f"has {_described(two)}. Put them into folders of their own."
+            )
+        if fingerprints:  # the one that most rows have stands for all
+            most = max(fingerprints, key=lambda one: (fingerprints[one][0], one))
+            self._provenance = replace(fingerprints[most][1], id_tables=tuple(tables))
+        if len(fingerprints) > 1:
+            logger.info(
+                "%s was recorded under %d fingerprints of one teacher's weights: versions, dtype or "
+                "device differed, and values may by rounding",
+                *(self._folder.root, len(fingerprints)),
             )
         self._index.build()
         missing, unreadable = missing_shards(self._folder, names)
@@ -326,13 +351,35 @@ class Recorded(Teacher):
         logger.warning("%s in %s is damaged: %s", name, self._folder.root, where)
 
     def _check_same_teacher(self, info: teacher_pb2.TeacherInfo) -> None:
+        """Of what was recorded, weights, tokenizer and codec have to be the live teacher's.
+
+        The codec is compared by `check_compatible`. Versions of torch and transformers, dtype and device are in its fingerprint too, since they
+        decide the last bits; a record does not lose its worth with them.
+        """
         if self._provenance is None or self._provenance.fingerprint == info.teacher_fingerprint:
             return
-        recorded = self._provenance.teacher.get("model", "")
+        recorded, live = self._provenance.info(), origin_of(info)
+        if self._provenance.origin == live:
+            logger.info(
+                "%s was recorded from the same weights of %s under another fingerprint (%s, now %s): "
+                "versions, dtype or device differ, and new targets may by rounding",
+                *(self._folder.root, info.model, recorded.teacher_fingerprint),
+                info.teacher_fingerprint,
+            )
+            return
+        differs = [
+            what
+            for what, one, other in (
+                ("set of weights", recorded.weights_fingerprint, info.weights_fingerprint),
+                ("tokenizer", recorded.tokenizer_fingerprint, info.tokenizer_fingerprint),
+            )
+            if one != other
+        ]
         raise IncompatibleTeacher(
-            f"{self._folder.root} was recorded from teacher {recorded} "
-            f"{self._provenance.fingerprint}, the live one is {info.model} "
-            f"{info.teacher_fingerprint}. Record it to another folder."
+            f"{self._folder.root} was recorded from teacher {recorded.model} "
+            f"{recorded.teacher_fingerprint}, the live one is {info.model} "
+            f"{info.teacher_fingerprint}, with another {' and another '.join(differs) or 'fingerprint'}. "
+            "Record it to another folder."
         )
 
     def _check_wish(self, wish: Wish) -> None:
@@ -565,7 +612,13 @@ class Recorded(Teacher):
         try:
             for table in self.id_tables:  # the same bytes, if it is there already
                 self._folder.put(id_table_file(table.digest.hex()), table.to_bytes())
-            return Writer(self._folder, self._provenance, self._lost)
+            # Of who answers now: the record may have been begun by another release of torch.
+            provenance = replace(
+                self._provenance,
+                teacher=_teacher_of(self._info),
+                id_tables=tuple(table.digest.hex() for table in self.id_tables),
+            )
+            return Writer(self._folder, provenance, self._lost)
         except RecordError as error:
             self._failure = error
             raise
@@ -642,8 +695,8 @@ def _teacher_of(info: teacher_pb2.TeacherInfo) -> dict[str, Any]:
     return MessageToDict(copy, preserving_proto_field_name=True)
 
 
-def _described(fingerprint: str, spec: str, temperature: float) -> str:
-    return f"{spec} at temperature {temperature} of teacher {fingerprint}"
+def _described(found: Provenance) -> str:
+    return f"{found.spec} at temperature {found.temperature} of teacher {found.fingerprint}"
 
 
 def _copy(done: "Future[Answer]", future: "Future[Answer]") -> None:

@@ -3,6 +3,7 @@
 One dict holds everything that is shown; it is written as JSON, and `page.py` writes it as a page.
 """
 
+import io
 import json
 import math
 import statistics
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from student_trainer import page, pictures
+from student_trainer.disk import put
 from student_trainer.results import FILE_NAME, Results, Scores, StudentResults
 
 NOT_A_SETTING = {
@@ -22,6 +24,12 @@ NOT_A_SETTING = {
 """What two runs may set differently and still repeat each other; texts are compared by digest."""
 ERRORS = 2.0
 """Standard errors of a difference on the held-out text that it must exceed to count."""
+WORTH_GAP = 0.05
+"""Share of the distance between control and teacher that must be closed for an effect to be worth a
+teacher. A certain effect can be tiny: enough held-out text resolves any. A twentieth is about what a
+slightly better learning rate or a few percent more steps give, which cost no teacher."""
+WORTH_NATS = 0.02
+"""The same in nats, where there is no such distance or it is not known: 2 % of perplexity."""
 DIGESTS = ("teacher", "data", "held_out")
 """Settings of which a label shows the beginning."""
 STATISTICS = (
@@ -33,7 +41,7 @@ STATISTICS = (
     *("distilled_seconds", "control_seconds"),
 )
 """Numbers of runs that are averaged over seeds."""
-HELPED = "Distillation helped"
+HELPED, BARELY = "Distillation helped", "Distillation barely helped"
 T_95 = {
     **{1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262},
     **{10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042},
@@ -72,15 +80,16 @@ def make_report(runs: Mapping[str, Results]) -> dict[str, Any]:
 def write_report(path: Path, report: dict[str, Any]) -> tuple[Path, Path]:
     """Writes the page to `path` and the numbers beside it; returns both paths.
 
-    Raises ValueError for a path that is no page's, or whose numbers would replace a run's results.
+    Raises ValueError for a path that is no page's, or whose numbers would replace a run's results, and
+    NotWritten.
     """
     if path.suffix not in (".html", ".htm") or path.stem == Path(FILE_NAME).stem:
         raise ValueError(f"the page must be named like report.html, got {path}")
     beside = path.with_suffix(".json")
     # Numbers that are none are null in it: every reader of JSON takes the file.
     numbers, shown = json.dumps(report, indent=2, allow_nan=False), page.render(report)
-    beside.write_text(numbers + "\n")
-    path.write_text(shown, encoding="utf-8")
+    put(beside, numbers + "\n")
+    put(path, shown)
     return path, beside
 
 
@@ -91,20 +100,22 @@ def draw_losses(path: Path, report: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    picture = report["groups"][0]["pictures"][0]
+    drawn = report["groups"][0]["pictures"][0]
     colours = {"distilled": "tab:blue", "control": "tab:gray", "shuffled": "tab:red"}
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for line in picture["lines"]:
+    for line in drawn["lines"]:
         xs, ys = zip(*line["points"], strict=True)
         axes.plot(xs, ys, marker="o", color=colours[line["student"]], label=line["label"])
-    for level in picture["levels"]:
+    for level in drawn["levels"]:
         axes.axhline(level["value"], color="tab:orange", linestyle="--", label=level["label"])
-    axes.set_xlabel(picture["x"])
-    axes.set_ylabel(picture["y"])
+    axes.set_xlabel(drawn["x"])
+    axes.set_ylabel(drawn["y"])
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
     pyplot.close(figure)
+    put(path, picture.getvalue())
 
 
 def table(report: dict[str, Any]) -> str:
@@ -168,6 +179,7 @@ def numbers_of(name: str, results: Results) -> dict[str, Any]:
             for who, of_one in scores.items()
             if who != "teacher"
         },
+        "agreement_rows": distilled.scores.agreement_rows,
         **_by_student(scores, "calibration_error"),
         "waiting_fraction": _ratio(distilled.waiting_s, distilled.seconds),
         "tokens_per_s": _ratio(distilled.tokens, distilled.seconds),
@@ -330,9 +342,10 @@ def _verdict(
     if shuffled is not None:
         is_wrong, sentence = shuffled
         if is_wrong:
-            sentences[0] = sentences[0].replace(
-                HELPED, f"Without that control one would say: {HELPED}"
-            )
+            for said in (HELPED, BARELY):
+                sentences[0] = sentences[0].replace(
+                    said, f"Without that control one would say: {said}"
+                )
             verdict, sentences = "something is wrong", [sentence, *sentences]
         else:
             sentences.append(sentence)
@@ -370,7 +383,9 @@ def _gained(
         "steps on the same text"
     )
     lower = f"{abs(mean):.3f} {'lower' if mean >= 0 else 'higher'}"
-    helped = f"{HELPED}: {reached}, {lower}."
+    little = _too_little(numbers, mean, stats)
+    verdict = "barely helped" if little else "helped"
+    helped = f"{BARELY if little else HELPED}: {reached}, {lower}{little}."
     did_not = f"Distillation did not help: {reached}, {lower}."
     if num == 1:
         error = next(one["gain_error"] for one in numbers if one["gain"] is not None)
@@ -386,7 +401,7 @@ def _gained(
                 f"(± {ERRORS * error:.3f}).",
                 one_seed,
             ]
-        return ("helped", [helped, one_seed]) if mean > 0 else ("did not help", [did_not, one_seed])
+        return (verdict, [helped, one_seed]) if mean > 0 else ("did not help", [did_not, one_seed])
     positive = sum(one["gain"] > 0 for one in numbers if one["gain"] is not None)
     spread = (
         f"Over {num} seeds the gain is {mean:.3f} on average, with a standard deviation of "
@@ -406,7 +421,41 @@ def _gained(
             "includes no gain at all.",
             spread,
         ]
-    return ("helped", [helped, spread]) if mean > 0 else ("did not help", [did_not, spread])
+    return (verdict, [helped, spread]) if mean > 0 else ("did not help", [did_not, spread])
+
+
+def _too_little(
+    numbers: list[dict[str, Any]], gain: float, stats: Mapping[str, dict[str, Any] | None]
+) -> str:
+    """Why a gain that is certain is not worth a teacher, as the end of a sentence; "" if it is.
+
+    It closes less than WORTH_GAP of what there was to gain (WORTH_NATS where that is not known), or
+    the student agrees with the teacher's likeliest token less often than labels alone make it, by
+    more than ERRORS standard errors: then it learnt something else than the teacher.
+    """
+    found = []
+    closed = stats["gap_closed"]
+    if closed is not None and closed["mean"] < WORTH_GAP:
+        found.append(
+            f"it closed {closed['mean']:.1%} of the distance to the teacher, and less than "
+            f"{WORTH_GAP:.0%} is not worth one"
+        )
+    elif closed is None and gain < WORTH_NATS:
+        found.append(f"less than {WORTH_NATS:g} nats are not worth a teacher")
+    pairs = [
+        (one["distilled_top1_agreement"], one["control_top1_agreement"], one["agreement_rows"])
+        for one in numbers
+        if one["distilled_top1_agreement"] is not None and one["control_top1_agreement"] is not None
+    ]
+    if pairs:
+        ours, theirs = (statistics.fmean(one[which] for one in pairs) for which in (0, 1))
+        rows = max(1, sum(one[2] for one in pairs))
+        error = math.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / rows)
+        if theirs - ours > ERRORS * error:
+            found.append(
+                f"it agrees with the teacher on {ours:.1%} of the tokens, the control on {theirs:.1%}"
+            )
+    return f"; but {', and '.join(found)}" if found else ""
 
 
 def _beside_the_teacher(
@@ -464,7 +513,7 @@ def _shuffled(numbers: list[dict[str, Any]], verdict: str) -> tuple[bool, str] |
         cause = (
             "so the gain does not come from what the teacher knows about this text. Is the control "
             "at its best learning rate?"
-            if verdict == "helped"
+            if verdict in ("helped", "barely helped")
             else "so the student learnt nothing from where the targets are. Do the targets belong to "
             "the tokens (student-trainer check), and does kd_weight count beside ce_weight?"
         )
@@ -482,7 +531,7 @@ def _shuffled(numbers: list[dict[str, Any]], verdict: str) -> tuple[bool, str] |
     return False, (
         f"With the targets shuffled into wrong places the student reaches only {shuffled:.3f} nats, "
         "as it must be: what helped is what the teacher knows at each place."
-        if verdict == "helped"
+        if verdict in ("helped", "barely helped")
         else f"With the targets shuffled into wrong places the student reaches {shuffled:.3f} nats, "
         f"{excess:.3f} worse than with the right ones, as it must be."
     )

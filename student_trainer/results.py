@@ -3,12 +3,13 @@
 results.json is written once, when the training has ended; `report.py` reads one or several.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from student_trainer.disk import put
 
 FILE_NAME = "results.json"
 FORMAT = 1
@@ -115,12 +116,8 @@ class Results(_Part):
     """By name: distilled, and control and shuffled if they were asked for."""
 
     def save(self, folder: Path) -> Path:
-        """Writes results.json into the folder, whole or not at all."""
-        path = folder / FILE_NAME
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(self.model_dump_json(indent=1) + "\n")
-        os.replace(partial, path)
-        return path
+        """Writes results.json into the folder, whole or not at all. Raises NotWritten."""
+        return put(folder / FILE_NAME, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Self:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from logit_codec import parse_targets
 from protos.extras import check_installed
-from student_trainer import data, model_card, trainer
+from student_trainer import checkpoint, data, disk, model_card, trainer
+from student_trainer.check import shared_ids
 from student_trainer.checkpoint import Checkpoints, KeepsCheckpoints, step_of
 from student_trainer.client import RemoteTeacher, connect
 from student_trainer.config import CorpusConfig, TrainConfig
@@ -32,6 +34,10 @@ from student_trainer.window import parse_ahead
 
 logger = logging.getLogger(__name__)
 
+RESULTS_NBYTES = 1 << 20
+"""Of what is written beside a student: its model card, results, report and picture."""
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model"}
+"""Beside those that the class of a tokenizer names."""
 NAMES = ("control", "distilled", "shuffled")
 """Of the students of a run, in the order in which they are trained."""
 MAY_CHANGE = {
@@ -59,6 +65,17 @@ MAY_CHANGE = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Student:
+    """What a folder says of a student before it is made."""
+
+    tokenizer: Any
+    num_ids: int
+    """Rows of its head."""
+    nbytes: int
+    """Of its weights as they are trained and saved, in float32, and of its tokenizer."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Corpus:
     """The text of a run, as the student reads it."""
 
@@ -70,7 +87,8 @@ class Corpus:
 
 
 def check_settings(config: CorpusConfig) -> None:
-    """Raises ValueError or InvalidRequest for what would be refused only behind the text."""
+    """Raises ValueError or InvalidRequest for what can be refused before anything is read."""
+    refuse_launchers()
     try:
         parse_targets(config.targets)
     except ValueError as error:
@@ -85,38 +103,130 @@ def check_settings(config: CorpusConfig) -> None:
         parse_ahead(ahead_of(config))
 
 
+def refuse_launchers() -> None:
+    """Raises ValueError in one of several processes of torchrun: each would make the whole run."""
+    count = os.environ.get("WORLD_SIZE", "")
+    if count.isdecimal() and int(count) > 1:
+        rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "?"))
+        raise ValueError(
+            f"this is process {rank} of {count} that torchrun or accelerate started (WORLD_SIZE), and "
+            "each would make the whole run in the same folder. Start student-trainer once, without "
+            f"them; train --workers {count} trains with {count} processes."
+        )
+
+
+def check_folder(student: Path) -> None:
+    """Raises ValueError for what is no folder of a student: the hub would be asked for it."""
+    if (student / "config.json").is_file():
+        return
+    if student.exists():
+        raise ValueError(f"{student} is not a student folder: it has no config.json")
+    name = str(student)
+    advice = "Give the path of a Hugging Face folder."
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        folder = name.rpartition("/")[2]
+        advice = (
+            "If it is a model of the Hugging Face hub, download it first (hf download "
+            f"{name} --local-dir {folder}) and give --student {folder}."
+        )
+    raise ValueError(f"there is no folder {name}, where the student should be. {advice}")
+
+
 def read_tokenizer(student: Path) -> Any:
-    """Of a student's folder. Raises ValueError if it is none: the hub would be asked for it."""
+    """Of a student's folder. Raises ValueError if it has none."""
     import transformers
 
-    if not (student / "config.json").is_file():
-        hub = "" if student.exists() else ". A model of the hub has to be in a folder: hf download "
-        hub += f"{student} --local-dir FOLDER" if hub else ""
-        raise ValueError(f"{student} is not a student folder: it has no config.json{hub}")
+    check_folder(student)
+    no_tokenizer = (
+        f"the student in {student} has no tokenizer (no tokenizer.json or the like): put the "
+        "teacher's into it, AutoTokenizer.from_pretrained(TEACHER).save_pretrained(STUDENT)"
+    )
+    names = {one.name for one in student.iterdir()}
     try:
-        return transformers.AutoTokenizer.from_pretrained(student)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(student)
     except RecursionError:
         raise ValueError(f"a file of the tokenizer in {student} is nested too deep") from None
+    except (OSError, ValueError):
+        if names & {*TOKENIZER_FILES, "vocab.json", "vocab.txt"}:
+            raise  # there is one, and something is wrong with it
+        raise ValueError(no_tokenizer) from None
+    # Without any file of it some classes make an empty one, which knows no word.
+    files = set(type(tokenizer).vocab_files_names.values())
+    if files and not names & (files | TOKENIZER_FILES):
+        raise ValueError(no_tokenizer)
+    return tokenizer
 
 
-def read_corpus(config: CorpusConfig) -> Corpus:
-    """Reads the student's tokenizer and packs the text. Raises ValueError, FileNotFoundError."""
+def read_student(folder: Path) -> Student:
+    """Reads the tokenizer and the config. Raises ValueError, OSError for what is no student."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = read_tokenizer(config.student)
+    tokenizer = read_tokenizer(folder)
+    student = trainer.outline(folder)
+    head = student.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"the student in {folder} has no head that gives logits of token ids")
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    files = [folder / name for name in {*TOKENIZER_FILES, "vocab.json", "merges.txt"}]
+    of_tokenizer = sum(file.stat().st_size for file in files if file.is_file())
+    return Student(tokenizer, len(head.weight), 4 * parameters + of_tokenizer)
+
+
+def find_texts(config: CorpusConfig) -> tuple[list[Path], list[Path]]:
+    """The files to train on, and those to measure on, if they are given. Raises FileNotFoundError."""
+    return data.find_files(config.data), data.find_files(config.held_out)
+
+
+def read_corpus(config: CorpusConfig, tokenizer: Any) -> Corpus:
+    """Reads and packs the text. Raises ValueError, FileNotFoundError."""
     length = config.sequence_length
-    sequences = data.pack(data.find_files(config.data), tokenizer, length, label="data")
-    if config.held_out:
-        files = data.find_files(config.held_out)
-        held_out = data.pack(files, tokenizer, length, label="held-out data")
+    of_data, of_held_out = find_texts(config)
+    data.look_through(of_data, label="data")
+    if of_held_out:
+        data.look_through(of_held_out, label="held-out data")
+    sequences = data.pack(of_data, tokenizer, length, label="data")
+    if of_held_out:
+        held_out = data.pack(of_held_out, tokenizer, length, label="held-out data")
     else:
         is_held_out = torch.arange(len(sequences)) % 20 == 19
         held_out, sequences = sequences[is_held_out], sequences[~is_held_out]
         if len(held_out) == 0:
-            raise ValueError("data is too short to hold some out: give --held-out files")
+            raise ValueError(
+                f"data is too short to hold some out: it has {len(sequences)} sequences of {length} "
+                "tokens, and every 20th is held out. Give more, or --held-out files."
+            )
     return Corpus(tokenizer, sequences, held_out[: config.held_out_sequences])
+
+
+def check_teacher(config: CorpusConfig, teacher: RemoteTeacher | Recorded, student: Student) -> int:
+    """Asks the teacher for what the run is going to ask for, before anything long begins.
+
+    Returns how many ids student and teacher share. Raises ValueError and what `Teacher.stream` does:
+    the teacher may not allow the caller these targets, or not know them.
+    """
+    shared = shared_ids(teacher.info, student.tokenizer, student.num_ids)
+    teacher.make_wish(config.targets, config.temperature, config.seed, 0)  # as recorded?
+    live = teacher.fallback if isinstance(teacher, Recorded) else teacher
+    if live is not None:
+        found = live.stream(
+            [[0, 0]], targets=config.targets, temperature=config.temperature, interactive=True
+        )
+        list(found)
+    return shared
+
+
+def check_ids(corpus: Corpus, num_ids: int) -> None:
+    """Raises ValueError for a token that student and teacher do not share."""
+    for name, sequences in (("data", corpus.sequences), ("the held-out text", corpus.held_out)):
+        largest = int(sequences.max()) if len(sequences) else 0
+        if largest >= num_ids:
+            token = corpus.tokenizer.convert_ids_to_tokens(largest)
+            raise ValueError(
+                f"{name} has token {token!r}, id {largest:,}; student and teacher share ids 0 to "
+                f"{num_ids - 1:,}. Leave it out of the text."
+            )
 
 
 @contextmanager
@@ -155,9 +265,12 @@ class HeldOut:
         best_ids: Tensor | None = None,
         teacher: Scores | None = None,
         unknown: str = "",
+        num_ids: int | None = None,
     ) -> None:
-        """best_ids: as for `evaluate`. teacher: its scores; unknown: why some of them are not known."""
+        """best_ids, num_ids: as for `evaluate`. teacher: its scores; unknown: why some of them are
+        not known."""
         self.sequences = sequences
+        self.num_ids = num_ids
         self.best_ids = best_ids
         self.teacher = teacher or Scores(loss=None)
         self.unknown = unknown
@@ -165,12 +278,16 @@ class HeldOut:
 
     @classmethod
     def ask(
-        cls, config: CorpusConfig, teacher: RemoteTeacher | Recorded, sequences: Tensor
+        cls,
+        config: CorpusConfig,
+        teacher: RemoteTeacher | Recorded,
+        sequences: Tensor,
+        num_ids: int | None = None,
     ) -> Self:
         """Asks the teacher, as far as it can tell. Raises what `Teacher.stream` does."""
         if not isinstance(teacher, Recorded):
             scores, best_ids = evaluate_teacher(teacher, sequences)
-            return cls(sequences, best_ids, scores)
+            return cls(sequences, best_ids, scores, num_ids=num_ids)
         try:
             scores, best_ids = evaluate_teacher(
                 teacher,
@@ -182,22 +299,24 @@ class HeldOut:
         except NotRecorded:
             unknown = "the held-out text was not recorded"
             logger.warning("%s: the teacher's own loss is unknown", unknown)
-            return cls(sequences, unknown=unknown)
+            return cls(sequences, unknown=unknown, num_ids=num_ids)
         if None not in (scores.loss, scores.accuracy, scores.calibration_error):
-            return cls(sequences, best_ids, scores)
+            return cls(sequences, best_ids, scores, num_ids=num_ids)
         if teacher.fallback is not None:
             live, best_ids = evaluate_teacher(teacher.fallback, sequences)
             if scores.loss is not None:  # the same, whether there is a live teacher or not
                 same = {"loss": scores.loss, "sequence_losses": scores.sequence_losses}
                 live = live.model_copy(update=same)
-            return cls(sequences, best_ids, live)
+            return cls(sequences, best_ids, live, num_ids=num_ids)
         found = f"the record holds {config.targets} at temperature {config.temperature:g}"
         unknown = f"{found}, which does not tell it; with --teacher too, the teacher is asked"
-        return cls(sequences, best_ids, scores, unknown)
+        return cls(sequences, best_ids, scores, unknown, num_ids)
 
     def measure(self, student: nn.Module, batch_size: int) -> Scores:
         """A student on the text, beside the teacher."""
-        self.last = evaluate(student, self.sequences, self.best_ids, batch_size=batch_size)
+        self.last = evaluate(
+            *(student, self.sequences, self.best_ids), batch_size=batch_size, num_ids=self.num_ids
+        )
         return self.last
 
     def beside_the_loss(self) -> dict[str, float]:
@@ -213,7 +332,7 @@ class HeldOut:
 def train(config: TrainConfig) -> Results:
     """Trains the student, and the controls that were asked for, and saves the student.
 
-    Raises ValueError, OSError, TrainingFailed, and what a teacher can raise.
+    Raises ValueError, OSError, NotWritten, TrainingFailed, and what a teacher can raise.
     """
     if config.workers:
         from student_trainer.ray_train import train_students as train_them
@@ -221,9 +340,18 @@ def train(config: TrainConfig) -> Results:
         train_them = train_students
     check_settings(config)
     with _made(config.output), ExitStack() as ending:
-        corpus = read_corpus(config)
-        teacher = ending.enter_context(open_teacher(config, corpus.tokenizer))
-        held_out = HeldOut.ask(config, teacher, corpus.held_out)
+        # What is refused soon comes before what takes long, down to here from there.
+        read = read_student(config.student)
+        find_texts(config)
+        ending.callback(disk.give_room, config.output)
+        disk.keep_room(config.output, read.nbytes + RESULTS_NBYTES, "the student")
+        teacher = ending.enter_context(open_teacher(config, read.tokenizer))
+        num_ids = check_teacher(config, teacher, read)
+        check_checkpoints(config, None, teacher.info.teacher_fingerprint)
+        corpus = read_corpus(config, read.tokenizer)
+        check_ids(corpus, num_ids)
+        check_checkpoints(config, corpus, teacher.info.teacher_fingerprint)
+        held_out = HeldOut.ask(config, teacher, corpus.held_out, num_ids)
         trained = train_them(config, corpus, teacher, held_out)
         info = teacher.info
     student = trained.student
@@ -417,15 +545,36 @@ def folder_of(config: TrainConfig, name: str) -> Path:
     return folder if name == "distilled" else folder / name
 
 
-def identity_of(config: TrainConfig, corpus: Corpus, **more: str) -> dict[str, Any]:
-    """What must be the same in a run that goes on; more: beside the settings and the text."""
+def identity_of(config: TrainConfig, corpus: Corpus | None, **more: str) -> dict[str, Any]:
+    """What must be the same in a run that goes on; more: beside the settings and the text.
+
+    Without the text, as far as it is known before that is read.
+    """
+    texts = {}
+    if corpus is not None:
+        texts["data_digest"] = data.digest(corpus.sequences)
+        texts["held_out_digest"] = data.digest(corpus.held_out)
     return {
         **config.model_dump(mode="json", exclude=MAY_CHANGE),
         "student_digest": trainer.student_digest(config.student),
-        "data_digest": data.digest(corpus.sequences),
-        "held_out_digest": data.digest(corpus.held_out),
+        **texts,
         **more,
     }
+
+
+def check_checkpoints(config: TrainConfig, corpus: Corpus | None, fingerprint: str) -> None:
+    """Raises ValueError if the checkpoints in the output are of another run, as far as is known."""
+    if config.start_over:
+        return
+    wanted = {"control": config.control, "shuffled": config.shuffled_control, "distilled": True}
+    for name in (one for one in NAMES if wanted[one]):
+        more = {} if name == "control" else {"teacher_fingerprint": fingerprint}
+        folder = folder_of(config, name)
+        if config.workers:
+            from student_trainer import ray_train
+
+            folder = config.output / ray_train.FOLDER / name
+        checkpoint.refuse_another_run(folder, identity_of(config, corpus, **more))
 
 
 def train_student(
@@ -470,6 +619,7 @@ def train_student(
         also=also,
         log=log,
         measured=held_out.beside_the_loss,
+        num_ids=held_out.num_ids,
         is_aligned=name != "shuffled",
     )
 
@@ -503,8 +653,10 @@ def find_device(config: TrainConfig) -> str:
 
 
 def save_student(student: Any, corpus: Corpus, folder: Path) -> None:
-    """Writes a Hugging Face folder."""
-    student.save_pretrained(folder)
-    corpus.tokenizer.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):  # which safetensors writes for the owner only
-        shutil.copymode(folder / "config.json", weights)
+    """Writes a Hugging Face folder, whole or not at all. Raises NotWritten."""
+    disk.give_room(folder.parent)
+    with disk.whole_folder(folder) as partial:
+        student.save_pretrained(partial)
+        corpus.tokenizer.save_pretrained(partial)
+        for weights in partial.glob("*.safetensors"):  # which safetensors writes for the owner only
+            shutil.copymode(partial / "config.json", weights)

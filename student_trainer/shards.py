@@ -89,6 +89,11 @@ class Provenance:
         """Of the teacher: of everything that decides the bytes."""
         return self.teacher.get("teacher_fingerprint", "")
 
+    @property
+    def origin(self) -> tuple[str, ...]:
+        """What has to be the same for rows to be of one record."""
+        return origin_of(self.info())
+
     def to_json(self) -> dict[str, Any]:
         return {
             "teacher": self.teacher,
@@ -147,6 +152,13 @@ class Row:
     @property
     def nbytes(self) -> int:
         return self.token_ids.nbytes + sum(map(len, self.payloads))
+
+
+def origin_of(info: teacher_pb2.TeacherInfo) -> tuple[str, ...]:
+    """Weights and tokenizer of a teacher, or all of its fingerprint if it does not say which."""
+    if not info.weights_fingerprint:
+        return (info.teacher_fingerprint,)
+    return info.weights_fingerprint, info.tokenizer_fingerprint
 
 
 class Folder:

@@ -88,6 +88,7 @@ def train(
     also: Callable[[], dict[str, float]] = dict,
     log: Callable[[str], None] | None = None,
     measured: Callable[[], dict[str, float]] = dict,
+    num_ids: int | None = None,
     is_aligned: bool = True,
 ) -> Run:
     """Trains `student` on (batch, targets) pairs; targets None trains on the labels alone.
@@ -96,8 +97,9 @@ def train(
     gives the held-out loss, called about ten times; `measured` what else it found. With
     `checkpoints`, goes on from the newest and writes new ones; `pairs` then has a state, as streams
     and `prefetch` do. The progress bar shows the last `log_every` steps; so do `curves`, together
-    with what `also` returns; with `log`, a line of text goes there instead of the bar. is_aligned:
-    whether targets must belong to their tokens.
+    with what `also` returns; with `log`, a line of text goes there instead of the bar. num_ids:
+    what the student's head has behind so many ids is padding, without a probability (default:
+    nothing is). is_aligned: whether targets must belong to their tokens.
 
     A student in DistributedDataParallel is trained by all its ranks: a batch is then the share of
     one of them, as `data.share` makes it, and losses and curves are of the whole step.
@@ -148,7 +150,7 @@ def train(
             if saved is not None and step == start:
                 restore_random_states(saved["random"])
             ids = batch["input_ids"].to(device)
-            logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
+            logits = student(input_ids=ids).logits[:, :-1, :num_ids].flatten(0, 1)
             labels = ids[:, 1:].flatten()
             num_items = int(batch.get("num_items", labels.numel()))
             ce = None
@@ -164,7 +166,9 @@ def train(
                         check_alignment(batch, targets)
                     warn_of_tail(targets, ce_weight)
                 targets = targets.to(device)
-                kd = distillation_loss(logits, targets, num_items=num_items)
+                kd = distillation_loss(
+                    logits, targets, num_items=num_items, effective_vocab_size=num_ids
+                )
                 loss = kd_weight * kd if ce is None else kd_weight * kd + ce_weight * ce
                 if curves is not None:
                     with torch.no_grad():
@@ -288,6 +292,18 @@ def student_digest(folder: Path) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         found.update(f"{path.name} {path.stat().st_size}\n".encode())
     return found.hexdigest()
+
+
+def outline(folder: Path) -> Any:
+    """The student in a Hugging Face folder without any weights: shapes alone."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except RecursionError:
+        raise ValueError(f"the config of the student in {folder} is nested too deep") from None
 
 
 def make_student(folder: Path, *, seed: int, device: str) -> nn.Module:

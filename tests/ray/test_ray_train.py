@@ -73,7 +73,7 @@ def with_dropout(settings, tmp_path_factory: pytest.TempPathFactory) -> dict:
 def record(settings, teacher_model, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("record"))
     config = TrainConfig(**settings, record=folder, output=Path(folder))
-    corpus = runs.read_corpus(config)
+    corpus = runs.read_corpus(config, runs.read_tokenizer(config.student))
     everything = torch.cat([corpus.sequences, corpus.held_out])
     with Recorded(folder, LocalTeacher(teacher_model, corpus.tokenizer)) as recorded:
         for _ in recorded.stream(everything, targets=TARGETS):
@@ -308,7 +308,7 @@ def test_what_would_fail_again_is_not_tried_again(
     finds out."""
     folder = str(tmp_path / "record")
     config = TrainConfig(**settings, record=folder, output=tmp_path)
-    corpus = runs.read_corpus(config)
+    corpus = runs.read_corpus(config, runs.read_tokenizer(config.student))
     with Recorded(folder, LocalTeacher(teacher_model, corpus.tokenizer)) as recorded:
         for _ in recorded.stream(corpus.held_out, targets=TARGETS):
             pass

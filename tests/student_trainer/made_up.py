@@ -22,6 +22,7 @@ def make_results(
     noise: float = 0.05,
     unknown: str = "",
     waiting: float = 0.02,
+    agreement: float = 0.61,
     settings: dict[str, Any] | None = None,
     **more: Any,
 ) -> Results:
@@ -62,7 +63,10 @@ def make_results(
                 unknown=unknown,
             ),
             "students": {
-                name: _student(loss, name, seed, noise, waiting if name == "distilled" else 0.0)
+                name: _student(
+                    *(loss, name, seed, noise, waiting if name == "distilled" else 0.0),
+                    agreement={"distilled": agreement, "control": 0.48, "shuffled": 0.2}[name],
+                )
                 for name, loss in final.items()
                 if loss is not None
             },
@@ -95,14 +99,15 @@ def make_scores(
     )
 
 
-def _student(loss: float, name: str, seed: int, noise: float, waiting: float) -> StudentResults:
+def _student(
+    loss: float, name: str, seed: int, noise: float, waiting: float, agreement: float
+) -> StudentResults:
     seconds = 12.0 if name == "control" else 14.0
     rows = 4 * 15
     at = [
         {"step": step, "tokens": step * rows, "seconds": seconds * step / STEPS}
         for step in range(10, STEPS + 1, 10)
     ]
-    agreement = {"distilled": 0.61, "control": 0.48, "shuffled": 0.2}[name]
     return StudentResults(
         seconds=seconds,
         waiting_s=waiting * seconds,

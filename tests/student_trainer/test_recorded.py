@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any, cast
 
 import fsspec
 import numpy as np
@@ -212,6 +213,7 @@ def test_another_teacher_tokenizer_or_spec_is_refused(live, tmp_path: Path):
         Recorded(tmp_path, other)
     for fingerprint in (live.info.teacher_fingerprint, other.info.teacher_fingerprint):
         assert fingerprint in str(caught.value)
+    assert "with another set of weights." in str(caught.value)
     with Recorded(tmp_path) as record:
         for asked in ({"targets": "sampled:65"}, {"targets": "top_k:4"}, {"temperature": 2.0}):
             with pytest.raises(InvalidRequest, match="holds sampled:64 at temperature 1"):
@@ -220,6 +222,28 @@ def test_another_teacher_tokenizer_or_spec_is_refused(live, tmp_path: Path):
     shutil.copy(shards_in(tmp_path / "other")[0], tmp_path)
     with pytest.raises(IncompatibleTeacher, match="holds two records"):
         Recorded(tmp_path)
+
+
+def test_another_release_of_torch_does_not_orphan_a_record(
+    tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
+):
+    """Replayed, added to, and replayed again, without another word than a note; the service itself
+    has another fingerprint, since it may answer with other bits."""
+    caplog.set_level(logging.INFO)
+    model = tiny.make_model("Gemma2", VOCAB)
+    before = LocalTeacher(model)
+    first = write(tmp_path, before, SEQUENCES[:6])
+    monkeypatch.setattr(torch, "__version__", "2.99.1")
+    after = LocalTeacher(model)
+    assert after.info.teacher_fingerprint != before.info.teacher_fingerprint
+    with Recorded(tmp_path, after, seal_nbytes=3000) as record:
+        both = [targets for _, targets in record.stream(SEQUENCES)]
+        assert (record.counters.replayed, record.counters.asked) == (6, 6)
+    assert all(map(same, first, both))
+    assert "recorded from the same weights of local under another fingerprint" in caplog.text
+    with Recorded(tmp_path) as record:
+        assert all(map(same, both, (targets for _, targets in record.stream(SEQUENCES))))
+    assert "was recorded under 2 fingerprints of one teacher's weights" in caplog.text
 
 
 def test_a_record_of_another_tokenizer_is_refused(tmp_path: Path):
@@ -661,6 +685,26 @@ def test_what_was_not_sealed_is_sealed_when_the_program_ends(live, tmp_path: Pat
     assert (ran.returncode, ran.stderr) == (7, "")
     with Recorded(tmp_path / "copy") as record:
         assert len(record) == 3
+
+
+def test_a_closed_record_counts_what_is_on_the_disk(live, tmp_path: Path):
+    """Not what was asked for and never came, as when somebody presses Ctrl-C."""
+
+    class Slow(Silent):
+        """Answers the first five."""
+
+        def submit(self, *arguments: Any) -> "Future[Answer]":
+            answered.append(arguments)
+            return live.submit(*arguments) if len(answered) <= 5 else Future()
+
+    answered: list[object] = []
+    with Recorded(tmp_path, cast("Any", Slow(live)), seal_nbytes=3000) as record:
+        pairs = record.stream(SEQUENCES, ahead=9)
+        for _ in range(5):
+            next(pairs)
+        assert len(answered) > 5
+    with Recorded(tmp_path) as again:
+        assert len(record) == len(again) == 5
 
 
 def test_given_up_requests_are_asked_for_again(live, tmp_path: Path):

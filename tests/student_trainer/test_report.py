@@ -18,6 +18,7 @@ from tests.student_trainer.made_up import NUM_SEQUENCES, make_results, seeds
 
 CASES = {
     "helped": {"runs/a": make_results()},
+    "barely helped": {"runs/a": make_results(distilled=3.97)},
     "did not help": {"runs/a": make_results(distilled=4.2)},
     "unclear": {"runs/a": make_results(distilled=3.999)},
     "no control": {"runs/a": make_results(control=None)},
@@ -61,6 +62,30 @@ def test_a_gain_within_what_the_held_out_text_resolves_is_not_called_one():
     words = said(make_report(CASES["unclear"]))
     assert "cannot be told" in words
     assert "Distillation helped" not in words
+
+
+def test_a_gain_that_is_certain_and_small_barely_helped():
+    """In nats it may look like something; what there was to gain decides, where that is known."""
+    found = make_report({"a": make_results(teacher=1.0, distilled=3.946)})
+    assert found["gain"] > 2 * found["gain_error"]
+    assert found["gap_closed"] == pytest.approx(0.018)
+    assert found["verdict"] == "barely helped"
+    assert "barely helped" in said(found)
+    assert "closed 1.8% of the distance to the teacher, and less than 5% is not worth one" in said(
+        found
+    )
+    assert make_report(seeds([0.03, 0.031, 0.032], noise=0.001))["verdict"] == "barely helped"
+    unknown = {"teacher": None, "unknown": "not recorded", "noise": 0.01}
+    for loss, verdict in ((3.985, "barely helped"), (3.97, "helped")):
+        assert make_report({"a": make_results(distilled=loss, **unknown)})["verdict"] == verdict
+
+
+def test_a_gain_with_less_agreement_than_labels_alone_barely_helped():
+    for agreement, verdict in ((0.40, "barely helped"), (0.47, "helped")):  # 0.47: within the error
+        found = make_report({"a": make_results(agreement=agreement)})
+        assert found["verdict"] == verdict
+    found = make_report({"a": make_results(agreement=0.40)})
+    assert "agrees with the teacher on 40.0% of the tokens, the control on 48.0%" in said(found)
 
 
 def test_several_seeds_have_mean_spread_and_interval():
