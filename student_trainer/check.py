@@ -1,6 +1,7 @@
 """Is this teacher the right one, are its targets in the right place, and how fast is it?"""
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -22,7 +23,13 @@ logger = logging.getLogger(__name__)
 SHIFTS = (0, 1, 2)
 """Which token of a row the teacher is asked about: 1 is the row rule, the others are mistakes."""
 ENOUGH_ROWS = 1024
-"""Of a batch, to tell whether its targets are in the right place."""
+"""To tell whether targets are in the right place."""
+LEAST_ROWS = 16
+"""Fewer say nothing: how likely a teacher finds one token is chance."""
+SIGMAS = 4.0
+"""By how many standard errors another place must be the better one."""
+MARGIN = 0.1
+"""And by how much beside, in nats."""
 MUCH_TAIL = 0.1
 """Mean probability outside of what is kept, from which on it is worth a warning."""
 
@@ -64,6 +71,13 @@ def nll_by_shift(
     An id that is not kept counts with an equal share of the tail; of draws, with one of a single
     draw.
     """
+    return {
+        shift: float(nll_R.mean()) for shift, nll_R in _row_nlls(token_ids, targets, rows).items()
+    }
+
+
+def _row_nlls(token_ids: Tensor, targets: Targets, rows: Tensor | None) -> dict[int, Tensor]:
+    """As nll_by_shift, but (R,) of each of the R rows that are not left out."""
     if isinstance(targets, SampledTargets):
         entries = (targets.counts / targets.num_draws).log()
         tail = torch.tensor(1 / targets.num_draws).log()
@@ -82,39 +96,57 @@ def nll_by_shift(
         logprobs = share.clone()
         hit = targets.token_ids == wanted[row_of_entry]
         logprobs[row_of_entry[hit]] = entries[hit]
-        result[shift] = float(-logprobs[inside].mean())
+        result[shift] = -logprobs[inside]
     return result
 
 
-def check_alignment(batch: Mapping[str, Any], targets: Targets) -> None:
-    """Raises ProtocolError if the targets of a batch clearly belong to other tokens.
+class Alignment:
+    """Whether the targets of some batches belong to their tokens; asked batch by batch.
 
-    The teacher's mean NLL of token i + shift at row i must not be better for another shift than
-    for 1. Only sparse kinds can tell.
+    The teacher's mean NLL of token i + shift at row i must not be clearly better for another shift
+    than for 1. A few rows cannot tell, and are added to those of the next batch. Only sparse kinds can.
     """
-    if not isinstance(targets, SparseTargets):
-        return
-    sums: dict[int, float] = dict.fromkeys(SHIFTS, 0.0)
-    count, first = 0, 0
-    for token_ids, rows in split_batch(batch, 0):
-        of_piece = targets[first : first + len(rows)].to("cpu")
-        first += len(rows)
-        inside = int((rows < len(token_ids) - max(SHIFTS)).sum())
-        if inside:
-            for shift, nll in nll_by_shift(token_ids, of_piece, rows).items():
-                sums[shift] += nll * inside
-        count += inside
-        if count >= ENOUGH_ROWS:
-            break
-    if count == 0:
-        return
-    by_shift = {shift: total / count for shift, total in sums.items()}
-    if by_shift[1] > min(nll for shift, nll in by_shift.items() if shift != 1) + 0.1:
-        raise ProtocolError(
-            "the teacher's targets do not belong to these tokens: its NLL by shift is "
-            f"{ {shift: round(nll, 2) for shift, nll in by_shift.items()} }, and 1 should be the "
-            "lowest. Is the student's tokenizer the teacher's?"
-        )
+
+    def __init__(self) -> None:
+        self._nlls: dict[int, list[Tensor]] = {shift: [] for shift in SHIFTS}
+        self._num_rows = 0
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether more batches would say no more."""
+        return self._num_rows >= ENOUGH_ROWS
+
+    def add(self, batch: Mapping[str, Any], targets: Targets) -> None:
+        """Raises ProtocolError if all targets so far clearly belong to other tokens."""
+        if not isinstance(targets, SparseTargets):
+            self._num_rows = ENOUGH_ROWS
+            return
+        first = 0
+        for token_ids, rows in split_batch(batch, 0):
+            of_piece = targets[first : first + len(rows)].to("cpu")
+            first += len(rows)
+            for shift, nll_R in _row_nlls(token_ids, of_piece, rows).items():
+                self._nlls[shift].append(nll_R)
+            self._num_rows += len(self._nlls[1][-1])
+            if self.is_enough:
+                break
+        if self._num_rows < LEAST_ROWS:
+            return
+        nlls = {shift: torch.cat(parts) for shift, parts in self._nlls.items()}
+        for shift in SHIFTS:
+            worse_R = nlls[1] - nlls[shift]
+            error = float(worse_R.std()) / math.sqrt(self._num_rows)
+            if shift != 1 and float(worse_R.mean()) > MARGIN + SIGMAS * error:
+                means = {one: round(float(nll_R.mean()), 2) for one, nll_R in nlls.items()}
+                raise ProtocolError(
+                    "the teacher's targets do not belong to these tokens: its NLL by shift is "
+                    f"{means}, and 1 should be the lowest. Is the student's tokenizer the teacher's?"
+                )
+
+
+def check_alignment(batch: Mapping[str, Any], targets: Targets) -> None:
+    """`Alignment` of one batch. Raises ProtocolError if its targets clearly belong to other tokens."""
+    Alignment().add(batch, targets)
 
 
 def shared_ids(info: teacher_pb2.TeacherInfo, tokenizer: Any, student_ids: int) -> int:

@@ -84,6 +84,7 @@ def fused_distillation_loss(
     num_items: int | Tensor | None = None,
     chunk_rows: int | None = None,
     statistics: RowStatistics | None = None,
+    max_entries: int | None = None,
 ) -> Tensor:
     """distillation_loss of softcap * tanh(logit_scale * (hidden @ head_weight.T + head_bias) / softcap).
 
@@ -94,6 +95,7 @@ def fused_distillation_loss(
     distillation_loss; masked rows cost nothing. chunk_rows: rows at a time; by default as many as
     make buffers of 96 MiB in all on a CPU, 512 MiB elsewhere. statistics: RowStatistics.zeros(R) on
     the device of hidden, to be filled in; with it labels are looked at even if ce_weight is 0.
+    max_entries: of the row of the targets that has most; where it is not given, a GPU's is waited for.
 
     head_weight and head_bias may be DTensors, as FSDP2's fully_shard leaves them: they are gathered, and
     their gradients averaged over the ranks of their mesh and sharded again, as FSDP2 does with all
@@ -169,6 +171,7 @@ def fused_distillation_loss(
         chunk_rows=chunk_rows,
         dtype=low,
         statistics=statistics,
+        most=most_entries(targets) if max_entries is None else max_entries,
     )
     each = reduction == "none"
     loss = _Fused.apply(
@@ -216,6 +219,8 @@ class _Problem:
     dtype: torch.dtype
     """Of hidden states and head."""
     statistics: RowStatistics | None
+    most: int
+    """Kept entries of a row, at most."""
 
 
 class _Fused(torch.autograd.Function):
@@ -288,7 +293,6 @@ def _run(
     )
     head, bias = head[: problem.width], None if bias is None else bias[: problem.width]
     count = num_rows if problem.rows is None else len(problem.rows)
-    most = _most_entries(problem.targets)
     size = _chunk_rows(problem, count, high, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, count, size):
@@ -301,7 +305,7 @@ def _run(
             if problem.statistics is not None:
                 problem.statistics.best[where] = units_CV.argmax(1)
             loss_R[where], gradient_CV = _loss(
-                problem, where, units_CV, weight_C1, most, buffers, any(wanted)
+                problem, where, units_CV, weight_C1, problem.most, buffers, any(wanted)
             )
             if gradient_CV is None:
                 continue
@@ -602,8 +606,8 @@ def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _most_entries(targets: Targets) -> int:
-    """K."""
+def most_entries(targets: Targets) -> int:
+    """K; waits for the device that the targets are on."""
     if not isinstance(targets, SparseTargets) or not len(targets.token_ids):
         return 0
     return int(targets.row_splits.diff().max())

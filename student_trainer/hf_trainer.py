@@ -9,8 +9,8 @@ never gets there, and so is never asked for. What was asked for travels inside t
 import itertools
 import json
 import logging
+import math
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,20 +18,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils.data
 import transformers
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, has_length
 
-from logit_codec import Targets
-from student_trainer.check import check_alignment, warn_of_tail
+from logit_codec import Targets, select
+from student_trainer.check import Alignment, warn_of_tail
 from student_trainer.client import RemoteTeacher, connect
 from student_trainer.errors import IncompatibleTeacher, ProtocolError
-from student_trainer.fused import RowStatistics, fused_distillation_loss
+from student_trainer.fused import RowStatistics, fused_distillation_loss, most_entries
 from student_trainer.head_loss import FusedHead, Unfusable
 from student_trainer.local import LocalTeacher
-from student_trainer.losses import distillation_loss
+from student_trainer.look_ahead import LookAhead
+from student_trainer.losses import check_divergence, distillation_loss
 from student_trainer.meter import SUMS, Meter, cross_entropy_sum, means
-from student_trainer.streaming import Layout, TargetStream, Teacher
+from student_trainer.prefetch import moved, on_device
+from student_trainer.streaming import Teacher
+from student_trainer.window import parse_ahead
 from student_trainer.wish import Wish
 
 logger = logging.getLogger(__name__)
@@ -86,6 +92,8 @@ class _Attached:
     """(R,) int64: the tokens that come behind them."""
     num_without: int
     """Tokens, padding aside, that are not trained."""
+    max_entries: int
+    """Of a row of the targets: counted on the host, so that no step waits for the device."""
 
 
 if TYPE_CHECKING:
@@ -109,12 +117,22 @@ class DistillationMixin(_Trainer):
         distillation: DistillationArguments | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
         self.distillation = distillation or DistillationArguments()
         self.teacher: Teacher | None = None
-        self._stream: Iterator[tuple[Any, Targets]] | None = None
-        self._pairs: Iterator[tuple[Any, _Attached]] = iter(())
+        if teacher is not None:  # before a Trainer tokenizes its data
+            for settings in (*args, *kwargs.values()):
+                if isinstance(settings, transformers.TrainingArguments):
+                    _check_settings(settings, self.distillation, kwargs.get("compute_loss_func"))
+        super().__init__(*args, **kwargs)
+        self._ahead: LookAhead | None = None
         self._epoch_iterator: Iterator[Any] | None = None
+        """Whose batches are looked ahead for."""
+        self._pass = -1
+        """Over the training data: the epoch of its draws."""
+        self._may_end_apart = False
+        """Whether ranks may have unequal numbers of batches."""
+        self._pass_state = "new"
+        """Of the pass over such data: new, begun or ended."""
         self._head: FusedHead | None = None
         self._head_was_tried = False
         if teacher is None:
@@ -125,7 +143,7 @@ class DistillationMixin(_Trainer):
                 "torchrun or accelerate launch, or choose one with CUDA_VISIBLE_DEVICES"
             )
         wish = self.distillation
-        Wish.of(wish.targets, wish.temperature, self.args.seed, 0)  # before anything is asked
+        _check_settings(self.args, wish, self.compute_loss_func)
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         self.teacher = _as_teacher(
             teacher,
@@ -136,6 +154,7 @@ class DistillationMixin(_Trainer):
         # The loss is divided by the rows of the whole accumulation window, see compute_loss.
         self.loss_is_scaled_for_ga = True
         self._meter = _Meter(self.args.device)
+        self._alignment = Alignment()
         self.add_callback(_Watch(self))
 
     # What the Trainer calls, in the order of a step.
@@ -158,28 +177,43 @@ class DistillationMixin(_Trainer):
         if self.teacher is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         began, loading_s = time.perf_counter(), self._meter.loading_s
-        if epoch_iterator is not self._epoch_iterator:
+        if epoch_iterator is not self._epoch_iterator or self._ahead is None:
             self._end_look_ahead()
-            self._epoch_iterator = epoch_iterator
-            self._pairs = self._look_ahead(epoch_iterator)
+            self._epoch_iterator, self._pass_state = epoch_iterator, "new"
+            self._ahead = self._look_ahead(epoch_iterator)
+        taken = [] if self._pass_state == "ended" else self._ahead.take(num_batches)
+        if self._may_end_apart and self._pass_state != "ended":
+            taken = taken[: self._shortest(len(taken), num_batches)]
         samples, num_rows = [], 0
-        for batch, attached in itertools.islice(self._pairs, num_batches):
-            if attached.targets is not None:
-                if self.distillation.check_first_batch and self._meter.rows_fetched == 0:
-                    check_alignment(batch, attached.targets)
-                    warn_of_tail(attached.targets, self.distillation.ce_weight)
-                num_rows += attached.targets.num_rows
-                self._meter.rows_fetched += attached.targets.num_rows
-            batch[ATTACHED] = attached
+        for one, targets in taken:
+            if targets is not None:
+                self._check(one.batch, targets)
+                num_rows += targets.num_rows
+                self._meter.rows_fetched += targets.num_rows
+            batch: Any = send_to_device(one.batch, device, non_blocking=True)
+            batch[ATTACHED] = _Attached(
+                targets,
+                one.rows,
+                one.labels,
+                one.num_without,
+                0 if targets is None else most_entries(targets),
+            )
             samples.append(batch)
         waited_s = time.perf_counter() - began
         self._meter.step_began(began, waited_s - (self._meter.loading_s - loading_s))
         if not samples:
             return samples, None
-        count = torch.tensor(num_rows, device=device)
+        count = torch.full((), num_rows, device=device)  # filled there: nothing waits for a copy
         if self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()  # type: ignore[union-attr]
         return samples, count.clamp(min=1)
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's; with a teacher its batches stay on the host until they are trained."""
+        loader = super().get_train_dataloader()
+        if self.teacher is not None and isinstance(loader, DataLoaderShard):
+            loader.device = None
+        return loader
 
     def compute_loss(
         self,
@@ -236,54 +270,85 @@ class DistillationMixin(_Trainer):
 
     # How it is done.
 
-    def _look_ahead(self, epoch_iterator: Iterator[Any]) -> Iterator[tuple[Any, _Attached]]:
-        """The batches of an epoch, each with its targets, asked for well before."""
+    def _check(self, batch: Mapping[str, Any], targets: Targets) -> None:
+        """Of the first rows, whether their targets belong to them. Raises ProtocolError."""
+        if not self.distillation.check_first_batch:
+            return
+        if self._meter.rows_fetched == 0:
+            warn_of_tail(targets, self.distillation.ce_weight)
+        if not self._alignment.is_enough:
+            self._alignment.add(batch, targets)
+
+    def _look_ahead(self, epoch_iterator: Iterator[Any]) -> LookAhead:
+        """The batches of a pass, each with its targets, asked for well before."""
         assert self.teacher is not None
         wish, state = self.distillation, self.state
+        self._pass += 1
+        loader: Any = self.callback_handler.train_dataloader
+        several, alone = self.args.world_size > 1, isinstance(loader, DataLoaderShard)
+        # What a loader that is not known does with all ranks is not known either.
+        together = several and not alone
+        # With data in shards, some ranks may come to the end of theirs before the others.
+        is_even = isinstance(loader, DataLoaderDispatcher) or (alone and not _is_iterable(loader))
+        self._may_end_apart = several and not is_even
         # No more than the run will use: targets behind max_steps would be made for nothing.
-        num_steps = state.max_steps - state.global_step
-        batches = itertools.islice(
-            epoch_iterator, num_steps * self.args.gradient_accumulation_steps
+        most = (state.max_steps - state.global_step) * self.args.gradient_accumulation_steps
+        return LookAhead(
+            self._loaded(itertools.islice(epoch_iterator, most), together),
+            self.teacher,
+            Wish.of(wish.targets, wish.temperature, self.args.seed, self._pass),
+            _ahead(wish.ahead),
+            agree=self._agree if together else None,
         )
-        waiting: deque[tuple[Any, Layout]] = deque()
-        """What was taken from the loader, also the batches that ask for nothing."""
 
-        def to_ask() -> Iterator[Any]:
-            while True:
-                began = time.perf_counter()
-                batch = next(batches, None)
-                self._meter.loading_s += time.perf_counter() - began
-                if batch is None:
-                    return
-                layout = Layout.of(batch)
-                trained = bool(layout.trained.any())
-                waiting.append((batch, layout))
-                if trained:
-                    yield batch
+    def _loaded(self, batches: Iterator[Any], together: bool) -> Iterator[Any]:
+        """The batches, on the host until they are trained, and how long they took."""
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            if batch is not None and together:
+                # A dispatcher leaves them on the device, as views of what it sent to all ranks.
+                batch = moved(batch, lambda tensor: tensor.to("cpu", copy=True))
+            self._meter.loading_s += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
 
-        self._stream = self.teacher.stream_batches(
-            to_ask(),
-            targets=wish.targets,
-            temperature=wish.temperature,
-            seed=self.args.seed,
-            epoch=int(state.epoch or 0),
-            ahead=int(wish.ahead) if str(wish.ahead).isdigit() else wish.ahead,
-        )
-        for asked, targets in self._stream:
-            while True:
-                batch, layout = waiting.popleft()
-                if batch is asked:
-                    yield batch, _attached(batch, layout, targets)
-                    break
-                yield batch, _attached(batch, layout, None)
-        for batch, layout in waiting:
-            yield batch, _attached(batch, layout, None)
+    def _agree(self, wanted: int, room: int) -> tuple[int, int]:
+        numbers = self._of_all_ranks(wanted, room)
+        return max(one for one, _ in numbers), min(one for _, one in numbers)
+
+    def _of_all_ranks(self, *numbers: int) -> list[list[int]]:
+        """What each rank says, which all have to ask for."""
+        own = torch.tensor([numbers], device=self.args.device)
+        return self.accelerator.gather(own).tolist()  # type: ignore[union-attr]
+
+    def _shortest(self, count: int, num_batches: int) -> int:
+        """How many of the batches of a step all ranks have; this one has `count`.
+
+        Where one has less than the step needs, the pass ends for all: a step is taken together.
+        Raises ValueError if a rank had none at all.
+        """
+        assert self._ahead is not None
+        counts = [found for (found,) in self._of_all_ranks(count)]
+        shortest, rank = min(counts), counts.index(min(counts))
+        if not shortest and max(counts) and self._pass_state == "new":
+            raise ValueError(
+                f"rank {rank} got no batch of the training data, and others did: the data set has too few "
+                "shards, or empty ones. Set dispatch_batches=True in accelerator_config: then one rank "
+                "reads, and all get their part."
+            )
+        self._pass_state = "begun" if shortest == num_batches else "ended"
+        if self._pass_state == "ended":
+            self._ahead.close()
+            if shortest < max(counts):
+                logger.warning("the data of rank %d has ended: so does this pass, for all", rank)
+        return shortest
 
     def _end_look_ahead(self) -> None:
-        close = getattr(self._stream, "close", None)
-        if close is not None:
-            close()
-        self._stream, self._epoch_iterator, self._pairs = None, None, iter(())
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead, self._epoch_iterator = None, None
 
     def _fused_head(self, model: nn.Module, inputs: Mapping[str, Any]) -> FusedHead | None:
         """The student's head, if the loss can be computed in its place; tried once a training."""
@@ -310,21 +375,24 @@ class DistillationMixin(_Trainer):
         if attached.targets is None:
             used = [hidden_BTD, weight_VD, *([] if bias_V is None else [bias_V])]
             return sum((one.sum() * 0.0 for one in used), start=hidden_BTD.new_zeros(()))
-        targets = attached.targets.to(device, non_blocking=True)
+        targets, rows_R, labels_R = on_device(
+            (attached.targets, attached.rows, attached.labels), device
+        )
         statistics = RowStatistics.zeros(targets.num_rows, device)
         loss = fused_distillation_loss(
-            hidden_BTD.flatten(0, 1)[attached.rows.to(device)],
+            hidden_BTD.flatten(0, 1)[rows_R],
             weight_VD,
             targets,
             head_bias=bias_V,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
             divergence=wish.divergence,
-            labels=attached.labels.to(device),
+            labels=labels_R,
             kd_weight=wish.kd_weight,
             ce_weight=wish.ce_weight,
             reduction="sum",
             statistics=statistics,
+            max_entries=attached.max_entries,
             **self._beta(),
         )
         kd = statistics.divergence.sum() * targets.temperature**2 if wish.kd_weight else None
@@ -336,9 +404,10 @@ class DistillationMixin(_Trainer):
         wish, device = self.distillation, logits_BTV.device
         if attached.targets is None:
             return logits_BTV.sum() * 0.0  # every rank and batch takes part in the backward pass
-        targets = attached.targets.to(device, non_blocking=True)
-        labels_R = attached.labels.to(device)
-        logits_RV = logits_BTV.flatten(0, 1)[attached.rows.to(device)]
+        targets, rows_R, labels_R = on_device(
+            (attached.targets, attached.rows, attached.labels), device
+        )
+        logits_RV = logits_BTV.flatten(0, 1)[rows_R]
         loss = logits_RV.new_zeros((), dtype=torch.float32)
         kd = None
         if wish.kd_weight:
@@ -375,8 +444,8 @@ class DistillationMixin(_Trainer):
         if self.args.world_size > 1:
             sums = self.accelerator.gather(sums[None]).sum(0)  # type: ignore[union-attr,call-overload]
         found = self._meter.ratios(sums)
-        if isinstance(self._stream, TargetStream):
-            found["lookahead"] = float(self._stream.in_flight)
+        if self._ahead is not None:
+            found["lookahead"] = float(self._ahead.in_flight)
         counters = getattr(self.teacher, "counters", None)
         if counters is not None and counters.rows:
             found["bytes_per_token"] = counters.payload_nbytes / counters.rows
@@ -424,6 +493,11 @@ class _Watch(transformers.TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Data without a length has no epochs; the Trainer begins with its first pass in any case.
+        loader = kwargs.get("train_dataloader")
+        first = int(state.epoch or 0) if has_length(loader) else 0
+        self._trainer._pass = first - 1
+        self._trainer._alignment = Alignment()
         self._trainer._meter.reset()
         self._trainer._head_was_tried = False
 
@@ -506,14 +580,48 @@ def _as_teacher(
     )
 
 
-def _attached(batch: Mapping[str, Any], layout: Layout, targets: Targets | None) -> _Attached:
-    rows = layout.trained.flatten().nonzero()[:, 0]
-    return _Attached(
-        targets=targets,
-        rows=rows,
-        labels=layout.labels.flatten()[rows + 1],
-        num_without=int(layout.real.sum()) - len(rows),
+def _check_settings(
+    args: transformers.TrainingArguments, wish: DistillationArguments, loss_func: Any
+) -> None:
+    """Raises ValueError for what the loss cannot be, or would leave out without a word."""
+    spec = Wish.of(wish.targets, wish.temperature, args.seed, 0).spec
+    parse_ahead(_ahead(wish.ahead))
+    row = select(
+        torch.zeros(1, getattr(spec, "k", 2)),
+        spec,
+        temperature=wish.temperature,
+        uniforms=torch.zeros(1, dtype=torch.float64),
+        realized_ids=torch.zeros(1, dtype=torch.int64),
     )
+    check_divergence(row, wish.divergence, 0.5 if wish.beta is None else wish.beta, False)
+    for name in ("kd_weight", "ce_weight"):
+        weight = getattr(wish, name)
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, got {weight}")
+    if not wish.kd_weight and not wish.ce_weight:
+        raise ValueError("kd_weight and ce_weight are both 0: there is nothing to learn")
+    ours = (
+        "would have no effect: with a teacher the loss is kd_weight times the divergence from it and "
+        "ce_weight times the cross-entropy on the labels"
+    )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} {ours}. Leave it at 0; the teacher's "
+            "distribution is the smoother of the two targets as it is."
+        )
+    if getattr(args, "loss_type", "nll") == "dft":
+        raise ValueError(f"loss_type='dft' {ours}. Leave it at 'nll', or train without a teacher.")
+    if loss_func is not None:
+        raise ValueError(f"compute_loss_func {ours}. Leave it out, or train without a teacher.")
+
+
+def _ahead(ahead: int | str) -> int | str:
+    """As `stream_batches` takes it: flags are texts."""
+    return int(ahead) if str(ahead).isdigit() else ahead
+
+
+def _is_iterable(loader: Any) -> bool:
+    return isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset)
 
 
 def _read_identity(path: Path) -> dict[str, Any]:

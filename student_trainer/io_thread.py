@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import logging
 import os
 import threading
 from collections.abc import Coroutine
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 from student_trainer.errors import ForkedClient
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class IoThread:
@@ -21,9 +24,8 @@ class IoThread:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="teacher-io", daemon=True
-        )
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="teacher-io", daemon=True)
         self._thread.start()
         atexit.register(self._stop)
 
@@ -54,7 +56,15 @@ class IoThread:
         """Calls a function in the loop, soon, without waiting for it."""
         self._loop.call_soon_threadsafe(function, *arguments)
 
+    def _run(self) -> None:
+        while not self._stopped:
+            try:
+                self._loop.run_forever()
+            except BaseException as error:  # SystemExit ends a loop; who waits for others stays
+                logger.error("the client failed", exc_info=error)
+
     def _stop(self) -> None:
         if os.getpid() == self.pid:
+            self._stopped = True
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(2.0)

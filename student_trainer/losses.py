@@ -124,9 +124,8 @@ def _divergence(
     # The student's tail is summed, not 1 - head: that would cancel (error 1.5 at a tail of 5e-7).
     # A row that keeps everything goes through the sum whole, so that no gradient is NaN.
     has_tail_R = targets.row_splits.diff() < width
-    chosen = has_tail_R[rows]
-    nothing = logq_RV.new_full((), -torch.inf)
-    others_RV = logq_RV.index_put((rows[chosen], targets.token_ids[chosen]), nothing)
+    nothing_E = logq_E.masked_fill(has_tail_R[rows], -torch.inf)
+    others_RV = logq_RV.index_put((rows, targets.token_ids), nothing_E)
     logq_tail_R = others_RV.logsumexp(1).where(has_tail_R, LOWEST)
     logp_tail_R = targets.tail_logprob.to(scaled.dtype)
     tail_R = cells(divergence, beta, logp_tail_R, logq_tail_R).where(has_tail_R, 0.0)

@@ -89,6 +89,7 @@ def most_likely(targets: Targets) -> Tensor:
     values_E = values_E.float()
     best_R = values_E.new_full((targets.num_rows,), -torch.inf)
     best_R = best_R.scatter_reduce(0, rows_E, values_E, "amax")
-    is_best_E = values_E == best_R[rows_E]
+    # Not chosen by a mask: how many are chosen would have to be known here, and waited for.
+    ids_E = targets.token_ids.where(values_E == best_R[rows_E], targets.vocab_size)
     ids_R = torch.full_like(best_R, targets.vocab_size, dtype=torch.int64)
-    return ids_R.scatter_reduce(0, rows_E[is_best_E], targets.token_ids[is_best_E], "amin")
+    return ids_R.scatter_reduce(0, rows_E, ids_E, "amin")

@@ -56,7 +56,6 @@ class Prefetch(Iterator[T]):
         if self._ended:
             raise StopIteration
         if not self._started:
-            self._started = True
             if self._stateful and self._state is None:
                 self._state = self._source.state_dict()  # type: ignore[attr-defined]
             # The thread must not hold on to this object: dropping it is what ends the thread.
@@ -67,6 +66,7 @@ class Prefetch(Iterator[T]):
                 name="prefetch",
                 daemon=True,
             ).start()
+            self._started = True
         item, state, error = self._ready.get()
         if error is not None:
             self._ended = True
@@ -109,7 +109,7 @@ class Prefetch(Iterator[T]):
         if device is None:
             return lambda item: item
         if device.type != "cuda":
-            return lambda item: _moved(item, lambda tensor: tensor.to(device, non_blocking=True))
+            return lambda item: moved(item, lambda tensor: tensor.to(device, non_blocking=True))
         side = torch.cuda.Stream(device)
         return lambda item: _OnItsWay(item, device, side)
 
@@ -129,7 +129,7 @@ class _OnItsWay:
             return copied
 
         with torch.cuda.stream(side):
-            self._item = _moved(item, copy)
+            self._item = moved(item, copy)
             self._copied = side.record_event()
 
     def __call__(self) -> Any:
@@ -160,8 +160,9 @@ def _fill(
             except queue.Full:
                 continue
 
-    source = iter(iterable)
+    source: Any = None
     try:
+        source = iter(iterable)
         for item in itertools.islice(source, skip, None):
             state = iterable.state_dict() if stateful else None  # type: ignore[attr-defined]
             put(move(item), state, None)
@@ -176,14 +177,26 @@ def _fill(
             close()
 
 
-def _moved(item: Any, move: Callable[[Tensor], Tensor]) -> Any:
+def on_device(item: Any, device: torch.device) -> Any:
+    """The item with its tensors on the device; to a GPU they are copied without anybody waiting."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        if device.type != "cuda" or tensor.is_cuda:
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    return moved(item, copy)
+
+
+def moved(item: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """The item with what `move` makes of each tensor, also inside Targets, tuples, lists and dicts."""
     if isinstance(item, Tensor):
         return move(item)
     if isinstance(item, Targets):
         return replace(item, **{name: move(part) for name, part in item._tensors().items()})
     if isinstance(item, tuple | list):
-        parts = [_moved(part, move) for part in item]
+        parts = [moved(part, move) for part in item]
         return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
     if isinstance(item, Mapping):
-        return {name: _moved(part, move) for name, part in item.items()}
+        return {name: moved(part, move) for name, part in item.items()}
     return item

@@ -67,6 +67,7 @@ VERIFY_THREADS = 4
 REPLAYED_TOGETHER = 8
 """Sequences that are read before the first of them is decoded: reading and decoding in turns push each
 other's code and data out of the caches, and take a third longer together."""
+CLOSED = "this record is closed; open it again to use it"
 NOT_THE_TEACHERS = ("service_id", "replicas", "replica_id", "team", "limits", "server_version")
 """Fields of TeacherInfo that are about the service, not about the teacher."""
 
@@ -263,7 +264,7 @@ class Recorded(Teacher):
                 f"{os.getpid()}: its thread is not there. Open it anew in the fork."
             )
         if self._closed:
-            raise TeacherError("this record is closed; open it again to use it")
+            raise TeacherError(CLOSED)
         if self._failure is not None:
             raise self._failure
 
@@ -483,11 +484,19 @@ class Recorded(Teacher):
         return [*self._index.find(key), *self._fresh.get(key, ())]
 
     def _do(self, future: "Future[Answer]", work: Callable[..., None], *arguments: Any) -> None:
-        """In the worker, for a future that somebody waits for."""
+        """In the worker, for a future that somebody waits for, and who is told what goes wrong."""
+
+        def run() -> None:
+            try:
+                work(*arguments)
+            except BaseException as error:
+                _fail(future, error)
+
         try:
-            self._worker.submit(work, *arguments)
+            self._worker.submit(run)
         except RuntimeError:  # closed, or the interpreter ends
-            future.cancel()
+            if not future.cancel():  # it is being answered already
+                _fail(future, TeacherError(CLOSED))
 
     def _resolve(
         self, request: _Request, future: "Future[Answer]", find: Callable[[], Answer]
@@ -495,14 +504,16 @@ class Recorded(Teacher):
         if not future.set_running_or_notify_cancel():
             return
         try:
-            answer = find()
-        except _Damaged as damaged:
-            self._drop(damaged.shard)
-            again: Future[Answer] = Future()
-            again.add_done_callback(lambda done: _copy(done, future))
-            self._answer(request, again)
+            try:
+                answer = find()
+            except _Damaged as damaged:
+                self._drop(damaged.shard)
+                again: Future[Answer] = Future()
+                again.add_done_callback(lambda done: _copy(done, future))
+                self._answer(request, again)
+                return
         except BaseException as error:  # whoever waits for the future is told
-            future.set_exception(error)
+            _fail(future, error)
         else:
             future.set_result(answer)
 
@@ -516,7 +527,10 @@ class Recorded(Teacher):
             if not future.cancelled()
         ]
         for request, future, decoded in fetched:
-            self._resolve(request, future, decoded)
+            try:
+                self._resolve(request, future, decoded)
+            except BaseException as error:  # of one of them, not of those that were fetched with it
+                _fail(future, error)
 
     def _fetch(self, request: _Request, entry: Entry) -> Callable[[], Answer]:
         """Reads; what it returns decodes, and raises what went wrong in either: _Damaged too."""
@@ -564,25 +578,22 @@ class Recorded(Teacher):
             return
         self.counters.asked += 1
 
-        def given_up(future: Future[Answer]) -> None:
+        def ended(future: Future[Answer]) -> None:
             if future.cancelled():
-                self._remove(request.key, entry)
                 live.cancel()
+            if entry.asked is future:  # without an answer: whoever wants one asks again
+                self._remove(request.key, entry)
 
         def answered(live: Future[Answer]) -> None:
             record = partial(self._record, request, entry, live)
             self._do(future, self._resolve, request, future, record)
 
-        future.add_done_callback(given_up)
+        future.add_done_callback(ended)
         live.add_done_callback(answered)
 
     def _record(self, request: _Request, entry: Entry, live: "Future[Answer]") -> Answer:
         """Keeps a live answer to be sealed. Raises what the live teacher raised, RecordError."""
-        try:
-            answer = live.result()
-        except BaseException:
-            self._remove(request.key, entry)
-            raise
+        answer = live.result()
         if not self._writes:
             self._remove(request.key, entry)
             return self._counted(answer, request)
@@ -699,8 +710,14 @@ def _described(found: Provenance) -> str:
     return f"{found.spec} at temperature {found.temperature} of teacher {found.fingerprint}"
 
 
+def _fail(future: "Future[Answer]", error: BaseException) -> None:
+    """Tells whoever waits, unless they have been told or have given up."""
+    if future.running() or (not future.done() and future.set_running_or_notify_cancel()):
+        future.set_exception(error)
+
+
 def _copy(done: "Future[Answer]", future: "Future[Answer]") -> None:
-    error = done.exception()
+    error = TeacherError(CLOSED) if done.cancelled() else done.exception()
     if error is not None:
         future.set_exception(error)
     else:

@@ -261,7 +261,7 @@ class Session:
         """Sends a request, now or as soon as there is a link."""
         try:
             self._submit(pending)
-        except Exception as error:  # of a call that nobody waits for
+        except BaseException as error:  # of a call that nobody waits for
             logger.error("the client failed", exc_info=error)
             _resolve(pending, _bug(error))
 
@@ -667,7 +667,7 @@ class Session:
         pending, fate = ended
         try:
             self._take(link, response, pending, fate)
-        except Exception as error:  # nobody else knows of this request any more
+        except BaseException as error:  # nobody else knows of this request any more
             logger.error("the client failed", exc_info=error)
             _resolve(pending, _bug(error))
 
@@ -873,7 +873,7 @@ def _decoded(pending: Pending, fingerprint: str, id_tables: Sequence[IdTable]) -
         return assemble(pending, fingerprint, id_tables)
     except (CodecError, TargetsCorrupt, IncompatibleTeacher):
         raise
-    except Exception as error:  # of any kind, StopIteration too, which a future cannot carry
+    except BaseException as error:  # StopIteration and SystemExit too, which no loop can carry
         raise _bug(error) from error
 
 

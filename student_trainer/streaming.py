@@ -182,15 +182,16 @@ class Teacher(ABC):
         temperature: float = 1.0,
         seed: int = 0,
         epoch: int = 0,
-        ahead: int | str | None = None,
+        ahead: int | str | Window | None = None,
     ) -> TargetStream[Any]:
         """(batch, targets) of each batch of a loader, in order.
 
         A batch is a mapping with input_ids and, if it is padded, packed or masked, attention_mask,
-        position_ids or labels; it comes back as it is. The rows of `targets` are its trained
-        positions in reading order. A batch with a number under "epoch" is of that epoch. ahead:
-        batches in flight, or "30s" for as many as the trainer uses up in that time, in at most
-        512 MiB of targets ("30s,2048MiB": in at most 2 GiB); by default `default_look_ahead`.
+        position_ids, cu_seq_lens_q, seq_idx or labels (`Layout.of`); it comes back as it is. The rows
+        of `targets` are its trained positions in reading order. A batch with a number under "epoch" is
+        of that epoch. ahead: batches in flight, or "30s" for as many as the trainer uses up in that
+        time, with at most 512 MiB of batches and targets ("30s,2048MiB": with at most 2 GiB), or a
+        window; by default `default_look_ahead`.
         """
         self.check_usable()
         wish = self.make_wish(targets, temperature, seed, epoch)
@@ -228,7 +229,8 @@ def stream_sequences(
     def requests(numbered: Iterator[tuple[int, Any]]) -> Iterator[_Request]:
         for number, sequence in numbered:
             token_ids = as_token_ids(sequence, number)
-            yield _Request(token_ids, wish, {f"stream item {number}": (token_ids, None)})
+            where = f"stream item {number}"
+            yield _Request(token_ids, wish, {where: (token_ids, None)}, token_ids.nbytes)
 
     def pairs(numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Tensor, Targets]]:
         answers = _in_order(requests(numbered), submit, Window(ahead))
@@ -254,6 +256,7 @@ def stream_loader(
                 batch,
                 wish if batch.get("epoch") is None else replace(wish, epoch=int(batch["epoch"])),
                 {f"batch {number}, piece {i}": piece for i, piece in pieces},
+                nbytes_of(batch),
             )
 
     def pairs(numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Any, Targets]]:
@@ -286,6 +289,8 @@ class _Request:
     wish: Wish
     pieces: dict[str, tuple[Tensor, Tensor | None]]
     """Ids and wanted rows as for `Submit`, by the name that an error gives their place."""
+    nbytes: int
+    """Of the item."""
     futures: dict[str, "Future[Answer]"] = field(default_factory=dict)
     """Of the pieces that were asked for."""
 
@@ -314,11 +319,12 @@ def _in_order(
             sizes = request.sizes()
             tokens, rows = (sum(numbers) for numbers in zip(*sizes.values(), strict=True))
             # One that is larger than the window alone is asked for when nothing else is in flight.
-            if waiting and not window.has_room(tokens, rows):
+            if waiting and not window.has_room(tokens, rows, request.nbytes):
                 pulled = request
                 return
             pulled = None
             waiting.append(request)
+            window.hold(request.nbytes)
             for where, (ids, wanted) in request.pieces.items():
                 request.futures[where] = submit(ids, wanted, request.wish)
                 window.asked(request.futures[where], *sizes[where])
@@ -333,12 +339,24 @@ def _in_order(
                 ask()
             results = [_result(future, where) for where, future in request.futures.items()]
             waiting.popleft()
+            window.hold(-request.nbytes)
             window.handed_out(sum(answer.nbytes for answer in results))
             yield request.item, [answer.targets for answer in results]
     finally:
         for request in waiting:
             for future in request.futures.values():
                 future.cancel()
+
+
+def nbytes_of(item: Any) -> int:
+    """About the memory of what a batch holds: tensors and arrays, in lists and mappings too."""
+    if isinstance(item, Mapping):
+        return sum(map(nbytes_of, item.values()))
+    if isinstance(item, list | tuple):
+        return sum(map(nbytes_of, item))
+    if isinstance(item, str | bytes):
+        return len(item)
+    return int(getattr(item, "nbytes", 8))
 
 
 def as_token_ids(sequence: Any, position: int) -> Tensor:
@@ -416,9 +434,9 @@ class Layout:
         """Of a padded or packed batch, input_ids (B, T) or (T,).
 
         Position t is trained on predicting token t+1 if both are real (attention_mask, where
-        given), belong to one document (position_ids, where given, start again at 0) and
-        labels[t+1] is not -100 (where given). Raises InvalidRequest for shapes that do not fit;
-        `number` is the batch's, for that message.
+        given), belong to one document and labels[t+1] is not -100 (where given). A document begins
+        where position_ids do not go up by one, where seq_idx changes and where cu_seq_lens_q says so.
+        Raises InvalidRequest for shapes that do not fit; `number` is the batch's, for that message.
         """
         ids = _batch_ids(batch, number)
 
@@ -442,11 +460,7 @@ class Layout:
                 f"batch {number}: attention_mask must be 1 for a token and 0 for padding, got {odd}"
             )
         _check_ids(ids[real], f"batch {number}")
-        document = torch.zeros_like(ids)
-        if batch.get("position_ids") is not None:
-            positions = torch.atleast_2d(torch.as_tensor(batch["position_ids"])).cpu()
-            starts = (positions == 0).expand_as(ids)
-            document = starts.cumsum(1)
+        document = _starts(batch, ids, number).cumsum(1)
         trained = torch.zeros_like(real)
         trained[:, :-1] = real[:, :-1] & real[:, 1:] & (document[:, :-1] == document[:, 1:])
         labels = beside("labels")
@@ -472,6 +486,31 @@ class Layout:
             if flat_real[start] and len(rows):
                 pieces.append((flat_ids[start : start + length], rows))
         return pieces
+
+
+def _starts(batch: Mapping[str, Any], ids: Tensor, number: int) -> Tensor:
+    """(B, T) bool: where the batch says that a document begins. Raises InvalidRequest."""
+    starts = torch.zeros(ids.shape, dtype=torch.bool)
+    # A position goes up by one within a document, and the index of a sequence stays.
+    for name, step in (("position_ids", 1), ("seq_idx", 0)):
+        if batch.get(name) is None:
+            continue
+        found = torch.atleast_2d(torch.as_tensor(batch[name])).cpu()
+        if found.shape not in (ids.shape, (1, ids.shape[1])):
+            raise InvalidRequest(
+                f"batch {number}: {name} must have the shape of input_ids {tuple(ids.shape)}, or one "
+                f"row for all, got {tuple(found.shape)}"
+            )
+        starts[:, 1:] |= found[:, 1:] != found[:, :-1] + step
+    if batch.get("cu_seq_lens_q") is not None:
+        ends = torch.as_tensor(batch["cu_seq_lens_q"]).cpu().flatten().long()
+        if not len(ends) or ends[0] != 0 or (ends.diff() < 0).any() or ends[-1] > ids.numel():
+            raise InvalidRequest(
+                f"batch {number}: cu_seq_lens_q must go up from 0 to at most the {ids.numel()} tokens "
+                f"of input_ids, got {ends.tolist()[:8]}"
+            )
+        starts.view(-1)[ends[ends < ids.numel()]] = True
+    return starts
 
 
 def split_batch(batch: Mapping[str, Any], number: int) -> list[tuple[Tensor, Tensor]]:

@@ -3,8 +3,8 @@
 A look-ahead in seconds begins with a few items. Until the first answer comes it doubles while the
 trainer waits; from then on it follows what was measured: at least twice what the trainer uses up
 during a round trip, at once, and one more with every item up to what it uses up in the time asked
-for. Three things hold it back: bytes of targets, tokens that the teacher may have in its queue, and
-1,024 items.
+for. Three things hold it back: bytes of items and their targets, tokens that the teacher may have in
+its queue, and 1,024 items.
 """
 
 import math
@@ -21,8 +21,9 @@ from student_trainer.errors import InvalidRequest
 from student_trainer.wish import Answer
 
 MAX_NBYTES = 512 << 20
-"""Targets that a look-ahead in seconds may hold unless it says otherwise."""
+"""Items and targets that a look-ahead in seconds may hold unless it says otherwise."""
 MAX_ITEMS = 1024
+NO_LIMIT = 2**31
 MIN_ITEMS = 2
 FIRST_ITEMS = 4
 MAX_UNMEASURED = 64
@@ -58,9 +59,16 @@ class Window:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def has_room(self, num_tokens: int, num_rows: int) -> bool:
-        """Whether an item of this size may be asked for beside those in flight."""
+    def has_room(self, num_tokens: int, num_rows: int, nbytes: int = 0) -> bool:
+        """Whether an item of this size and so many bytes may be asked for beside those in flight."""
         return True
+
+    def room_for(self, num_rows: int, nbytes: int) -> int:
+        """How many more items of this size may be held."""
+        return NO_LIMIT
+
+    def hold(self, nbytes: int) -> None:
+        """Items of so many bytes more are held; of fewer, if it is negative."""
 
     def asked(self, future: "Future[Answer]", num_tokens: int, num_rows: int) -> None:
         """A piece of an item was asked for."""
@@ -101,6 +109,7 @@ class TimedWindow(Window):
         self._row_nbytes = max_row_nbytes
         self._measured = False
         self._ready_nbytes = 0
+        self._items_nbytes = 0
         self._unanswered_rows = 0
         self._unanswered_tokens = 0
         self._round_trip_s = 0.0
@@ -108,15 +117,24 @@ class TimedWindow(Window):
 
     @property
     def nbytes(self) -> float:
-        """Held: targets that are decoded, and an estimate of those that are on their way."""
+        """Held: items, targets that are decoded, and an estimate of those that are on their way."""
         with self._lock:
-            return self._ready_nbytes + self._unanswered_rows * self._row_nbytes
+            targets_nbytes = self._ready_nbytes + self._unanswered_rows * self._row_nbytes
+            return self._items_nbytes + targets_nbytes
 
-    def has_room(self, num_tokens: int, num_rows: int) -> bool:
+    def has_room(self, num_tokens: int, num_rows: int, nbytes: int = 0) -> bool:
         with self._lock:
-            nbytes = self._ready_nbytes + (self._unanswered_rows + num_rows) * self._row_nbytes
             num_tokens += self._unanswered_tokens
-        return nbytes <= self._max_nbytes and num_tokens <= self._max_tokens
+        return self.room_for(num_rows, nbytes) >= 1 and num_tokens <= self._max_tokens
+
+    def room_for(self, num_rows: int, nbytes: int) -> int:
+        free = self._max_nbytes - self.nbytes
+        each = nbytes + num_rows * self._row_nbytes
+        return min(NO_LIMIT, int(free // each)) if each else (NO_LIMIT if free >= 0 else 0)
+
+    def hold(self, nbytes: int) -> None:
+        with self._lock:
+            self._items_nbytes += nbytes
 
     def asked(self, future: "Future[Answer]", num_tokens: int, num_rows: int) -> None:
         asked_s = self._clock.now()
@@ -182,8 +200,12 @@ def parse_ahead(ahead: int | str) -> int | tuple[float, int]:
     return float(match.group(1)), int(match.group(2)) << 20 if match.group(2) else MAX_NBYTES
 
 
-def make_window(ahead: int | str, spec: TargetSpec, info: teacher_pb2.TeacherInfo) -> Window:
-    """The window that `ahead` stands for; see `parse_ahead`. Raises InvalidRequest."""
+def make_window(
+    ahead: int | str | Window, spec: TargetSpec, info: teacher_pb2.TeacherInfo
+) -> Window:
+    """The window that `ahead` is or stands for; see `parse_ahead`. Raises InvalidRequest."""
+    if isinstance(ahead, Window):
+        return ahead
     parsed = parse_ahead(ahead)
     if isinstance(parsed, int):
         return Window(parsed)

@@ -56,7 +56,7 @@ def make_trainer(
         model=tiny.make_student() if student is None else student,
         args=transformers.TrainingArguments(str(folder), **settings),
         train_dataset=rows,
-        eval_dataset=rows[:6],
+        eval_dataset=rows[:6] if isinstance(rows, list) else None,
         data_collator=collator,
         processing_class=TOKENIZER,
         teacher=teacher,

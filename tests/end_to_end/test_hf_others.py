@@ -116,6 +116,20 @@ def test_the_mixin_goes_before_trls_sft_trainer(trained_service, rows, tmp_path:
     assert not torch.equal(weights(trainer), before)
 
 
+def test_the_other_losses_of_sft_are_refused(teacher_model, rows, tmp_path: Path):
+    class Distilled(DistillationMixin, trl.SFTTrainer):
+        pass
+
+    with pytest.raises(ValueError, match="loss_type='dft' would have no effect"):
+        Distilled(
+            model=tiny.make_student(),
+            args=trl.SFTConfig(str(tmp_path), loss_type="dft", report_to="none", use_cpu=True),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=TOKENIZER,
+            teacher=teacher_model,
+        )
+
+
 def test_tensorboard_shows_the_metrics(trained_service, rows, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     trainer = make_trainer(

@@ -1,12 +1,15 @@
 """transformers' Trainer with a teacher: the loss however batches are cut, resume, what is logged."""
 
+import re
 import shutil
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from student_trainer import (
     ForkedClient,
@@ -18,6 +21,7 @@ from student_trainer import (
     connect,
     distillation_loss,
 )
+from student_trainer.check import check_alignment
 from student_trainer.hf_trainer import (
     ATTACHED,
     IDENTITY_FILE,
@@ -405,6 +409,151 @@ def test_mistakes_are_told_when_the_trainer_is_made(trained_service, rows, tmp_p
     wish = DistillationArguments(patience_s=0.5)
     with pytest.raises(TeacherUnavailable, match=r"127\.0\.0\.1:1"):
         make_trainer(tmp_path, rows, "127.0.0.1:1", distillation=wish)
+
+
+@pytest.mark.parametrize(
+    ("wish", "settings", "word"),
+    [
+        ({"divergence": "forwards"}, {}, "divergence must be one of"),
+        ({"divergence": "reverse_kl"}, {}, "cannot be estimated from sampled"),
+        ({"divergence": "jsd", "beta": 1.0, "targets": "top_k:128"}, {}, "beta must be between"),
+        ({"ahead": "3 batches"}, {}, "ahead must be a number of batches"),
+        ({"targets": "top_k:0"}, {}, "top_k"),
+        ({"kd_weight": 0.0}, {}, "nothing to learn"),
+        ({"ce_weight": -1.0}, {}, "ce_weight must be at least 0"),
+        ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 would have no effect"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_done(
+    rows, tmp_path: Path, wish, settings, word
+):
+    """Nobody answers at the address; the data would be asked for its length."""
+    with pytest.raises(ValueError, match=word):
+        make_trainer(
+            tmp_path / "folder",
+            rows,
+            "127.0.0.1:1",
+            distillation=DistillationArguments(**wish),
+            **settings,
+        )
+    assert not (tmp_path / "folder").exists()  # the Trainer makes it
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_a_loss_of_ones_own_is_refused(teacher_model, rows, tmp_path: Path):
+    class WithLoss(DistillationTrainer):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs, compute_loss_func=lambda *_, **__: 0.0)
+
+    with pytest.raises(ValueError, match="compute_loss_func would have no effect"):
+        make_trainer(tmp_path, rows, teacher_model, kind=WithLoss)
+    make_trainer(tmp_path, rows, None, kind=WithLoss, label_smoothing_factor=0.1)
+
+
+WAITS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+}
+"""What a GPU has to be waited for: how large the result is, or what it is, is known there only."""
+
+
+INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default)
+
+
+class Waits(TorchDispatchMode):
+    """Notes operators that would wait for a GPU, and are not the model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        waits = function in WAITS
+        if function in INDEXED:
+            waits = any(one is not None and one.dtype == torch.bool for one in args[1])
+        if function is torch.ops.aten.repeat_interleave.Tensor:
+            waits = "output_size" not in kwargs
+        if waits:
+            files = (frame.filename for frame in reversed(traceback.extract_stack()))
+            whose = next(name for name in files if WHOSE.search(name))
+            if "transformers" not in whose:
+                self.found.append(f"{function} in {whose}")
+        return function(*args, **kwargs)
+
+
+WHOSE = re.compile("/(transformers|student_trainer|logit_codec)/")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("targets", ["sampled:8", "top_k:4", "dense:f32"])
+def test_no_batch_waits_for_the_device(teacher_model, rows, tmp_path: Path, targets, fused):
+    found = []
+
+    class Watched(DistillationTrainer):
+        def compute_loss(self, *args, **kwargs):
+            if self.state.global_step == 0:  # the head is tried
+                return super().compute_loss(*args, **kwargs)
+            with Waits() as waits:
+                loss = super().compute_loss(*args, **kwargs)
+            found.append(waits.found)
+            return loss
+
+    trainer = make_trainer(
+        tmp_path,
+        rows,
+        teacher_model,
+        kind=Watched,
+        student=tiny.make_model("Llama", 64),
+        distillation=DistillationArguments(targets=targets, ce_weight=0.3, fused=fused),
+        max_steps=2,
+    )
+    trainer.train()
+    assert (trainer._head is not None) == fused
+    assert found == [[]]
+
+
+def test_a_right_teacher_is_not_refused_for_a_few_rows(teacher_model, rows):
+    """Where a few tokens are all that is trained, chance decides which shift is the best."""
+    teacher = LocalTeacher(teacher_model, TOKENIZER)
+    ids = torch.tensor([row["input_ids"][:8] for row in rows])
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 4) * 40:
+        labels = torch.full_like(ids[:1], -100)
+        number = int(torch.randint(len(ids), (), generator=generator))
+        places = 1 + torch.randperm(6, generator=generator)[:size]
+        labels[0, places] = ids[number, places]
+        batch = {"input_ids": ids[number : number + 1], "labels": labels}
+        ((_, targets),) = teacher.stream_batches([batch], targets="sampled:4")
+        check_alignment(batch, targets)
+
+
+def test_the_check_waits_for_enough_rows(teacher_model, rows, tmp_path: Path):
+    """Batches of one sequence, of which three tokens are trained; all of the wrong text."""
+
+    class Other:
+        def __init__(self, teacher) -> None:
+            self.teacher, self.info = teacher, teacher.info
+
+        def stream_batches(self, loader, **options):
+            for batch in loader:
+                shifted = {**batch, "input_ids": batch["input_ids"].roll(1, 1)}
+                ((_, targets),) = self.teacher.stream_batches([shifted], **options)
+                yield batch, targets
+
+    few = [{**row, "labels": [-100] * 3 + row["labels"][3:6] + [-100] * 3} for row in rows]
+    few = [{name: ids[:9] for name, ids in row.items()} for row in few if len(row["input_ids"]) > 9]
+    trainer = make_trainer(
+        tmp_path,
+        few,
+        Other(LocalTeacher(teacher_model, TOKENIZER)),
+        per_device_train_batch_size=1,
+        max_steps=12,
+    )
+    with pytest.raises(ProtocolError, match="do not belong to these tokens"):
+        trainer.train()
+    assert 0 < trainer.state.global_step < 10
 
 
 def test_the_arguments_are_flags():

@@ -59,6 +59,57 @@ def test_padding_may_hold_any_id():
     ]
 
 
+@pytest.mark.parametrize(
+    "marks",
+    [
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1, 2]])},
+        # Parts of longer documents: their positions do not begin at 0.
+        {"position_ids": torch.tensor([[5, 6, 7, 512, 513, 514, 515, 9, 10, 11]])},
+        {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2]], dtype=torch.int32)},
+        {"cu_seq_lens_q": torch.tensor([0, 3, 7, 10], dtype=torch.int32)},
+        {"cu_seq_lens_q": [0, 3, 7]},  # what is behind the last is one more
+        {
+            "cu_seq_lens_q": torch.tensor([[0, 3, 10]]),
+            "position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2]]),
+        },
+    ],
+)
+def test_documents_are_cut_wherever_the_batch_says_that_one_begins(marks):
+    ids = torch.arange(10, 20)[None]
+    layout = Layout.of({"input_ids": ids, **marks})
+    assert [piece.tolist() for piece, _ in layout.pieces()] == [
+        [10, 11, 12],
+        [13, 14, 15, 16],
+        [17, 18, 19],
+    ]
+    assert layout.trained[0].nonzero()[:, 0].tolist() == [0, 1, 3, 4, 5, 7, 8]
+
+
+def test_padded_positions_are_no_documents():
+    """As generate() makes them: padding on the left has any position."""
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = mask[1, 7:] = 0
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    layout = Layout.of({"input_ids": IDS, "attention_mask": mask, "position_ids": positions})
+    assert [len(rows) for _, rows in layout.pieces()] == [5, 6, 9]
+
+
+@pytest.mark.parametrize(
+    ("marks", "word"),
+    [
+        ({"position_ids": torch.zeros(3, 3, 10)}, "position_ids must have the shape of input_ids"),
+        ({"seq_idx": torch.zeros(3, 9)}, "seq_idx must have the shape"),
+        ({"cu_seq_lens_q": [0, 8, 31]}, "at most the 30 tokens"),
+        ({"cu_seq_lens_q": [3, 8, 30]}, "go up from 0"),
+        ({"cu_seq_lens_q": [0, 8, 7, 30]}, "go up from 0"),
+        ({"cu_seq_lens_q": []}, "go up from 0"),
+    ],
+)
+def test_marks_of_documents_that_do_not_fit_are_refused(marks, word):
+    with pytest.raises(InvalidRequest, match=f"batch 7: .*{word}"):
+        Layout.of({"input_ids": IDS, **marks}, 7)
+
+
 @pytest.mark.parametrize("value", [-1, 2**64, 1.5, "3", None])
 def test_a_seed_or_epoch_that_is_no_number_of_64_bits_is_refused(value):
     for seed, epoch in ((value, 0), (0, value)):
