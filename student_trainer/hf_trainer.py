@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from logit_codec import Targets
+from student_trainer.causal import check_causal
 from student_trainer.check import check_alignment, warn_of_tail
 from student_trainer.client import RemoteTeacher, connect
 from student_trainer.errors import IncompatibleTeacher, ProtocolError
 from student_trainer.fused import RowStatistics, fused_distillation_loss
 from student_trainer.head_loss import FusedHead, Unfusable
 from student_trainer.local import LocalTeacher
-from student_trainer.losses import distillation_loss
+from student_trainer.losses import check_labels, distillation_loss, shared_vocabulary, within
 from student_trainer.meter import SUMS, Meter, cross_entropy_sum, means
 from student_trainer.streaming import Layout, TargetStream, Teacher
 from student_trainer.wish import Wish
@@ -86,6 +87,8 @@ class _Attached:
     """(R,) int64: the tokens that come behind them."""
     num_without: int
     """Tokens, padding aside, that are not trained."""
+    largest_id: int
+    """Of the batch's tokens."""
 
 
 if TYPE_CHECKING:
@@ -124,6 +127,8 @@ class DistillationMixin(_Trainer):
                 "several GPUs in one process are not supported: start one process for each with "
                 "torchrun or accelerate launch, or choose one with CUDA_VISIBLE_DEVICES"
             )
+        assert self.model is not None
+        check_causal(self.model)
         wish = self.distillation
         Wish.of(wish.targets, wish.temperature, self.args.seed, 0)  # before anything is asked
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
@@ -135,6 +140,7 @@ class DistillationMixin(_Trainer):
         self._owns_teacher = self.teacher is not teacher
         # The loss is divided by the rows of the whole accumulation window, see compute_loss.
         self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True  # how transformers before 5.19 asks for the same
         self._meter = _Meter(self.args.device)
         self.add_callback(_Watch(self))
 
@@ -198,6 +204,7 @@ class DistillationMixin(_Trainer):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+        self._refuse_unknown_ids(attached.largest_id)
         # Without labels the model computes no loss of its own.
         without_labels = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
         self._meter.num_without += attached.num_without
@@ -279,6 +286,16 @@ class DistillationMixin(_Trainer):
         for batch, layout in waiting:
             yield batch, _attached(batch, layout, None)
 
+    def _refuse_unknown_ids(self, largest: int) -> None:
+        """Raises ValueError rather than an IndexError of the embeddings, or an abort of the GPU."""
+        get_embeddings = getattr(self.model, "get_input_embeddings", None)
+        size = getattr(get_embeddings and get_embeddings(), "num_embeddings", None)
+        if size is not None and largest >= size:
+            raise ValueError(
+                f"a batch has the id {largest}, and the student has {size} ids. Use a student with "
+                "every id of the tokenizer, or student.resize_token_embeddings(len(tokenizer))."
+            )
+
     def _end_look_ahead(self) -> None:
         close = getattr(self._stream, "close", None)
         if close is not None:
@@ -310,7 +327,7 @@ class DistillationMixin(_Trainer):
         if attached.targets is None:
             used = [hidden_BTD, weight_VD, *([] if bias_V is None else [bias_V])]
             return sum((one.sum() * 0.0 for one in used), start=hidden_BTD.new_zeros(()))
-        targets = attached.targets.to(device, non_blocking=True)
+        targets = _shared(attached, len(weight_VD)).to(device, non_blocking=True)
         statistics = RowStatistics.zeros(targets.num_rows, device)
         loss = fused_distillation_loss(
             hidden_BTD.flatten(0, 1)[attached.rows.to(device)],
@@ -336,9 +353,9 @@ class DistillationMixin(_Trainer):
         wish, device = self.distillation, logits_BTV.device
         if attached.targets is None:
             return logits_BTV.sum() * 0.0  # every rank and batch takes part in the backward pass
-        targets = attached.targets.to(device, non_blocking=True)
+        targets = _shared(attached, logits_BTV.shape[-1]).to(device, non_blocking=True)
         labels_R = attached.labels.to(device)
-        logits_RV = logits_BTV.flatten(0, 1)[attached.rows.to(device)]
+        logits_RV = logits_BTV.flatten(0, 1)[attached.rows.to(device), : targets.vocab_size]
         loss = logits_RV.new_zeros((), dtype=torch.float32)
         kd = None
         if wish.kd_weight:
@@ -513,7 +530,16 @@ def _attached(batch: Mapping[str, Any], layout: Layout, targets: Targets | None)
         rows=rows,
         labels=layout.labels.flatten()[rows + 1],
         num_without=int(layout.real.sum()) - len(rows),
+        largest_id=int(layout.ids.max()),
     )
+
+
+def _shared(attached: _Attached, head_size: int) -> Targets:
+    """The targets, over the ids that the student's head has too; while they are on the CPU."""
+    assert attached.targets is not None
+    width = shared_vocabulary(attached.targets, head_size)
+    check_labels(attached.labels, None, width)
+    return within(attached.targets, width)
 
 
 def _read_identity(path: Path) -> dict[str, Any]:
