@@ -28,11 +28,13 @@ from student_trainer.losses import (
     LOWEST,
     cells,
     check_divergence,
+    check_labels,
     check_rows,
-    check_vocabulary,
     log_mixture,
     prepare,
     reduce,
+    shared_vocabulary,
+    within,
 )
 
 CHUNK_BYTES = {"cpu": 96 << 20}
@@ -128,7 +130,9 @@ def fused_distillation_loss(
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     check_divergence(targets, divergence, beta, renormalize)
     check_rows(targets, labels, mask, ce_weight, reduction)
-    width = check_vocabulary(targets, len(head_weight), effective_vocab_size)
+    width = shared_vocabulary(targets, len(head_weight), effective_vocab_size)
+    looks_at_labels = ce_weight != 0 or statistics is not None
+    check_labels(labels if looks_at_labels else None, mask, width)
     others = {name: getattr(targets, name) for name in targets.__dataclass_fields__}
     others |= {"labels": labels, "mask": mask, "softcap": softcap, "logit_scale": logit_scale}
     for name, value in (others | {"num_items": num_items}).items():
@@ -153,12 +157,11 @@ def fused_distillation_loss(
     head_bias = None if head_bias is None else _gathered(head_bias)
 
     scale = kd_weight * (targets.temperature**2 if temperature_scaling else 1.0)
-    looks_at_labels = ce_weight != 0 or statistics is not None
     rows = None
     if mask is not None:
         rows = mask.to(device, torch.bool).nonzero()[:, 0]
     problem = _Problem(
-        targets=prepare(targets.to(device), renormalize),
+        targets=prepare(within(targets, width).to(device), renormalize),
         labels=labels.to(device)[:, None] if labels is not None and looks_at_labels else None,
         rows=rows,
         divergence=divergence,
@@ -472,7 +475,9 @@ def _sparse(
         logp_C1 = targets.tail_logprob[where][:, None].to(dtype)
     else:
         assert isinstance(targets, SampledTargets)
-        logp_CK = (targets.counts[entry_CK].to(dtype) / targets.num_draws).log()
+        counts_CK = targets.counts[entry_CK].masked_fill(~real_CK, 0)
+        # Not num_draws: a draw of an id that is not shared was left out.
+        logp_CK = (counts_CK.to(dtype) / counts_CK.sum(1, keepdim=True).clamp(min=1)).log()
         logp_C1 = torch.full_like(tail_C1, -torch.inf)
     logp_CK1 = torch.cat(
         [
@@ -486,7 +491,7 @@ def _sparse(
     else:
         found_C1 = -(logp_CK1.exp() * logq_CK1.clamp(min=LOWEST)).sum(1, keepdim=True)
         if targets.entropy is not None:
-            found_C1 -= targets.entropy[where][:, None]
+            found_C1 -= targets.entropy[where][:, None].where(some_C1, 0.0)
     cross_entropy_C1 = torch.zeros_like(found_C1)
     if labels:
         cross_entropy_C1 = log_sum_C1 - (label_C1 - largest_C1)
@@ -517,7 +522,7 @@ def _dense(
     targets = problem.targets
     assert isinstance(targets, DenseTargets)
     logq_CV = logits_CV.log_softmax(1)
-    logp_CV = targets.logprobs[where, : problem.width].to(logq_CV.dtype)
+    logp_CV = targets.logprobs[where].to(logq_CV.dtype)
     found_C1 = cells(problem.divergence, problem.beta, logp_CV, logq_CV).sum(1, keepdim=True)
     pull_CV = _pulls(problem.divergence, problem.beta, logp_CV, logq_CV)
     gradient_CV = pull_CV.addcmul_(logq_CV.exp_(), pull_CV.sum(1, keepdim=True), value=-1.0)
@@ -566,12 +571,15 @@ def _pull_jsd(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
 
 
 def _pull_skew_kl(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
-    return -(1 - beta) * (logp + logq - log_mixture(logp, logq, beta)).exp()
+    return -(1 - beta) * (logp + (logq - log_mixture(logp, logq, beta))).exp()
 
 
 def _pull_skew_reverse_kl(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
     ratio = logq - log_mixture(logq, logp.clamp(min=FLOOR), beta)
-    return logq.exp() * (ratio + 1 - beta * ratio.exp())
+    pull = ratio + 1
+    if beta > 0:
+        pull = pull - (ratio + math.log(beta)).exp()  # at most 1; ratio.exp() may be infinite
+    return logq.exp() * pull
 
 
 def _pull_total_variation(logp: Tensor, logq: Tensor, beta: float) -> Tensor:

@@ -5,7 +5,8 @@ Letters: B sequences, T tokens, D hidden size, V vocabulary.
 While `loss` runs, the head's forward is a function that takes the hidden states, computes the loss
 from them and the head's weight, and gives the model a few logits to go on with. So everything
 before the head is the model's own code, and the loss is computed where wrappers expect the head to
-be used: DDP finds the weight in the graph of what is returned, FSDP and DeepSpeed have it gathered.
+be used: DDP finds the weight in the graph of what is returned, FSDP has it gathered. DeepSpeed's
+ZeRO-3 frees the head's weight behind its forward, with the graph that leads to it: there, logits.
 
 What the model does to its logits is read from its config, and tried: `FusedHead.of` lets the model
 run once with known numbers in the head's place and compares what comes out.
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from student_trainer.causal import evaluating
 
 Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Hidden states (B, T, D), the head's weight (V, D) and its bias (V,) or None -> the loss."""
@@ -62,19 +65,29 @@ class FusedHead:
     def loss(self, model: nn.Module, inputs: Mapping[str, Any], compute: Compute) -> Tensor:
         """What `compute` makes of the hidden states of `model(**inputs)`."""
         losses: list[Tensor] = []
+        marks: list[Tensor] = []
+        """Zeros that come from the loss, as the head's wrapper gave them back."""
 
         def forward(hidden_BTD: Tensor) -> Tensor:
             losses.append(compute(hidden_BTD, self.head.weight, self.head.bias))
             # Of the shape that was tried, so that nothing behind the head can mind it only now.
-            return hidden_BTD.new_zeros(1, len(TRIED_LOGITS), self.head.out_features)
+            zeros = hidden_BTD.new_zeros(1, len(TRIED_LOGITS), self.head.out_features)
+            return zeros + (losses[0] * 0.0).to(zeros.dtype)
 
-        # DDP looks for used parameters in what the wrapped module returns.
-        handle = self.student.register_forward_hook(lambda *_: {"loss": losses[0]})
+        # DDP looks for used parameters in what the wrapped module returns. FSDP2 gathers the
+        # parameters of a unit again when the gradient comes to what the unit returned: head and
+        # student return zeros, and the loss, which might be rounded there, waits for theirs.
+        handles = (
+            self.head.register_forward_hook(lambda _, __, found: marks.append(found.sum())),
+            self.student.register_forward_hook(lambda *_: {"loss": marks[0]}, prepend=True),
+        )
         try:
             with self._instead_of_head(forward):
-                return model(**inputs)["loss"]
+                mark = model(**inputs)["loss"]
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+        return losses[0] + mark.to(losses[0].dtype)
 
     @torch.no_grad()
     def _try(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -87,15 +100,11 @@ class FusedHead:
             seen.append(hidden_BTD)
             return ramps.to(hidden_BTD)[None]
 
-        training = model.training
-        model.eval()  # dropout would draw numbers
         try:
-            with self._instead_of_head(forward):
+            with evaluating(model), self._instead_of_head(forward):
                 outputs = model(**inputs)
         except (RuntimeError, IndexError) as error:
             raise Unfusable(f"its forward pass needs a logit for each token: {error}") from error
-        finally:
-            model.train(training)
         if [hidden.shape[:-1] for hidden in seen] != [inputs["input_ids"].shape]:
             raise Unfusable("its forward pass does not use the head once, on every token")
         found = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
@@ -126,6 +135,8 @@ def _plain_head(student: nn.Module) -> nn.Linear:
         raise Unfusable(f"its head is {type(head).__name__}, not a plain nn.Linear")
     if "forward" in vars(head):
         raise Unfusable("something replaces the forward method of its head")
+    if any(hasattr(parameter, "ds_status") for parameter in student.parameters()):
+        raise Unfusable("DeepSpeed ZeRO-3 has its parameters in parts, and gathers them by itself")
     if student._compiled_call_impl is not None or hasattr(student, "_orig_mod"):
         raise Unfusable("it is compiled as a whole")
     return head

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from logit_codec import Targets, select
+from student_trainer.causal import check_causal
 from student_trainer.check import Alignment, warn_of_tail
 from student_trainer.client import RemoteTeacher, connect
 from student_trainer.errors import IncompatibleTeacher, ProtocolError
@@ -33,7 +34,13 @@ from student_trainer.fused import RowStatistics, fused_distillation_loss, most_e
 from student_trainer.head_loss import FusedHead, Unfusable
 from student_trainer.local import LocalTeacher
 from student_trainer.look_ahead import LookAhead
-from student_trainer.losses import check_divergence, distillation_loss
+from student_trainer.losses import (
+    check_divergence,
+    check_labels,
+    distillation_loss,
+    shared_vocabulary,
+    within,
+)
 from student_trainer.meter import SUMS, Meter, cross_entropy_sum, means
 from student_trainer.prefetch import moved, on_device
 from student_trainer.streaming import Teacher
@@ -92,6 +99,8 @@ class _Attached:
     """(R,) int64: the tokens that come behind them."""
     num_without: int
     """Tokens, padding aside, that are not trained."""
+    largest_id: int
+    """Of the batch's tokens."""
     max_entries: int
     """Of a row of the targets: counted on the host, so that no step waits for the device."""
 
@@ -142,6 +151,8 @@ class DistillationMixin(_Trainer):
                 "several GPUs in one process are not supported: start one process for each with "
                 "torchrun or accelerate launch, or choose one with CUDA_VISIBLE_DEVICES"
             )
+        assert self.model is not None
+        check_causal(self.model)
         wish = self.distillation
         _check_settings(self.args, wish, self.compute_loss_func)
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
@@ -153,6 +164,7 @@ class DistillationMixin(_Trainer):
         self._owns_teacher = self.teacher is not teacher
         # The loss is divided by the rows of the whole accumulation window, see compute_loss.
         self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True  # how transformers before 5.19 asks for the same
         self._meter = _Meter(self.args.device)
         self._alignment = Alignment()
         self.add_callback(_Watch(self))
@@ -196,6 +208,7 @@ class DistillationMixin(_Trainer):
                 one.rows,
                 one.labels,
                 one.num_without,
+                one.largest_id,
                 0 if targets is None else most_entries(targets),
             )
             samples.append(batch)
@@ -232,6 +245,7 @@ class DistillationMixin(_Trainer):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+        self._refuse_unknown_ids(attached.largest_id)
         # Without labels the model computes no loss of its own.
         without_labels = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
         self._meter.num_without += attached.num_without
@@ -345,6 +359,16 @@ class DistillationMixin(_Trainer):
                 logger.warning("the data of rank %d has ended: so does this pass, for all", rank)
         return shortest
 
+    def _refuse_unknown_ids(self, largest: int) -> None:
+        """Raises ValueError rather than an IndexError of the embeddings, or an abort of the GPU."""
+        get_embeddings = getattr(self.model, "get_input_embeddings", None)
+        size = getattr(get_embeddings and get_embeddings(), "num_embeddings", None)
+        if size is not None and largest >= size:
+            raise ValueError(
+                f"a batch has the id {largest}, and the student has {size} ids. Use a student with "
+                "every id of the tokenizer, or student.resize_token_embeddings(len(tokenizer))."
+            )
+
     def _end_look_ahead(self) -> None:
         if self._ahead is not None:
             self._ahead.close()
@@ -376,7 +400,7 @@ class DistillationMixin(_Trainer):
             used = [hidden_BTD, weight_VD, *([] if bias_V is None else [bias_V])]
             return sum((one.sum() * 0.0 for one in used), start=hidden_BTD.new_zeros(()))
         targets, rows_R, labels_R = on_device(
-            (attached.targets, attached.rows, attached.labels), device
+            (_shared(attached, len(weight_VD)), attached.rows, attached.labels), device
         )
         statistics = RowStatistics.zeros(targets.num_rows, device)
         loss = fused_distillation_loss(
@@ -405,9 +429,9 @@ class DistillationMixin(_Trainer):
         if attached.targets is None:
             return logits_BTV.sum() * 0.0  # every rank and batch takes part in the backward pass
         targets, rows_R, labels_R = on_device(
-            (attached.targets, attached.rows, attached.labels), device
+            (_shared(attached, logits_BTV.shape[-1]), attached.rows, attached.labels), device
         )
-        logits_RV = logits_BTV.flatten(0, 1)[rows_R]
+        logits_RV = logits_BTV.flatten(0, 1)[rows_R, : targets.vocab_size]
         loss = logits_RV.new_zeros((), dtype=torch.float32)
         kd = None
         if wish.kd_weight:
@@ -622,6 +646,14 @@ def _ahead(ahead: int | str) -> int | str:
 
 def _is_iterable(loader: Any) -> bool:
     return isinstance(getattr(loader, "dataset", None), torch.utils.data.IterableDataset)
+
+
+def _shared(attached: _Attached, head_size: int) -> Targets:
+    """The targets, over the ids that the student's head has too; while they are on the CPU."""
+    assert attached.targets is not None
+    width = shared_vocabulary(attached.targets, head_size)
+    check_labels(attached.labels, None, width)
+    return within(attached.targets, width)
 
 
 def _read_identity(path: Path) -> dict[str, Any]:

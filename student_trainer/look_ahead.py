@@ -38,6 +38,7 @@ class Taken:
     """(R,) int64: the tokens that come behind them."""
     num_without: int
     """Tokens, padding aside, that are not trained."""
+    largest_id: int
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> "Taken":
@@ -45,7 +46,8 @@ class Taken:
         layout = Layout.of(batch)
         rows = layout.trained.flatten().nonzero()[:, 0]
         labels = layout.labels.flatten()[rows + 1]
-        return cls(batch, rows, labels, int(layout.real.sum()) - len(rows))
+        num_without = int(layout.real.sum()) - len(rows)
+        return cls(batch, rows, labels, num_without, int(layout.ids.max()))
 
     @property
     def is_trained(self) -> bool:

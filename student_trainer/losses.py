@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from logit_codec import DenseTargets, SampledTargets, SparseTargets, Targets, TopKTargets
+from logit_codec import DenseTargets, SampledTargets, Targets, TopKTargets
 from student_trainer.errors import UnsuitableTargets
 
 IGNORE_INDEX = -100
@@ -21,6 +21,8 @@ LOWEST = -1e30
 """Stands for log(0): its exp is 0 and 0 times it is 0, where -inf would make NaN."""
 FLOOR = -149 * math.log(2)
 """Log of float32's smallest number. Reverse KL divides by p, and reads a p of 0 as this."""
+MOST_PADDING = 0.01
+"""Mean probability that a teacher may give to ids that the student lacks."""
 
 
 def distillation_loss(
@@ -57,14 +59,17 @@ def distillation_loss(
     al. 2015, section 2), which keeps its gradient in proportion to the cross-entropy's.
     renormalize: the kept entries of top_k are made to sum to 1 and everything else counts as 0,
     instead of the tail bucket. That is biased: the student is taught that the tail is impossible.
-    effective_vocab_size: ids from here on are padding, of the student, of the teacher, or both, and
-    have no probability; needed if the two differ in size (`teacher.info.effective_vocab_size`).
+    A student's head and a teacher's vocabulary of different size are padded differently: both
+    distributions are taken over the ids that they share, cross-entropy included, and ids that one of
+    them lacks have no probability and no gradient. effective_vocab_size: ids from here on are padding
+    of both (`teacher.info.effective_vocab_size`); without it, those from the smaller size on.
     reduction: "mean" divides by the counted rows, or by `num_items` if given (trained tokens of the
     whole accumulation window over all ranks); "sum"; "none" gives (R,).
 
-    Raises ValueError for shapes that do not fit and for an unknown divergence, and UnsuitableTargets
-    (also a ValueError) for one that the kind of targets cannot express. The temperature is that of
-    the targets; for another one, ask the teacher for it.
+    Raises ValueError for shapes that do not fit, for an unknown divergence and for a teacher that
+    uses ids that are not shared, and UnsuitableTargets (also a ValueError) for a divergence that the
+    kind of targets cannot express. The temperature is that of the targets; for another one, ask the
+    teacher for it.
     """
     if logits.dim() != 2 or logits.shape[0] != targets.num_rows:
         raise ValueError(
@@ -73,8 +78,9 @@ def distillation_loss(
         )
     check_divergence(targets, divergence, beta, renormalize)
     check_rows(targets, labels, mask, ce_weight, reduction)
-    width = check_vocabulary(targets, logits.shape[1], effective_vocab_size)
-    targets = prepare(targets.to(logits.device), renormalize)
+    width = shared_vocabulary(targets, logits.shape[1], effective_vocab_size)
+    check_labels(labels if ce_weight else None, mask, width)
+    targets = prepare(within(targets, width).to(logits.device), renormalize)
 
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if mask is not None:
@@ -108,14 +114,18 @@ def _divergence(
     """(R, V) logits / T and targets -> (R,) D(p, q)."""
     if isinstance(targets, SampledTargets):
         rows = targets.entry_rows()
-        share_E = targets.counts.to(scaled.dtype) / targets.num_draws
+        # Not num_draws: a draw of an id that is not shared was left out.
+        draws_R = torch.zeros_like(targets.row_splits[1:]).index_add(0, rows, targets.counts)
+        share_E = targets.counts.to(scaled.dtype) / draws_R[rows]
         mean_R = scaled.new_zeros(targets.num_rows)
         mean_R = mean_R.index_add(0, rows, share_E * scaled[rows, targets.token_ids])
-        cross_entropy_R = scaled.logsumexp(1) - mean_R
-        return cross_entropy_R if targets.entropy is None else cross_entropy_R - targets.entropy
+        loss_R = scaled.logsumexp(1) - mean_R
+        if targets.entropy is not None:
+            loss_R = loss_R - targets.entropy
+        return loss_R.where(draws_R > 0, 0.0)
     logq_RV = scaled.log_softmax(1)
     if isinstance(targets, DenseTargets):
-        logp_RV = targets.logprobs[:, :width].to(scaled.dtype)
+        logp_RV = targets.logprobs.to(scaled.dtype)
         return cells(divergence, beta, logp_RV, logq_RV[:, :width]).sum(1)
     assert isinstance(targets, TopKTargets)
     rows = targets.entry_rows()
@@ -228,29 +238,102 @@ def check_rows(
             raise ValueError(f"{name} must have shape ({num_rows},), got {tuple(value.shape)}")
 
 
-def check_vocabulary(targets: Targets, width: int, effective_vocab_size: int | None) -> int:
-    """How many ids of a student with `width` of them have a probability."""
+def check_labels(labels: Tensor | None, mask: Tensor | None, width: int) -> None:
+    """Raises ValueError for a label that the student lacks; only on a CPU, a device would wait."""
+    if labels is None or labels.device.type != "cpu" or not len(labels):
+        return
+    if mask is not None:
+        labels = labels.where(mask.to("cpu", torch.bool), IGNORE_INDEX)
+    largest = int(labels.max())
+    if largest >= width:
+        raise ValueError(
+            f"label {largest} is none of the {width} ids that student and teacher share. Use a "
+            "student whose head has every id of the tokenizer (student.resize_token_embeddings)."
+        )
+
+
+def shared_vocabulary(
+    targets: Targets, head_size: int, effective_vocab_size: int | None = None
+) -> int:
+    """How many ids have a probability: those that student and teacher both have."""
+    shared = min(head_size, targets.vocab_size)
     if effective_vocab_size is None:
-        if width == targets.vocab_size:
-            return width
+        return shared
+    if not 1 <= effective_vocab_size <= shared:
         raise ValueError(
-            f"the student has {width} logits per row, the teacher {targets.vocab_size}: token-level "
-            "distillation needs one vocabulary. If the larger one is only padded, say where the "
-            "padding begins: effective_vocab_size=teacher.info.effective_vocab_size."
+            f"effective_vocab_size must be 1 to {shared} for a student of {head_size} ids and a "
+            f"teacher of {targets.vocab_size}, got {effective_vocab_size}"
         )
-    if not 1 <= effective_vocab_size <= min(width, targets.vocab_size):
-        raise ValueError(
-            f"effective_vocab_size must be 1 to {min(width, targets.vocab_size)} for a student of "
-            f"{width} ids and a teacher of {targets.vocab_size}, got {effective_vocab_size}"
-        )
-    if isinstance(targets, SparseTargets) and len(targets.token_ids):
-        largest = int(targets.token_ids.max())
-        if largest >= effective_vocab_size:
-            raise ValueError(
-                f"the targets keep id {largest}, which effective_vocab_size={effective_vocab_size} "
-                "says is padding"
-            )
     return effective_vocab_size
+
+
+def within(targets: Targets, width: int) -> Targets:
+    """The targets given that the id is below `width`: their `vocab_size` becomes that.
+
+    Draws and kept entries from `width` on are left out, and the others of their row weigh more, the
+    tail among them. Raises ValueError if that is more than padding has: the student lacks ids that
+    the teacher uses.
+    """
+    if width == targets.vocab_size:
+        return targets
+    if isinstance(targets, DenseTargets):
+        return _dense_within(targets, width)
+    assert isinstance(targets, SampledTargets | TopKTargets)
+    is_shared_E = targets.token_ids < width
+    rows_E = targets.entry_rows()
+    if isinstance(targets, SampledTargets):
+        mass_E = targets.counts.double() / targets.num_draws
+    else:
+        mass_E = targets.logprobs.double().exp()
+    lost_R = mass_E.new_zeros(targets.num_rows)
+    lost_R = lost_R.index_add(0, rows_E, mass_E.masked_fill(is_shared_E, 0.0))
+    changed: dict[str, Tensor] = {}
+    if isinstance(targets, TopKTargets):
+        tail_R = targets.tail_logprob.double().exp()
+        sizes_R = torch.zeros_like(targets.row_splits[1:]).index_add(0, rows_E, is_shared_E.long())
+        # Behind a row that keeps every shared id there is nothing shared.
+        lost_R = lost_R + tail_R.where(sizes_R == width, 0.0)
+        tail_R = tail_R.masked_fill(sizes_R == width, 0.0)
+        left_R = tail_R.index_add(0, rows_E, mass_E.where(is_shared_E, 0.0))
+        # Of a row that has nothing else, nothing is known: all of it is one tail.
+        is_shared_E = is_shared_E & (left_R > 0)[rows_E]
+        share_R = (left_R / (left_R + lost_R)).log()
+        changed["logprobs"] = (targets.logprobs - share_R[rows_E]).float()
+        tail_logprob = (tail_R.log() - share_R).float()
+        changed["tail_logprob"] = tail_logprob.where(left_R > 0, 0.0)
+    _refuse_if_used(targets, lost_R, width)
+    entries = {
+        name: changed.pop(name, getattr(targets, name))[is_shared_E]
+        for name in targets.entry_fields
+    }
+    sizes_R = torch.zeros_like(targets.row_splits[1:]).index_add(0, rows_E, is_shared_E.long())
+    row_splits = nn.functional.pad(sizes_R.cumsum(0), (1, 0))
+    return replace(targets, vocab_size=width, row_splits=row_splits, **entries, **changed)
+
+
+def _dense_within(targets: DenseTargets, width: int) -> DenseTargets:
+    logprobs = targets.logprobs[:, :width]
+    lost_R = targets.logprobs[:, width:].double().exp().sum(1)
+    _refuse_if_used(targets, lost_R, width)
+    if lost_R.any():
+        left_R = logprobs.double().exp().sum(1)
+        logprobs = (logprobs - (left_R / (left_R + lost_R)).log()[:, None]).float()
+    return replace(targets, vocab_size=width, logprobs=logprobs)
+
+
+def _refuse_if_used(targets: Targets, lost_R: Tensor, width: int) -> None:
+    """lost_R: the probability of ids from `width` on. A few draws may always hit padding."""
+    allowed = MOST_PADDING * targets.num_rows
+    if isinstance(targets, SampledTargets):
+        allowed = max(allowed, 4 / targets.num_draws)
+    lost = float(lost_R.sum())
+    if lost > allowed:
+        raise ValueError(
+            f"the teacher gives {lost / targets.num_rows:.1%} of its probability to ids from {width} "
+            f"on, of {targets.vocab_size}, which student and teacher do not share; padding may have "
+            f"{MOST_PADDING:.0%}. Use a student whose head has every id of the teacher's tokenizer "
+            "(student.resize_token_embeddings), or leave effective_vocab_size out if it was given."
+        )
 
 
 def prepare(targets: Targets, renormalize: bool) -> Targets:

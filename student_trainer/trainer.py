@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from logit_codec import Targets
+from student_trainer.causal import check_causal, refuse_encoder_decoder
 from student_trainer.check import check_alignment, warn_of_tail
 from student_trainer.checkpoint import KeepsCheckpoints, restore_random_states
 from student_trainer.curves import Curves
 from student_trainer.errors import Interrupted
-from student_trainer.losses import distillation_loss
+from student_trainer.losses import distillation_loss, shared_vocabulary, within
 from student_trainer.meter import Meter, cross_entropy_sum, means
 from student_trainer.ranks import Ranks
 
@@ -153,6 +154,9 @@ def train(
             logits = student(input_ids=ids).logits[:, :-1, :num_ids].flatten(0, 1)
             labels = ids[:, 1:].flatten()
             num_items = int(batch.get("num_items", labels.numel()))
+            if targets is not None:
+                targets = within(targets, shared_vocabulary(targets, logits.shape[1]))
+                logits = logits[:, : targets.vocab_size]
             ce = None
             if targets is None or ce_weight:
                 ce = (
@@ -307,18 +311,24 @@ def outline(folder: Path) -> Any:
 
 
 def make_student(folder: Path, *, seed: int, device: str) -> nn.Module:
-    """The student in a Hugging Face folder; with random weights of `seed` if it has none."""
+    """The student in a Hugging Face folder; with random weights of `seed` if it has none.
+
+    Raises ValueError for one that looks at later tokens.
+    """
     import transformers
 
     torch.manual_seed(seed)
     try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        refuse_encoder_decoder(config, f"the student in {folder}")
         if has_weights(folder):
             student: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, use_safetensors=True
             )
         else:
-            config = transformers.AutoConfig.from_pretrained(folder)
             student = transformers.AutoModelForCausalLM.from_config(config)
     except RecursionError:
         raise ValueError(f"the config of the student in {folder} is nested too deep") from None
-    return student.float().to(device)
+    student = student.float().to(device)
+    check_causal(student)
+    return student

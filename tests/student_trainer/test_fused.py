@@ -199,6 +199,20 @@ def test_rows_that_keep_nothing_one_certain_id_or_everything(divergence):
         assert relative_error(found, exact) < 1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spec", ["dense:f32", "top_k:4"])
+def test_skew_reverse_kl_without_skew_has_no_nan_where_the_teacher_is_certain(spec, dtype):
+    """q / p overflows there, and 0 times infinity is no gradient."""
+    hidden, head, targets = make(spec, sharpness=200.0, dtype=dtype)
+    options = {"divergence": "skew_reverse_kl", "beta": 0.0}
+    loss = fused_distillation_loss(hidden, head, targets, **options)
+    wanted = distillation_loss(hidden @ head.T, targets, **options)
+    for found, exact in zip(
+        gradients(loss, hidden, head), gradients(wanted, hidden, head), strict=True
+    ):
+        assert relative_error(found, exact) < 1e-4
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_tiny_student_tail_is_summed_not_cancelled(divergence):
     """The student's tail is about 5e-7 in float32, where 1 - head would be off by 10 %."""
@@ -296,10 +310,6 @@ def test_padding_counts_for_neither_teacher_nor_student(spec):
     for one, exact in zip(found, gradients(wanted, hidden, head, bias), strict=True):
         assert relative_error(one, exact) < 1e-10
     assert not found[1][28:].any()
-    with pytest.raises(
-        ValueError, match=r"34 logits per row, the teacher 31.*effective_vocab_size"
-    ):
-        fused_distillation_loss(hidden, head, targets)
 
 
 def test_renormalize_is_that_of_the_plain_loss():
@@ -507,7 +517,7 @@ def test_autocast_multiplies_in_its_own_dtype_and_gives_gradients_in_the_paramet
     [
         (lambda h, w: {"hidden": h[:-1]}, ["(R, D)", str(ROWS), "hidden_states[0, :-1]"]),
         (lambda h, w: {"head_weight": w.T}, [f"(V, {DIM})", f"({DIM}, {VOCAB})"]),
-        (lambda h, w: {"head_weight": w[:-1]}, [str(VOCAB), str(VOCAB - 1)]),
+        (lambda h, w: {"head_weight": w[:2]}, ["ids from 2", f"of {VOCAB}"]),
         (lambda h, w: {"head_weight": w.float()}, ["float32", "float64", "autocast"]),
         (lambda h, w: {"head_bias": w[:, :1]}, [f"({VOCAB},)", f"({VOCAB}, 1)"]),
         (lambda h, w: {"softcap": 0.0}, ["softcap", "None", "0.0"]),

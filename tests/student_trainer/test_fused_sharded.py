@@ -79,7 +79,7 @@ def compare_with_one_process(folder: Path, kind: str) -> None:
             fully_shard(layer)
         if "own" in kind:
             fully_shard(student.lm_head)
-        fully_shard(student)
+        fully_shard(student, reshard_after_forward="reshards" in kind)
         fused = FusedHead.of(student, student, {"input_ids": make_batch()[0]})
     else:
         fully_shard(student.model)
@@ -106,7 +106,9 @@ def compare_with_one_process(folder: Path, kind: str) -> None:
     (folder / f"rank-{rank}").write_text(f"{worst}")
 
 
-@pytest.mark.parametrize("kind", ["trained", "frozen", "inside", "inside, own", "inside, tied"])
+@pytest.mark.parametrize(
+    "kind", ["trained", "frozen", "inside", "inside, own", "inside, tied", "inside, reshards"]
+)
 def test_a_sharded_heads_gradient_is_that_of_one_process(tmp_path: Path, kind):
     assert run_ranks(compare_with_one_process, tmp_path, kind) == [0, 0]
     assert len(list(tmp_path.iterdir())) == 2

@@ -130,3 +130,12 @@ def test_heads_that_are_no_plain_product_are_left_alone():
     vars(plain)["forward"] = plain.forward
     with pytest.raises(Unfusable, match="replaces the forward"):
         FusedHead.of(student, student, {"input_ids": IDS})
+
+
+def test_a_student_that_zero_3_holds_in_parts_keeps_its_logits():
+    """DeepSpeed's marks: its parameters are empty outside of the modules that own them."""
+    student = tiny.make_model("Llama", VOCAB)
+    for number, parameter in enumerate(student.parameters()):
+        parameter.ds_id, parameter.ds_status = number, "NOT_AVAILABLE"  # type: ignore[attr-defined]
+    with pytest.raises(Unfusable, match="ZeRO-3"):
+        FusedHead.of(student, student, {"input_ids": IDS})
