@@ -449,8 +449,9 @@ def _too_little(
     ]
     if pairs:
         ours, theirs = (statistics.fmean(one[which] for one in pairs) for which in (0, 1))
-        rows = max(1, sum(one[2] for one in pairs))
-        error = math.sqrt((ours * (1 - ours) + theirs * (1 - theirs)) / rows)
+        rows = min(max(1, sum(one[2] for one in pairs)), 1 << 53)
+        # A file may say anything.
+        error = math.sqrt(max(0.0, ours * (1 - ours) + theirs * (1 - theirs)) / rows)
         if theirs - ours > ERRORS * error:
             found.append(
                 f"it agrees with the teacher on {ours:.1%} of the tokens, the control on {theirs:.1%}"

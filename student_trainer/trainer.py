@@ -316,6 +316,7 @@ def make_student(folder: Path, *, seed: int, device: str) -> nn.Module:
     Raises ValueError for one that looks at later tokens.
     """
     import transformers
+    from safetensors import SafetensorError
 
     torch.manual_seed(seed)
     try:
@@ -329,6 +330,9 @@ def make_student(folder: Path, *, seed: int, device: str) -> nn.Module:
             student = transformers.AutoModelForCausalLM.from_config(config)
     except RecursionError:
         raise ValueError(f"the config of the student in {folder} is nested too deep") from None
+    except (RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the weights in {folder} cannot be loaded: {reason}") from error
     student = student.float().to(device)
     check_causal(student)
     return student

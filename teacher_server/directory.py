@@ -167,16 +167,13 @@ class Directory:
         base.execute("PRAGMA journal_mode = WAL")
         # Once per sync, in a thread of its own: the journals are removed after this.
         base.execute("PRAGMA synchronous = FULL")
-        with _Transaction(base):
-            (version,) = base.execute("PRAGMA user_version").fetchone()
-            if version not in (0, SCHEMA_VERSION):
-                raise sqlite3.DatabaseError(
-                    f"{name} is a ledger of version {version}, this server knows {SCHEMA_VERSION}"
-                )
-            if not version:
-                for statement in SCHEMA.split(";\n"):
-                    base.execute(statement)
-                base.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        # Read first: to write means to wait for others who write, maybe for longer than SQLite does.
+        if not _read_version(base, name):
+            with _Transaction(base):
+                if not _read_version(base, name):
+                    for statement in SCHEMA.split(";\n"):
+                        base.execute(statement)
+                    base.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         return base
 
     def sync(
@@ -296,6 +293,16 @@ def _keep_private(path: Path) -> None:
             continue
         except PermissionError:
             logger.warning("%s can be read by others and is not this user's: chmod 600 it", one)
+
+
+def _read_version(base: sqlite3.Connection, name: str) -> int:
+    """Of the tables, 0: there are none. Raises sqlite3.DatabaseError for one that is not known."""
+    (version,) = base.execute("PRAGMA user_version").fetchone()
+    if version not in (0, SCHEMA_VERSION):
+        raise sqlite3.DatabaseError(
+            f"{name} is a ledger of version {version}, this server knows {SCHEMA_VERSION}"
+        )
+    return version
 
 
 def read_usage(path: Path, team: str | None, since: int) -> list[UsageRow]:

@@ -18,6 +18,7 @@ TRIED = (
     "tests/student_trainer/test_causal.py",
     "tests/end_to_end/test_hf_plain_student.py",
     "tests/end_to_end/test_hf_trainer.py",
+    "tests/end_to_end/test_hf_sharded.py",
     "tests/end_to_end/test_record.py",
 )
 """Quick files that use every dependency but Ray."""

@@ -249,7 +249,9 @@ def test_results_of_wrong_values_are_named_or_can_be_shown(tmp_path: Path, value
 def test_a_line_of_text_that_is_none_is_named(tmp_path: Path, what: str):
     path = tmp_path / "text.jsonl"
     path.write_bytes(b'{"text": "one"}\n' + FILES[what] + b"\n")
-    with pytest.raises(ValueError, match=rf"{path}, line 2: expected an object with a 'text'"):
+    line = rf"{path}, line 2: expected an object with a 'text'"
+    no_text = rf"{path} is not text: byte \d+ is 0x(00|ff)"
+    with pytest.raises(ValueError, match=f"{line}|{no_text}"):
         list(documents([path]))
 
 
