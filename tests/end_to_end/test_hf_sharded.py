@@ -3,6 +3,7 @@ DeepSpeed's ZeRO-2 and ZeRO-3. Each trains as one process does, or does not star
 
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 import accelerate
@@ -80,6 +81,8 @@ def whole(model: torch.nn.Module) -> torch.Tensor:
 def train_and_keep(folder: Path, rows: list, num_ranks: int, layout: str) -> None:
     """Two steps of two batches; the weights go to a file of this rank."""
     rank = int(os.environ.get("RANK", "0"))
+    if layout.startswith("zero"):  # DeepSpeed uses what torch has deprecated
+        warnings.simplefilter("default")
     parallel = {"deepspeed": zero(int(layout[-1]))} if layout.startswith("zero") else {}
     trainer = make_trainer(
         folder,
