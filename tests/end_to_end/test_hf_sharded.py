@@ -32,6 +32,7 @@ def zero(stage: int) -> dict[str, object]:
     return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",  # or it is 1, whatever the Trainer's is
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
