@@ -9,20 +9,16 @@ The event loop writes into the notes of its connections and the thread reads the
 writer, and a value that is a moment old does no harm.
 """
 
-import contextlib
 import ctypes
 import logging
-import os
-import socket
-import stat
-import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import quote
+
+from teacher_server import sockets
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +47,6 @@ GROWTH_NBYTES = 4 << 20
 MAX_NOTES = 1 << 17
 TELL_S = 60.0
 FORGET_LOOKS = 4
-FILES = Path("/proc/self/fd")
-TCP_INFO_RECEIVED = struct.Struct("<128xQ")
-"""tcpi_bytes_received of Linux's struct tcp_info."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +133,7 @@ class Connections:
         self._notes: dict[str, Note] = {}
         self._ports: frozenset[int] = frozenset()
         self._sockets: dict[int, _Connection | None] = {}
-        """By inode; None: not a connection to these ports."""
+        """By cookie; None: not a connection to these ports."""
         self._look_number = 0
         self._held_nbytes = 0
         self._wake = threading.Event()
@@ -166,10 +159,10 @@ class Connections:
     def start(self, ports: Collection[int]) -> None:
         """Begins to look, where the system says which sockets there are."""
         self._ports = frozenset(ports)
-        if FILES.is_dir():
+        if sockets.FILES.is_dir():
             self._thread.start()
         else:
-            logger.warning("connections are not limited here: there is no %s", FILES)
+            logger.warning("connections are not limited here: there is no %s", sockets.FILES)
 
     def hurry(self) -> None:
         """The next look comes as soon as the thread has rested."""
@@ -199,14 +192,14 @@ class Connections:
         """Looks at every socket, and shuts down the connections that have to go."""
         self._look_number += 1
         there: dict[int, tuple[int, _Connection]] = {}
-        for number, (file, inode) in enumerate(_sockets()):
+        for number, (file, cookie) in enumerate(sockets.found()):
             if number % PIECE == PIECE - 1:
                 time.sleep(0.001)
-            if inode not in self._sockets:
-                self._sockets[inode] = self._examine(file, inode)
-            if (connection := self._sockets[inode]) is not None:
-                there[inode] = file, connection
-                connection.nbytes = received_nbytes(file)
+            if cookie not in self._sockets:
+                self._sockets[cookie] = self._examine(file)
+            if (connection := self._sockets[cookie]) is not None:
+                there[cookie] = file, connection
+                connection.nbytes = sockets.received_nbytes(file)
                 if (note := self._notes.get(connection.peer)) is not None:
                     note.seen = self._look_number
         # A listening or outgoing socket is remembered for as long as it is there, too.
@@ -218,24 +211,21 @@ class Connections:
                 trim(0)  # what glibc keeps for the next such crowd is of no use to anybody else
         self._tell()
 
-    def _examine(self, file: int, inode: int) -> _Connection | None:
+    def _examine(self, file: int) -> _Connection | None:
         """A new socket: is it a connection to one of the ports?"""
-        with contextlib.suppress(OSError), _opened(file, inode) as one:
-            if one.family not in (socket.AF_INET, socket.AF_INET6):
-                return None
-            if one.getsockname()[1] not in self._ports:
-                return None
-            host, port = one.getpeername()[:2]
-            return _Connection(peer_name(host, port), host, self._clock())
-        return None
+        own, other = sockets.own_address(file), sockets.other_address(file)
+        if own is None or other is None or own[1] not in self._ports:
+            return None
+        host, port = other
+        return _Connection(peer_name(host, port), host, self._clock())
 
     def _forget(self, there: set[int]) -> None:
         """Of sockets and notes that are gone."""
         if len(self._sockets) > 2 * len(there) + 256:
             self._sockets = {i: one for i, one in self._sockets.items() if i in there}
         else:
-            for inode in [i for i, one in self._sockets.items() if one and i not in there]:
-                del self._sockets[inode]
+            for cookie in [i for i, one in self._sockets.items() if one and i not in there]:
+                del self._sockets[cookie]
         oldest = self._look_number - FORGET_LOOKS
         for peer, note in self._notes.copy().items():  # in one step: the event loop adds to it
             if note.seen < oldest and not note.calls:
@@ -247,21 +237,21 @@ class Connections:
         strangers: list[tuple[int, _Connection, int]] = []
         known: list[tuple[int, _Connection, int]] = []
         per_address = Counter(connection.address for _, connection in there.values())
-        for inode, (_, connection) in there.items():
+        for cookie, (_, connection) in there.items():
             note = self._notes.get(connection.peer, nobody)
             if note.vouched:
-                known.append((inode, connection, _unread_nbytes(connection, note)))
+                known.append((cookie, connection, _unread_nbytes(connection, note)))
                 continue
             allowed = STRANGER_NBYTES + STRANGER_NBYTES_PER_S * (now - connection.since_s)
             allowed += limits.max_message_nbytes if note.readers else 0
             held = self._base_nbytes + note.calls * CALL_NBYTES
             held += _unread_nbytes(connection, note)
             if note.is_tiresome:
-                self._shut_down(there, inode, "calls")
+                self._shut_down(there, cookie, "calls")
             elif connection.nbytes - note.messages_nbytes > allowed:
-                self._shut_down(there, inode, "stranger_bytes")
+                self._shut_down(there, cookie, "stranger_bytes")
             else:
-                strangers.append((inode, connection, held))
+                strangers.append((cookie, connection, held))
         self.count = len(there)
         self.strangers = len(strangers)
         held = sum(nbytes for *_, nbytes in strangers)
@@ -271,7 +261,7 @@ class Connections:
         # Those that hold much go first, and of equals the oldest.
         strangers.sort(key=lambda entry: (-(entry[2] // STEP_NBYTES), entry[1].since_s))
         total = len(there)
-        for inode, connection, nbytes in strangers:
+        for cookie, connection, nbytes in strangers:
             crowded = per_address[connection.address] > limits.max_per_address
             if held <= limits.max_strangers_nbytes and total <= limits.max_connections:
                 if not crowded:
@@ -279,28 +269,27 @@ class Connections:
                 reason = "one_address"
             else:
                 reason = "strangers"
-            self._shut_down(there, inode, reason)
+            self._shut_down(there, cookie, reason)
             held -= nbytes
             total -= 1
             per_address[connection.address] -= 1
         unread = sum(nbytes for *_, nbytes in known)
         known.sort(key=lambda entry: -entry[2])
-        for inode, _, nbytes in known:
+        for cookie, _, nbytes in known:
             if unread <= limits.max_unread_nbytes:
                 break
-            self._shut_down(there, inode, "unfinished_requests")
+            self._shut_down(there, cookie, "unfinished_requests")
             unread -= nbytes
 
     def _shut_down(
-        self, there: dict[int, tuple[int, _Connection]], inode: int, reason: str
+        self, there: dict[int, tuple[int, _Connection]], cookie: int, reason: str
     ) -> None:
         """gRPC sees the end of the connection, and forgets all that it had of it."""
-        file, connection = there[inode]
+        file, connection = there[cookie]
         if connection.going:
             return
         connection.going = True
-        with contextlib.suppress(OSError), _opened(file, inode) as one:
-            one.shutdown(socket.SHUT_RDWR)
+        if sockets.shut_down(file, cookie):
             self._untold[reason] += 1
             self._on_shutdown(reason)
 
@@ -336,32 +325,4 @@ def peer_name(host: str, port: int) -> str:
     return f"ipv6:{quote(f'[{host}]', safe=':')}:{port}"
 
 
-def _sockets() -> Iterator[tuple[int, int]]:
-    """File descriptor and inode of every socket of this process."""
-    for name in os.listdir(FILES):
-        with contextlib.suppress(OSError):
-            found = os.fstat(int(name))
-            if stat.S_ISSOCK(found.st_mode):
-                yield int(name), found.st_ino
-
-
-@contextlib.contextmanager
-def _opened(file: int, inode: int) -> Iterator[socket.socket]:
-    """The socket behind a descriptor of gRPC's, which may be another one by now: OSError then."""
-    with socket.socket(fileno=os.dup(file)) as one:
-        if os.fstat(one.fileno()).st_ino != inode:
-            raise OSError("another file")
-        yield one
-
-
 _libc = ctypes.CDLL(None)
-
-
-def received_nbytes(file: int) -> int:
-    """Bytes that a TCP connection has received; 0 where the system does not say."""
-    buffer = ctypes.create_string_buffer(TCP_INFO_RECEIVED.size)
-    size = ctypes.c_uint32(len(buffer))
-    info = getattr(socket, "TCP_INFO", 11)
-    if _libc.getsockopt(file, socket.IPPROTO_TCP, info, buffer, ctypes.byref(size)):
-        return 0
-    return TCP_INFO_RECEIVED.unpack(buffer.raw)[0] if size.value >= len(buffer) else 0

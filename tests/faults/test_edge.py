@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import ssl
 import threading
 import time
@@ -18,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos import teacher_pb2, teacher_pb2_grpc
 from protos.connection import Connection
 from student_trainer import AccessDenied, connect
+from teacher_server import sockets
 from teacher_server.health import MAX_WATCHES
 from tests import tiny
 from tests.conftest import Served
@@ -524,3 +526,23 @@ def test_a_wrong_token_is_told_why_before_its_connection_goes(shared: Shared):
     for _ in range(5):
         with pytest.raises(AccessDenied, match="belongs to no team"):
             connect(shared.address, token="lst_" + "x" * 43, ca=shared.ca)
+
+
+def test_a_socket_is_told_from_another_that_took_its_descriptor():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        one = socket.create_connection(listening.getsockname())
+        other, _ = listening.accept()
+        with one, other:
+            cookie = sockets.cookie_of(other.fileno())
+            assert (other.fileno(), cookie) in list(sockets.found())
+            assert sockets.own_address(other.fileno()) == listening.getsockname()
+            assert sockets.other_address(other.fileno()) == one.getsockname()
+            one.sendall(b"four")
+            wait_until(lambda: sockets.received_nbytes(other.fileno()) == 4, "it came")
+            assert not sockets.shut_down(one.fileno(), cookie)
+            assert other.recv(9) == b"four", "nothing was shut down"
+            assert sockets.shut_down(other.fileno(), cookie)
+            assert one.recv(9) == b""
+    with open("/dev/null") as file:
+        assert sockets.cookie_of(file.fileno()) is None
+        assert sockets.other_address(file.fileno()) is None
