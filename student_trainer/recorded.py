@@ -638,6 +638,8 @@ class Recorded(Teacher):
         """Writes what is not sealed into a shard. Raises RecordError; then nothing works any more."""
         if not self._unsealed:
             return
+        if self._failure is not None:  # what failed first is what everybody is told
+            raise self._failure
         assert self._writer is not None
         try:
             shard = self._writer.seal([row for row, _ in self._unsealed])
