@@ -56,9 +56,7 @@ def check_causal(student: nn.Module) -> None:
         with evaluating(student), torch.no_grad():
             outputs: Any = student(input_ids=ids_2T)
         logits = outputs["logits"] if hasattr(outputs, "keys") else outputs[0]
-    except (
-        Exception
-    ) as error:  # whatever its forward says to a plain batch is the training's matter
+    except Exception as error:  # what its forward says to a plain batch is the training's matter
         logger.info("%s was not tried for later tokens: %s", name, error)
         return
     if not isinstance(logits, Tensor) or logits.shape[:2] != ids_2T.shape:

@@ -170,9 +170,7 @@ def train(
                         check_alignment(batch, targets)
                     warn_of_tail(targets, ce_weight)
                 targets = targets.to(device)
-                kd = distillation_loss(
-                    logits, targets, num_items=num_items, effective_vocab_size=num_ids
-                )
+                kd = distillation_loss(logits, targets, num_items=num_items)
                 loss = kd_weight * kd if ce is None else kd_weight * kd + ce_weight * ce
                 if curves is not None:
                     with torch.no_grad():
@@ -302,12 +300,21 @@ def outline(folder: Path) -> Any:
     """The student in a Hugging Face folder without any weights: shapes alone."""
     import transformers
 
+    config = _read_config(folder)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _read_config(folder: Path) -> Any:
+    """Raises ValueError for one that is nested too deep and for one of an encoder-decoder."""
+    import transformers
+
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config)
     except RecursionError:
         raise ValueError(f"the config of the student in {folder} is nested too deep") from None
+    refuse_encoder_decoder(config, f"the student in {folder}")
+    return config
 
 
 def make_student(folder: Path, *, seed: int, device: str) -> nn.Module:
@@ -319,17 +326,14 @@ def make_student(folder: Path, *, seed: int, device: str) -> nn.Module:
     from safetensors import SafetensorError
 
     torch.manual_seed(seed)
+    config = _read_config(folder)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        refuse_encoder_decoder(config, f"the student in {folder}")
         if has_weights(folder):
             student: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, use_safetensors=True
             )
         else:
             student = transformers.AutoModelForCausalLM.from_config(config)
-    except RecursionError:
-        raise ValueError(f"the config of the student in {folder} is nested too deep") from None
     except (RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"the weights in {folder} cannot be loaded: {reason}") from error
