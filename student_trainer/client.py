@@ -10,9 +10,6 @@ import os
 from concurrent.futures import Future
 from typing import Any
 
-# A forked child must get ForkedClient: gRPC's own fork handlers crash one in ten of them instead.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-
 from torch import Tensor
 
 from logit_codec import (

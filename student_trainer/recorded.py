@@ -354,8 +354,9 @@ class Recorded(Teacher):
     def _check_same_teacher(self, info: teacher_pb2.TeacherInfo) -> None:
         """Of what was recorded, weights, tokenizer and codec have to be the live teacher's.
 
-        The codec is compared by `check_compatible`. Versions of torch and transformers, dtype and device are in its fingerprint too, since they
-        decide the last bits; a record does not lose its worth with them.
+        The codec is compared by `check_compatible`. Versions of torch and transformers, dtype and
+        device are in its fingerprint too, since they decide the last bits; a record does not lose its
+        worth with them.
         """
         if self._provenance is None or self._provenance.fingerprint == info.teacher_fingerprint:
             return

@@ -41,7 +41,8 @@ STATISTICS = (
     *("distilled_seconds", "control_seconds"),
 )
 """Numbers of runs that are averaged over seeds."""
-HELPED, BARELY = "Distillation helped", "Distillation barely helped"
+GAINS = {"helped": "Distillation helped", "barely helped": "Distillation barely helped"}
+"""Verdicts of a certain gain, and how their sentences begin."""
 T_95 = {
     **{1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262},
     **{10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042},
@@ -342,7 +343,7 @@ def _verdict(
     if shuffled is not None:
         is_wrong, sentence = shuffled
         if is_wrong:
-            for said in (HELPED, BARELY):
+            for said in GAINS.values():
                 sentences[0] = sentences[0].replace(
                     said, f"Without that control one would say: {said}"
                 )
@@ -385,7 +386,7 @@ def _gained(
     lower = f"{abs(mean):.3f} {'lower' if mean >= 0 else 'higher'}"
     little = _too_little(numbers, mean, stats)
     verdict = "barely helped" if little else "helped"
-    helped = f"{BARELY if little else HELPED}: {reached}, {lower}{little}."
+    helped = f"{GAINS[verdict]}: {reached}, {lower}{little}."
     did_not = f"Distillation did not help: {reached}, {lower}."
     if num == 1:
         error = next(one["gain_error"] for one in numbers if one["gain"] is not None)
@@ -514,7 +515,7 @@ def _shuffled(numbers: list[dict[str, Any]], verdict: str) -> tuple[bool, str] |
         cause = (
             "so the gain does not come from what the teacher knows about this text. Is the control "
             "at its best learning rate?"
-            if verdict in ("helped", "barely helped")
+            if verdict in GAINS
             else "so the student learnt nothing from where the targets are. Do the targets belong to "
             "the tokens (student-trainer check), and does kd_weight count beside ce_weight?"
         )
@@ -532,7 +533,7 @@ def _shuffled(numbers: list[dict[str, Any]], verdict: str) -> tuple[bool, str] |
     return False, (
         f"With the targets shuffled into wrong places the student reaches only {shuffled:.3f} nats, "
         "as it must be: what helped is what the teacher knows at each place."
-        if verdict in ("helped", "barely helped")
+        if verdict in GAINS
         else f"With the targets shuffled into wrong places the student reaches {shuffled:.3f} nats, "
         f"{excess:.3f} worse than with the right ones, as it must be."
     )

@@ -567,14 +567,18 @@ def check_checkpoints(config: TrainConfig, corpus: Corpus | None, fingerprint: s
     if config.start_over:
         return
     wanted = {"control": config.control, "shuffled": config.shuffled_control, "distilled": True}
-    for name in (one for one in NAMES if wanted[one]):
-        more = {} if name == "control" else {"teacher_fingerprint": fingerprint}
-        folder = folder_of(config, name)
-        if config.workers:
-            from student_trainer import ray_train
+    folders = {name: folder_of(config, name) for name in NAMES if wanted[name]}
+    if config.workers:
+        from student_trainer import ray_train
 
-            folder = config.output / ray_train.FOLDER / name
-        checkpoint.refuse_another_run(folder, identity_of(config, corpus, **more))
+        folders = {name: config.output / ray_train.FOLDER / name for name in folders}
+    folders = {name: folder for name, folder in folders.items() if checkpoint.all_in(folder)}
+    if not folders:
+        return
+    identity = identity_of(config, corpus)  # which reads the student's weights and the whole text
+    for name, folder in folders.items():
+        more = {} if name == "control" else {"teacher_fingerprint": fingerprint}
+        checkpoint.refuse_another_run(folder, {**identity, **more})
 
 
 def train_student(

@@ -9,9 +9,8 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from socketserver import ThreadingMixIn
 from typing import Any, Literal
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,6 +21,7 @@ from prometheus_client import (
     make_wsgi_app,
 )
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import ThreadingWSGIServer
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -237,6 +237,7 @@ class Metrics:
         self._why_not_serving = why_not_serving
         disable_created_metrics()  # one more series per counter, which nobody asked for
         self.registry = CollectorRegistry()
+        self._metrics_page = make_wsgi_app(self.registry)
         counters = {
             one.name: Counter(one.name, one.text, one.labels, registry=self.registry)
             for one in NAMES
@@ -278,7 +279,7 @@ class Metrics:
         """Serves /metrics and /healthz over HTTP; returns the port. Raises OSError if it is taken."""
         host = host.strip("[]")
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        made = type("_Server", (_Server,), {"address_family": family})
+        made = type("_Server", (ThreadingWSGIServer,), {"address_family": family})
         server = make_server(host, port, self._page, made, _SilentHandler)
         threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         return server.server_port
@@ -287,7 +288,7 @@ class Metrics:
         """One answer of the HTTP server, as WSGI has it."""
         path = request["PATH_INFO"]
         if path == "/metrics":
-            return make_wsgi_app(self.registry)(request, start)
+            return self._metrics_page(request, start)
         if path == "/healthz":
             why = self._why_not_serving()
             status, text = ("503 Service Unavailable", why) if why else ("200 OK", "serving")
@@ -297,10 +298,6 @@ class Metrics:
             status, [("Content-Type", "text/plain; charset=utf-8"), ("Cache-Control", "no-store")]
         )
         return [f"{text}\n".encode()]
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
 
 
 class _SilentHandler(WSGIRequestHandler):

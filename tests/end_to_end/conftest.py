@@ -10,9 +10,10 @@ import transformers
 from torch import nn
 
 from tests import tiny
-from tests.conftest import Served
+from tests.conftest import Serve, Served
 
 WORDS = [f"w{number}" for number in range(62)]
+PADDED_IDS = 72
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +52,22 @@ def teacher_folder(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def teacher_model(teacher_folder: Path) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(teacher_folder).eval()
+
+
+@pytest.fixture(scope="session")
+def padded_folder(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher with a head of 72 ids, of which the tokenizer uses 64."""
+    folder = tmp_path_factory.mktemp("padded-teacher")
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher_folder)
+    model.resize_token_embeddings(PADDED_IDS, mean_resizing=False)
+    model.save_pretrained(folder)
+    tiny.make_tokenizer(WORDS).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def padded_service(serve: Serve, padded_folder: Path) -> Served:
+    return serve(padded_folder)
 
 
 @pytest.fixture(scope="session")

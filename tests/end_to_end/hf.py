@@ -1,6 +1,7 @@
 """A transformers Trainer on a tiny dataset, in this process or in several."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -12,6 +13,18 @@ from tests.end_to_end.conftest import WORDS
 
 TOKENIZER = tiny.make_tokenizer(WORDS)
 PAD = 0
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 4,
+    "learning_rate": 1e-2,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "dataloader_pin_memory": False,
+}
+"""Of a Trainer, unless a test says otherwise."""
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -40,21 +53,9 @@ def make_trainer(
     collator=collate,
     **arguments,
 ):
-    settings = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "dataloader_pin_memory": False,
-        **arguments,
-    }
     return kind(
         model=tiny.make_student() if student is None else student,
-        args=transformers.TrainingArguments(str(folder), **settings),
+        args=transformers.TrainingArguments(str(folder), **{**SETTINGS, **arguments}),
         train_dataset=rows,
         eval_dataset=rows[:6] if isinstance(rows, list) else None,
         data_collator=collator,

@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-import datasets
 import peft
 import pytest
 import torch
-import trl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from student_trainer.hf_trainer import DistillationArguments, DistillationMixin
+from student_trainer.hf_trainer import DistillationArguments
 from tests import tiny
 from tests.conftest import one_torch_thread
-from tests.end_to_end.hf import TOKENIZER, make_trainer, num_trained, weights
+from tests.end_to_end.hf import make_trainer, num_trained, weights
+from tests.end_to_end.sft import make_sft_trainer
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 # Both still use transformers' old names.
@@ -77,30 +76,12 @@ def test_virtual_tokens_are_refused(teacher_model, rows, tmp_path: Path):
         trainer.train()
 
 
-class Distilled(DistillationMixin, trl.SFTTrainer):
-    pass
-
-
 def test_the_mixin_goes_before_trls_sft_trainer(trained_service, rows, tmp_path: Path):
-    trainer = Distilled(
-        model=tiny.make_student(),
-        args=trl.SFTConfig(
-            str(tmp_path),
-            per_device_train_batch_size=4,
-            max_steps=6,
-            learning_rate=1e-2,
-            logging_steps=1,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=TOKENIZER,
-        teacher=trained_service.address,
-        distillation=DistillationArguments(targets="top_k:8"),
+    trainer = make_sft_trainer(
+        *(tmp_path, rows, trained_service.address),
+        student=tiny.make_student(),
+        targets="top_k:8",
+        max_steps=6,
     )
     before = weights(trainer).clone()
     trainer.train()
@@ -117,16 +98,12 @@ def test_the_mixin_goes_before_trls_sft_trainer(trained_service, rows, tmp_path:
 
 
 def test_the_other_losses_of_sft_are_refused(teacher_model, rows, tmp_path: Path):
-    class Distilled(DistillationMixin, trl.SFTTrainer):
-        pass
-
     with pytest.raises(ValueError, match="loss_type='dft' would have no effect"):
-        Distilled(
-            model=tiny.make_student(),
-            args=trl.SFTConfig(str(tmp_path), loss_type="dft", report_to="none", use_cpu=True),
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=TOKENIZER,
-            teacher=teacher_model,
+        make_sft_trainer(
+            *(tmp_path, rows, teacher_model),
+            student=tiny.make_student(),
+            targets="sampled",
+            loss_type="dft",
         )
 
 

@@ -5,11 +5,9 @@ As Qwen's 151,936 and 152,064, or Gemma 3's 1B and 4B.
 
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import transformers
-import trl
 from torch import nn
 
 from student_trainer import (
@@ -19,14 +17,16 @@ from student_trainer import (
     distillation_loss,
     fused_distillation_loss,
 )
-from student_trainer.hf_trainer import DistillationArguments, DistillationMixin
+from student_trainer.hf_trainer import DistillationArguments
 from tests import tiny
-from tests.conftest import Served, one_torch_thread
+from tests.conftest import one_torch_thread
+from tests.end_to_end.conftest import PADDED_IDS
 from tests.end_to_end.hf import TOKENIZER, collate, make_trainer
+from tests.end_to_end.sft import make_sft_trainer
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 
-IDS, TEACHER_IDS = 64, 72
+IDS = 64
 HEADS = (64, 80)
 """A smaller and a larger one."""
 TARGETS = "top_k:8"
@@ -40,22 +40,6 @@ def make_student(size: int) -> nn.Module:
     with torch.no_grad():
         student.get_input_embeddings().weight[IDS:] = 1.0
     return student
-
-
-@pytest.fixture(scope="module")
-def padded_folder(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher that has learnt something, its vocabulary padded to 72."""
-    folder = tmp_path_factory.mktemp("padded")
-    model = transformers.AutoModelForCausalLM.from_pretrained(teacher_folder)
-    model.resize_token_embeddings(TEACHER_IDS, mean_resizing=False)
-    model.save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def padded_service(serve, padded_folder: Path) -> Served:
-    return serve(padded_folder)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +62,7 @@ def losses(
     padded = transformers.AutoModelForCausalLM.from_pretrained(padded_folder).eval()
     return {
         64: train(folder, rows, teacher_model, IDS, fused=False),
-        80: train(folder, rows, padded, TEACHER_IDS, fused=False),
+        80: train(folder, rows, padded, PADDED_IDS, fused=False),
     }
 
 
@@ -94,7 +78,7 @@ def train(folder: Path, rows, teacher, size: int, *, fused: bool, kind=None) -> 
     trainer.close()
     assert (trainer._head is not None) == fused
     # What only the student has is left as it was.
-    assert (student.get_input_embeddings().weight[TEACHER_IDS:] == 1.0).all()
+    assert (student.get_input_embeddings().weight[PADDED_IDS:] == 1.0).all()
     logs = [entry for entry in trainer.state.log_history if "kd_loss" in entry]
     for entry in logs:
         assert entry["loss"] == pytest.approx(entry["kd_loss"] + 0.3 * entry["ce_loss"], rel=1e-4)
@@ -118,7 +102,7 @@ def own_loop(teacher, rows, size: int, fused: bool) -> list[float]:
         else:
             loss = distillation_loss(hidden @ head.T, targets, **options)
         loss.backward()
-        assert not head.grad[TEACHER_IDS:].any()
+        assert not head.grad[PADDED_IDS:].any()
         found.append(float(loss.detach()))
     return found
 
@@ -146,15 +130,11 @@ def test_heads_of_other_sizes_have_the_same_loss_in_a_loop_of_ones_own(
 ):
     (small,) = own_loop(LocalTeacher(teacher_model, TOKENIZER), rows, IDS, False)
     with connect(padded_service.address, tokenizer=TOKENIZER) as live, Recorded(record) as replayed:
-        (large,) = own_loop(live, rows, TEACHER_IDS, False)
+        (large,) = own_loop(live, rows, PADDED_IDS, False)
         for teacher in (live, replayed):
             for fused in (True, False):
                 assert own_loop(teacher, rows, 64, fused) == pytest.approx([small], rel=1e-5)
                 assert own_loop(teacher, rows, 80, fused) == pytest.approx([large], rel=1e-5)
-
-
-class Distilled(DistillationMixin, trl.SFTTrainer):
-    pass
 
 
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing`:FutureWarning")
@@ -162,27 +142,13 @@ def test_trls_sft_trainer_trains_heads_of_other_sizes_with_the_same_losses(
     record, rows, tmp_path: Path
 ):
     found = []
-    for size in (TEACHER_IDS, 80):
+    for size in (PADDED_IDS, 80):
         with Recorded(record) as replayed:
-            trainer = Distilled(
-                model=make_student(size),
-                args=trl.SFTConfig(
-                    str(tmp_path),
-                    per_device_train_batch_size=4,
-                    max_steps=STEPS,
-                    learning_rate=1e-2,
-                    logging_steps=1,
-                    use_cpu=True,
-                    bf16=False,
-                    report_to="none",
-                    save_strategy="no",
-                    disable_tqdm=True,
-                    dataloader_pin_memory=False,
-                ),
-                train_dataset=datasets.Dataset.from_list(rows),
-                processing_class=TOKENIZER,
-                teacher=replayed,
-                distillation=DistillationArguments(targets=TARGETS),
+            trainer = make_sft_trainer(
+                *(tmp_path, rows, replayed),
+                student=make_student(size),
+                targets=TARGETS,
+                max_steps=STEPS,
             )
             trainer.train()
         logs = [entry for entry in trainer.state.log_history if "kd_loss" in entry]

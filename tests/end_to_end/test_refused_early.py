@@ -55,17 +55,6 @@ def student_of(
     return make
 
 
-@pytest.fixture(scope="module")
-def padded_service(serve: Serve, teacher_folder: Path, tmp_path_factory) -> Served:
-    """The teacher with a head of 72 ids, of which the tokenizer uses 64."""
-    folder = tmp_path_factory.mktemp("padded-teacher")
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(teacher_folder)
-    model.resize_token_embeddings(NUM_IDS + 8, mean_resizing=False)
-    model.save_pretrained(folder)
-    tiny.make_tokenizer(WORDS).save_pretrained(folder)
-    return serve(folder)
-
-
 @pytest.fixture
 def arguments(trained_service: Served, student_folder: Path, few: Path, tmp_path: Path):
     """arguments(data=..., ...) -> those of a short run, with some of them replaced."""
@@ -200,6 +189,14 @@ def test_a_student_without_a_tokenizer_is_refused_and_told_where_to_get_one(
         line = refused(capsys, caplog, *command)
         assert f"the student in {bare} has no tokenizer" in line
         assert "save_pretrained" in line
+
+
+def test_an_encoder_decoder_is_refused_in_one_line(arguments, capsys, caplog, tmp_path: Path):
+    config = transformers.T5Config(vocab_size=NUM_IDS, d_model=16, d_ff=32, num_layers=1)
+    config.save_pretrained(tmp_path / "t5")
+    tiny.make_tokenizer(WORDS).save_pretrained(tmp_path / "t5")
+    line = refused(capsys, caplog, "train", *arguments(student=tmp_path / "t5"))
+    assert f"the student in {tmp_path / 't5'} is an encoder-decoder (T5Config)" in line
 
 
 # Commands and services.

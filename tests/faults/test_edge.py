@@ -147,7 +147,10 @@ def fragile() -> None:
 @pytest.mark.parametrize("hook", [unhardened, fragile])
 def test_a_server_that_died_is_opened_anew_and_streams_resume(serve, folder, wanted, hook):
     with Fleet(serve, folder, 1, hook=hook, batch_s=0.1) as fleet:
-        opened = lambda: fleet.replicas[0].output().count("opened anew")  # noqa: E731
+
+        def opened() -> int:
+            return fleet.replicas[0].output().count("opened anew")
+
         with connect(fleet.own[0]) as teacher:
             pairs = teacher.stream(SEQUENCES, ahead=8)
             got = [digest(next(pairs)[1])]
