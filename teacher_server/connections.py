@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from urllib.parse import quote
 
 from teacher_server import sockets
+from teacher_server.gate import Gate
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 0.25
+LOOK_S, LOOK_WHEN_ATTACKED_S = 0.25, 0.03
 CALM, HURRIED = 10, 2
 """The thread rests this many times as long as its last look took, at least; and in a hurry."""
 TRIM_S = 5.0
@@ -36,6 +37,9 @@ STRANGER_NBYTES, STRANGER_NBYTES_PER_S = 96 << 10, 4 << 10
 """What a stranger may send at once, and for how long it takes. To say who it is takes a few KiB, with
 TLS too, and a health check 200 bytes; but who sends a message that is too large has sent a whole window
 of it (64 KiB) when it is told."""
+WHEN_ATTACKED = 1 / 4
+"""Of what a connection costs without a call: what a stranger may send at once while the gate is narrow.
+A token fits in, and a client's certificate."""
 STEP_NBYTES = 32 << 10
 """Strangers that hold the same number of these are equals."""
 STRANGER_CALLS, STRANGER_CALLS_PER_S = 64, 10.0
@@ -112,6 +116,10 @@ class _Connection:
     going: bool = False
 
 
+class _Listener:
+    """A socket that listens at one of the ports."""
+
+
 class Connections:
     """Watches the connections of this process to `ports`; `start` and `stop`.
 
@@ -132,8 +140,8 @@ class Connections:
         self._clock = clock
         self._notes: dict[str, Note] = {}
         self._ports: frozenset[int] = frozenset()
-        self._sockets: dict[int, _Connection | None] = {}
-        """By cookie; None: not a connection to these ports."""
+        self._sockets: dict[int, _Connection | _Listener | None] = {}
+        """By cookie; None: of no concern here."""
         self._look_number = 0
         self._held_nbytes = 0
         self._wake = threading.Event()
@@ -142,6 +150,7 @@ class Connections:
         self._told_s = -TELL_S
         self._trimmed_s = -TRIM_S
         self._untold: Counter[str] = Counter()
+        self.gate = Gate(clock)
         self.count = 0
         """Connections at the last look."""
         self.strangers = 0
@@ -178,7 +187,8 @@ class Connections:
     def _run(self) -> None:
         took_s = 0.0
         while not self._stopped:
-            self._wake.wait(max(LOOK_S, CALM * took_s))
+            rest_s = LOOK_WHEN_ATTACKED_S if self.gate.is_narrow else LOOK_S
+            self._wake.wait(max(rest_s, CALM * took_s))
             self._wake.clear()
             began = time.monotonic()
             try:
@@ -192,12 +202,16 @@ class Connections:
         """Looks at every socket, and shuts down the connections that have to go."""
         self._look_number += 1
         there: dict[int, tuple[int, _Connection]] = {}
+        listeners: list[int] = []
         for number, (file, cookie) in enumerate(sockets.found()):
             if number % PIECE == PIECE - 1:
                 time.sleep(0.001)
             if cookie not in self._sockets:
                 self._sockets[cookie] = self._examine(file)
-            if (connection := self._sockets[cookie]) is not None:
+            connection = self._sockets[cookie]
+            if isinstance(connection, _Listener):
+                listeners.append(file)
+            elif connection is not None:
                 there[cookie] = file, connection
                 connection.nbytes = sockets.received_nbytes(file)
                 if (note := self._notes.get(connection.peer)) is not None:
@@ -205,17 +219,20 @@ class Connections:
         # A listening or outgoing socket is remembered for as long as it is there, too.
         self._forget(set(there))
         self._judge(there)
+        self.gate.adjust(listeners)
         if self._untold and self._clock() - self._trimmed_s > TRIM_S:
             self._trimmed_s = self._clock()
             if (trim := getattr(_libc, "malloc_trim", None)) is not None:
                 trim(0)  # what glibc keeps for the next such crowd is of no use to anybody else
         self._tell()
 
-    def _examine(self, file: int) -> _Connection | None:
-        """A new socket: is it a connection to one of the ports?"""
+    def _examine(self, file: int) -> "_Connection | _Listener | None":
+        """A new socket: is it one of the ports, or a connection to one of them?"""
         own, other = sockets.own_address(file), sockets.other_address(file)
-        if own is None or other is None or own[1] not in self._ports:
+        if own is None or own[1] not in self._ports:
             return None
+        if other is None:
+            return _Listener()
         host, port = other
         return _Connection(peer_name(host, port), host, self._clock())
 
@@ -224,7 +241,11 @@ class Connections:
         if len(self._sockets) > 2 * len(there) + 256:
             self._sockets = {i: one for i, one in self._sockets.items() if i in there}
         else:
-            for cookie in [i for i, one in self._sockets.items() if one and i not in there]:
+            for cookie in [
+                i
+                for i, one in self._sockets.items()
+                if isinstance(one, _Connection) and i not in there
+            ]:
                 del self._sockets[cookie]
         oldest = self._look_number - FORGET_LOOKS
         for peer, note in self._notes.copy().items():  # in one step: the event loop adds to it
@@ -242,14 +263,17 @@ class Connections:
             if note.vouched:
                 known.append((cookie, connection, _unread_nbytes(connection, note)))
                 continue
-            allowed = STRANGER_NBYTES + STRANGER_NBYTES_PER_S * (now - connection.since_s)
+            allowed = STRANGER_NBYTES
+            if self.gate.is_narrow:
+                allowed = self._base_nbytes * WHEN_ATTACKED
+            allowed += STRANGER_NBYTES_PER_S * (now - connection.since_s)
             allowed += limits.max_message_nbytes if note.readers else 0
             held = self._base_nbytes + note.calls * CALL_NBYTES
             held += _unread_nbytes(connection, note)
             if note.is_tiresome:
-                self._shut_down(there, cookie, "calls")
+                self._misbehaved(there, cookie, "calls")
             elif connection.nbytes - note.messages_nbytes > allowed:
-                self._shut_down(there, cookie, "stranger_bytes")
+                self._misbehaved(there, cookie, "stranger_bytes")
             else:
                 strangers.append((cookie, connection, held))
         self.count = len(there)
@@ -280,6 +304,14 @@ class Connections:
                 break
             self._shut_down(there, cookie, "unfinished_requests")
             unread -= nbytes
+
+    def _misbehaved(
+        self, there: dict[int, tuple[int, _Connection]], cookie: int, reason: str
+    ) -> None:
+        _, connection = there[cookie]
+        if not connection.going:
+            self.gate.report(connection.address)
+        self._shut_down(there, cookie, reason)
 
     def _shut_down(
         self, there: dict[int, tuple[int, _Connection]], cookie: int, reason: str

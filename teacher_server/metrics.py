@@ -123,6 +123,12 @@ NAMES = (
         "Replicas",
     ),
     Named(
+        "teacher_gate_share",
+        "gauge",
+        "Of new connections from addresses that misbehave, the share that is let in; 1: all.",
+        "Replicas",
+    ),
+    Named(
         "teacher_connections_shut_down_total",
         "counter",
         "Connections that had to go, mostly those of strangers.",

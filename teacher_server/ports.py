@@ -60,8 +60,12 @@ class _Port:
 class Ports:
     """All ports of a replica. `open` each, then `start`; `watch` is a task of its own."""
 
-    def __init__(self, make: Make, tls: Tls | None) -> None:
+    def __init__(
+        self, make: Make, tls: Tls | None, *, is_gate_narrow: Callable[[], bool] = lambda: False
+    ) -> None:
+        """is_gate_narrow: whether new connections may have to wait, those of this process too."""
         self._make = make
+        self._is_gate_narrow = is_gate_narrow
         self._tls = tls
         self._ports: list[_Port] = []
         self._old: dict[grpc.aio.Server, asyncio.Task[None]] = {}
@@ -123,6 +127,7 @@ class Ports:
             port.asked,
             tls=self._tls is not None,
             wants_certificate=self._tls is not None and self._tls.client_ca is not None,
+            may_be_dropped=self._is_gate_narrow(),
         )
         if answered:
             port.proven, port.failures, port.reopened = True, 0, False

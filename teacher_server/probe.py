@@ -7,6 +7,7 @@ the library that is being checked.
 import asyncio
 import hmac
 import secrets
+import socket
 import ssl
 from collections.abc import Iterable
 
@@ -42,28 +43,52 @@ def is_own(metadata: Iterable[tuple[str, str | bytes]]) -> bool:
     )
 
 
-async def answers(host: str, port: int, *, tls: bool, wants_certificate: bool) -> bool | None:
-    """Whether a call to this port is answered; None: this process was too busy to tell.
+async def answers(
+    host: str, port: int, *, tls: bool, wants_certificate: bool, may_be_dropped: bool = False
+) -> bool | None:
+    """Whether a call to this port is answered; None: it cannot be told, as this process was too busy.
 
     wants_certificate: the port takes clients with a certificate only. There is none here, so that the
     handshake has to do.
+    may_be_dropped: not every connection is let in now; one that is not made says nothing.
     """
     loop = asyncio.get_running_loop()
     began_s = loop.time()
+    connected = False
     try:
         async with asyncio.timeout(PROBE_S):
-            return await _ask(host, port, tls, wants_certificate)
+            connection = await _connect(host, port)
+            connected = True
+            return await _ask(connection, tls, wants_certificate)
     except ssl.SSLError:
         return wants_certificate
     except TimeoutError:
-        return None if loop.time() - began_s > 1.5 * PROBE_S else False
+        was_busy = loop.time() - began_s > 1.5 * PROBE_S
+        return None if was_busy or (may_be_dropped and not connected) else False
     except OSError:
         return False
 
 
-async def _ask(host: str, port: int, tls: bool, wants_certificate: bool) -> bool:
+async def _connect(host: str, port: int) -> socket.socket:
+    connection = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    connection.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(connection, (host, port))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+async def _ask(connection: socket.socket, tls: bool, wants_certificate: bool) -> bool:
     context = context_without_checks() if tls else None
-    reader, writer = await asyncio.open_connection(host, port, ssl=context)
+    try:
+        reader, writer = await asyncio.open_connection(
+            sock=connection, ssl=context, server_hostname="localhost" if tls else None
+        )
+    except BaseException:
+        connection.close()
+        raise
     try:
         if wants_certificate:
             return True

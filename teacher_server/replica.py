@@ -113,7 +113,9 @@ class Replica:
             tls=tls is not None,
             on_shutdown=lambda reason: self.metrics.connections_shut_down.labels(reason).inc(),
         )
-        self._ports = Ports(self._make_server, tls)
+        self._ports = Ports(
+            self._make_server, tls, is_gate_narrow=lambda: self._connections.gate.is_narrow
+        )
         self._stuck_after_s = stuck_after_s
         self._address = ""
         self._state, self._stuck = "starting", ""
@@ -347,6 +349,7 @@ class Replica:
         watch("teacher_unencoded_bytes", lambda: self._backlog.nbytes)
         watch("teacher_connections", lambda: self._connections.count)
         watch("teacher_strangers", lambda: self._connections.strangers)
+        watch("teacher_gate_share", lambda: self._connections.gate.share)
         watch("teacher_memory_bytes", resident_nbytes)
         watch("teacher_device_memory_bytes", lambda: device_nbytes(self.model.device))
         watch("teacher_directory_away", lambda: float(accounts.is_alone))

@@ -39,6 +39,8 @@ from tests.faults.http2 import (
 
 FLOOD_PINGS = 100
 SLOW_S = 0.5
+CONNECTED_S = 5.0
+"""How long some of them are waited for: a service may not let them in now."""
 AT_ONCE = 100
 UNFINISHED_NBYTES = 15 << 20
 WATCHES = 32
@@ -323,7 +325,9 @@ async def main(kind: str, count: int, address: str, own: str, ca: str | None) ->
     crowd = Crowd(host, int(port), own, ca)
     for first in range(0, count, AT_ONCE):
         some = range(first, min(first + AT_ONCE, count))
-        await asyncio.gather(*(crowd.come(KINDS[kind]) for _ in some))
+        tasks = [asyncio.create_task(crowd.come(KINDS[kind])) for _ in some]
+        crowd.tasks.update(tasks)
+        await asyncio.wait(tasks, timeout=CONNECTED_S)
     print(f"here {count}", flush=True)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
