@@ -38,8 +38,8 @@ STRANGER_NBYTES, STRANGER_NBYTES_PER_S = 96 << 10, 4 << 10
 TLS too, and a health check 200 bytes; but who sends a message that is too large has sent a whole window
 of it (64 KiB) when it is told."""
 WHEN_ATTACKED = 1 / 4
-"""Of what a connection costs without a call: what a stranger may send at once while the gate is narrow.
-A token fits in, and a client's certificate."""
+"""Of all these, what a stranger may do at once while the gate is narrow; and of what a connection costs
+without a call, what it may send: a token fits in, and a client's certificate."""
 STEP_NBYTES = 32 << 10
 """Strangers that hold the same number of these are equals."""
 STRANGER_CALLS, STRANGER_CALLS_PER_S = 64, 10.0
@@ -88,13 +88,12 @@ class Note:
     seen: int = 0
     """The number of the look that saw its socket last, or of the one at which it was made."""
 
-    @property
-    def is_tiresome(self) -> bool:
-        """Whether a stranger makes more calls than it may."""
+    def is_tiresome(self, share: float = 1.0) -> bool:
+        """Whether a stranger makes more calls than it may, which is this share of the usual."""
         age_s = time.monotonic() - self.since_s
         return not self.vouched and (
-            self.refusals > MAX_REFUSALS
-            or self.begun > STRANGER_CALLS + STRANGER_CALLS_PER_S * age_s
+            self.refusals > MAX_REFUSALS * share
+            or self.begun > STRANGER_CALLS * share + STRANGER_CALLS_PER_S * age_s
         )
 
 
@@ -270,7 +269,7 @@ class Connections:
             allowed += limits.max_message_nbytes if note.readers else 0
             held = self._base_nbytes + note.calls * CALL_NBYTES
             held += _unread_nbytes(connection, note)
-            if note.is_tiresome:
+            if note.is_tiresome(WHEN_ATTACKED if self.gate.is_narrow else 1.0):
                 self._misbehaved(there, cookie, "calls")
             elif connection.nbytes - note.messages_nbytes > allowed:
                 self._misbehaved(there, cookie, "stranger_bytes")
