@@ -37,15 +37,17 @@ STRANGER_NBYTES, STRANGER_NBYTES_PER_S = 96 << 10, 4 << 10
 """What a stranger may send at once, and for how long it takes. To say who it is takes a few KiB, with
 TLS too, and a health check 200 bytes; but who sends a message that is too large has sent a whole window
 of it (64 KiB) when it is told."""
-WHEN_ATTACKED = 1 / 4
-"""Of all these, what a stranger may do at once while the gate is narrow; and of what a connection costs
-without a call, what it may send: a token fits in, and a client's certificate."""
 STEP_NBYTES = 32 << 10
 """Strangers that hold the same number of these are equals."""
 STRANGER_CALLS, STRANGER_CALLS_PER_S = 64, 10.0
 """Calls that a stranger may make at once, and for how long it takes; health checks are calls."""
 MAX_REFUSALS = 20
 """Calls of a stranger that are refused, until its connection is shut down."""
+WHEN_ATTACKED = 1 / 4
+"""Of these, what a stranger may do while the gate is narrow; and of what a connection costs without a
+call, what it may send at once: a token fits in, and a client's certificate."""
+MISBEHAVIOUR = ("calls", "stranger_bytes")
+"""Reasons to shut a connection down of which the gate is told."""
 GROWTH_NBYTES = 4 << 20
 """Strangers that have sent so much since the last look are looked at again soon."""
 MAX_NOTES = 1 << 17
@@ -88,7 +90,7 @@ class Note:
     seen: int = 0
     """The number of the look that saw its socket last, or of the one at which it was made."""
 
-    def is_tiresome(self, share: float = 1.0) -> bool:
+    def is_tiresome(self, share: float) -> bool:
         """Whether a stranger makes more calls than it may, which is this share of the usual."""
         age_s = time.monotonic() - self.since_s
         return not self.vouched and (
@@ -231,7 +233,7 @@ class Connections:
         if own is None or own[1] not in self._ports:
             return None
         if other is None:
-            return _Listener()
+            return _Listener() if sockets.is_listening(file) else None
         host, port = other
         return _Connection(peer_name(host, port), host, self._clock())
 
@@ -254,6 +256,9 @@ class Connections:
     def _judge(self, there: dict[int, tuple[int, _Connection]]) -> None:
         limits, now = self._limits, self._clock()
         nobody = Note()
+        share, at_once_nbytes = 1.0, float(STRANGER_NBYTES)
+        if self.gate.is_narrow:
+            share, at_once_nbytes = WHEN_ATTACKED, WHEN_ATTACKED * self._base_nbytes
         strangers: list[tuple[int, _Connection, int]] = []
         known: list[tuple[int, _Connection, int]] = []
         per_address = Counter(connection.address for _, connection in there.values())
@@ -262,17 +267,14 @@ class Connections:
             if note.vouched:
                 known.append((cookie, connection, _unread_nbytes(connection, note)))
                 continue
-            allowed = STRANGER_NBYTES
-            if self.gate.is_narrow:
-                allowed = self._base_nbytes * WHEN_ATTACKED
-            allowed += STRANGER_NBYTES_PER_S * (now - connection.since_s)
+            allowed = at_once_nbytes + STRANGER_NBYTES_PER_S * (now - connection.since_s)
             allowed += limits.max_message_nbytes if note.readers else 0
             held = self._base_nbytes + note.calls * CALL_NBYTES
             held += _unread_nbytes(connection, note)
-            if note.is_tiresome(WHEN_ATTACKED if self.gate.is_narrow else 1.0):
-                self._misbehaved(there, cookie, "calls")
+            if note.is_tiresome(share):
+                self._shut_down(there, cookie, "calls")
             elif connection.nbytes - note.messages_nbytes > allowed:
-                self._misbehaved(there, cookie, "stranger_bytes")
+                self._shut_down(there, cookie, "stranger_bytes")
             else:
                 strangers.append((cookie, connection, held))
         self.count = len(there)
@@ -304,14 +306,6 @@ class Connections:
             self._shut_down(there, cookie, "unfinished_requests")
             unread -= nbytes
 
-    def _misbehaved(
-        self, there: dict[int, tuple[int, _Connection]], cookie: int, reason: str
-    ) -> None:
-        _, connection = there[cookie]
-        if not connection.going:
-            self.gate.report(connection.address)
-        self._shut_down(there, cookie, reason)
-
     def _shut_down(
         self, there: dict[int, tuple[int, _Connection]], cookie: int, reason: str
     ) -> None:
@@ -320,6 +314,8 @@ class Connections:
         if connection.going:
             return
         connection.going = True
+        if reason in MISBEHAVIOUR:
+            self.gate.report(connection.address)
         if sockets.shut_down(file, cookie):
             self._untold[reason] += 1
             self._on_shutdown(reason)

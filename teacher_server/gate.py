@@ -9,13 +9,13 @@ notice nothing. Connections that exist are left alone.
 A classic BPF program on the listening sockets does it, which needs no privileges; Linux only.
 """
 
-import ctypes
 import ipaddress
 import logging
-import socket
 import struct
 import time
 from collections.abc import Callable, Iterable
+
+from teacher_server import sockets
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ MAX_ADDRESSES = 32
 """If more misbehave, the share is everybody's."""
 TELL_S = 60.0
 
-SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
 INSTRUCTION = struct.Struct("HBBI")
 """Of classic BPF (linux/filter.h): code, jumps if true and if false, constant."""
 LOAD_BYTE, LOAD_WORD, AND, RETURN = 0x30, 0x20, 0x54, 0x06
@@ -42,8 +41,6 @@ NETWORK_HEADER, RANDOM = 0xFFF00000, 0xFFFFF000 + 56
 DROP, KEEP = (RETURN, 0, 0, 0), (RETURN, 0, 0, 0xFFFFFFFF)
 IS_REQUEST = ((LOAD_BYTE, 0, 0, 13), (AND, 0, 0, 0x12), (IF_EQUAL, 1, 0, 0x02), KEEP)
 """Goes on for segments with SYN and without ACK; 13 is where TCP has its flags."""
-
-_libc = ctypes.PyDLL(None)
 
 
 class Gate:
@@ -55,7 +52,6 @@ class Gate:
         self._seen_s: dict[str, float] = {}
         """When an address was reported last."""
         self._adjusted_s = self._told_s = -TELL_S
-        self._attached: set[int] = set()
         self.share = 1.0
         """Of new connections from such addresses that is let in."""
 
@@ -75,20 +71,20 @@ class Gate:
         if now - self._adjusted_s < ADJUST_S:
             return
         self._adjusted_s = now
-        too_many = self._reported >= (TOLERATED if self.is_narrow else ATTACK)
+        was_narrow = self.is_narrow
+        too_many = self._reported >= (TOLERATED if was_narrow else ATTACK)
         self.share = (
             max(SMALLEST_SHARE, self.share * FASTER) if too_many else min(1.0, self.share * SLOWER)
         )
         self._reported = 0
         self._seen_s = {a: seen_s for a, seen_s in self._seen_s.items() if now - seen_s < FORGET_S}
-        listeners = set(listeners)  # a port that was opened anew has a new socket
         if self.is_narrow:
             program = filter_program(self.share, self._seen_s)
-            self._attached = {file for file in listeners if attach(file, program)}
-        else:
-            for file in self._attached & listeners:
-                detach(file)
-            self._attached = set()
+            for file in listeners:  # each time: a port that was opened anew has a new socket
+                sockets.attach_filter(file, program)
+        elif was_narrow:
+            for file in listeners:
+                sockets.detach_filter(file)
         if too_many and now - self._told_s > TELL_S:
             self._told_s = now
             logger.warning(
@@ -127,16 +123,3 @@ def _as_sent(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """A socket of IPv6 says ::ffff:192.0.2.1 for a caller whose segments are of IPv4."""
     found = ipaddress.ip_address(address)
     return getattr(found, "ipv4_mapped", None) or found
-
-
-def attach(file: int, program: bytes) -> bool:
-    """Puts a program on a socket, in place of the one it had; False: this system does not."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-    header = struct.pack("HL", len(program) // INSTRUCTION.size, ctypes.addressof(buffer))
-    return not _libc.setsockopt(file, socket.SOL_SOCKET, SO_ATTACH_FILTER, header, len(header))
-
-
-def detach(file: int) -> None:
-    """Takes the program off a socket, if it has one."""
-    nothing = ctypes.c_int()
-    _libc.setsockopt(file, socket.SOL_SOCKET, SO_DETACH_FILTER, ctypes.byref(nothing), 4)

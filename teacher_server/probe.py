@@ -82,13 +82,9 @@ async def _connect(host: str, port: int) -> socket.socket:
 
 async def _ask(connection: socket.socket, tls: bool, wants_certificate: bool) -> bool:
     context = context_without_checks() if tls else None
-    try:
-        reader, writer = await asyncio.open_connection(
-            sock=connection, ssl=context, server_hostname="localhost" if tls else None
-        )
-    except BaseException:
-        connection.close()
-        raise
+    reader, writer = await asyncio.open_connection(
+        sock=connection, ssl=context, server_hostname="localhost" if tls else None
+    )
     try:
         if wants_certificate:
             return True

@@ -18,6 +18,9 @@ SO_COOKIE = 57
 COOKIE = struct.Struct("Q")
 RECEIVED = struct.Struct("<128xQ")
 """tcpi_bytes_received of Linux's struct tcp_info."""
+SO_ACCEPTCONN = 30
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
+INSTRUCTION_NBYTES = 8
 TCP_INFO = getattr(socket, "TCP_INFO", 11)
 ADDRESS_NBYTES = 128
 
@@ -44,6 +47,12 @@ def received_nbytes(file: int) -> int:
     return 0 if data is None else RECEIVED.unpack(data)[0]
 
 
+def is_listening(file: int) -> bool:
+    """Whether a socket takes up connections."""
+    data = _option(file, socket.SOL_SOCKET, SO_ACCEPTCONN, 4)
+    return data is not None and any(data)
+
+
 def own_address(file: int) -> tuple[str, int] | None:
     """Host and port of this end of a TCP socket; None: it has none."""
     return _address(_libc.getsockname, file)
@@ -64,6 +73,19 @@ def shut_down(file: int, cookie: int) -> bool:
         return cookie_of(copy) == cookie and _libc.shutdown(copy, socket.SHUT_RDWR) == 0
     finally:
         _libc.close(copy)
+
+
+def attach_filter(file: int, program: bytes) -> bool:
+    """Puts a classic BPF program on a socket, in place of the one it had; False: it cannot be done."""
+    buffer = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("HL", len(program) // INSTRUCTION_NBYTES, ctypes.addressof(buffer))
+    return not _libc.setsockopt(file, socket.SOL_SOCKET, SO_ATTACH_FILTER, header, len(header))
+
+
+def detach_filter(file: int) -> None:
+    """Takes the program off a socket, if it has one."""
+    nothing = ctypes.c_int()
+    _libc.setsockopt(file, socket.SOL_SOCKET, SO_DETACH_FILTER, ctypes.byref(nothing), 4)
 
 
 def _option(file: int, level: int, name: int, nbytes: int) -> bytes | None:

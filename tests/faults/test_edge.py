@@ -555,6 +555,10 @@ def test_a_socket_is_told_from_another_that_took_its_descriptor():
         with one, other:
             cookie = sockets.cookie_of(other.fileno())
             assert (other.fileno(), cookie) in list(sockets.found())
+            assert [sockets.is_listening(end.fileno()) for end in (listening, other)] == [
+                True,
+                False,
+            ]
             assert sockets.own_address(other.fileno()) == listening.getsockname()
             assert sockets.other_address(other.fileno()) == one.getsockname()
             one.sendall(b"four")

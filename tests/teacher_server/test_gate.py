@@ -14,10 +14,9 @@ from teacher_server.gate import (
     MAX_ADDRESSES,
     SMALLEST_SHARE,
     Gate,
-    attach,
-    detach,
     filter_program,
 )
+from teacher_server.sockets import attach_filter, detach_filter
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="filters of Linux")
 LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
@@ -25,8 +24,8 @@ MANY = [f"192.0.2.{number}" for number in range(MAX_ADDRESSES + 1)]
 
 
 @contextlib.contextmanager
-def listening(family: socket.AddressFamily, host: str | None = None) -> Iterator[socket.socket]:
-    with socket.create_server((host or LOOPBACK[family], 0), family=family) as server:
+def listening(family: socket.AddressFamily) -> Iterator[socket.socket]:
+    with socket.create_server((LOOPBACK[family], 0), family=family) as server:
         yield server
 
 
@@ -50,26 +49,26 @@ def test_an_address_is_kept_out_and_no_other(family: socket.AddressFamily, other
     other = MANY[:others] + [f"2001:db8::{number}" for number in range(others)]
     own = LOOPBACK[family]
     with listening(family) as server:
-        assert attach(server.fileno(), filter_program(0.0, [*other, own]))
+        assert attach_filter(server.fileno(), filter_program(0.0, [*other, own]))
         assert not is_let_in(server, own, family)
-        assert attach(server.fileno(), filter_program(0.0, other))
+        assert attach_filter(server.fileno(), filter_program(0.0, other))
         assert is_let_in(server, own, family)
-        assert attach(server.fileno(), filter_program(0.0, [own]))
-        detach(server.fileno())
-        detach(server.fileno())  # it may be done twice
+        assert attach_filter(server.fileno(), filter_program(0.0, [own]))
+        detach_filter(server.fileno())
+        detach_filter(server.fileno())  # it may be done twice
         assert is_let_in(server, own, family)
 
 
 def test_a_neighbour_on_the_same_host_is_let_in():
     with listening(socket.AF_INET) as server:
-        assert attach(server.fileno(), filter_program(0.0, ["127.0.0.3"]))
+        assert attach_filter(server.fileno(), filter_program(0.0, ["127.0.0.3"]))
         assert not is_let_in(server, "127.0.0.3", socket.AF_INET)
         assert is_let_in(server, "127.0.0.2", socket.AF_INET)
 
 
 def test_an_address_of_ipv4_as_a_socket_of_ipv6_says_it():
     with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
-        assert attach(server.fileno(), filter_program(0.0, ["::ffff:127.0.0.3"]))
+        assert attach_filter(server.fileno(), filter_program(0.0, ["::ffff:127.0.0.3"]))
         assert not is_let_in(server, "127.0.0.3", socket.AF_INET)
         assert is_let_in(server, "127.0.0.2", socket.AF_INET)
         assert is_let_in(server, "::1", socket.AF_INET6)
@@ -77,15 +76,15 @@ def test_an_address_of_ipv4_as_a_socket_of_ipv6_says_it():
 
 def test_too_many_addresses_are_everybody():
     with listening(socket.AF_INET) as server:
-        assert attach(server.fileno(), filter_program(0.0, MANY))
+        assert attach_filter(server.fileno(), filter_program(0.0, MANY))
         assert not is_let_in(server, "127.0.0.1", socket.AF_INET)
 
 
 def test_a_share_is_let_in():
     with listening(socket.AF_INET) as server:
-        assert attach(server.fileno(), filter_program(0.9, ["127.0.0.1"]))
-        let_in = sum(is_let_in(server, "127.0.0.1", socket.AF_INET) for _ in range(60))
-    assert 40 < let_in < 60  # the chance of more or less is below 1 in 500
+        assert attach_filter(server.fileno(), filter_program(0.7, ["127.0.0.1"]))
+        let_in = sum(is_let_in(server, "127.0.0.1", socket.AF_INET) for _ in range(40))
+    assert 13 < let_in < 40  # by chance outside once in 500,000 runs
 
 
 def test_a_connection_that_exists_is_left_alone():
@@ -93,7 +92,7 @@ def test_a_connection_that_exists_is_left_alone():
         server = sockets.enter_context(listening(socket.AF_INET))
         client = sockets.enter_context(socket.create_connection(server.getsockname()))
         accepted = sockets.enter_context(server.accept()[0])
-        assert attach(server.fileno(), filter_program(0.0, ["127.0.0.1"]))
+        assert attach_filter(server.fileno(), filter_program(0.0, ["127.0.0.1"]))
         client.sendall(b"one")
         assert accepted.recv(8) == b"one"
         accepted.sendall(b"two")
@@ -102,7 +101,7 @@ def test_a_connection_that_exists_is_left_alone():
 
 def test_a_socket_that_is_none_cannot():
     with open("/dev/null") as file:
-        assert not attach(file.fileno(), filter_program(0.5, []))
+        assert not attach_filter(file.fileno(), filter_program(0.5, []))
 
 
 def test_the_share_falls_while_strangers_misbehave_and_recovers(caplog):
