@@ -25,6 +25,9 @@ from tests import tiny
 torch.set_num_threads(2)
 # The client sets it too; which test file is imported first, and with it gRPC, is chance.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A script's `make test &` has it ignored, and so would have every program that a test interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tests.preload"])
