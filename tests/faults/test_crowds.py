@@ -50,7 +50,8 @@ def crowd(
         process.stdin.close()
         said.append(process.stdout.readline().strip())
         process.stdout.close()
-        process.wait(30)
+        process.kill()  # it has said all; at the lowest priority its end may take long
+        process.wait()
 
 
 @contextlib.contextmanager
