@@ -345,7 +345,6 @@ async def main(kind: str, count: int, address: str, own: str, ca: str | None) ->
 if __name__ == "__main__":
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    os.nice(19)
     kind, count, address = sys.argv[1:4]
     own = sys.argv[4] if len(sys.argv) > 4 else "127.0.0.1"
     ca = sys.argv[5] if len(sys.argv) > 5 else None

@@ -27,11 +27,18 @@ FLOOR_S = 0.1
 
 @contextlib.contextmanager
 def crowd(
-    kind: str, count: int, address: str, own: str = "127.0.0.1", *, ca: Path | None = None
+    kind: str,
+    count: int,
+    address: str,
+    own: str = "127.0.0.1",
+    *,
+    ca: Path | None = None,
+    niceness: int = 19,
 ) -> Iterator[list[str]]:
     """`count` connections in a process of their own; what it says in the end is in the list."""
     process = subprocess.Popen(
         [
+            *("nice", "-n", str(niceness)),
             *(sys.executable, "-m", "tests.faults.crowd", kind, str(count), address, own),
             *([] if ca is None else [str(ca)]),
         ],
