@@ -19,9 +19,10 @@ from torch import Tensor
 from examples import demo_teacher
 from examples.demo import LEARNING_RATE, STEPS
 from logit_codec import Targets, decode, encode, ids_digest, parse_targets, select, uniforms
-from student_trainer import LocalTeacher, data, trainer
-from student_trainer.losses import prepare
-from student_trainer.trainer import make_student
+from student_trainer import LocalTeacher, data
+from student_trainer.losses.distillation import prepare
+from student_trainer.training import loop as trainer
+from student_trainer.training.loop import make_student
 
 KINDS: dict[str, tuple[str | None, bool]] = {
     "labels": (None, False),

@@ -2,7 +2,7 @@
 
 Run `python -m benchmarks.edge` (`--count 1000` connections of each kind by default, `--kinds` for some of
 them). One replica of a tiny Gemma 2 on the CPU with teams, in plain text; the strangers have no token,
-run at the lowest priority, and do what `tests/faults/crowd.py` says of their kind. The good client was
+run at the lowest priority, and do what `tests/support/crowd.py` says of their kind. The good client was
 there before them, and asks for one sequence after the other.
 
 *load* is the 99th percentile of its times while as many processes as there are cores count up at the
@@ -23,11 +23,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from student_trainer import RemoteTeacher, TeacherUnavailable, connect
-from tests import tiny
 from tests.conftest import services
-from tests.faults.crowd import KINDS
 from tests.faults.test_crowds import crowd
-from tests.teams import add_team
+from tests.support import tiny
+from tests.support.crowd import KINDS
+from tests.support.teams import add_team
 
 VOCAB = 1001
 TIMES = 150

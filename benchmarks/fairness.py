@@ -1,7 +1,7 @@
 """What a flood does to others: a FIFO queue, fairness among credentials, fairness among teams.
 
 Run `python -m benchmarks.fairness`; it prints two tables and draws docs/fairness.png. One replica in
-virtual time (tests/teacher_server/simulator.py drives the production scheduler): a team that floods
+virtual time (tests/support/simulator.py drives the production scheduler): a team that floods
 it with 20 credentials, two trainers of weight 1 and 3, and a light team that asks for one sequence
 three times a second. The second table is how long a light team waits for its answers beside the
 other three, by what it asks for. These numbers are the same on every machine; with `--live` there
@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.latency import measure
-from teacher_server.scheduler import BULK, INTERACTIVE, TRAINING, Scheduler
-from teacher_server.teams import Team
-from tests.teacher_server.simulator import (
+from teacher_server.scheduling.scheduler import BULK, INTERACTIVE, TRAINING, Scheduler
+from teacher_server.teams.declaration import Team
+from tests.support.simulator import (
     Closed,
     Fifo,
     Identify,

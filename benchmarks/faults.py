@@ -32,11 +32,11 @@ from pathlib import Path
 import torch
 
 from student_trainer import connect
-from student_trainer.client import RemoteTeacher
-from tests import tiny
+from student_trainer.client.remote import RemoteTeacher
 from tests.conftest import ENDLESS_CLIENT, Serve, services
-from tests.faults.fleet import SMALL_BATCHES, Fleet, wait_until
-from tests.faults.stalled import StalledReader, tokens_per_s
+from tests.support import tiny
+from tests.support.fleet import SMALL_BATCHES, Fleet, wait_until
+from tests.support.stalled import StalledReader, tokens_per_s
 
 VOCAB = 1001
 LARGE_VOCAB = 32_003

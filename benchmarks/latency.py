@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
+from logitstream.connection import Connection
 from protos import teacher_pb2, teacher_pb2_grpc
-from protos.connection import Connection
-from tests.teams import add_team
+from tests.support.teams import add_team
 
 VOCABULARY = 32_000
 LIGHT_TOKENS = 64

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from tests.faults.proxy import Proxy
+from tests.support.proxy import Proxy
 
 VOCABULARY = 32_000
 SEQUENCE = 512  # tokens
@@ -154,8 +154,8 @@ def random_sequences(seed: int):
 def bare_loop(connection: Connection, folder: str, threads: int) -> None:
     """Forward, head and encode, one batch after the other, in the service's own functions."""
     from logit_codec import encode_parts, parse_targets
-    from teacher_server.head import VocabularyHead, WantedRows
-    from teacher_server.model import load
+    from teacher_server.engine.head import VocabularyHead, WantedRows
+    from teacher_server.engine.model import load
 
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as the service does
     torch.set_num_threads(threads)

@@ -34,14 +34,14 @@ def score_server(pipe: Connection) -> None:
 
     from logit_codec import DenseSpec, select
     from protos import teacher_pb2, teacher_pb2_grpc
-    from teacher_server.admission import Admission, Limits
+    from teacher_server.admission.requests import Admission, Limits
     from teacher_server.encoding import Encoder
-    from teacher_server.head import StageTimes
-    from teacher_server.metrics import Metrics
+    from teacher_server.engine.head import StageTimes
+    from teacher_server.monitoring.metrics import Metrics
+    from teacher_server.monitoring.replica_stats import WorkloadCounter
+    from teacher_server.monitoring.team_stats import Standing
     from teacher_server.replica import keep_freed_memory, open_accounts, server_options
-    from teacher_server.service import Scored, TeacherService
-    from teacher_server.standing import Standing
-    from teacher_server.workload import WorkloadCounter
+    from teacher_server.rpc.service import Scored, TeacherService
 
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from logit_codec import Targets
-from student_trainer import LocalTeacher, trainer
-from student_trainer.streaming import stream_loader
-from student_trainer.window import make_window
-from student_trainer.wish import Answer, Wish
-from tests import tiny
+from student_trainer import LocalTeacher
+from student_trainer.teachers.request import Answer, Wish
+from student_trainer.teachers.stream import stream_loader
+from student_trainer.teachers.window import make_window
+from student_trainer.training import loop as trainer
+from tests.support import tiny
 
 STEP_S = 0.1
 STEPS = 200

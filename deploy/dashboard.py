@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from teacher_server.metrics import NAMES, Named
+from teacher_server.monitoring.metrics import NAMES, Named
 
 ROOT = Path(__file__).parents[1]
 DASHBOARD = ROOT / "deploy" / "grafana.json"

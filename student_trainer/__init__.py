@@ -1,9 +1,7 @@
 """Used inside a trainer: targets from a served teacher, and the losses that take them."""
 
 import os
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 # gRPC's core writes a line for every handshake that fails; what they mean is said once, by us.
@@ -12,7 +10,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 if TYPE_CHECKING:
-    from student_trainer.client import RemoteTeacher, connect
+    from student_trainer.client.remote import RemoteTeacher, connect
     from student_trainer.errors import (
         AccessDenied,
         ForkedClient,
@@ -29,12 +27,12 @@ if TYPE_CHECKING:
         TeacherUnavailable,
         UnsuitableTargets,
     )
-    from student_trainer.fused import fused_distillation_loss
-    from student_trainer.local import LocalTeacher
-    from student_trainer.losses import distillation_loss
-    from student_trainer.prefetch import prefetch
-    from student_trainer.recorded import Recorded
-    from student_trainer.streaming import Teacher
+    from student_trainer.losses.distillation import distillation_loss
+    from student_trainer.losses.fused import fused_distillation_loss
+    from student_trainer.record.recorded import Recorded
+    from student_trainer.teachers.local import LocalTeacher
+    from student_trainer.teachers.prefetch import prefetch
+    from student_trainer.teachers.stream import Teacher
 
 __all__ = [
     "AccessDenied",
@@ -63,14 +61,14 @@ __all__ = [
 
 
 HOMES = {
-    "LocalTeacher": "local",
-    "Recorded": "recorded",
-    "RemoteTeacher": "client",
-    "Teacher": "streaming",
-    "connect": "client",
-    "distillation_loss": "losses",
-    "fused_distillation_loss": "fused",
-    "prefetch": "prefetch",
+    "LocalTeacher": "teachers.local",
+    "Recorded": "record.recorded",
+    "RemoteTeacher": "client.remote",
+    "Teacher": "teachers.stream",
+    "connect": "client.remote",
+    "distillation_loss": "losses.distillation",
+    "fused_distillation_loss": "losses.fused",
+    "prefetch": "teachers.prefetch",
 }
 """The modules of the public names; all others are errors."""
 
@@ -83,7 +81,7 @@ def __getattr__(name: str) -> Any:
     try:
         found = getattr(import_module(f"{__name__}.{HOMES.get(name, 'errors')}"), name)
     except ImportError as error:
-        from protos.extras import explain
+        from logitstream.extras import explain
 
         line = explain(error, "train")  # such as Parquet, which those who only stream do without
         if line is None:
@@ -95,15 +93,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """`prefetch` is a function here, also when the module of that name was imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "prefetch" and isinstance(value, ModuleType):
-            value = value.prefetch
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from protos.extras import run
+from logitstream.extras import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

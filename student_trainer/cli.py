@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from protos.command_line import Group, WrongUsage, parse
+from logitstream.command_line import Group, WrongUsage, parse
 from student_trainer.config import (
     CheckConfig,
     RecordConfig,
@@ -70,8 +70,10 @@ def log_above_bars() -> None:
 
 def run_train(config: TrainConfig) -> int:
     """Trains the student, and the controls if asked for; prints and writes the report."""
-    from student_trainer import model_card, report, runs
     from student_trainer.errors import Interrupted, NotWritten
+    from student_trainer.report import model_card
+    from student_trainer.report import numbers as report
+    from student_trainer.training import run as runs
 
     whole = ""
     try:
@@ -101,8 +103,8 @@ def run_train(config: TrainConfig) -> int:
 
 def run_report(config: ReportConfig) -> int:
     """Makes the page of finished runs anew; prints what they say."""
-    from student_trainer import report
-    from student_trainer.results import Results
+    from student_trainer.report import numbers as report
+    from student_trainer.training.results import Results
 
     same = [
         one
@@ -127,8 +129,8 @@ def run_record(config: RecordConfig) -> int:
     import torch
     from tqdm import tqdm
 
-    from student_trainer import runs
-    from student_trainer.recorded import Recorded
+    from student_trainer.record.recorded import Recorded
+    from student_trainer.training import run as runs
 
     runs.check_settings(config)
     student = runs.read_student(config.student)
@@ -187,7 +189,7 @@ def run_record(config: RecordConfig) -> int:
 def run_check(config: CheckConfig) -> int:
     """Prints what `check` found; 1 if the targets are not where they should be."""
     from logit_codec import parse_targets
-    from student_trainer.check import check
+    from student_trainer.training.alignment import check
 
     try:
         parse_targets(config.targets)
@@ -195,7 +197,7 @@ def run_check(config: CheckConfig) -> int:
         raise ValueError(f"--targets: {error}") from None
     tokenizer = student_ids = None
     if config.student is not None:
-        from student_trainer.runs import read_student
+        from student_trainer.training.run import read_student
 
         student = read_student(config.student)
         tokenizer, student_ids = student.tokenizer, student.num_ids

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from protos.command_line import AtAddress
-from protos.connection import check_address
+from logitstream.command_line import AtAddress
+from logitstream.connection import check_address
 
 
 def parse_count(text: str) -> int:

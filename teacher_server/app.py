@@ -42,11 +42,11 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from logitstream.command_line import WrongUsage, read_settings
 from protos import teacher_pb2
-from protos.command_line import WrongUsage, read_settings
 from teacher_server.config import ServeConfig, is_loopback
-from teacher_server.directory import Directory, DirectoryAway, Grant, UsageRow, Wish
 from teacher_server.errors import ServeError
+from teacher_server.ledger.directory import Directory, DirectoryAway, Grant, UsageRow, Wish
 
 logger = logging.getLogger(__name__)
 

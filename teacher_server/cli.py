@@ -18,10 +18,10 @@ from pathlib import Path
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
+from logitstream.command_line import Group, WrongUsage, parse
+from logitstream.connection import Connection
 from protos import teacher_pb2
-from protos.command_line import Group, WrongUsage, parse
-from protos.connection import Connection
-from teacher_server.asking import NotAnswered, ask, connection_of, told
+from teacher_server.commands.remote_call import NotAnswered, ask, connection_of, told
 from teacher_server.config import (
     CertsConfig,
     DescribeConfig,
@@ -37,7 +37,7 @@ from teacher_server.config import (
     is_loopback,
 )
 from teacher_server.errors import ModelError, ServeError, TeacherServerError
-from teacher_server.teams import read_teams
+from teacher_server.teams.declaration import read_teams
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(command, FitIdsConfig):
         return fit_ids(command)
     if isinstance(command, StatusConfig):
-        from teacher_server.status import show_status
+        from teacher_server.commands.status import show_status
 
         return show_status(command)
     if isinstance(command, UsageConfig):
-        from teacher_server.usage import show_usage
+        from teacher_server.commands.usage import show_usage
 
         return show_usage(command)
     if isinstance(command, TeamAction):
@@ -169,7 +169,7 @@ def own_ray_environment() -> dict[str, str]:
 async def _serve_standalone(config: ServeConfig) -> int:
     import transformers
 
-    from teacher_server.peers import watch_peers
+    from teacher_server.cluster.peers import watch_peers
     from teacher_server.replica import Replica
 
     transformers.utils.logging.set_verbosity_error()
@@ -223,8 +223,8 @@ def fit_ids(config: FitIdsConfig) -> int:
     """Fits and writes an id table, and prints what it gained; returns the exit code."""
     import transformers
 
-    from teacher_server import fit
-    from teacher_server.model import ID_TABLE_NAME, load
+    from teacher_server.engine import id_table_fit as fit
+    from teacher_server.engine.model import ID_TABLE_NAME, load
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -254,7 +254,7 @@ def fit_ids(config: FitIdsConfig) -> int:
 
 def team(action: TeamAction) -> int:
     """Edits a teams file; returns the exit code."""
-    from teacher_server import team_commands
+    from teacher_server.commands import team as team_commands
 
     try:
         team_commands.run(action)
@@ -266,7 +266,7 @@ def team(action: TeamAction) -> int:
 
 def make_certificates(config: CertsConfig) -> int:
     """Makes certificates and prints where they are; returns the exit code."""
-    from teacher_server import certs
+    from teacher_server.commands import certs
 
     try:
         paths = certs.make(

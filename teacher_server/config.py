@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from protos.command_line import AtAddress
-from protos.connection import check_address
-from teacher_server.tls import Tls
+from logitstream.command_line import AtAddress
+from logitstream.connection import check_address
+from teacher_server.rpc.tls import Tls
 
 
 class _Section(BaseModel):

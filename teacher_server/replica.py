@@ -30,31 +30,31 @@ from grpc_reflection.v1alpha import reflection
 from logit_codec import FORMAT_VERSION
 from logit_codec.spec import KINDS
 from protos import teacher_pb2, teacher_pb2_grpc
-from teacher_server.access import Access
-from teacher_server.accounts import Accounts
-from teacher_server.admission import Admission, Limits
+from teacher_server.admission.access import Access
+from teacher_server.admission.requests import Admission, Limits
 from teacher_server.backlog import EncodeBacklog
 from teacher_server.config import ServeConfig
-from teacher_server.connections import ConnectionLimits, Connections
-from teacher_server.cost import CostModel
-from teacher_server.directory import Directory, DirectoryLink, LocalDirectory
 from teacher_server.encoding import Encoder
-from teacher_server.entry import check_entry
+from teacher_server.engine.head import VocabularyHead
+from teacher_server.engine.model import TeacherModel, load
 from teacher_server.errors import RequestRefused, ServeError
-from teacher_server.grpc_log import keep_callers_out_of_the_log
-from teacher_server.head import VocabularyHead
-from teacher_server.health import Health
-from teacher_server.interceptor import Interceptor
-from teacher_server.metrics import Metrics
-from teacher_server.model import TeacherModel, load
-from teacher_server.ports import Ports
-from teacher_server.scheduler import Job, Scheduler
-from teacher_server.server import make_server, server_options
-from teacher_server.service import Scored, TeacherService
-from teacher_server.standing import Standing, TeamStanding
-from teacher_server.teams import TeamsFile
-from teacher_server.tls import Tls
-from teacher_server.workload import WorkloadCounter
+from teacher_server.ledger.accounts import Accounts
+from teacher_server.ledger.directory import Directory, DirectoryLink, LocalDirectory
+from teacher_server.monitoring.metrics import Metrics
+from teacher_server.monitoring.replica_stats import WorkloadCounter
+from teacher_server.monitoring.team_stats import Standing, TeamStanding
+from teacher_server.rpc.connections import ConnectionLimits, Connections
+from teacher_server.rpc.entry_port import check_entry
+from teacher_server.rpc.grpc_log import keep_callers_out_of_the_log
+from teacher_server.rpc.health import Health
+from teacher_server.rpc.interceptor import Interceptor
+from teacher_server.rpc.ports import Ports
+from teacher_server.rpc.server import make_server, server_options
+from teacher_server.rpc.service import Scored, TeacherService
+from teacher_server.rpc.tls import Tls
+from teacher_server.scheduling.cost import CostModel
+from teacher_server.scheduling.scheduler import Job, Scheduler
+from teacher_server.teams.declaration import TeamsFile
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
-from tests import tiny
+from tests.support import tiny
 
 torch.set_num_threads(2)
 # The client sets it too; which test file is imported first, and with it gRPC, is chance.
@@ -30,7 +30,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["tests.preload"])
+FORKSERVER.set_forkserver_preload(["tests.support.preload"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

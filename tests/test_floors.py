@@ -13,8 +13,8 @@ FLOORS = ROOT / "constraints-floor.txt"
 EXTRAS = ("server", "train", "ray-train")
 TRIED = (
     "tests/logit_codec/test_targets.py",
-    "tests/student_trainer/test_losses.py",
-    "tests/student_trainer/test_head_loss.py",
+    "tests/student_trainer/losses/test_distillation.py",
+    "tests/student_trainer/losses/test_fused_head.py",
     "tests/student_trainer/test_causal.py",
     "tests/end_to_end/test_hf_plain_student.py",
     "tests/end_to_end/test_hf_trainer.py",

@@ -13,9 +13,12 @@ ALLOWED = {
     "student_trainer": {"student_trainer", "logit_codec", "protos"},
 }
 OURS = {*ALLOWED, "tests", "examples", "benchmarks", "deploy"}
-WITH_RAY = {"teacher_server/app.py", "student_trainer/ray_train.py"}
+WITH_RAY = {"teacher_server/app.py", "student_trainer/ray_train/driver.py"}
 # A teacher in the trainer's own process is the one exception, and only when one is made.
-EXCEPTION = ("student_trainer/local.py", {"teacher_server.model", "teacher_server.head"})
+EXCEPTION = (
+    "student_trainer/teachers/local.py",
+    {"teacher_server.engine.model", "teacher_server.engine.head"},
+)
 FILES = sorted(
     path.relative_to(ROOT).as_posix()
     for package in ALLOWED

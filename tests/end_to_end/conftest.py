@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from tests import tiny
 from tests.conftest import Serve, Served
+from tests.support import tiny
 
 WORDS = [f"w{number}" for number in range(62)]
 PADDED_IDS = 72

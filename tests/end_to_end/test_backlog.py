@@ -7,7 +7,7 @@ import torch
 
 from student_trainer import connect
 from tests.end_to_end.test_processes import free_port
-from tests.faults.fleet import wait_until
+from tests.support.fleet import wait_until
 
 ENCODE_S = 0.02
 MAX_NBYTES = 1 << 20
@@ -17,7 +17,7 @@ SEQUENCE = torch.arange(60)
 
 def slow_encoding() -> None:
     """Runs in the service."""
-    from teacher_server import service
+    from teacher_server.rpc import service
 
     encode_parts = service.encode_parts
 

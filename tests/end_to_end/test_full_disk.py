@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from student_trainer import checkpoint
 from student_trainer.cli import main
+from student_trainer.training import checkpoint
 from tests.conftest import Served, one_torch_thread
 from tests.end_to_end.test_resume import student_trainer
 

@@ -8,10 +8,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from student_trainer.hf_trainer import DistillationArguments
-from tests import tiny
 from tests.conftest import one_torch_thread
-from tests.end_to_end.hf import make_trainer, num_trained, weights
-from tests.end_to_end.sft import make_sft_trainer
+from tests.support import tiny
+from tests.support.hf import make_trainer, num_trained, weights
+from tests.support.sft import make_sft_trainer
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 # Both still use transformers' old names.

@@ -12,10 +12,10 @@ import torch
 import transformers
 
 from student_trainer.hf_trainer import DistillationArguments, DistillationTrainer
-from tests import tiny
 from tests.conftest import one_torch_thread
-from tests.end_to_end.hf import make_trainer, num_trained, weights
-from tests.ranks import run_ranks
+from tests.support import tiny
+from tests.support.hf import make_trainer, num_trained, weights
+from tests.support.ranks import run_ranks
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 

@@ -6,9 +6,9 @@ import pytest
 from torch import Tensor, nn
 
 from student_trainer.hf_trainer import DistillationArguments
-from tests import tiny
 from tests.conftest import one_torch_thread
-from tests.end_to_end.hf import make_trainer, weights
+from tests.support import tiny
+from tests.support.hf import make_trainer, weights
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 

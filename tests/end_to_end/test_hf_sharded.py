@@ -14,10 +14,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from student_trainer.hf_trainer import DistillationArguments, DistillationTrainer
-from tests import tiny
 from tests.conftest import one_torch_thread
-from tests.end_to_end.hf import make_trainer
-from tests.ranks import run_ranks
+from tests.support import tiny
+from tests.support.hf import make_trainer
+from tests.support.ranks import run_ranks
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 needs_deepspeed = pytest.mark.skipif(

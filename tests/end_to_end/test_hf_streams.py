@@ -14,10 +14,10 @@ from torch.utils.data import IterableDataset
 
 from student_trainer import LocalTeacher
 from student_trainer.hf_trainer import DistillationArguments, DistillationTrainer
-from student_trainer.streaming import Teacher
+from student_trainer.teachers.stream import Teacher
 from tests.conftest import one_torch_thread
-from tests.end_to_end.hf import collate, make_trainer, weights
-from tests.ranks import run_ranks
+from tests.support.hf import collate, make_trainer, weights
+from tests.support.ranks import run_ranks
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 

@@ -21,7 +21,6 @@ from student_trainer import (
     connect,
     distillation_loss,
 )
-from student_trainer.check import check_alignment
 from student_trainer.hf_trainer import (
     ATTACHED,
     IDENTITY_FILE,
@@ -29,9 +28,10 @@ from student_trainer.hf_trainer import (
     DistillationMixin,
     DistillationTrainer,
 )
-from tests import tiny
+from student_trainer.training.alignment import check_alignment
 from tests.conftest import one_torch_thread
-from tests.end_to_end.hf import TOKENIZER, make_trainer, num_trained, weights
+from tests.support import tiny
+from tests.support.hf import TOKENIZER, make_trainer, num_trained, weights
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 

@@ -18,11 +18,11 @@ from student_trainer import (
     fused_distillation_loss,
 )
 from student_trainer.hf_trainer import DistillationArguments
-from tests import tiny
 from tests.conftest import one_torch_thread
 from tests.end_to_end.conftest import PADDED_IDS
-from tests.end_to_end.hf import TOKENIZER, collate, make_trainer
-from tests.end_to_end.sft import make_sft_trainer
+from tests.support import tiny
+from tests.support.hf import TOKENIZER, collate, make_trainer
+from tests.support.sft import make_sft_trainer
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 

@@ -13,9 +13,9 @@ import torch
 from deploy import dashboard
 from protos import teacher_pb2, teacher_pb2_grpc
 from student_trainer import connect
-from teacher_server.metrics import NAMES
+from teacher_server.monitoring.metrics import NAMES
 from tests.end_to_end.test_processes import free_port
-from tests.teams import add_team, make_certs
+from tests.support.teams import add_team, make_certs
 
 ROOT = Path(__file__).parents[2]
 IDS = [731, 902, 644, 377, 815, 926]

@@ -9,7 +9,7 @@ import torch
 
 from logit_codec import CodecError, decode
 from protos import teacher_pb2, teacher_pb2_grpc
-from tests.faults.fleet import wait_until
+from tests.support.fleet import wait_until
 
 VOCAB = 8009
 LENGTH = 100
@@ -20,7 +20,7 @@ IDS = torch.arange(LENGTH, dtype=torch.int32).numpy().tobytes()
 def gated(sign: Path) -> None:
     """Runs in the service: the second part of an answer waits for a file, or is an error if that
     says so."""
-    from teacher_server import service
+    from teacher_server.rpc import service
 
     encode_parts = service.encode_parts
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from student_trainer import IncompatibleTeacher, TeacherUnavailable, connect
-from tests import tiny
 from tests.conftest import ENDLESS_CLIENT, Served
+from tests.support import tiny
 
 VOCAB = 1001
 
@@ -224,7 +224,7 @@ def test_connect_to_a_port_that_accepts_and_says_nothing_fails(tmp_path: Path):
 
 def poison() -> None:
     """Runs in the service: rows after a token 13 are not numbers, and token 666 is a bug."""
-    from teacher_server.model import TeacherModel
+    from teacher_server.engine.model import TeacherModel
 
     hidden_states = TeacherModel.hidden_states
 

@@ -9,10 +9,10 @@ import torch
 import transformers
 
 from student_trainer import cli
-from tests import tiny
 from tests.conftest import Serve, Served, one_torch_thread
 from tests.end_to_end.conftest import WORDS, write_config
 from tests.faults.test_recording import rows_in
+from tests.support import tiny
 
 LENGTH = 32
 

@@ -16,11 +16,11 @@ import torch
 import transformers
 
 from student_trainer.cli import main
-from student_trainer.trainer import make_student
-from tests import tiny
+from student_trainer.training.loop import make_student
 from tests.conftest import Serve, Served, one_torch_thread
 from tests.end_to_end.conftest import WORDS
-from tests.teams import add_team
+from tests.support import tiny
+from tests.support.teams import add_team
 
 NUM_IDS = len(WORDS) + 2
 """Of the tokenizer that all share."""

@@ -10,9 +10,9 @@ import torch
 from logit_codec import IdTable, SampledTargets, fit_id_table
 from protos import teacher_pb2, teacher_pb2_grpc
 from student_trainer import InvalidRequest, LocalTeacher, connect
-from teacher_server.model import ID_TABLE_NAME
-from tests import tiny
+from teacher_server.engine.model import ID_TABLE_NAME
 from tests.conftest import Served
+from tests.support import tiny
 
 VOCAB = 1001
 

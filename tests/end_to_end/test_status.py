@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 import torch
 
-from protos.connection import Connection
+from logitstream.connection import Connection
 from student_trainer import connect
-from teacher_server import status
 from teacher_server.cli import main
+from teacher_server.commands import status
 from tests.conftest import Served
 from tests.end_to_end.test_processes import free_port
-from tests.faults.fleet import wait_until
-from tests.teams import add_team
+from tests.support.fleet import wait_until
+from tests.support.teams import add_team
 
 LENGTHS = [5, 40, 33, 64]
 QUOTA = 100_000
@@ -33,7 +33,7 @@ QUOTA = 100_000
 
 def be(token: str) -> None:
     """Runs in the service: it asks its peers with this token, and lists one that is slow, or frozen."""
-    from teacher_server import peers
+    from teacher_server.cluster import peers
 
     os.environ["TEACHER_TOKEN"] = token
     peers.ASK_TIMEOUT_S = 60.0

@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from student_trainer import LocalTeacher, ProtocolError, distillation_loss, prefetch
-from student_trainer.check import check_alignment
 from student_trainer.cli import main
-from tests import tiny
+from student_trainer.training.alignment import check_alignment
 from tests.end_to_end.conftest import WORDS, write_config
+from tests.support import tiny
 
 ONLY_DISTILLED = (
     *("kd_loss", "ce_loss", "teacher_ce", "top1_agreement", "tail_mass"),

@@ -11,15 +11,16 @@ import torch
 
 from protos import teacher_pb2, teacher_pb2_grpc
 from student_trainer import connect
+from teacher_server.commands.usage import show_usage
 from teacher_server.config import UsageConfig
-from teacher_server.usage import show_usage
 
 LENGTHS = [5, 40, 33, 64]
 
 
 def searchers() -> None:
     """Runs in the service: everybody is of one team, without the scope admin."""
-    from teacher_server import access, teams
+    from teacher_server.admission import access
+    from teacher_server.teams import declaration as teams
 
     access.Caller.team = lambda self: teams.Team("search")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Serve
-from tests.faults.fleet import Fleet
-from tests.faults.oracle import VOCAB, Left, Plan, Training
+from tests.support.fleet import Fleet
+from tests.support.oracle import VOCAB, Left, Plan, Training
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ import torch
 
 from student_trainer import connect
 from tests.conftest import ENDLESS_CLIENT
-from tests.faults.fleet import SMALL_BATCHES, Fleet, wait_until
-from tests.faults.stalled import StalledReader, tokens_per_s
+from tests.support.fleet import SMALL_BATCHES, Fleet, wait_until
+from tests.support.stalled import StalledReader, tokens_per_s
 
 GROWTH_NBYTES = 32 << 20
 FREED_S = 1.0

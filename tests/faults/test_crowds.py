@@ -15,9 +15,9 @@ import pytest
 
 from protos import teacher_pb2, teacher_pb2_grpc
 from student_trainer import connect
-from tests import tiny
-from tests.faults.fleet import Fleet, wait_until
-from tests.faults.oracle import VOCAB
+from tests.support import tiny
+from tests.support.fleet import Fleet, wait_until
+from tests.support.oracle import VOCAB
 
 SEQUENCES = tiny.random_sequences(16, VOCAB, seed=41)
 FACTOR = 5
@@ -39,7 +39,7 @@ def crowd(
     process = subprocess.Popen(
         [
             *("nice", "-n", str(niceness)),
-            *(sys.executable, "-m", "tests.faults.crowd", kind, str(count), address, own),
+            *(sys.executable, "-m", "tests.support.crowd", kind, str(count), address, own),
             *([] if ca is None else [str(ca)]),
         ],
         stdin=subprocess.PIPE,
@@ -64,7 +64,7 @@ def crowd(
 @contextlib.contextmanager
 def quiet_streams(count: int, address: str) -> Iterator[None]:
     """Score streams, opened and left alone, over ten connections."""
-    from student_trainer.io_thread import IoThread
+    from student_trainer.client.io_thread import IoThread
 
     async def open_all() -> tuple[list, list]:
         options = [("grpc.use_local_subchannel_pool", 1)]

@@ -10,10 +10,10 @@ import torch
 from logit_codec import fit_id_table, tokenizer_fingerprint
 from protos import teacher_pb2
 from student_trainer import ProtocolError, connect
-from tests import tiny
-from tests.faults.fleet import Fleet
-from tests.faults.oracle import VOCAB, digest, within
-from tests.faults.relay import Relay
+from tests.support import tiny
+from tests.support.fleet import Fleet
+from tests.support.oracle import VOCAB, digest, within
+from tests.support.relay import Relay
 
 SEQUENCES = tiny.random_sequences(6, VOCAB, seed=14)
 TOKENIZER = tiny.make_tokenizer(["a", "b"])

@@ -16,25 +16,25 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from logitstream.connection import Connection
 from protos import teacher_pb2, teacher_pb2_grpc
-from protos.connection import Connection
 from student_trainer import AccessDenied, TeacherUnavailable, connect
-from teacher_server import sockets
-from teacher_server.health import MAX_WATCHES
-from tests import tiny
+from teacher_server.rpc import sockets
+from teacher_server.rpc.health import MAX_WATCHES
 from tests.conftest import Served
-from tests.faults.fleet import Fleet, wait_until
-from tests.faults.http2 import (
+from tests.faults.test_crowds import crowd
+from tests.faults.test_oversize import Peak
+from tests.support import tiny
+from tests.support.fleet import Fleet, wait_until
+from tests.support.http2 import (
     DATA,
     HEADERS,
     SERVICE,
     Peer,
     message,
 )
-from tests.faults.oracle import VOCAB, digest, within
-from tests.faults.test_crowds import crowd
-from tests.faults.test_oversize import Peak
-from tests.teams import add_team, make_certs
+from tests.support.oracle import VOCAB, digest, within
+from tests.support.teams import add_team, make_certs
 
 SEQUENCES = tiny.random_sequences(60, VOCAB, seed=51)
 BAD_PATH = b"/\xe5"
@@ -124,7 +124,7 @@ def test_a_path_that_is_not_utf8_deafens_nobody(fleet: Fleet, shared: Shared, wa
 
 def unhardened() -> None:
     """Runs in the service: gRPC's own server, which such a path ends."""
-    from teacher_server import ports, server
+    from teacher_server.rpc import ports, server
 
     server.can_be_hardened = lambda: False
     ports.OLD_STREAMS_S = 2.0
@@ -132,8 +132,8 @@ def unhardened() -> None:
 
 def fragile() -> None:
     """Runs in the service: its server dies of any call to a method that nobody has."""
-    from teacher_server import ports
-    from teacher_server.server import Acceptor
+    from teacher_server.rpc import ports
+    from teacher_server.rpc.server import Acceptor
 
     ports.OLD_STREAMS_S = 2.0
 
@@ -180,7 +180,7 @@ def answers(address: str) -> bool:
 
 def silent_once() -> None:
     """Runs in the service: its server accepts nothing more after the first call to nobody."""
-    from teacher_server.server import Acceptor
+    from teacher_server.rpc.server import Acceptor
 
     accept, gone = Acceptor._make_request_call_future, []
 
@@ -212,8 +212,8 @@ def test_a_server_that_accepts_and_says_nothing_is_replaced(serve, folder):
 
 def never_again() -> None:
     """Runs in the service: a server dies of a call to nobody, and its port cannot be opened again."""
-    from teacher_server import ports
     from teacher_server.errors import ServeError
+    from teacher_server.rpc import ports
 
     fragile()
     listen, ports.REOPEN_S = ports.Ports._listen, (0.0, 0.01)
@@ -363,7 +363,7 @@ def test_more_calls_than_a_stranger_may_make_end_its_connection(shared: Shared):
 
 def hasty() -> None:
     """Runs in the service: calls have less time."""
-    from teacher_server import interceptor
+    from teacher_server.rpc import interceptor
 
     interceptor.FIRST_REQUEST_S = interceptor.MESSAGE_S = 0.5
 

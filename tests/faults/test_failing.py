@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from student_trainer import TeacherInternalError, connect
-from tests import tiny
-from tests.faults.fleet import Fleet
-from tests.faults.oracle import VOCAB, digest, within
+from tests.support import tiny
+from tests.support.fleet import Fleet
+from tests.support.oracle import VOCAB, digest, within
 
 SEQUENCES = tiny.random_sequences(80, VOCAB, seed=13)
 
 
 def breakable(signs: Path) -> None:
     """Runs in the service: it fails on everything while `signs` has a file named after its port."""
-    from teacher_server.model import TeacherModel
+    from teacher_server.engine.model import TeacherModel
     from teacher_server.replica import Replica
 
     start, hidden_states = Replica.start, TeacherModel.hidden_states

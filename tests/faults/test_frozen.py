@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer import connect, session
-from tests import tiny
-from tests.faults.fleet import SMALL_BATCHES, Fleet, wait_until
-from tests.faults.oracle import (
+from student_trainer import connect
+from student_trainer.client import session
+from tests.support import tiny
+from tests.support.fleet import SMALL_BATCHES, Fleet, wait_until
+from tests.support.oracle import (
     VOCAB,
     Plan,
     Training,

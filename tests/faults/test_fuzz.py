@@ -11,11 +11,11 @@ from grpc_health.v1 import health_pb2
 
 from protos import teacher_pb2
 from student_trainer import connect
-from student_trainer.io_thread import IoThread
-from tests import tiny
-from tests.faults.fleet import Fleet
-from tests.faults.http2 import SERVICE
-from tests.faults.oracle import VOCAB, digest
+from student_trainer.client.io_thread import IoThread
+from tests.support import tiny
+from tests.support.fleet import Fleet
+from tests.support.http2 import SERVICE
+from tests.support.oracle import VOCAB, digest
 
 SEQUENCES = tiny.random_sequences(20, VOCAB, seed=61)
 SEED = random.SystemRandom().randrange(1 << 32)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.fleet import SMALL_BATCHES, Fleet
-from tests.faults.oracle import Plan, Training, assert_billed_once, assert_same
+from tests.support.fleet import SMALL_BATCHES, Fleet
+from tests.support.oracle import Plan, Training, assert_billed_once, assert_same
 
 RECOVERY_S = 2.0
 """The limit with a spare replica; tests allow five times as much."""

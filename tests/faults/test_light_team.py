@@ -26,9 +26,9 @@ NUM_ASKED = 25
 
 def write_down(path: Path) -> None:
     """Runs in the service: each step of each job is a line of the file, in the order of time."""
-    from teacher_server import service
     from teacher_server.replica import Replica
-    from teacher_server.scheduler import Scheduler
+    from teacher_server.rpc import service
+    from teacher_server.scheduling.scheduler import Scheduler
 
     file, lock = path.open("a", buffering=1), threading.Lock()
     submit, score_group, encode_parts = Scheduler.submit, Replica._score_group, service.encode_parts

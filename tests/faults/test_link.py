@@ -10,11 +10,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from student_trainer import TeacherUnavailable, connect, session
-from tests import tiny
-from tests.faults.fleet import Fleet, wait_until
-from tests.faults.oracle import VOCAB, digest, left_in_this_process, within
-from tests.faults.proxy import Direction, flips, losses, repeats
+from student_trainer import TeacherUnavailable, connect
+from student_trainer.client import session
+from tests.support import tiny
+from tests.support.fleet import Fleet, wait_until
+from tests.support.oracle import VOCAB, digest, left_in_this_process, within
+from tests.support.proxy import Direction, flips, losses, repeats
 
 SPARE_S = 2.0
 """The limit of a recovery with a spare replica; tests allow five times as much."""

@@ -8,20 +8,14 @@ import grpc
 import pytest
 
 from protos import teacher_pb2
-from student_trainer import (
-    ProtocolError,
-    TargetsCorrupt,
-    TeacherError,
-    TeacherOverloaded,
-    connect,
-    resume,
-    session,
-)
-from student_trainer.wish import Wish
-from tests import tiny
-from tests.faults.fleet import Fleet
-from tests.faults.oracle import VOCAB, digest, within
-from tests.faults.relay import Relay
+from student_trainer import ProtocolError, TargetsCorrupt, TeacherError, TeacherOverloaded, connect
+from student_trainer.client import dispatch as resume
+from student_trainer.client import session
+from student_trainer.teachers.request import Wish
+from tests.support import tiny
+from tests.support.fleet import Fleet
+from tests.support.oracle import VOCAB, digest, within
+from tests.support.relay import Relay
 
 SEQUENCES = tiny.random_sequences(80, VOCAB, seed=11)
 

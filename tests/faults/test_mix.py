@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from student_trainer import connect
-from tests import tiny
-from tests.faults.crowd import KINDS
-from tests.faults.fleet import Fleet, wait_until
-from tests.faults.http2 import Peer
-from tests.faults.oracle import VOCAB, digest, left_in_this_process, within
-from tests.faults.proxy import flips, losses
 from tests.faults.test_crowds import crowd
+from tests.support import tiny
+from tests.support.crowd import KINDS
+from tests.support.fleet import Fleet, wait_until
+from tests.support.http2 import Peer
+from tests.support.oracle import VOCAB, digest, left_in_this_process, within
+from tests.support.proxy import flips, losses
 
 SEED = random.SystemRandom().randrange(1 << 32)
 SEQUENCES = tiny.random_sequences(48, VOCAB, seed=71)

@@ -1,7 +1,7 @@
 """Requests that are larger, deeper or more than allowed: at the limit and one past it (row 19).
 
 What one request may ask for in tokens, sequences, k, rows and bytes of an answer is tried at its
-limits in tests/teacher_server/test_admission.py; here is what needs a connection.
+limits in tests/teacher_server/admission/test_requests.py; here is what needs a connection.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from protos import teacher_pb2, teacher_pb2_grpc
-from tests.faults.fleet import Fleet
-from tests.faults.oracle import VOCAB
+from tests.support.fleet import Fleet
+from tests.support.oracle import VOCAB
 
 LIMIT = 1 << 20
 """--admission.max-request-mib 1."""

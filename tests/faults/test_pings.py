@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.fleet import Fleet
-from tests.faults.http2 import ACK, GOAWAY, PING, PREFACE, Frame, Frames, frame, reply, settings
+from tests.support.fleet import Fleet
+from tests.support.http2 import ACK, GOAWAY, PING, PREFACE, Frame, Frames, frame, reply, settings
 
 ENHANCE_YOUR_CALM = 11
 

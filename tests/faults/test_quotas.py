@@ -7,11 +7,11 @@ from pathlib import Path
 import grpc
 import torch
 
+from logitstream.connection import Connection
 from protos import teacher_pb2, teacher_pb2_grpc
-from protos.connection import Connection
 from student_trainer import connect
-from tests.faults.fleet import Fleet, wait_until
-from tests.teams import add_team, make_certs
+from tests.support.fleet import Fleet, wait_until
+from tests.support.teams import add_team, make_certs
 
 STREAMS, REQUESTS = 20, 10
 TOKENS = 32
@@ -19,7 +19,7 @@ TOKENS = 32
 
 def hinted() -> None:
     """Runs in the service: a trainer looks again after half a second; a minute otherwise."""
-    from teacher_server import accounts
+    from teacher_server.ledger import accounts
 
     accounts.HINT_S = 0.5
 

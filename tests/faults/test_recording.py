@@ -10,10 +10,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from student_trainer import Recorded, cli, connect
-from tests import tiny
 from tests.conftest import FORKSERVER
-from tests.faults.fleet import SMALL_BATCHES, Fleet, wait_until
-from tests.faults.oracle import VOCAB, digest
+from tests.support import tiny
+from tests.support.fleet import SMALL_BATCHES, Fleet, wait_until
+from tests.support.oracle import VOCAB, digest
 
 SEQUENCES = [ids[:60] for ids in tiny.random_sequences(60, VOCAB, seed=3)]
 COLUMNS = ("key", "seed", "epoch", "row_mask", "input_ids", "targets", "teacher", "spec")

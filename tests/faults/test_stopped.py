@@ -7,8 +7,8 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.faults.fleet import SMALL_BATCHES, Fleet
-from tests.faults.oracle import Plan, Training, assert_same
+from tests.support.fleet import SMALL_BATCHES, Fleet
+from tests.support.oracle import Plan, Training, assert_same
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from student_trainer import IncompatibleTeacher, connect
-from tests import tiny
-from tests.faults.fleet import Fleet, wait_until
-from tests.faults.oracle import VOCAB, digest, within
+from tests.support import tiny
+from tests.support.fleet import Fleet, wait_until
+from tests.support.oracle import VOCAB, digest, within
 
 SEQUENCES = tiny.random_sequences(60, VOCAB, seed=21)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from logitstream.connection import Connection
 from protos import teacher_pb2, teacher_pb2_grpc
-from protos.connection import Connection
 from tests.conftest import Serve
-from tests.faults.fleet import Fleet
-from tests.teams import add_team, make_certs
+from tests.support.fleet import Fleet
+from tests.support.teams import add_team, make_certs
 
 LENGTH = 64
 WINDOW = 160

@@ -20,17 +20,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import student_trainer.cli
+from logitstream.connection import Connection
 from protos import teacher_pb2, teacher_pb2_grpc
-from protos.connection import Connection
 from student_trainer import AccessDenied, TeacherUnavailable, connect
 from teacher_server import cli
-from tests import tiny
 from tests.conftest import Served
 from tests.end_to_end.test_processes import free_port
-from tests.faults.fleet import wait_until
-from tests.faults.oracle import VOCAB, digest, within
-from tests.faults.proxy import Proxy
-from tests.teams import add_team, command, make_certs
+from tests.support import tiny
+from tests.support.fleet import wait_until
+from tests.support.oracle import VOCAB, digest, within
+from tests.support.proxy import Proxy
+from tests.support.teams import add_team, command, make_certs
 
 SEQUENCES = tiny.random_sequences(40, VOCAB, seed=31)
 REFUSED_S = 15.0
@@ -90,7 +90,7 @@ class Shared:
 
 def hurried(folder: Path) -> None:
     """Runs in the service: it looks at the file often, and its clock can be set ahead."""
-    from teacher_server import access
+    from teacher_server.admission import access
 
     access.LOOK_S, access.GRACE_S = 0.05, 0.5
     begin = access.Access.__init__
@@ -388,7 +388,7 @@ def _certificate(address: str) -> str:
 
 
 def test_every_call_that_reflection_lists_has_a_rule_and_probes_need_no_token(shared: Shared):
-    from teacher_server.access import RULES
+    from teacher_server.admission.access import RULES
 
     token = shared.add("looking")
     connection = Connection.to(shared.served.address, ca=shared.ca, token=token)
@@ -459,8 +459,8 @@ def test_no_token_is_in_logs_metrics_or_arguments(shared: Shared, tmp_path: Path
 def test_commands_take_the_connection_file(
     shared: Shared, folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from student_trainer import runs
     from student_trainer.config import CorpusConfig
+    from student_trainer.training import run as runs
 
     address = ("--address", shared.served.address, "--ca", shared.ca, "--out", tmp_path)
     monkeypatch.setenv("TEACHER_TOKEN", shared.add("filed", *address))
@@ -564,7 +564,7 @@ def test_a_service_that_is_not_there_yet_is_waited_for(shared: Shared):
 
 def as_client(token: str, ca: str) -> None:
     """Runs in a replica: to its peers it is a client."""
-    from teacher_server import peers
+    from teacher_server.cluster import peers
 
     peers.INTERVAL_S = 0.2
     os.environ.update(TEACHER_TOKEN=token, TEACHER_CA=ca)

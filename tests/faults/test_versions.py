@@ -10,10 +10,10 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from logit_codec import decode
 from protos import teacher_pb2
 from student_trainer import connect
-from tests import tiny
-from tests.faults.fleet import Fleet
-from tests.faults.oracle import VOCAB, digest, within
-from tests.faults.relay import Relay
+from tests.support import tiny
+from tests.support.fleet import Fleet
+from tests.support.oracle import VOCAB, digest, within
+from tests.support.relay import Relay
 
 SEQUENCES = tiny.random_sequences(12, VOCAB, seed=12)
 ADDED_SINCE = {"ScoreResponse": {"full_check"}}

@@ -27,9 +27,9 @@ from logit_codec import (
     fit_id_table,
 )
 from student_trainer import LocalTeacher, connect
-from student_trainer.wish import row_mask
-from tests import tiny
+from student_trainer.teachers.request import row_mask
 from tests.conftest import Serve, Served
+from tests.support import tiny
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent

@@ -1,11 +1,11 @@
-"""The fuzz target of tests/fuzz_decode.py on a corpus of golden files and edits of them."""
+"""The fuzz target of tests/support/fuzz_decode.py on a corpus of golden files and edits of them."""
 
 import random
 
 import pytest
 
-from tests.fuzz_decode import one_input
 from tests.golden import make
+from tests.support.fuzz_decode import one_input
 
 CORPUS = sorted(make.FOLDER.glob("*.bin"))
 

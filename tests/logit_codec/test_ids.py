@@ -23,7 +23,7 @@ from logit_codec import (
 from logit_codec.bits import SPARE_NBYTES, BitString
 from logit_codec.ids import code_ids, read_ids
 from tests.golden import make
-from tests.logit_codec import plain_reader
+from tests.support import plain_reader
 
 
 def with_digest(data: bytes | bytearray) -> bytes:

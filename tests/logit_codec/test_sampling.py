@@ -16,7 +16,7 @@ from logit_codec import (
     select,
     uniforms,
 )
-from tests.logit_codec import oracle
+from tests.support import codec_oracle as oracle
 
 VOCABULARIES = (1, 2, 3, 17, 255, 256, 257, 511, 1000, 5003)
 

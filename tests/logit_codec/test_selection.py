@@ -18,7 +18,7 @@ from logit_codec import (
     parse_targets,
     select,
 )
-from tests.logit_codec import oracle
+from tests.support import codec_oracle as oracle
 
 VOCABULARIES = (2, 17, 1000, 1001, 32003)
 LARGE = 262_144

@@ -41,7 +41,8 @@ from logit_codec import (
 from logit_codec.ids import identity_shift, num_identity_buckets
 from logit_codec.spec import CODE_BITS
 from tests.golden import make
-from tests.logit_codec import oracle, plain_reader
+from tests.support import codec_oracle as oracle
+from tests.support import plain_reader
 
 OVERHEAD = 72
 INF = math.inf

@@ -25,7 +25,7 @@ class Nodes(Launched):
         }
         with open(folder / "err", "wb") as errors:
             self.program = subprocess.Popen(
-                [sys.executable, "-m", "tests.ray.nodes"],
+                [sys.executable, "-m", "tests.support.nodes"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -18,12 +18,12 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from student_trainer import LocalTeacher, Recorded, runs
+from student_trainer import LocalTeacher, Recorded
 from student_trainer.cli import main
 from student_trainer.config import TrainConfig
-from student_trainer.ray_train import FOLDER, SNAPSHOT
-from student_trainer.results import Results
-from tests import tiny
+from student_trainer.ray_train.driver import FOLDER, SNAPSHOT
+from student_trainer.training import run as runs
+from student_trainer.training.results import Results
 from tests.end_to_end.conftest import (
     WORDS,
     student_folder,
@@ -34,9 +34,10 @@ from tests.end_to_end.conftest import (
     write_config,
 )
 from tests.ray.conftest import Launched, wait_for
-from tests.teams import add_team, make_certs
+from tests.support import tiny
+from tests.support.teams import add_team, make_certs
 
-# tests/student_trainer/test_ranks.py has the steps of two ranks without Ray, and is fast.
+# tests/student_trainer/training/test_ranks.py has the steps of two ranks without Ray, and is fast.
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TARGETS = "top_k:8"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.http2 import Peer
 from tests.ray.conftest import VOCAB, Launched, describe, members, trainer, wait_for
+from tests.support.http2 import Peer
 
 AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
 
@@ -149,7 +149,7 @@ class Finder(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         spec = super().find_spec(name, path, target)
-        if name == "teacher_server.server" and spec is not None:
+        if name == "teacher_server.rpc.server" and spec is not None:
             run = spec.loader.exec_module
             def exec_module(module):
                 run(module)

@@ -9,9 +9,9 @@ from torch import nn
 
 from student_trainer.causal import check_causal
 from student_trainer.hf_trainer import DistillationTrainer
-from student_trainer.trainer import make_student
-from tests import tiny
+from student_trainer.training.loop import make_student
 from tests.conftest import one_torch_thread
+from tests.support import tiny
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from protos.command_line import WrongUsage, parse
+from logitstream.command_line import WrongUsage, parse
 from student_trainer.cli import COMMANDS, log_above_bars, main, show
 from student_trainer.config import RecordConfig, TrainConfig
-from student_trainer.runs import check_settings
+from student_trainer.training.run import check_settings
 
 README = Path(__file__).parents[2] / "README.md"
 

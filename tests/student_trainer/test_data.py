@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from student_trainer import data
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture

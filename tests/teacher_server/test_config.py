@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from protos.command_line import WrongUsage, parse
+from logitstream.command_line import WrongUsage, parse
 from teacher_server.cli import COMMANDS, main
 from teacher_server.config import ServeConfig, TeamAdd, is_loopback
 

@@ -10,9 +10,9 @@ import torch
 
 from logit_codec import TopKSpec
 from teacher_server.encoding import Encoder, Encoding, Parts
-from teacher_server.head import WantedRows
-from teacher_server.scheduler import INTERACTIVE, TRAINING, Job
-from teacher_server.teams import Team
+from teacher_server.engine.head import WantedRows
+from teacher_server.scheduling.scheduler import INTERACTIVE, TRAINING, Job
+from teacher_server.teams.declaration import Team
 
 NBYTES = 1000
 

@@ -1,0 +1,154 @@
+"""Why a service cannot be reached, found out by trying: gRPC itself mostly says "Socket closed".
+
+What is found here does not come right by waiting, so that whoever connects is told at once. It has to
+be certain therefore: a tunnel whose far end is not there yet also accepts and closes connections.
+"""
+
+import os
+import re
+import socket
+import ssl
+import tempfile
+
+import grpc
+
+from logitstream.connection import Connection
+
+TRY_S = 3.0
+NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL", "HTTP_REQUEST")
+"""What OpenSSL says of an answer that is no TLS; which one depends on its version."""
+MOST_DETAIL = 100
+
+
+def diagnose(address: str, connection: Connection) -> str:
+    """One or two sentences about what is wrong for certain, for the person who connects, and stays so
+    until somebody changes it; empty: nothing is known.
+
+    Blocks for a few seconds at most.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        with socket.create_connection((host, int(port)), TRY_S) as plain:
+            return _look(plain, (host, int(port)), connection)
+    except socket.gaierror as error:
+        if error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
+            return f"There is no host called {host} (or its name server does not know it)."
+        return ""  # the name server did not answer: it may yet
+    except (OSError, ValueError):
+        return ""  # nobody there: that is what gRPC says too
+
+
+def in_short(code: grpc.StatusCode, details: str | None) -> str:
+    """A status of gRPC on one line: without what it puts around the last and only error."""
+    text = (details or "").rpartition("last error: ")[2]
+    text = re.sub(r"^(?:[A-Z_]+: )?(?:ipv[46]:\S+ )?", "", text)
+    text = " ".join(text.split())
+    if len(text) > MOST_DETAIL:
+        text = f"{text[:MOST_DETAIL]}..."
+    return f"{code.name}: {text}" if text else code.name
+
+
+def _look(plain: socket.socket, where: tuple[str, int], connection: Connection) -> str:
+    host, _ = where
+    try:
+        with _context(connection).wrap_socket(plain, server_hostname=host) as secured:
+            if connection.ca is None:
+                return (
+                    "The service speaks TLS and was spoken to in plain text: give the authority of "
+                    "its certificate (ca=, --ca, TEACHER_CA or a connection file)."
+                )
+            if _says_something(secured) or not _ends_handshake(where, connection):
+                return ""
+            return _about_client(connection)
+    except ssl.SSLCertVerificationError as error:
+        if connection.ca is None:
+            return ""
+        return _about_certificate(error, host)
+    except ssl.SSLError as error:
+        if connection.ca is None:
+            return ""
+        if "CERTIFICATE" in (error.reason or ""):
+            return _about_client(connection)
+        if error.reason not in NOT_TLS:
+            return ""
+        return (
+            "The service does not speak TLS: leave out ca (--ca, TEACHER_CA), or have it started "
+            "with --tls-cert and --tls-key."
+        )
+
+
+def _context(connection: Connection) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols(["h2"])
+    if connection.ca is None:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    elif connection.ca:
+        context.load_verify_locations(cadata=connection.ca.decode(errors="replace"))
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    else:
+        context.load_default_certs()
+    if connection.cert is not None and connection.key is not None:
+        with tempfile.NamedTemporaryFile() as file:  # ssl reads them from files only; mode 0600
+            file.write(connection.cert + b"\n" + connection.key)
+            file.flush()
+            os.fsync(file.fileno())
+            context.load_cert_chain(file.name)
+    return context
+
+
+def _says_something(secured: ssl.SSLSocket) -> bool:
+    """Whether the handshake is followed by an HTTP/2 server's first word; a silent one has time."""
+    secured.settimeout(TRY_S)
+    try:
+        return bool(secured.recv(1))
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+
+
+def _ends_handshake(where: tuple[str, int], connection: Connection) -> bool:
+    """Whether a service that hung up after the handshake does so for the client's certificate.
+
+    With TLS 1.3 it looks at that after the handshake, with 1.2 within it. Who hangs up for another
+    reason, such as a proxy without a service behind it, lets that one through too.
+    """
+    context = _context(connection)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with socket.create_connection(where, TRY_S) as plain:
+        try:
+            context.wrap_socket(plain, server_hostname=where[0]).close()
+        except (ssl.SSLEOFError, ConnectionResetError):
+            return True
+        except ssl.SSLError as error:
+            return "CERTIFICATE" in (error.reason or "")
+    return False
+
+
+def _about_client(connection: Connection) -> str:
+    if connection.cert is None:
+        return (
+            "The service asks for a client certificate: give cert and key (--cert and --key, "
+            "TEACHER_CERT and TEACHER_KEY)."
+        )
+    return (
+        "The service does not accept this client certificate: it has expired, or its authority is "
+        "not the one of the service's --tls-client-ca."
+    )
+
+
+def _about_certificate(error: ssl.SSLCertVerificationError, host: str) -> str:
+    reason = error.verify_message
+    if re.search("mismatch|not valid for", reason, re.IGNORECASE):
+        return (
+            f"The service's certificate is not for {host} ({reason}): use a name or address that is "
+            "in it, or have a certificate made that has this one."
+        )
+    if "expired" in reason or "not yet valid" in reason:
+        return f"The service's certificate cannot be used now: {reason}. Its operator renews it."
+    return (
+        f"The service's certificate was not signed by the given authority ({reason}): is ca the one "
+        "of this service?"
+    )

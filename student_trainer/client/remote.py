@@ -1,0 +1,179 @@
+"""RemoteTeacher: an address to an iterator of targets.
+
+One background thread per process owns the asyncio loop and every gRPC object (`io_thread.py`); the
+caller's thread pulls sequences, submits them and waits for futures. `session.py` spreads them over
+the replicas of the service, `resume.py` keeps what has no answer yet.
+"""
+
+import logging
+import os
+from concurrent.futures import Future
+from typing import Any
+
+from torch import Tensor
+
+from logit_codec import (
+    FORMAT_VERSION,
+    DenseSpec,
+    SampledSpec,
+    TopKSpec,
+    tokenizer_fingerprint,
+)
+from logitstream.connection import Address, Connection, Pem
+from protos import teacher_pb2
+from student_trainer.client.dispatch import Pending
+from student_trainer.client.io_thread import IoThread
+from student_trainer.client.session import Counters, Session
+from student_trainer.errors import ForkedClient, IncompatibleTeacher, ProtocolError, TeacherError
+from student_trainer.teachers.request import Answer, Wish, row_mask
+from student_trainer.teachers.stream import Teacher
+
+logger = logging.getLogger(__name__)
+
+CONNECT_S = 10.0
+"""How long `connect` waits for the first answer, if the patience allows it."""
+
+
+def connect(
+    address: Address,
+    *,
+    tokenizer: Any = None,
+    token: str | None = None,
+    ca: Pem | None = None,
+    cert: Pem | None = None,
+    key: Pem | None = None,
+    patience_s: float = 300.0,
+) -> "RemoteTeacher":
+    """A teacher that is served at `address`: host:port, several of one service, or the path of a
+    connection file (*.toml) as operators hand it out.
+
+    tokenizer: the student's, of transformers or tokenizers; a teacher with another vocabulary is
+    refused. token: by default the environment variable TEACHER_TOKEN, or the one that the connection
+    file names. ca: PEM, or the path of it, of the authority that signed the service's certificate,
+    "public" for the public ones; without it (and TEACHER_CA) the connection is plain text. cert, key:
+    of a client certificate, also TEACHER_CERT and TEACHER_KEY. patience_s: how long to wait, in all,
+    while nobody answers; the first answer is waited for at most 10 s, and not at all where that is of
+    no use, as with the authority of another service.
+    Raises TeacherUnavailable, IncompatibleTeacher or AccessDenied; ValueError, OSError where what is
+    given here cannot be used.
+    """
+    connection = Connection.to(address, token=token, ca=ca, cert=cert, key=key)
+    connection.warn()
+    return RemoteTeacher(connection, tokenizer=tokenizer, patience_s=patience_s)
+
+
+class RemoteTeacher(Teacher):
+    """A served teacher; use `connect` to make one, and `with` or `close()` to end it."""
+
+    def __init__(self, connection: Connection, *, tokenizer: Any, patience_s: float) -> None:
+        self._pid = os.getpid()
+        self._io = IoThread.shared()
+        self._closed = False
+        self._session = Session(connection, patience_s)
+        try:
+            self._info = self._io.run(self._session.open(min(CONNECT_S, patience_s)))
+            self.id_tables = self._session.id_tables
+            check_compatible(self._info, tokenizer)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def info(self) -> teacher_pb2.TeacherInfo:
+        """What Describe said at connect."""
+        return self._info
+
+    @property
+    def counters(self) -> Counters:
+        """Received and resent so far."""
+        return self._session.counters
+
+    @property
+    def replicas(self) -> list[str]:
+        """The addresses of the replicas that requests are spread over now."""
+        return self._session.replicas
+
+    def close(self) -> None:
+        """Ends the stream and the connection; requests in flight are dropped."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        self._io.run(self._session.close())
+
+    def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
+        self.check_usable()
+        request, num_rows = _request(token_ids, rows, wish)
+        request.session_id = self._session.session_id
+        request.teacher_fingerprint = self._info.teacher_fingerprint
+        if self._session.id_tables:
+            request.targets.id_table = self._session.id_tables[0].digest
+        pending = Pending(request, num_rows, keep_payloads=wish.keep_payloads)
+        self._io.call(self._session.submit, pending)
+        return pending.future
+
+    def check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedClient(
+                f"this teacher was connected in process {self._pid} and is used in its fork "
+                f"{os.getpid()}: gRPC does not survive a fork. Iterate over the teacher in the "
+                "main process, around the DataLoader instead of inside its workers."
+            )
+        if self._closed:
+            raise TeacherError("this teacher is closed; connect again to use it")
+
+
+def _request(
+    token_ids: Tensor, rows: Tensor | None, wish: Wish
+) -> tuple[teacher_pb2.ScoreRequest, int]:
+    """The message for one sequence, and how many rows it asks for."""
+    ids = token_ids.numpy().astype("<i4")
+    spec = wish.spec
+    message = teacher_pb2.TargetSpec(
+        omit_realized_logprob=not spec.realized,
+        entropy=spec.entropy,
+        omit_log_z=not spec.log_z,
+    )
+    if isinstance(spec, TopKSpec):
+        message.top_k.k, message.top_k.min_p, message.top_k.bits = spec.k, spec.min_p, spec.bits
+    elif isinstance(spec, DenseSpec):
+        message.dense.bits = spec.bits
+    elif isinstance(spec, SampledSpec):
+        message.sampled.n = spec.n
+    else:
+        raise ProtocolError(f"no message for {type(spec).__name__}")
+    level = teacher_pb2.LEVEL_INTERACTIVE if wish.interactive else teacher_pb2.LEVEL_TRAINING
+    request = teacher_pb2.ScoreRequest(
+        token_ids=ids.tobytes(),
+        lengths=[len(ids)],
+        targets=message,
+        temperature=wish.temperature,
+        seed=wish.seed,
+        epoch=wish.epoch,
+        level=level,
+    )
+    mask = row_mask(rows, len(ids) - 1)
+    if rows is None or mask is None:
+        return request, len(ids) - 1
+    request.row_mask = mask
+    return request, len(rows)
+
+
+def check_compatible(info: teacher_pb2.TeacherInfo, tokenizer: Any) -> None:
+    """Raises IncompatibleTeacher unless the codec is ours and the tokenizer, if any, is the same."""
+    if FORMAT_VERSION not in info.format_versions:
+        raise IncompatibleTeacher(
+            f"the teacher writes format versions {list(info.format_versions)}, this client reads "
+            f"version {FORMAT_VERSION}. Upgrade the older of the two sides."
+        )
+    if tokenizer is None:
+        return
+    ours = tokenizer_fingerprint(tokenizer)
+    if not info.tokenizer_fingerprint:
+        logger.warning("the teacher has no tokenizer to compare with the student's")
+    elif ours != info.tokenizer_fingerprint:
+        raise IncompatibleTeacher(
+            "teacher and student tokenizers differ: "
+            f"{info.effective_vocab_size} and {len(tokenizer.get_vocab())} entries, fingerprints "
+            f"{info.tokenizer_fingerprint} and {ours}. Token-level distillation needs one "
+            "vocabulary: train the student with the teacher's tokenizer."
+        )

@@ -1,0 +1,610 @@
+"""Several workers train one student: `student-trainer train --workers N`, on Ray Train.
+
+Every worker goes through the same batches, takes its share of each (`data.share`) and has a stream of
+its own, from the service or from a record. The loop is that of trainer.py; Ray starts the workers,
+notices when one fails, starts all of them again and keeps the checkpoints. A position counts
+whole batches, so a run may go on with another number of workers.
+
+Nothing of Ray is imported before something is trained here: what this module puts into the
+environment for a Ray of its own is read when Ray is imported.
+"""
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+import xxhash
+from safetensors.torch import load_file, load_model, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from logitstream.connection import FILE_SUFFIX, PUBLIC_AUTHORITIES, Connection
+from logitstream.extras import install_command
+from student_trainer import data
+from student_trainer.client.remote import RemoteTeacher
+from student_trainer.config import TrainConfig
+from student_trainer.disk import writing
+from student_trainer.errors import (
+    AccessDenied,
+    NotRecorded,
+    NotWritten,
+    ProtocolError,
+    TrainingFailed,
+)
+from student_trainer.record.recorded import Recorded
+from student_trainer.training import checkpoint
+from student_trainer.training import loop as trainer
+from student_trainer.training import run as runs
+from student_trainer.training.ranks import unwrapped
+from student_trainer.training.results import StudentResults
+from student_trainer.training.shuffled_control import ShuffledTargets
+
+if TYPE_CHECKING:
+    import ray.train
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "ray_train"
+"""In the output folder: what Ray Train keeps."""
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Where Ray Train notes which checkpoints there are."""
+STORE_NBYTES = 100 << 20
+"""Ray's object store, which only carries the settings."""
+POLL_S = 0.5
+"""How often the workers of a Ray of our own are looked at; Ray's 2 s delay each checkpoint by 1 s."""
+PERMANENT = (ValueError, AccessDenied, NotRecorded, NotWritten, ProtocolError)
+"""What a worker would fail with again; IncompatibleTeacher and InvalidRequest are ValueErrors."""
+STOP_S = 10.0
+"""How long the processes of a Ray of our own may take to end."""
+RENDEZVOUS_S = 1800
+"""How long ranks wait for each other; Ray's own number."""
+
+
+def train_students(
+    config: TrainConfig,
+    corpus: runs.Corpus,
+    teacher: RemoteTeacher | Recorded,
+    held_out: runs.HeldOut,
+) -> runs.Trained:
+    """Trains the student with `config.workers` workers and saves it, and the controls if asked for.
+
+    teacher: only says who it is; each worker opens its own. The output folder, the student, a record
+    and certificates must be reachable under the same paths on all machines of a cluster. Uses the
+    Ray that this process is connected to, the one at `config.ray_address`, or starts one on this
+    machine. Raises TrainingFailed, ValueError, OSError.
+    """
+    config = _with_whole_paths(config)
+    students: dict[str, StudentResults] = {}
+    with _ray(config), _written(corpus, held_out, config.output / FOLDER) as texts:
+        on_gpus = _has_gpus(config)
+
+        def fit(name: str, **identity: str) -> _Fitted:
+            identified = runs.identity_of(config, corpus, **identity)
+            fitted = _fit(
+                _Job(config, name, texts, corpus.tokenizer, identified, on_gpus, held_out.num_ids)
+            )
+            students[name] = fitted.results
+            return fitted
+
+        if config.control:
+            fit("control")
+        fingerprint = teacher.info.teacher_fingerprint
+        fitted = fit("distilled", teacher_fingerprint=fingerprint)
+        student = trainer.make_student(config.student, seed=config.seed, device="cpu")
+        with fitted.last.as_directory() as folder:
+            load_model(student, Path(folder) / "student.safetensors")
+        runs.save_student(student, corpus, config.output / "student")
+        if config.shuffled_control:
+            fit("shuffled", teacher_fingerprint=fingerprint)
+    return runs.Trained(student, students, fitted.bytes_per_token)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What every worker is told about one student."""
+
+    config: TrainConfig
+    name: str
+    texts: Path
+    """A file with the sequences of the run, and the teacher's likeliest ids of those held out: read
+    where it is, not sent to each worker."""
+    tokenizer: Any
+    identity: Mapping[str, Any]
+    on_gpus: bool
+    num_ids: int | None = None
+    """Those that student and teacher share."""
+    found: Path | None = None
+    """A checkpoint that Ray does not know of any more."""
+
+    @property
+    def folder(self) -> Path:
+        return self.config.output / FOLDER / self.name
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fitted:
+    """What became of one student."""
+
+    results: StudentResults
+    bytes_per_token: float | None
+    """Of its targets."""
+    last: "ray.train.Checkpoint"
+
+
+# The driver: what runs in the process that was started.
+
+
+def _fit(job: _Job) -> _Fitted:
+    """Trains one student."""
+    import ray.train
+    from ray.exceptions import RayError
+
+    config = job.config
+    if config.start_over:
+        shutil.rmtree(job.folder, ignore_errors=True)
+    job = _mended(job)
+    with tempfile.TemporaryDirectory(prefix="student-ranks-") as meeting, _sigint_kept():
+        fitting = _trainer_class()(
+            lambda: _work(job),
+            torch_config=_on_loopback(meeting) if _is_on_loopback() else None,
+            scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=job.on_gpus),
+            run_config=ray.train.RunConfig(
+                name=job.name,
+                storage_path=str(job.folder.parent),
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+                callbacks=[_give_up_callback()],
+            ),
+        )
+        try:
+            result = fitting.fit()
+        except SystemExit:  # how Ray Train's own handler of Ctrl-C ends
+            raise KeyboardInterrupt from None
+        except (ray.train.TrainingFailedError, RayError) as error:
+            cause = getattr(error, "controller_failure", None)
+            if isinstance(cause, PERMANENT):
+                raise cause from error
+            raise TrainingFailed(_reason(job, error)) from error
+    last = result.checkpoint
+    if last is None:  # nothing was left to do, and so nothing was reported
+        assert job.found is not None
+        last = ray.train.Checkpoint(job.found)
+    results, nbytes = result.return_value
+    return _Fitted(StudentResults.model_validate(results), nbytes, last)
+
+
+def _with_whole_paths(config: TrainConfig) -> TrainConfig:
+    """Workers have working directories of their own."""
+    whole: dict[str, Any] = {
+        name: path.absolute()
+        for name in ("student", "output", "ca", "cert", "key")
+        if (path := getattr(config, name)) is not None and str(path) != PUBLIC_AUTHORITIES
+    }
+    if config.record and "://" not in config.record:
+        whole["record"] = str(Path(config.record).absolute())
+    if config.teacher.endswith(FILE_SUFFIX):
+        whole["teacher"] = str(Path(config.teacher).absolute())
+    return config.model_copy(update=whole)
+
+
+@contextmanager
+def _written(corpus: runs.Corpus, held_out: runs.HeldOut, folder: Path) -> Iterator[Path]:
+    """A file with the text, while the workers need it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "texts.safetensors"
+    texts = {"sequences": corpus.sequences, "held_out": corpus.held_out}
+    if held_out.best_ids is not None:
+        texts["best_ids"] = held_out.best_ids
+    save_file({name: ids.contiguous() for name, ids in texts.items()}, path)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # what Ray Train keeps is in it
+            folder.rmdir()
+
+
+def _mended(job: _Job) -> _Job:
+    """The job, with the newest checkpoint if Ray's note of what there is was damaged by a kill.
+
+    Ray Train writes it in place, and refuses a folder in which it is cut off.
+    """
+    snapshot = job.folder / SNAPSHOT
+    try:
+        noted = json.loads(snapshot.read_text())["checkpoint_results"]
+        if all((job.folder / one["checkpoint_dir_name"]).is_dir() for one in noted):
+            return job
+    except FileNotFoundError:
+        return job  # a checkpoint that was not noted may be half of one
+    except (ValueError, KeyError, TypeError, RecursionError):
+        logger.warning("%s is damaged: going on from the newest checkpoint beside it", snapshot)
+    snapshot.unlink(missing_ok=True)
+    found = checkpoint.all_in(job.folder)
+    return replace(job, found=found[-1] if found else None)
+
+
+def newest_step(folder: Path) -> int | None:
+    """The last checkpoint that Ray noted in the folder of a student; None if there is none."""
+    try:
+        noted = json.loads((folder / SNAPSHOT).read_text())["checkpoint_results"]
+        steps = [int(one["checkpoint_dir_name"].removeprefix("step-")) for one in noted]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return max(steps, default=None)
+
+
+def _reason(job: _Job, error: BaseException) -> str:
+    """What to tell a person: the first worker's own error, rather than Ray's account of it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    failures = getattr(error, "worker_failures", {})
+    if failures:
+        rank, first = min(failures.items())
+        lines = str(first).strip().splitlines() or [type(first).__name__]
+        lines = [f"worker {rank}: {lines[-1]}"]
+    again = f"--max-failures {job.config.max_failures}"
+    return (
+        f"student {job.name}: {lines[0]} (the workers failed more often than {again} allows; the "
+        f"same command goes on from the newest checkpoint in {job.folder})"
+    )
+
+
+def _trainer_class() -> Any:
+    """Ray's TorchTrainer, without an actor that needs the dashboard, which no Ray of ours has."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            found = super()._create_default_callbacks()
+            if not _is_on_loopback():
+                return found
+            return [one for one in found if not isinstance(one, PlacementGroupCleanerCallback)]
+
+    return Trainer
+
+
+def _give_up_callback() -> Any:
+    """Ends a run at once whose workers failed with what would happen again."""
+    from ray.train import UserCallback
+
+    class GiveUp(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
+            for error in worker_exceptions.values():
+                error = getattr(error, "_base_exc", error)
+                if isinstance(error, PERMANENT):
+                    raise error
+
+    return GiveUp()
+
+
+@contextmanager
+def _ray(config: TrainConfig) -> Iterator[None]:
+    """A connection to Ray, or a Ray of our own that ends with this block."""
+    address = config.ray_address
+    if "ray" in sys.modules:
+        import ray
+
+        if ray.is_initialized():
+            yield
+            return
+        if not address:
+            raise ValueError(
+                "Ray was imported before, and can no longer be told to stay on this machine: call "
+                "ray.init() first, or give ray_address"
+            )
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+    if not address:
+        os.environ.update(own_ray_environment(config.workers))
+    elif address.startswith(("127.", "localhost:")):
+        os.environ.update(ONE_MACHINE)
+    try:
+        import ray
+        import ray.train
+    except ImportError as error:
+        raise ValueError(
+            f"several workers need Ray Train: {install_command('ray-train')} ({error})"
+        ) from None
+    folder, before = "", _descendants()
+    try:
+        if address:
+            ray.init(address, logging_level=logging.WARNING)
+        else:
+            # Its sockets have paths, which have to be short: not in TMPDIR.
+            folder = tempfile.mkdtemp(prefix="student-", dir="/tmp")
+            ray.init(
+                "local",
+                num_cpus=config.workers,
+                object_store_memory=STORE_NBYTES,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                _temp_dir=folder,
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        where = f"cannot reach Ray at {address}" if address else "no Ray"
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TrainingFailed(f"{where}: {first}") from error
+    try:
+        yield
+    finally:
+        started = _descendants() - before
+        ray.shutdown()
+        if folder:
+            # On a busy machine a controller of Ray Train was seen to hang at its end for ever.
+            for process in psutil.wait_procs(started, timeout=STOP_S)[1]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _descendants() -> set[psutil.Process]:
+    """All processes below this one."""
+    return set(psutil.Process().children(recursive=True))
+
+
+# All sockets of Ray are on loopback then; it has no other switch for that.
+ONE_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+def own_ray_environment(num_workers: int) -> dict[str, str]:
+    """How a Ray that is started here behaves; its processes inherit this."""
+    threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
+    wanted = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
+        "OMP_NUM_THREADS": str(threads),
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    files = {
+        name: os.environ.get(name, "") for name in ("TEACHER_CA", "TEACHER_CERT", "TEACHER_KEY")
+    }
+    return {
+        **{name: os.environ.get(name) or value for name, value in wanted.items()},
+        **{name: os.path.abspath(value) for name, value in files.items() if os.path.isfile(value)},
+        **ONE_MACHINE,
+        # Without the token nobody can make this Ray run anything. It is in no argument and no file.
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_COLOR_PREFIX": "0",
+        # One machine is not taken away with notice.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        # What Ray will do anyway, and warns of until then.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+
+def _has_gpus(config: TrainConfig) -> bool:
+    """Whether each worker gets a GPU. Raises ValueError if there are too few."""
+    import ray
+
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    if config.device == "cpu" or (config.device == "auto" and not num_gpus):
+        return False
+    if num_gpus < config.workers:
+        raise ValueError(
+            f"{config.workers} workers need a GPU each, Ray has {num_gpus}: give at most --workers "
+            f"{num_gpus}, or --device cpu"
+        )
+    return True
+
+
+def _is_on_loopback() -> bool:
+    """Whether this Ray is of one machine, as the one is that is started here."""
+    import ray.util
+
+    return ray.util.get_node_ip_address().startswith("127.")
+
+
+def _on_loopback(folder: str) -> Any:
+    """A TorchConfig whose ranks meet in a file: the store of torch would listen on all addresses."""
+    from ray.train.torch.config import TorchConfig, _TorchBackend
+
+    class Backend(_TorchBackend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            import ray
+
+            backend = "nccl" if worker_group.get_resources_per_worker().get("GPU") else "gloo"
+            file = f"{folder}/{secrets.token_hex(8)}"  # of this start of the workers alone
+            count = len(worker_group)
+            ray.get(
+                [
+                    worker_group.execute_single_async(rank, _meet, backend, file, rank, count)
+                    for rank in range(count)
+                ]
+            )
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return Backend
+
+    return Config()
+
+
+@contextmanager
+def _sigint_kept() -> Iterator[None]:
+    """Ray Train leaves its own handler of Ctrl-C behind."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is not before:
+            signal.signal(signal.SIGINT, before)
+
+
+# The workers.
+
+
+def _meet(backend: str, file: str, rank: int, count: int) -> None:
+    """Forms the process group of one machine, on loopback."""
+    from datetime import timedelta
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group(
+        backend,
+        init_method=f"file://{file}",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=RENDEZVOUS_S),
+    )
+
+
+def _work(job: _Job) -> tuple[dict[str, Any], float | None]:
+    """What every worker does; the first one's StudentResults, as plain values, and bytes per token
+    are the result."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    rank, num_ranks = context.get_world_rank(), context.get_world_size()
+    log = _log_to_stderr(rank)
+    config = job.config
+    texts = load_file(job.texts)
+    corpus = runs.Corpus(job.tokenizer, texts["sequences"], texts["held_out"])
+    device = ray.train.torch.get_device() if job.on_gpus else torch.device("cpu")
+    student = trainer.make_student(config.student, seed=config.seed, device=str(device))
+    if rank:  # else all would drop the same units
+        torch.manual_seed(_seed_of(config.seed, rank))
+    student = DistributedDataParallel(
+        student, device_ids=[device] if job.on_gpus else None, forward_sync_buffers=False
+    )
+    checkpoints = _Checkpoints(job, rank)
+    held_out = runs.HeldOut(corpus.held_out, texts.get("best_ids"), num_ids=job.num_ids)
+    shares = data.share(runs.batches(config, corpus), rank=rank, num_ranks=num_ranks)
+    with ExitStack() as ending:
+        ending.enter_context(_token_missed(config))
+        if job.name == "control":
+            made = None
+            pairs = runs.control_pairs(shares)
+        else:
+            teacher = ending.enter_context(runs.open_teacher(config, job.tokenizer))
+            made = runs.DistilledPairs(config, teacher, shares)
+            pairs = made.stream
+        if job.name == "shuffled":
+            assert made is not None
+            pairs = ShuffledTargets(made.stream, seed=config.seed)
+        run = runs.train_student(
+            *(config, student, pairs, job.name, checkpoints),
+            held_out=held_out,
+            also=made.measured if made and job.name == "distilled" else dict,
+            log=log,
+        )
+        results = runs.results_of(run, held_out.measure(student, config.batch_size))
+        nbytes = None if made is None else runs.bytes_per_token(made, run.history)
+        return results.model_dump(), nbytes
+
+
+@contextmanager
+def _token_missed(config: TrainConfig) -> Iterator[None]:
+    """Says where the token has to be. It is in no job: a worker has it from its environment."""
+    try:
+        yield
+    except AccessDenied as error:
+        seen = Connection.to(config.teacher, ca=config.ca, cert=config.cert, key=config.key)
+        if seen.token is not None or seen.cert is not None:
+            raise
+        raise AccessDenied(
+            f"the worker on {socket.gethostname()} has no token in its environment: set "
+            "TEACHER_TOKEN (or what the connection file names) where `ray start` is called, on every "
+            f"machine of the cluster; it is not sent to them. {error}"
+        ) from error
+
+
+def _seed_of(*numbers: int) -> int:
+    """Of a generator of torch, whose one for the CPU looks at the low 32 bits only."""
+    return xxhash.xxh32_intdigest(" ".join(map(str, numbers)).encode())
+
+
+class _Checkpoints:
+    """The checkpoints of a run as Ray Train keeps them; what `trainer.train` needs of them.
+
+    The files of checkpoint.py, of the first worker, and random-N.pt: the generators of worker N.
+    """
+
+    def __init__(self, job: _Job, rank: int) -> None:
+        self._job = job
+        self._rank = rank
+
+    def newest(self) -> "ray.train.Checkpoint | None":
+        """The one to go on from."""
+        import ray.train
+
+        found = ray.train.get_checkpoint()
+        if found is None and self._job.found is not None:
+            found = ray.train.Checkpoint(self._job.found)
+        return found
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to save behind `step`; the last always is: the student comes from there."""
+        every = self._job.config.checkpoint_every
+        return step == steps or (every > 0 and step % every == 0)
+
+    def load(self, student: nn.Module) -> dict[str, Any] | None:
+        """As `Checkpoints.load`."""
+        newest = self.newest()
+        if newest is None:
+            return None
+        with newest.as_directory() as name:
+            state = checkpoint.read(
+                *(Path(name), unwrapped(student), self._job.identity),
+                where=newest.path,
+                before=checkpoint.older(Path(newest.path)),
+            )
+            own = Path(name) / f"random-{self._rank}.pt"
+            if own.exists():
+                state["random"] = torch.load(own, weights_only=True)
+            else:  # there were fewer workers
+                torch.manual_seed(_seed_of(self._job.config.seed, self._rank, state["step"]))
+                state["random"] = checkpoint.random_states()
+        return state
+
+    def save(self, step: int, student: nn.Module, state: Mapping[str, Any]) -> None:
+        """All workers together; returns when it is written."""
+        import ray.train
+
+        with tempfile.TemporaryDirectory(prefix="student-step-") as name:
+            folder = Path(name)
+            torch.save(checkpoint.random_states(), folder / f"random-{self._rank}.pt")
+            if self._rank == 0:
+                with writing(folder, f"the checkpoint of step {step} to {folder}"):
+                    checkpoint.write(folder, unwrapped(student), state, self._job.identity)
+            metrics = {"step": step, "loss": state["run"]["train_losses"][-1]}
+            if state["run"]["curve"]:
+                metrics["held_out_loss"] = state["run"]["curve"][-1][1]
+            ray.train.report(
+                metrics,
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=f"step-{step}",
+            )
+
+
+def _log_to_stderr(rank: int) -> Callable[[str], None]:
+    """Ray hands the stderr of a worker on; of the workers, only the first says how it goes."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    ours = logging.getLogger("student_trainer")
+    ours.handlers = [handler]
+    ours.setLevel(logging.WARNING if rank else logging.INFO)
+    ours.propagate = False
+    # Each worker would say so for each checkpoint.
+    from ray.train.v2._internal.execution import context
+
+    context.logger.setLevel(logging.WARNING)
+    return logger.info

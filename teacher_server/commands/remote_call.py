@@ -1,0 +1,78 @@
+"""What the commands share that ask a running service."""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import grpc
+
+from logitstream.connection import Connection
+from logitstream.diagnosis import diagnose, in_short
+from protos import teacher_pb2_grpc
+from teacher_server.config import ServiceConfig
+
+Answer = TypeVar("Answer")
+ANSWER_S = 10.0
+
+
+class NotAnswered(Exception):
+    """The service did not answer; the text says why."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def connection_of(config: ServiceConfig) -> Connection:
+    """How the command reaches its service. Raises NotAnswered."""
+    try:
+        return Connection.to(config.address, ca=config.ca, cert=config.cert, key=config.key)
+    except (OSError, ValueError) as error:
+        raise NotAnswered(str(error), 2) from None
+
+
+def ask(
+    connection: Connection,
+    call: Callable[[teacher_pb2_grpc.TeacherStub], Callable[..., Answer]],
+    request: object,
+    *,
+    address: str = "",
+    timeout_s: float = ANSWER_S,
+) -> Answer:
+    """One answer to one call, such as `lambda stub: stub.Describe`. Raises NotAnswered."""
+    address = address or connection.addresses[0]
+    with connection.blocking_channel(address) as channel:
+        return ask_on(channel, connection, address, call, request, timeout_s=timeout_s)
+
+
+def ask_on(
+    channel: grpc.Channel,
+    connection: Connection,
+    address: str,
+    call: Callable[[teacher_pb2_grpc.TeacherStub], Callable[..., Answer]],
+    request: object,
+    *,
+    timeout_s: float = ANSWER_S,
+) -> Answer:
+    """As `ask`, over a channel to `address` that is there already. Raises NotAnswered."""
+    try:
+        method = call(teacher_pb2_grpc.TeacherStub(channel))
+        return method(request, timeout=timeout_s, metadata=connection.metadata)
+    except grpc.RpcError as error:
+        raise NotAnswered(no_answer(connection, address, error), 1) from None
+
+
+def told(error: NotAnswered) -> int:
+    """Says on stderr why there was no answer; returns the exit code."""
+    print(f"teacher-server: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def no_answer(connection: Connection, address: str, error: grpc.RpcError) -> str:
+    """Why a service did not answer a blocking call, for whoever typed the command."""
+    code, details = error.code(), error.details()  # type: ignore[attr-defined]
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return f"{address} refused: {details}"
+    why = diagnose(address, connection) if code == grpc.StatusCode.UNAVAILABLE else ""
+    hint = why or "Is the address right, and the service ready?"
+    return f"no answer from {address}. {hint} (gRPC: {in_short(code, details)})"

@@ -1,0 +1,302 @@
+"""`teacher-server status`: how a service is doing, asked of each of its replicas and put together."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+from logitstream.connection import Connection
+from protos import teacher_pb2
+from teacher_server.commands.remote_call import NotAnswered, ask, ask_on, connection_of, told
+from teacher_server.config import StatusConfig
+
+REFRESH_S = 2.0
+REPLICA_S = 5.0
+"""How long one replica may take to answer."""
+MAX_ASKED_AT_ONCE = 32
+CLEAR = "\x1b[H\x1b[2J"
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class TeamLine:
+    """One team at all replicas that answered; rates, shares and times are of the last minute."""
+
+    team: str
+    weight: float
+    tokens_in_flight: int
+    queued_tokens: int
+    tokens_per_second: float
+    share: float
+    """Of the cost dispatched for all teams."""
+    entitled: float
+    waiting_p95_ms: float
+    """At the replica where it is worst."""
+    rejected: int
+    tokens_left_today: int | None
+    """None: no quota, or nothing is known of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaNumbers:
+    """How busy one replica is; means and rates are of the last minute."""
+
+    streams: int
+    queued_tokens: int
+    batch_fill: float
+    forward_ms: float
+    head_ms: float
+    encode_ms: float
+    tokens_per_second: float
+    busy: float
+    memory_bytes: int
+    device_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLine:
+    """One replica that answered."""
+
+    id: str
+    address: str
+    state: str
+    numbers: ReplicaNumbers | None
+    """None: the caller has not the scope admin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreachable:
+    """A replica that the others know of and that did not answer here."""
+
+    id: str
+    address: str
+    state: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    """One look at a service."""
+
+    service_id: str
+    model: str
+    admin: bool
+    """Whether the caller sees all teams, and the numbers of replicas."""
+    teams: list[TeamLine]
+    replicas: list[ReplicaLine]
+    unreachable: list[Unreachable]
+
+
+def show_status(config: StatusConfig) -> int:
+    """Prints it, with --watch again and again; returns the exit code."""
+    try:
+        connection = connection_of(config)
+        status = look(connection)
+        if not config.watch:
+            print(json.dumps(asdict(status), indent=2) if config.as_json else table(status))
+            return 0
+        _watch(connection, status, config)
+    except NotAnswered as error:
+        return told(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read this has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _watch(connection: Connection, status: ServiceStatus, config: StatusConfig) -> None:
+    """Prints a status, and the next one every REFRESH_S, for ever."""
+    clear = CLEAR if sys.stdout.isatty() and not config.as_json else ""
+    while True:
+        next_s = time.monotonic() + REFRESH_S
+        if config.as_json:
+            print(json.dumps(asdict(status)), flush=True)
+        else:
+            now = time.strftime("%H:%M:%S")
+            print(f"{clear}{connection.addresses[0]}  {now}\n\n{table(status)}\n", flush=True)
+        while True:
+            time.sleep(max(0.0, next_s - time.monotonic()))
+            next_s = time.monotonic() + REFRESH_S
+            try:
+                status = look(connection)
+                break
+            except NotAnswered as error:  # it may be starting anew
+                told(error)
+
+
+def look(connection: Connection) -> ServiceStatus:
+    """Asks the service which replicas it has, and each how it is doing. Raises NotAnswered."""
+    address = connection.addresses[0]
+    # Both calls over one connection reach one replica, also where the others cannot be reached.
+    with connection.blocking_channel(address) as channel:
+        info = ask_on(
+            *(channel, connection, address),
+            *(lambda stub: stub.Describe, teacher_pb2.DescribeRequest()),
+        )
+        own = ask_on(
+            *(channel, connection, address),
+            *(lambda stub: stub.Status, teacher_pb2.StatusRequest()),
+        )
+    others = [card for card in info.replicas if card.id != own.replica.id]
+    with ThreadPoolExecutor(min(MAX_ASKED_AT_ONCE, max(1, len(others)))) as pool:
+        found = list(pool.map(lambda card: _ask_replica(connection, card), others))
+    answers = [own, *(one for one in found if not isinstance(one, Unreachable))]
+    unreachable = [one for one in found if isinstance(one, Unreachable)]
+    admin = "admin" in info.caller.scopes
+    return ServiceStatus(
+        service_id=info.service_id,
+        model=info.model,
+        admin=admin,
+        teams=merge_teams(answers),
+        replicas=sorted(
+            (_replica_line(one.replica, admin) for one in answers), key=lambda line: line.address
+        ),
+        unreachable=unreachable,
+    )
+
+
+def _ask_replica(
+    connection: Connection, card: teacher_pb2.Replica
+) -> teacher_pb2.StatusResponse | Unreachable:
+    try:
+        answer = ask(
+            connection,
+            lambda stub: stub.Status,
+            teacher_pb2.StatusRequest(),
+            address=card.address,
+            timeout_s=REPLICA_S,
+        )
+    except NotAnswered as error:
+        return Unreachable(card.id, card.address, card.state, str(error))
+    if answer.replica.id != card.id:
+        why = f"{card.address} was answered by another replica ({answer.replica.id})"
+        return Unreachable(card.id, card.address, card.state, why)
+    return answer
+
+
+def merge_teams(answers: Sequence[teacher_pb2.StatusResponse]) -> list[TeamLine]:
+    """The teams of several replicas, by name.
+
+    Counts are summed, shares averaged by the cost that each replica dispatched; of waiting times
+    the worst counts, of what is left of a quota the smallest, which is the latest one known. That
+    cost only the scope admin is told. For other callers it is what their own tokens and share at a
+    replica come to; replicas at which they did nothing count as the others do on average.
+    """
+    names = sorted({team.team for answer in answers for team in answer.teams})
+    told = any(answer.cost_per_second for answer in answers)
+    lines = []
+    for name in names:
+        costs = [
+            (team, answer.cost_per_second if told else _cost_by_share(team))
+            for answer in answers
+            for team in answer.teams
+            if team.team == name
+        ]
+        if not told:
+            known = [cost for _, cost in costs if cost]
+            average = sum(known) / len(known) if known else 1.0
+            costs = [(team, cost or average) for team, cost in costs]
+        everything = sum(answer.cost_per_second for answer in answers)
+        everything = everything or sum(cost for _, cost in costs)
+        found = [(team, cost / everything) for team, cost in costs]
+        teams = [team for team, _ in found]
+        left = [t.tokens_left_today for t in teams if t.HasField("tokens_left_today")]
+        lines.append(
+            TeamLine(
+                team=name,
+                weight=max(team.weight for team in teams),
+                tokens_in_flight=sum(team.tokens_in_flight for team in teams),
+                queued_tokens=sum(team.queued_tokens for team in teams),
+                tokens_per_second=sum(team.tokens_per_second for team in teams),
+                share=sum(team.share * part for team, part in found),
+                entitled=sum(team.entitled * part for team, part in found),
+                waiting_p95_ms=max(team.waiting_p95_ms for team in teams),
+                rejected=sum(team.rejected for team in teams),
+                tokens_left_today=min(left, default=None),
+            )
+        )
+    return lines
+
+
+def _cost_by_share(team: teacher_pb2.TeamStatus) -> float:
+    """What a replica dispatched for all teams, in tokens like those of this one."""
+    return team.tokens_per_second / team.share if team.share else 0.0
+
+
+def _replica_line(replica: teacher_pb2.ReplicaStatus, admin: bool) -> ReplicaLine:
+    numbers = None
+    if admin:
+        names = ReplicaNumbers.__dataclass_fields__
+        numbers = ReplicaNumbers(**{name: getattr(replica, name) for name in names})
+    return ReplicaLine(replica.id, replica.address, replica.state, numbers)
+
+
+def table(status: ServiceStatus) -> str:
+    """For people."""
+    texts = []
+    if status.teams:
+        header = ("team", "in flight", "tokens/s", "share", "entitled")
+        header += ("waiting p95", "rejected", "left today")
+        texts.append(_columns(header, map(_team_cells, status.teams), num_left=1))
+    else:
+        texts.append("no team did anything in the last minute")
+    header = ("replica", "address", "state")
+    if status.admin:
+        header += ("streams", "queued", "tokens/s", "busy", "batch fill")
+        header += ("forward", "head", "encode", "memory", "device")
+    texts.append(_columns(header, map(_replica_cells, status.replicas), num_left=3))
+    if status.unreachable:
+        texts.append("\n".join(f"not reached: {one.id}: {one.why}" for one in status.unreachable))
+    return "\n\n".join(texts)
+
+
+def _team_cells(team: TeamLine) -> tuple[str, ...]:
+    left = team.tokens_left_today
+    return (
+        team.team,
+        f"{team.tokens_in_flight:,}",
+        f"{team.tokens_per_second:,.0f}",
+        f"{100 * team.share:.0f} %",
+        f"{100 * team.entitled:.0f} %",
+        f"{team.waiting_p95_ms:,.0f} ms",
+        f"{team.rejected:,}",
+        "-" if left is None else f"{left:,}",
+    )
+
+
+def _replica_cells(replica: ReplicaLine) -> tuple[str, ...]:
+    who = (replica.id, replica.address, replica.state)
+    numbers = replica.numbers
+    if numbers is None:
+        return who
+    device = numbers.device_memory_bytes
+    return (
+        *who,
+        f"{numbers.streams:,}",
+        f"{numbers.queued_tokens:,}",
+        f"{numbers.tokens_per_second:,.0f}",
+        f"{100 * numbers.busy:.0f} %",
+        f"{100 * numbers.batch_fill:.0f} %",
+        f"{numbers.forward_ms:,.1f} ms",
+        f"{numbers.head_ms:,.1f} ms",
+        f"{numbers.encode_ms:,.1f} ms",
+        f"{numbers.memory_bytes / (1 << 30):,.1f} GiB",
+        f"{device / (1 << 30):,.1f} GiB" if device else "-",
+    )
+
+
+def _columns(header: Sequence[str], rows: Iterable[Sequence[str]], *, num_left: int) -> str:
+    """Columns as wide as needed; the first ones to the left, numbers to the right."""
+    cells = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if place < num_left else text.rjust(width)
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )

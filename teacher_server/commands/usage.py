@@ -1,0 +1,100 @@
+"""`teacher-server usage`: what teams have used, from a service or from the file of its ledger."""
+
+import csv
+import datetime
+import json
+import sqlite3
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from protos import teacher_pb2
+from teacher_server.commands.remote_call import NotAnswered, ask, connection_of, told
+from teacher_server.config import UsageConfig
+from teacher_server.ledger.directory import FILE_NAME, UsageRow, read_usage
+
+EPOCH = datetime.date(1970, 1, 1)
+COLUMNS = (
+    *("day", "team", "sequences", "tokens"),
+    *("delivered_rows", "delivered_bytes", "rejected"),
+)
+
+
+def show_usage(config: UsageConfig) -> int:
+    """Prints it as a table, CSV or JSON; returns the exit code."""
+    try:
+        since = first_day(config.since)
+    except ValueError as error:
+        wrong = str(error).rstrip(".")
+        print(f"teacher-server: --{wrong}; see teacher-server usage --help", file=sys.stderr)
+        return 2
+    try:
+        if config.ledger is not None:
+            rows = _from_file(config.ledger, config.team, since)
+        else:
+            request = teacher_pb2.UsageRequest(team=config.team, since=config.since)
+            rows = ask(connection_of(config), lambda stub: stub.Usage, request).rows
+    except NotAnswered as error:
+        return told(error)
+    except (OSError, ValueError, sqlite3.Error) as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    lines = [[getattr(row, name) for name in COLUMNS] for row in rows]
+    if config.as_json:
+        print(json.dumps([dict(zip(COLUMNS, line, strict=True)) for line in lines], indent=2))
+    elif config.as_csv:
+        csv.writer(sys.stdout, lineterminator="\n").writerows([COLUMNS, *lines])
+    else:
+        _print_table(lines)
+    return 0
+
+
+def usage_row(row: UsageRow) -> teacher_pb2.UsageRow:
+    """A row of the ledger as a message."""
+    return teacher_pb2.UsageRow(
+        day=(EPOCH + datetime.timedelta(days=row.day)).isoformat(),
+        team=row.team,
+        sequences=row.sequences,
+        tokens=row.tokens,
+        delivered_rows=row.delivered_rows,
+        delivered_bytes=row.delivered_bytes,
+        rejected=row.rejected,
+    )
+
+
+def first_day(since: str) -> int:
+    """Days since 1970-01-01 (UTC) of a date, or of today. Raises ValueError."""
+    try:
+        first = (
+            datetime.date.fromisoformat(since)
+            if since
+            else datetime.datetime.now(datetime.UTC).date()
+        )
+    except ValueError:
+        raise ValueError(f'since is a day such as "2027-01-31", got "{since[:40]}".') from None
+    return (first - EPOCH).days
+
+
+def _from_file(folder: Path, team: str, since: int) -> Sequence[teacher_pb2.UsageRow]:
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise ValueError(f"there is no ledger in {folder} ({FILE_NAME})")
+    return [usage_row(row) for row in read_usage(path, team or None, since)]
+
+
+def _print_table(lines: list[list[str | int]]) -> None:
+    """Columns as wide as needed, numbers to the right with their thousands apart."""
+    cells = [list(COLUMNS)] + [
+        [f"{value:,}" if isinstance(value, int) else value for value in line] for line in lines
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        texts = [
+            text.ljust(width) if place < 2 else text.rjust(width)
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(texts).rstrip())
+    if not lines:
+        print("nothing was used")

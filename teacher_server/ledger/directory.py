@@ -1,0 +1,368 @@
+"""The directory: what every team has used, and how much more of its quota each replica may give out.
+
+One SQLite file, written by one transaction at a time. On Ray the directory is an actor (app.py), in
+standalone mode it runs in the replica's process; replicas of one host may also have it each in their
+own process, over the same file.
+
+Replicas come with segments of their journals and with wishes. A segment is applied once, whatever is
+repeated: its journal and number are kept in the same transaction. A quota is given out in leases. A
+lease is what a replica may still dispatch beyond what it has reported, so that
+
+    charged today + leases <= quota
+
+holds for as long as replicas report. The lease of a replica that is silent for LEASE_S is free again;
+if it dispatched meanwhile, that comes on top: at most the lease.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+from urllib.parse import quote
+
+from logitstream.files import locked, make_private
+from teacher_server.ledger.journal import Kind, Record, from_bytes
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "ledger.sqlite"
+BESIDE = ("-wal", "-shm")
+"""How the names of SQLite's own files end, beside the ledger."""
+LEASE_S = 30.0
+ACTIVE_S = 3.0
+"""A replica shares a team's limits with those that have worked for it in so long."""
+BUSY_MS = 4000
+JOURNALS_DAYS = 400
+"""How long a journal's last number is remembered after it was heard of."""
+DROP_AT_ONCE = 10_000
+"""Old keys are removed in so small steps that nobody waits for it."""
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE usage (
+    day INTEGER NOT NULL, team TEXT NOT NULL,
+    sequences INTEGER NOT NULL DEFAULT 0, tokens INTEGER NOT NULL DEFAULT 0,
+    delivered_rows INTEGER NOT NULL DEFAULT 0, delivered_bytes INTEGER NOT NULL DEFAULT 0,
+    rejected INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (day, team)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE delivered (
+    day INTEGER NOT NULL, key BLOB NOT NULL,
+    PRIMARY KEY (day, key)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE journals (
+    journal TEXT PRIMARY KEY, segment INTEGER NOT NULL, heard_day INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE leases (
+    holder TEXT NOT NULL, team TEXT NOT NULL, day INTEGER NOT NULL, tokens INTEGER NOT NULL,
+    heard_s REAL NOT NULL, active_s REAL NOT NULL,
+    PRIMARY KEY (team, holder)
+) STRICT, WITHOUT ROWID;
+"""
+COLUMNS = {
+    Kind.DISPATCHED: ("sequences", "tokens"),
+    Kind.DELIVERED: ("delivered_rows", "delivered_bytes"),
+    Kind.REJECTED: ("rejected",),
+}
+"""What the numbers of a record are added to."""
+
+
+class DirectoryAway(Exception):
+    """The directory does not answer now; everything is asked again later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a replica holds and wants for one team."""
+
+    quota: int | None
+    """Tokens per day, as the replica knows it."""
+    day: int
+    held: int
+    """Tokens of its lease that it has not reported as dispatched."""
+    need: int
+    """Tokens beyond `held` that requests wait for."""
+    more: int
+    """Tokens beyond `need` that it would use soon."""
+    active: bool
+    """Whether the team had work here a moment ago."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What the directory answers to a wish."""
+
+    tokens: int
+    """Added to the lease."""
+    left_today: int | None
+    """Of the quota, not charged yet; None without a quota."""
+    elsewhere: int
+    """Tokens that are leased to other replicas."""
+    replicas: int
+    """Replicas that work for this team now, this one too: they share its limits."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """What one team used on one day."""
+
+    day: int
+    """Since 1970-01-01, UTC."""
+    team: str
+    sequences: int
+    tokens: int
+    delivered_rows: int
+    delivered_bytes: int
+    rejected: int
+
+
+class DirectoryLink(Protocol):
+    """A way to the directory; everything raises DirectoryAway."""
+
+    async def sync(
+        self,
+        holder: str,
+        segment: tuple[int, bytes] | None,
+        wishes: dict[str, Wish],
+        *,
+        ended: bool = False,
+    ) -> dict[str, Grant]: ...
+
+    async def usage(self, team: str | None, since: int) -> list[UsageRow]: ...
+
+    async def close(self) -> None: ...
+
+
+class Directory:
+    """The ledger and the leases, in `folder`, or in memory without one.
+
+    Not thread-safe. Everything may raise sqlite3.Error; nothing is half done then.
+    """
+
+    def __init__(self, folder: Path | None, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        if folder is None:
+            self._base = self._open(":memory:")
+            return
+        make_private(folder)
+        # A new file is made WAL by whoever comes first; to a second one at the same moment SQLite says
+        # "database is locked" at once, however long its busy_timeout is.
+        with locked(folder):
+            _keep_private(folder / FILE_NAME)
+            self._base = self._open(str(folder / FILE_NAME))
+
+    def _open(self, name: str) -> sqlite3.Connection:
+        """The ledger in this file, with its tables."""
+        base = sqlite3.connect(name, isolation_level=None, check_same_thread=False)
+        base.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
+        base.execute("PRAGMA journal_mode = WAL")
+        # Once per sync, in a thread of its own: the journals are removed after this.
+        base.execute("PRAGMA synchronous = FULL")
+        # Read first: to write means to wait for others who write, maybe for longer than SQLite does.
+        if not _read_version(base, name):
+            with _Transaction(base):
+                if not _read_version(base, name):
+                    for statement in SCHEMA.split(";\n"):
+                        base.execute(statement)
+                    base.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        return base
+
+    def sync(
+        self,
+        holder: str,
+        segment: tuple[int, bytes] | None,
+        wishes: dict[str, Wish],
+        *,
+        ended: bool = False,
+    ) -> dict[str, Grant]:
+        """Applies a segment unless it has had it, then grants wishes. ended: nothing is held."""
+        now = self._clock()
+        today = int(now // 86400)
+        with _Transaction(self._base):
+            if segment is not None:
+                self._apply(holder, *segment, today)
+            if ended:
+                self._base.execute("DELETE FROM leases WHERE holder = ?", (holder,))
+            return {
+                team: self._grant(holder, team, wish, now, today) for team, wish in wishes.items()
+            }
+
+    def usage(self, team: str | None, since: int) -> list[UsageRow]:
+        """By day and team, from the day `since` on; team: of this one only."""
+        return _usage(self._base, team, since)
+
+    def close(self) -> None:
+        self._base.close()
+
+    def _apply(self, journal: str, number: int, data: bytes, today: int) -> None:
+        row = self._base.execute(
+            "SELECT segment FROM journals WHERE journal = ?", (journal,)
+        ).fetchone()
+        if row and number <= row[0]:
+            return
+        totals: dict[tuple[int, str], dict[str, int]] = {}
+        for record in from_bytes(data):
+            if record.kind is Kind.DELIVERED and not self._is_first(record, today):
+                continue
+            sums = totals.setdefault((record.day, record.team), {})
+            numbers = record.number, record.amount
+            for name, value in zip(COLUMNS[record.kind], numbers, strict=False):
+                sums[name] = sums.get(name, 0) + value
+        for (day, team), sums in totals.items():
+            self._base.execute("INSERT OR IGNORE INTO usage (day, team) VALUES (?, ?)", (day, team))
+            columns = ", ".join(f"{name} = {name} + ?" for name in sums)
+            self._base.execute(
+                f"UPDATE usage SET {columns} WHERE day = ? AND team = ?",
+                (*sums.values(), day, team),
+            )
+        self._base.execute(
+            "INSERT OR REPLACE INTO journals VALUES (?, ?, ?)", (journal, number, today)
+        )
+        self._base.execute(
+            "DELETE FROM delivered WHERE (day, key) IN"
+            " (SELECT day, key FROM delivered WHERE day < ? LIMIT ?)",
+            (today - 1, DROP_AT_ONCE),
+        )
+        self._base.execute("DELETE FROM journals WHERE heard_day < ?", (today - JOURNALS_DAYS,))
+
+    def _is_first(self, record: Record, today: int) -> bool:
+        """Whether this key has not come today or yesterday; it is remembered."""
+        yesterday = self._base.execute(
+            "SELECT 1 FROM delivered WHERE day = ? AND key = ?", (today - 1, record.key)
+        )
+        if yesterday.fetchone():
+            return False
+        added = self._base.execute(
+            "INSERT OR IGNORE INTO delivered VALUES (?, ?)", (today, record.key)
+        )
+        return added.rowcount == 1
+
+    def _grant(self, holder: str, team: str, wish: Wish, now: float, today: int) -> Grant:
+        held = wish.held if wish.day == today else 0
+        active_s = now if wish.active else now - 2 * ACTIVE_S
+        elsewhere, replicas = self._base.execute(
+            "SELECT coalesce(sum(tokens) FILTER (WHERE day = ? AND heard_s > ?), 0),"
+            " count(*) FILTER (WHERE active_s > ?)"
+            " FROM leases WHERE team = ? AND holder <> ?",
+            (today, now - LEASE_S, now - ACTIVE_S, team, holder),
+        ).fetchone()
+        replicas += 1
+        tokens, left = 0, None
+        if wish.quota is not None:
+            row = self._base.execute(
+                "SELECT tokens FROM usage WHERE day = ? AND team = ?", (today, team)
+            ).fetchone()
+            left = max(0, wish.quota - (row[0] if row else 0))
+            free = left - elsewhere - held
+            if wish.day == today:
+                # Nobody takes for later what others need now.
+                soon = min(wish.more, max(0, free - wish.need) // (2 * replicas))
+                tokens = max(0, min(wish.need + soon, free))
+        self._base.execute(
+            "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?)",
+            (holder, team, today, held + tokens, now, active_s),
+        )
+        self._base.execute("DELETE FROM leases WHERE heard_s < ?", (now - 2 * LEASE_S,))
+        return Grant(tokens, left, elsewhere, replicas)
+
+
+def _keep_private(path: Path) -> None:
+    """Lets nobody but its owner read a ledger, which is made if it is not there. Raises OSError.
+
+    SQLite would make a new one for everybody, and gives the files beside it the mode of this one. An
+    open file of it must never be closed here: that would take SQLite's locks away from this process.
+    """
+    path = Path(os.path.realpath(path))
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    for one in (path, *(path.with_name(path.name + side) for side in BESIDE)):
+        try:
+            mode = stat.S_IMODE(one.stat().st_mode)
+            if mode & 0o077:
+                one.chmod(mode & 0o700)
+        except FileNotFoundError:
+            continue
+        except PermissionError:
+            logger.warning("%s can be read by others and is not this user's: chmod 600 it", one)
+
+
+def _read_version(base: sqlite3.Connection, name: str) -> int:
+    """Of the tables, 0: there are none. Raises sqlite3.DatabaseError for one that is not known."""
+    (version,) = base.execute("PRAGMA user_version").fetchone()
+    if version not in (0, SCHEMA_VERSION):
+        raise sqlite3.DatabaseError(
+            f"{name} is a ledger of version {version}, this server knows {SCHEMA_VERSION}"
+        )
+    return version
+
+
+def read_usage(path: Path, team: str | None, since: int) -> list[UsageRow]:
+    """From the file of a ledger, which a service may be writing. Raises sqlite3.Error."""
+    with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as base:
+        base.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
+        return _usage(base, team, since)
+
+
+def _usage(base: sqlite3.Connection, team: str | None, since: int) -> list[UsageRow]:
+    found = base.execute(
+        "SELECT day, team, sequences, tokens, delivered_rows, delivered_bytes, rejected"
+        " FROM usage WHERE day >= ? AND (? IS NULL OR team = ?) ORDER BY day, team",
+        (since, team, team),
+    )
+    return [UsageRow(*row) for row in found]
+
+
+class _Transaction:
+    """All of the block or nothing."""
+
+    def __init__(self, base: sqlite3.Connection) -> None:
+        self._base = base
+
+    def __enter__(self) -> None:
+        self._base.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._base.execute("COMMIT")
+        elif self._base.in_transaction:
+            self._base.execute("ROLLBACK")
+
+
+class LocalDirectory:
+    """The directory in this process, in a thread of its own: the disk blocks nobody."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="directory")
+
+    async def sync(
+        self,
+        holder: str,
+        segment: tuple[int, bytes] | None,
+        wishes: dict[str, Wish],
+        *,
+        ended: bool = False,
+    ) -> dict[str, Grant]:
+        return await self._do(lambda: self._directory.sync(holder, segment, wishes, ended=ended))
+
+    async def usage(self, team: str | None, since: int) -> list[UsageRow]:
+        return await self._do(lambda: self._directory.usage(team, since))
+
+    async def close(self) -> None:
+        await self._do(self._directory.close)
+        self._thread.shutdown(wait=False)
+
+    async def _do(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except sqlite3.Error as error:
+            raise DirectoryAway(f"the ledger: {error}") from error

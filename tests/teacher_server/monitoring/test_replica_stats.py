@@ -1,0 +1,40 @@
+import pytest
+
+from teacher_server.monitoring.replica_stats import WorkloadCounter
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_means_and_rates_are_of_the_last_minute() -> None:
+    clock = Clock()
+    counter = WorkloadCounter(clock)
+    nothing = counter.numbers()
+    assert (nothing.busy, nothing.forward_s, nothing.encode_s, nothing.tokens_per_s) == (0, 0, 0, 0)
+    counter.passed(100, 0.2, 0.1)
+    counter.passed(300, 0.4, 0.3)
+    counter.computed(1.0)
+    counter.encoded(0.01)
+    counter.encoded(0.03)
+    clock.now += 10
+    numbers = counter.numbers(computing_s=1.0)
+    assert numbers.pass_tokens == 200
+    assert numbers.forward_s == pytest.approx(0.3)
+    assert numbers.head_s == pytest.approx(0.2)
+    assert numbers.encode_s == pytest.approx(0.02)
+    assert numbers.tokens_per_s == 40
+    assert numbers.busy == pytest.approx(0.2)
+    clock.now += 60
+    assert counter.numbers() == nothing
+
+
+def test_a_pass_longer_than_the_window_is_no_more_than_all_of_the_time() -> None:
+    clock = Clock()
+    counter = WorkloadCounter(clock)
+    clock.now += 90
+    counter.computed(90.0)
+    assert counter.numbers().busy == 1.0
