@@ -22,7 +22,7 @@ from logit_codec import Targets, decode, encode, ids_digest, parse_targets, sele
 from student_trainer import LocalTeacher, data
 from student_trainer.losses.distillation import prepare
 from student_trainer.training import loop as trainer
-from student_trainer.training.loop import make_student
+from student_trainer.training.students import make_student
 
 KINDS: dict[str, tuple[str | None, bool]] = {
     "labels": (None, False),

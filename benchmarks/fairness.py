@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.latency import measure
-from teacher_server.scheduling.scheduler import BULK, INTERACTIVE, TRAINING, Scheduler
+from teacher_server.scheduling.job import BULK, INTERACTIVE, TRAINING
+from teacher_server.scheduling.scheduler import Scheduler
 from teacher_server.teams.declaration import Team
 from tests.support.simulator import (
     Closed,

@@ -31,7 +31,10 @@ from torch import Tensor
 from benchmarks.distributions import Distributions
 from logit_codec import Targets, decode, encode_parts, ids_digest, parse_targets, select
 from student_trainer import Recorded
-from student_trainer.record.shards import Folder, Provenance, Row, Shards, Writer, encode_shard
+from student_trainer.record.folder import Folder
+from student_trainer.record.schema import Provenance, Row
+from student_trainer.record.shards import Shards
+from student_trainer.record.writer import Writer, encode_shard
 
 VOCABULARY, ENTROPY, NOISE = 32_768, 1.5, 2.0
 """As in benchmarks/codec.py."""

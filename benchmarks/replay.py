@@ -32,7 +32,9 @@ from examples import demo_teacher
 from examples.demo_teacher import SEQUENCE, WARMUP
 from logit_codec import Targets
 from student_trainer import LocalTeacher, Recorded, data, distillation_loss
-from student_trainer.training.loop import held_out_loss, make_optimizers, make_student
+from student_trainer.training.loop import held_out_loss
+from student_trainer.training.optimizers import make_optimizers
+from student_trainer.training.students import make_student
 
 LEARNING_RATE = 1e-2
 TOKENS = 20_480

@@ -154,8 +154,9 @@ def random_sequences(seed: int):
 def bare_loop(connection: Connection, folder: str, threads: int) -> None:
     """Forward, head and encode, one batch after the other, in the service's own functions."""
     from logit_codec import encode_parts, parse_targets
-    from teacher_server.engine.head import VocabularyHead, WantedRows
-    from teacher_server.engine.model import load
+    from teacher_server.engine.batch import WantedRows
+    from teacher_server.engine.head import VocabularyHead
+    from teacher_server.engine.loading import load
 
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as the service does
     torch.set_num_threads(threads)

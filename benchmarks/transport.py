@@ -34,13 +34,16 @@ def score_server(pipe: Connection) -> None:
 
     from logit_codec import DenseSpec, select
     from protos import teacher_pb2, teacher_pb2_grpc
-    from teacher_server.admission.requests import Admission, Limits
+    from teacher_server.admission.limits import Limits
+    from teacher_server.admission.requests import Admission
     from teacher_server.encoding import Encoder
-    from teacher_server.engine.head import StageTimes
+    from teacher_server.engine.batch import StageTimes
+    from teacher_server.ledger.accounts import open_accounts
+    from teacher_server.monitoring.memory import keep_freed_memory
     from teacher_server.monitoring.metrics import Metrics
     from teacher_server.monitoring.replica_stats import WorkloadCounter
     from teacher_server.monitoring.team_stats import Standing
-    from teacher_server.replica import keep_freed_memory, open_accounts, server_options
+    from teacher_server.replica import server_options
     from teacher_server.rpc.service import Scored, TeacherService
 
     torch.set_num_threads(1)
@@ -94,7 +97,7 @@ def bare_server(pipe: Connection) -> None:
     import grpc
 
     from protos import teacher_pb2
-    from teacher_server.replica import keep_freed_memory
+    from teacher_server.monitoring.memory import keep_freed_memory
 
     keep_freed_memory()
 

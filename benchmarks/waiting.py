@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from logit_codec import Targets
 from student_trainer import LocalTeacher
+from student_trainer.teachers.look_ahead import make_window
 from student_trainer.teachers.request import Answer, Wish
 from student_trainer.teachers.stream import stream_loader
-from student_trainer.teachers.window import make_window
 from student_trainer.training import loop as trainer
 from tests.support import tiny
 

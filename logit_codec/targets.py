@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from logit_codec.spec import MAX_DRAWS
+from logit_codec.spec import MAX_DRAWS, DenseSpec, SampledSpec, TargetSpec, TopKSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
@@ -313,3 +313,32 @@ def _expect(name: str, value: Tensor, dtype: torch.dtype | None, shape: tuple[in
 def _splits(sizes: Tensor) -> Tensor:
     """(R,) sizes -> (R+1,) where each row begins, and the end."""
     return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+
+
+def most_likely(targets: Targets) -> Tensor:
+    """(R,) int64: the teacher's likeliest id of each row, the lowest of equals, as far as the
+    targets tell."""
+    if isinstance(targets, DenseTargets):
+        return targets.logprobs.argmax(1)
+    assert isinstance(targets, SampledTargets | TopKTargets)
+    rows_E = targets.entry_rows()
+    values_E = targets.counts if isinstance(targets, SampledTargets) else targets.logprobs
+    values_E = values_E.float()
+    best_R = values_E.new_full((targets.num_rows,), -torch.inf)
+    best_R = best_R.scatter_reduce(0, rows_E, values_E, "amax")
+    # Not chosen by a mask: how many are chosen would have to be known here, and waited for.
+    ids_E = targets.token_ids.where(values_E == best_R[rows_E], targets.vocab_size)
+    ids_R = torch.full_like(best_R, targets.vocab_size, dtype=torch.int64)
+    return ids_R.scatter_reduce(0, rows_E, ids_E, "amin")
+
+
+def max_row_nbytes(spec: TargetSpec, vocab_size: int) -> float:
+    """Upper bound of the memory that one decoded row of the spec takes, in bytes."""
+    nbytes = 4 * (spec.realized + spec.entropy + spec.log_z)
+    if isinstance(spec, DenseSpec):
+        return nbytes + vocab_size * spec.bits // 8
+    nbytes += 16  # two elements of row_splits, if the row is alone
+    if isinstance(spec, SampledSpec):
+        return nbytes + 16 * min(spec.n, vocab_size)
+    assert isinstance(spec, TopKSpec)
+    return nbytes + 4 + 12 * min(spec.k, vocab_size)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from student_trainer.record.recorded import Recorded
     from student_trainer.teachers.local import LocalTeacher
     from student_trainer.teachers.prefetch import prefetch
-    from student_trainer.teachers.stream import Teacher
+    from student_trainer.teachers.teacher import Teacher
 
 __all__ = [
     "AccessDenied",
@@ -64,7 +64,7 @@ HOMES = {
     "LocalTeacher": "teachers.local",
     "Recorded": "record.recorded",
     "RemoteTeacher": "client.remote",
-    "Teacher": "teachers.stream",
+    "Teacher": "teachers.teacher",
     "connect": "client.remote",
     "distillation_loss": "losses.distillation",
     "fused_distillation_loss": "losses.fused",

@@ -17,7 +17,7 @@ import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
-from student_trainer.teachers.stream import Layout
+from student_trainer.teachers.layout import Layout
 
 logger = logging.getLogger(__name__)
 

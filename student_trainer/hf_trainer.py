@@ -26,23 +26,19 @@ from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from logit_codec import Targets, select
-from student_trainer.causal import check_causal
 from student_trainer.client.remote import RemoteTeacher, connect
 from student_trainer.errors import IncompatibleTeacher, ProtocolError
-from student_trainer.losses.distillation import (
-    check_divergence,
-    check_labels,
-    distillation_loss,
-    shared_vocabulary,
-    within,
-)
-from student_trainer.losses.fused import RowStatistics, fused_distillation_loss, most_entries
+from student_trainer.losses.causal import check_causal
+from student_trainer.losses.checks import check_divergence, check_labels, shared_vocabulary
+from student_trainer.losses.distillation import distillation_loss, within
+from student_trainer.losses.fused import fused_distillation_loss
+from student_trainer.losses.fused_chunk import RowStatistics, most_entries
 from student_trainer.losses.fused_head import FusedHead, Unfusable
 from student_trainer.teachers.local import LocalTeacher
+from student_trainer.teachers.look_ahead import parse_ahead
 from student_trainer.teachers.prefetch import moved, on_device
 from student_trainer.teachers.request import Wish
-from student_trainer.teachers.stream import Teacher
-from student_trainer.teachers.window import parse_ahead
+from student_trainer.teachers.teacher import Teacher
 from student_trainer.training.alignment import Alignment, warn_of_tail
 from student_trainer.training.look_ahead import LookAhead
 from student_trainer.training.meter import SUMS, Meter, cross_entropy_sum, means

@@ -11,7 +11,7 @@ either way.
 import threading
 from collections.abc import Callable
 
-from teacher_server.scheduling.scheduler import Job
+from teacher_server.scheduling.job import Job
 
 
 class EncodeBacklog:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from teacher_server.scheduling.scheduler import Job
+from teacher_server.scheduling.job import Job
 
 CLOSE_S = 5.0
 """How long closing waits for the part in hand."""

@@ -9,12 +9,9 @@ on this host. Who the others are it is told from outside (`set_others`): by Ray,
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
-import resource
 import secrets
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -31,15 +28,18 @@ from logit_codec import FORMAT_VERSION
 from logit_codec.spec import KINDS
 from protos import teacher_pb2, teacher_pb2_grpc
 from teacher_server.admission.access import Access
-from teacher_server.admission.requests import Admission, Limits
+from teacher_server.admission.limits import Limits
+from teacher_server.admission.requests import Admission
 from teacher_server.backlog import EncodeBacklog
 from teacher_server.config import ServeConfig
 from teacher_server.encoding import Encoder
 from teacher_server.engine.head import VocabularyHead
-from teacher_server.engine.model import TeacherModel, load
-from teacher_server.errors import RequestRefused, ServeError
-from teacher_server.ledger.accounts import Accounts
-from teacher_server.ledger.directory import Directory, DirectoryLink, LocalDirectory
+from teacher_server.engine.loading import load
+from teacher_server.engine.model import TeacherModel
+from teacher_server.errors import RequestRefused
+from teacher_server.ledger.accounts import Accounts, open_accounts
+from teacher_server.ledger.lease import DirectoryLink
+from teacher_server.monitoring.memory import device_nbytes, keep_freed_memory, resident_nbytes
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.monitoring.replica_stats import WorkloadCounter
 from teacher_server.monitoring.team_stats import Standing, TeamStanding
@@ -49,18 +49,21 @@ from teacher_server.rpc.grpc_log import keep_callers_out_of_the_log
 from teacher_server.rpc.health import Health
 from teacher_server.rpc.interceptor import Interceptor
 from teacher_server.rpc.ports import Ports
-from teacher_server.rpc.server import make_server, server_options
+from teacher_server.rpc.server import (
+    SERVICE_NAME,
+    allow_many_connections,
+    make_server,
+    server_options,
+)
 from teacher_server.rpc.service import Scored, TeacherService
 from teacher_server.rpc.tls import Tls
 from teacher_server.scheduling.cost import CostModel
-from teacher_server.scheduling.scheduler import Job, Scheduler
+from teacher_server.scheduling.job import Job
+from teacher_server.scheduling.scheduler import Scheduler
 from teacher_server.teams.declaration import TeamsFile
 
 logger = logging.getLogger(__name__)
 
-JOURNALS = "journals"
-"""In the folder of the ledger: one journal per replica."""
-SERVICE_NAME = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"].full_name
 WATCH_S = 0.5
 """How often the watchdog looks."""
 SLOW_FACTOR = 10
@@ -68,7 +71,6 @@ SLOW_FACTOR = 10
 EXIT_S = 2.0
 """How long a stuck replica lives on, so that its health checks and Describe can say so."""
 STOP_GRACE_S = 0.5
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 
 
@@ -513,21 +515,6 @@ class Replica:
         ]
 
 
-def open_accounts(folder: Path | None, directory: DirectoryLink | None = None) -> Accounts:
-    """The books of one replica, in `folder` or in memory; by default with a directory of its own.
-
-    Raises ServeError if the folder cannot be used.
-    """
-    try:
-        directory = directory or LocalDirectory(Directory(folder))
-        return Accounts(directory, None if folder is None else folder / JOURNALS)
-    except (OSError, sqlite3.Error) as error:
-        raise ServeError(
-            f"cannot keep a ledger in {folder}: {error}. Give --ledger a folder on a local disk "
-            "that this user may write to."
-        ) from error
-
-
 def _refusal(error: Exception) -> Exception:
     """An error of one sequence's forward; running out of memory is said to the client."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -538,34 +525,3 @@ def _refusal(error: Exception) -> Exception:
             "fewer rows.",
         )
     return error
-
-
-def resident_nbytes() -> int:
-    """Memory of this process that is in RAM; 0 where the system does not say."""
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return 0
-
-
-def device_nbytes(device: torch.device) -> int:
-    """Memory that tensors of this process have on an accelerator; 0 on a CPU."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc reuse buffers of a message's size instead of returning and faulting them anew.
-
-    Writing 1 MiB messages then takes about half the CPU time (benchmarks/transport.py). Buffers of
-    8 MiB and more are still given back at once. Does nothing with another C library.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 8 << 20)
-        mallopt(M_TRIM_THRESHOLD, 128 << 20)
-
-
-def allow_many_connections() -> None:
-    """Raises this process's soft limit of open files, often 1,024, to its hard one."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

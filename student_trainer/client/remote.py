@@ -13,20 +13,19 @@ from typing import Any
 from torch import Tensor
 
 from logit_codec import (
-    FORMAT_VERSION,
     DenseSpec,
     SampledSpec,
     TopKSpec,
-    tokenizer_fingerprint,
 )
 from logitstream.connection import Address, Connection, Pem
 from protos import teacher_pb2
 from student_trainer.client.dispatch import Pending
 from student_trainer.client.io_thread import IoThread
 from student_trainer.client.session import Counters, Session
-from student_trainer.errors import ForkedClient, IncompatibleTeacher, ProtocolError, TeacherError
+from student_trainer.errors import ForkedClient, ProtocolError, TeacherError
+from student_trainer.teachers.compatibility import check_compatible
 from student_trainer.teachers.request import Answer, Wish, row_mask
-from student_trainer.teachers.stream import Teacher
+from student_trainer.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -156,24 +155,3 @@ def _request(
         return request, len(ids) - 1
     request.row_mask = mask
     return request, len(rows)
-
-
-def check_compatible(info: teacher_pb2.TeacherInfo, tokenizer: Any) -> None:
-    """Raises IncompatibleTeacher unless the codec is ours and the tokenizer, if any, is the same."""
-    if FORMAT_VERSION not in info.format_versions:
-        raise IncompatibleTeacher(
-            f"the teacher writes format versions {list(info.format_versions)}, this client reads "
-            f"version {FORMAT_VERSION}. Upgrade the older of the two sides."
-        )
-    if tokenizer is None:
-        return
-    ours = tokenizer_fingerprint(tokenizer)
-    if not info.tokenizer_fingerprint:
-        logger.warning("the teacher has no tokenizer to compare with the student's")
-    elif ours != info.tokenizer_fingerprint:
-        raise IncompatibleTeacher(
-            "teacher and student tokenizers differ: "
-            f"{info.effective_vocab_size} and {len(tokenizer.get_vocab())} entries, fingerprints "
-            f"{info.tokenizer_fingerprint} and {ours}. Token-level distillation needs one "
-            "vocabulary: train the student with the teacher's tokenizer."
-        )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from student_trainer.causal import evaluating
+from student_trainer.losses.causal import evaluating
 
 Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Hidden states (B, T, D), the head's weight (V, D) and its bias (V,) or None -> the loss."""

@@ -9,34 +9,25 @@ Nothing of Ray is imported before something is trained here: what this module pu
 environment for a Ray of its own is read when Ray is imported.
 """
 
-import json
 import logging
 import os
 import secrets
 import shutil
 import signal
-import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
-import xxhash
-from safetensors.torch import load_file, load_model, save_file
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from safetensors.torch import load_model, save_file
 
-from logitstream.connection import FILE_SUFFIX, PUBLIC_AUTHORITIES, Connection
+from logitstream.connection import FILE_SUFFIX, PUBLIC_AUTHORITIES
 from logitstream.extras import install_command
-from student_trainer import data
 from student_trainer.client.remote import RemoteTeacher
 from student_trainer.config import TrainConfig
-from student_trainer.disk import writing
 from student_trainer.errors import (
     AccessDenied,
     NotRecorded,
@@ -45,22 +36,20 @@ from student_trainer.errors import (
     TrainingFailed,
 )
 from student_trainer.record.recorded import Recorded
-from student_trainer.training import checkpoint
-from student_trainer.training import loop as trainer
 from student_trainer.training import run as runs
-from student_trainer.training.ranks import unwrapped
+from student_trainer.training.corpus import Corpus
+from student_trainer.training.held_out import HeldOut
 from student_trainer.training.results import StudentResults
-from student_trainer.training.shuffled_control import ShuffledTargets
+from student_trainer.training.students import make_student, save_student
 
 if TYPE_CHECKING:
-    import ray.train
+    pass
+from student_trainer.ray_train.checkpoints import _mended
+from student_trainer.ray_train.job import FOLDER, _Fitted, _Job
+from student_trainer.ray_train.worker import _meet, _work
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "ray_train"
-"""In the output folder: what Ray Train keeps."""
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Where Ray Train notes which checkpoints there are."""
 STORE_NBYTES = 100 << 20
 """Ray's object store, which only carries the settings."""
 POLL_S = 0.5
@@ -69,15 +58,13 @@ PERMANENT = (ValueError, AccessDenied, NotRecorded, NotWritten, ProtocolError)
 """What a worker would fail with again; IncompatibleTeacher and InvalidRequest are ValueErrors."""
 STOP_S = 10.0
 """How long the processes of a Ray of our own may take to end."""
-RENDEZVOUS_S = 1800
-"""How long ranks wait for each other; Ray's own number."""
 
 
 def train_students(
     config: TrainConfig,
-    corpus: runs.Corpus,
+    corpus: Corpus,
     teacher: RemoteTeacher | Recorded,
-    held_out: runs.HeldOut,
+    held_out: HeldOut,
 ) -> runs.Trained:
     """Trains the student with `config.workers` workers and saves it, and the controls if asked for.
 
@@ -103,45 +90,13 @@ def train_students(
             fit("control")
         fingerprint = teacher.info.teacher_fingerprint
         fitted = fit("distilled", teacher_fingerprint=fingerprint)
-        student = trainer.make_student(config.student, seed=config.seed, device="cpu")
+        student = make_student(config.student, seed=config.seed, device="cpu")
         with fitted.last.as_directory() as folder:
             load_model(student, Path(folder) / "student.safetensors")
-        runs.save_student(student, corpus, config.output / "student")
+        save_student(student, corpus, config.output / "student")
         if config.shuffled_control:
             fit("shuffled", teacher_fingerprint=fingerprint)
     return runs.Trained(student, students, fitted.bytes_per_token)
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What every worker is told about one student."""
-
-    config: TrainConfig
-    name: str
-    texts: Path
-    """A file with the sequences of the run, and the teacher's likeliest ids of those held out: read
-    where it is, not sent to each worker."""
-    tokenizer: Any
-    identity: Mapping[str, Any]
-    on_gpus: bool
-    num_ids: int | None = None
-    """Those that student and teacher share."""
-    found: Path | None = None
-    """A checkpoint that Ray does not know of any more."""
-
-    @property
-    def folder(self) -> Path:
-        return self.config.output / FOLDER / self.name
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Fitted:
-    """What became of one student."""
-
-    results: StudentResults
-    bytes_per_token: float | None
-    """Of its targets."""
-    last: "ray.train.Checkpoint"
 
 
 # The driver: what runs in the process that was started.
@@ -202,7 +157,7 @@ def _with_whole_paths(config: TrainConfig) -> TrainConfig:
 
 
 @contextmanager
-def _written(corpus: runs.Corpus, held_out: runs.HeldOut, folder: Path) -> Iterator[Path]:
+def _written(corpus: Corpus, held_out: HeldOut, folder: Path) -> Iterator[Path]:
     """A file with the text, while the workers need it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "texts.safetensors"
@@ -216,35 +171,6 @@ def _written(corpus: runs.Corpus, held_out: runs.HeldOut, folder: Path) -> Itera
         path.unlink(missing_ok=True)
         with suppress(OSError):  # what Ray Train keeps is in it
             folder.rmdir()
-
-
-def _mended(job: _Job) -> _Job:
-    """The job, with the newest checkpoint if Ray's note of what there is was damaged by a kill.
-
-    Ray Train writes it in place, and refuses a folder in which it is cut off.
-    """
-    snapshot = job.folder / SNAPSHOT
-    try:
-        noted = json.loads(snapshot.read_text())["checkpoint_results"]
-        if all((job.folder / one["checkpoint_dir_name"]).is_dir() for one in noted):
-            return job
-    except FileNotFoundError:
-        return job  # a checkpoint that was not noted may be half of one
-    except (ValueError, KeyError, TypeError, RecursionError):
-        logger.warning("%s is damaged: going on from the newest checkpoint beside it", snapshot)
-    snapshot.unlink(missing_ok=True)
-    found = checkpoint.all_in(job.folder)
-    return replace(job, found=found[-1] if found else None)
-
-
-def newest_step(folder: Path) -> int | None:
-    """The last checkpoint that Ray noted in the folder of a student; None if there is none."""
-    try:
-        noted = json.loads((folder / SNAPSHOT).read_text())["checkpoint_results"]
-        steps = [int(one["checkpoint_dir_name"].removeprefix("step-")) for one in noted]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    return max(steps, default=None)
 
 
 def _reason(job: _Job, error: BaseException) -> str:
@@ -449,162 +375,3 @@ def _sigint_kept() -> Iterator[None]:
 
 
 # The workers.
-
-
-def _meet(backend: str, file: str, rank: int, count: int) -> None:
-    """Forms the process group of one machine, on loopback."""
-    from datetime import timedelta
-
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group(
-        backend,
-        init_method=f"file://{file}",
-        rank=rank,
-        world_size=count,
-        timeout=timedelta(seconds=RENDEZVOUS_S),
-    )
-
-
-def _work(job: _Job) -> tuple[dict[str, Any], float | None]:
-    """What every worker does; the first one's StudentResults, as plain values, and bytes per token
-    are the result."""
-    import ray.train
-    import ray.train.torch
-
-    context = ray.train.get_context()
-    rank, num_ranks = context.get_world_rank(), context.get_world_size()
-    log = _log_to_stderr(rank)
-    config = job.config
-    texts = load_file(job.texts)
-    corpus = runs.Corpus(job.tokenizer, texts["sequences"], texts["held_out"])
-    device = ray.train.torch.get_device() if job.on_gpus else torch.device("cpu")
-    student = trainer.make_student(config.student, seed=config.seed, device=str(device))
-    if rank:  # else all would drop the same units
-        torch.manual_seed(_seed_of(config.seed, rank))
-    student = DistributedDataParallel(
-        student, device_ids=[device] if job.on_gpus else None, forward_sync_buffers=False
-    )
-    checkpoints = _Checkpoints(job, rank)
-    held_out = runs.HeldOut(corpus.held_out, texts.get("best_ids"), num_ids=job.num_ids)
-    shares = data.share(runs.batches(config, corpus), rank=rank, num_ranks=num_ranks)
-    with ExitStack() as ending:
-        ending.enter_context(_token_missed(config))
-        if job.name == "control":
-            made = None
-            pairs = runs.control_pairs(shares)
-        else:
-            teacher = ending.enter_context(runs.open_teacher(config, job.tokenizer))
-            made = runs.DistilledPairs(config, teacher, shares)
-            pairs = made.stream
-        if job.name == "shuffled":
-            assert made is not None
-            pairs = ShuffledTargets(made.stream, seed=config.seed)
-        run = runs.train_student(
-            *(config, student, pairs, job.name, checkpoints),
-            held_out=held_out,
-            also=made.measured if made and job.name == "distilled" else dict,
-            log=log,
-        )
-        results = runs.results_of(run, held_out.measure(student, config.batch_size))
-        nbytes = None if made is None else runs.bytes_per_token(made, run.history)
-        return results.model_dump(), nbytes
-
-
-@contextmanager
-def _token_missed(config: TrainConfig) -> Iterator[None]:
-    """Says where the token has to be. It is in no job: a worker has it from its environment."""
-    try:
-        yield
-    except AccessDenied as error:
-        seen = Connection.to(config.teacher, ca=config.ca, cert=config.cert, key=config.key)
-        if seen.token is not None or seen.cert is not None:
-            raise
-        raise AccessDenied(
-            f"the worker on {socket.gethostname()} has no token in its environment: set "
-            "TEACHER_TOKEN (or what the connection file names) where `ray start` is called, on every "
-            f"machine of the cluster; it is not sent to them. {error}"
-        ) from error
-
-
-def _seed_of(*numbers: int) -> int:
-    """Of a generator of torch, whose one for the CPU looks at the low 32 bits only."""
-    return xxhash.xxh32_intdigest(" ".join(map(str, numbers)).encode())
-
-
-class _Checkpoints:
-    """The checkpoints of a run as Ray Train keeps them; what `trainer.train` needs of them.
-
-    The files of checkpoint.py, of the first worker, and random-N.pt: the generators of worker N.
-    """
-
-    def __init__(self, job: _Job, rank: int) -> None:
-        self._job = job
-        self._rank = rank
-
-    def newest(self) -> "ray.train.Checkpoint | None":
-        """The one to go on from."""
-        import ray.train
-
-        found = ray.train.get_checkpoint()
-        if found is None and self._job.found is not None:
-            found = ray.train.Checkpoint(self._job.found)
-        return found
-
-    def is_due(self, step: int, steps: int) -> bool:
-        """Whether to save behind `step`; the last always is: the student comes from there."""
-        every = self._job.config.checkpoint_every
-        return step == steps or (every > 0 and step % every == 0)
-
-    def load(self, student: nn.Module) -> dict[str, Any] | None:
-        """As `Checkpoints.load`."""
-        newest = self.newest()
-        if newest is None:
-            return None
-        with newest.as_directory() as name:
-            state = checkpoint.read(
-                *(Path(name), unwrapped(student), self._job.identity),
-                where=newest.path,
-                before=checkpoint.older(Path(newest.path)),
-            )
-            own = Path(name) / f"random-{self._rank}.pt"
-            if own.exists():
-                state["random"] = torch.load(own, weights_only=True)
-            else:  # there were fewer workers
-                torch.manual_seed(_seed_of(self._job.config.seed, self._rank, state["step"]))
-                state["random"] = checkpoint.random_states()
-        return state
-
-    def save(self, step: int, student: nn.Module, state: Mapping[str, Any]) -> None:
-        """All workers together; returns when it is written."""
-        import ray.train
-
-        with tempfile.TemporaryDirectory(prefix="student-step-") as name:
-            folder = Path(name)
-            torch.save(checkpoint.random_states(), folder / f"random-{self._rank}.pt")
-            if self._rank == 0:
-                with writing(folder, f"the checkpoint of step {step} to {folder}"):
-                    checkpoint.write(folder, unwrapped(student), state, self._job.identity)
-            metrics = {"step": step, "loss": state["run"]["train_losses"][-1]}
-            if state["run"]["curve"]:
-                metrics["held_out_loss"] = state["run"]["curve"][-1][1]
-            ray.train.report(
-                metrics,
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step-{step}",
-            )
-
-
-def _log_to_stderr(rank: int) -> Callable[[str], None]:
-    """Ray hands the stderr of a worker on; of the workers, only the first says how it goes."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    ours = logging.getLogger("student_trainer")
-    ours.handlers = [handler]
-    ours.setLevel(logging.WARNING if rank else logging.INFO)
-    ours.propagate = False
-    # Each worker would say so for each checkpoint.
-    from ray.train.v2._internal.execution import context
-
-    context.logger.setLevel(logging.WARNING)
-    return logger.info

@@ -32,7 +32,6 @@ from logit_codec import (
     ids_digest,
 )
 from protos import teacher_pb2
-from student_trainer.client.remote import check_compatible
 from student_trainer.errors import (
     ForkedClient,
     IncompatibleTeacher,
@@ -41,21 +40,15 @@ from student_trainer.errors import (
     RecordError,
     TeacherError,
 )
+from student_trainer.record.folder import QUARANTINE, Folder
 from student_trainer.record.index import Entry, Index
-from student_trainer.record.shards import (
-    DAMAGE,
-    QUARANTINE,
-    Folder,
-    Provenance,
-    Row,
-    Shards,
-    Writer,
-    id_table_file,
-    missing_shards,
-    origin_of,
-)
+from student_trainer.record.schema import DAMAGE, Provenance, Row, origin_of
+from student_trainer.record.shards import Shards, id_table_file, missing_shards
+from student_trainer.record.writer import Writer
+from student_trainer.teachers.compatibility import check_compatible
+from student_trainer.teachers.layout import as_token_ids
 from student_trainer.teachers.request import Answer, Wish, row_mask
-from student_trainer.teachers.stream import Teacher, as_token_ids
+from student_trainer.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 

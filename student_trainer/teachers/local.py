@@ -22,7 +22,7 @@ from logit_codec.spec import KINDS
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest
 from student_trainer.teachers.request import Answer, Wish
-from student_trainer.teachers.stream import Teacher
+from student_trainer.teachers.teacher import Teacher
 
 PART_NBYTES = 1 << 20
 """As large as the service's parts; where a sequence is split does not change what is decoded."""
@@ -39,7 +39,7 @@ class LocalTeacher(Teacher):
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         from teacher_server.engine.head import VocabularyHead
-        from teacher_server.engine.model import prepare
+        from teacher_server.engine.loading import prepare
 
         self._model = prepare(model, tokenizer)
         self._head = VocabularyHead(self._model)
@@ -70,7 +70,7 @@ class LocalTeacher(Teacher):
         """The model is its owner's; there is nothing to end."""
 
     def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
-        from teacher_server.engine.head import WantedRows
+        from teacher_server.engine.batch import WantedRows
 
         future: Future[Answer] = Future()
         longest, largest = self._model.max_sequence_tokens, self._model.effective_vocab_size

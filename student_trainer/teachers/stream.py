@@ -5,24 +5,19 @@ remote and the local teacher give it theirs and share everything else.
 """
 
 import itertools
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from logit_codec import IdTable, Targets, TargetSpec
-from protos import teacher_pb2
+from logit_codec import Targets
 from student_trainer.errors import InvalidRequest, TeacherError
+from student_trainer.teachers.layout import as_token_ids, split_batch
+from student_trainer.teachers.look_ahead import Window
 from student_trainer.teachers.request import Answer, Wish
-from student_trainer.teachers.window import Window, make_window
-
-IGNORE_INDEX = -100
 
 Item = TypeVar("Item")
 
@@ -113,102 +108,6 @@ def is_stateful(source: Any) -> bool:
         and hasattr(source, "load_state_dict")
         and getattr(source, "use_stateful_dataloader", True)
     )
-
-
-class Teacher(ABC):
-    """Where targets come from: a service, a model in this process, a record; a context manager."""
-
-    default_ahead: ClassVar[int] = 16
-    """Sequences in flight in `stream` unless it says otherwise."""
-    default_look_ahead: ClassVar[int | str] = "30s"
-    """The same of `stream_batches`."""
-    default_targets: str | TargetSpec = "sampled"
-    id_tables: Sequence[IdTable] = ()
-    """What payloads may be coded with, beside the built-in identity."""
-
-    @property
-    @abstractmethod
-    def info(self) -> teacher_pb2.TeacherInfo:
-        """Who the teacher is: what Describe says."""
-
-    @abstractmethod
-    def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
-        """Asks for one sequence: (L,) int64 ids and, if not all rows are wanted, the (N,) int64
-        wanted ones."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Gives up what is in flight, and what the teacher holds."""
-
-    @abstractmethod
-    def check_usable(self) -> None:
-        """Raises TeacherError if the teacher is closed, or was made in another process."""
-
-    def make_wish(
-        self, targets: str | TargetSpec | None, temperature: float, seed: int, epoch: int
-    ) -> Wish:
-        """What a stream asks for. Raises InvalidRequest for what is refused in any case."""
-        return Wish.of(targets or self.default_targets, temperature, seed, epoch)
-
-    def stream(
-        self,
-        sequences: Iterable[Any],
-        *,
-        targets: str | TargetSpec | None = None,
-        temperature: float = 1.0,
-        seed: int = 0,
-        epoch: int = 0,
-        ahead: int | None = None,
-        interactive: bool = False,
-    ) -> TargetStream[Tensor]:
-        """(token_ids, targets) of each sequence, in order, with `ahead` sequences in flight.
-
-        token_ids: (L,) int64; targets: L-1 rows, row i is the teacher's distribution of token i+1.
-        targets and ahead: by default `default_targets` and `default_ahead` of the teacher.
-        interactive: somebody waits for the answers, so a service puts them before the other work of
-        the team and, as long as the team uses less than its share, before that of other teams. Raises
-        InvalidRequest for what the teacher refuses, TeacherUnavailable after the patience.
-        """
-        self.check_usable()
-        wish = replace(self.make_wish(targets, temperature, seed, epoch), interactive=interactive)
-        ahead = self.default_ahead if ahead is None else ahead
-        return stream_sequences(self.submit, sequences, wish, ahead, self.check_usable)
-
-    def stream_batches(
-        self,
-        loader: Iterable[Mapping[str, Any]],
-        *,
-        targets: str | TargetSpec | None = None,
-        temperature: float = 1.0,
-        seed: int = 0,
-        epoch: int = 0,
-        ahead: int | str | Window | None = None,
-    ) -> TargetStream[Any]:
-        """(batch, targets) of each batch of a loader, in order.
-
-        A batch is a mapping with input_ids and, if it is padded, packed or masked, attention_mask,
-        position_ids, cu_seq_lens_q, seq_idx or labels (`Layout.of`); it comes back as it is. The rows
-        of `targets` are its trained positions in reading order. A batch with a number under "epoch" is
-        of that epoch. ahead: batches in flight, or "30s" for as many as the trainer uses up in that
-        time, with at most 512 MiB of batches and targets ("30s,2048MiB": with at most 2 GiB), or a
-        window; by default `default_look_ahead`.
-        """
-        self.check_usable()
-        wish = self.make_wish(targets, temperature, seed, epoch)
-        ahead = self.default_look_ahead if ahead is None else ahead
-        window = make_window(ahead, wish.spec, self.info)
-        return stream_loader(self.submit, loader, wish, window, self.check_usable)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 Submit = Callable[[Tensor, Tensor | None, Wish], "Future[Answer]"]
@@ -357,171 +256,6 @@ def nbytes_of(item: Any) -> int:
     if isinstance(item, str | bytes):
         return len(item)
     return int(getattr(item, "nbytes", 8))
-
-
-def as_token_ids(sequence: Any, position: int) -> Tensor:
-    """(L,) int64 on the CPU from a tensor, an array or a list. Raises InvalidRequest."""
-    try:
-        ids = torch.as_tensor(sequence)
-    except (TypeError, ValueError, RuntimeError):
-        raise InvalidRequest(
-            f"sequence {position} must be a list or tensor of token ids, got "
-            f"{type(sequence).__name__}"
-        ) from None
-    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise InvalidRequest(
-            f"sequence {position} must be one row of whole numbers, got "
-            f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
-        )
-    if len(ids) < 2:
-        raise InvalidRequest(
-            f"sequence {position} has {len(ids)} tokens; at least 2 are needed for one row"
-        )
-    ids = ids.to("cpu", torch.int64)
-    _check_ids(ids, f"sequence {position}")
-    return ids
-
-
-def _batch_ids(batch: Any, number: int) -> Tensor:
-    """(B, T) int64 input_ids on the CPU. Raises InvalidRequest."""
-    if not isinstance(batch, Mapping):
-        raise InvalidRequest(
-            f"batch {number} must be a mapping with input_ids, got {type(batch).__name__}"
-        )
-    if "input_ids" not in batch:
-        raise InvalidRequest(f"batch {number} has no input_ids; it has {', '.join(batch)}")
-    wanted = f"batch {number}: input_ids must be whole numbers of shape (B, T) or (T,)"
-    try:
-        ids = torch.atleast_2d(torch.as_tensor(batch["input_ids"]))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidRequest(f"{wanted}: {error}") from None
-    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise InvalidRequest(
-            f"{wanted}, got {str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
-        )
-    return ids.to("cpu", torch.int64)
-
-
-def _check_ids(ids: Tensor, whose: str) -> None:
-    """Raises InvalidRequest for what is no token id."""
-    if not ids.numel():
-        return
-    low, high = (int(value) for value in ids.aminmax())
-    if low < 0 or high >= 2**31:
-        raise InvalidRequest(
-            f"{whose} has id {low if low < 0 else high}; ids are 0 to 2**31-1 "
-            "(is this padded with labels such as -100?)"
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Layout:
-    """Which positions of a batch are trained, and which belong together; all (B, T), on the CPU."""
-
-    ids: Tensor
-    """int64."""
-    real: Tensor
-    """bool: not padding."""
-    document: Tensor
-    """int64: equal within a document of a row."""
-    trained: Tensor
-    """bool: position t is trained on predicting token t+1."""
-    labels: Tensor
-    """int64: the batch's own, or its ids."""
-
-    @classmethod
-    def of(cls, batch: Mapping[str, Any], number: int = 0) -> "Layout":
-        """Of a padded or packed batch, input_ids (B, T) or (T,).
-
-        Position t is trained on predicting token t+1 if both are real (attention_mask, where
-        given), belong to one document and labels[t+1] is not -100 (where given). A document begins
-        where position_ids do not go up by one, where seq_idx changes and where cu_seq_lens_q says so.
-        Raises InvalidRequest for shapes that do not fit; `number` is the batch's, for that message.
-        """
-        ids = _batch_ids(batch, number)
-
-        def beside(name: str) -> Tensor | None:
-            """What the batch has of that name, of the shape of its ids."""
-            if batch.get(name) is None:
-                return None
-            found = torch.atleast_2d(torch.as_tensor(batch[name])).cpu()
-            if found.shape != ids.shape:
-                raise InvalidRequest(
-                    f"batch {number}: {name} must have the shape of input_ids "
-                    f"{tuple(ids.shape)}, got {tuple(found.shape)}"
-                )
-            return found
-
-        mask = beside("attention_mask")
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask == 1
-        if mask is not None and bool((~real & (mask != 0)).any()):
-            odd = mask[~real & (mask != 0)][0].item()
-            raise InvalidRequest(
-                f"batch {number}: attention_mask must be 1 for a token and 0 for padding, got {odd}"
-            )
-        _check_ids(ids[real], f"batch {number}")
-        document = _starts(batch, ids, number).cumsum(1)
-        trained = torch.zeros_like(real)
-        trained[:, :-1] = real[:, :-1] & real[:, 1:] & (document[:, :-1] == document[:, 1:])
-        labels = beside("labels")
-        if labels is None:
-            return cls(ids, real, document, trained, ids)
-        trained[:, :-1] &= labels[:, 1:] != IGNORE_INDEX
-        return cls(ids, real, document, trained, labels)
-
-    def pieces(self) -> list[tuple[Tensor, Tensor]]:
-        """The sequences with something to train, each (L,) ids and its (N,) trained rows."""
-        num_rows, num_tokens = self.ids.shape
-        # One run per (row, document): where either changes, and where padding begins or ends.
-        run = self.document + torch.arange(num_rows)[:, None] * (num_tokens + 1)
-        edges = torch.ones_like(self.real)
-        edges[:, 1:] = (run[:, 1:] != run[:, :-1]) | (self.real[:, 1:] != self.real[:, :-1])
-        first = edges.flatten().nonzero()[:, 0]
-        lengths = torch.diff(first, append=torch.tensor([self.ids.numel()]))
-        flat_ids, flat_trained = self.ids.flatten(), self.trained.flatten()
-        flat_real = self.real.flatten()
-        pieces = []
-        for start, length in zip(first.tolist(), lengths.tolist(), strict=True):
-            rows = flat_trained[start : start + length].nonzero()[:, 0]
-            if flat_real[start] and len(rows):
-                pieces.append((flat_ids[start : start + length], rows))
-        return pieces
-
-
-def _starts(batch: Mapping[str, Any], ids: Tensor, number: int) -> Tensor:
-    """(B, T) bool: where the batch says that a document begins. Raises InvalidRequest."""
-    starts = torch.zeros(ids.shape, dtype=torch.bool)
-    # A position goes up by one within a document, and the index of a sequence stays.
-    for name, step in (("position_ids", 1), ("seq_idx", 0)):
-        if batch.get(name) is None:
-            continue
-        found = torch.atleast_2d(torch.as_tensor(batch[name])).cpu()
-        if found.shape not in (ids.shape, (1, ids.shape[1])):
-            raise InvalidRequest(
-                f"batch {number}: {name} must have the shape of input_ids {tuple(ids.shape)}, or one "
-                f"row for all, got {tuple(found.shape)}"
-            )
-        starts[:, 1:] |= found[:, 1:] != found[:, :-1] + step
-    if batch.get("cu_seq_lens_q") is not None:
-        ends = torch.as_tensor(batch["cu_seq_lens_q"]).cpu().flatten().long()
-        if not len(ends) or ends[0] != 0 or (ends.diff() < 0).any() or ends[-1] > ids.numel():
-            raise InvalidRequest(
-                f"batch {number}: cu_seq_lens_q must go up from 0 to at most the {ids.numel()} tokens "
-                f"of input_ids, got {ends.tolist()[:8]}"
-            )
-        starts.view(-1)[ends[ends < ids.numel()]] = True
-    return starts
-
-
-def split_batch(batch: Mapping[str, Any], number: int) -> list[tuple[Tensor, Tensor]]:
-    """The sequences of a padded or packed batch, each with the rows that are trained.
-
-    Raises InvalidRequest if nothing is trained; `Layout.of` has the rules.
-    """
-    pieces = Layout.of(batch, number).pieces()
-    if not pieces:
-        raise InvalidRequest(f"batch {number} has no position to train on")
-    return pieces
 
 
 def _result(future: "Future[Answer]", where: str) -> Answer:

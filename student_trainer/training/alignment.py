@@ -2,21 +2,16 @@
 
 import logging
 import math
-import statistics
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from logit_codec import SampledTargets, SparseTargets, Targets, TopKTargets
-from logitstream.connection import Pem
 from protos import teacher_pb2
-from student_trainer.client.remote import connect
 from student_trainer.errors import IncompatibleTeacher, ProtocolError
-from student_trainer.teachers.stream import Teacher, split_batch
+from student_trainer.teachers.layout import split_batch
 
 logger = logging.getLogger(__name__)
 
@@ -32,33 +27,6 @@ MARGIN = 0.1
 """And by how much beside, in nats."""
 MUCH_TAIL = 0.1
 """Mean probability outside of what is kept, from which on it is worth a warning."""
-
-
-@dataclass(frozen=True, slots=True)
-class CheckResult:
-    """What `student-trainer check` prints."""
-
-    address: str
-    model: str
-    architecture: str
-    teacher_fingerprint: str
-    tokenizer: str
-    """same, not compared (no student given), or unknown (the teacher has none)."""
-    vocabulary: str
-    """How many ids teacher and student have, and how many of them are shared."""
-    exactness: str
-    max_sequence_tokens: int
-    targets: str
-    aligned: bool
-    nll_by_shift: dict[int, float]
-    """Teacher's mean NLL of token i + shift at row i, in nats; clearly lowest at shift 1."""
-    latency_ms: float
-    """Median of a short sequence, there and back, as somebody at a prompt sees it."""
-    tokens_per_s: float
-    bytes_per_token: float
-    """Of targets, as they are sent and stored."""
-    wire_bytes_per_token: float
-    """Of requests and answers together, with token ids, digests and timings."""
 
 
 def nll_by_shift(
@@ -191,99 +159,3 @@ def warn_of_tail(targets: Targets, ce_weight: float) -> None:
             "targets, or give the labels a weight (ce_weight).",
             100 * tail,
         )
-
-
-def written_by(teacher: Teacher, num_tokens: int = 24) -> Tensor:
-    """(L,) int64: a sequence that the teacher itself finds likely.
-
-    Random ids would have no best shift. Neighbours differ, or several shifts would be as good.
-    """
-    generator = torch.Generator().manual_seed(0)
-    largest = teacher.info.effective_vocab_size
-    ids = torch.randint(largest, (2,), generator=generator).tolist()
-    width = min(4, teacher.info.limits.max_top_k, largest)
-    while len(ids) < min(num_tokens, teacher.info.max_sequence_tokens - 1):
-        # L tokens have L-1 rows: one more, which may be anything, brings the row of what comes next.
-        ((_, targets),) = teacher.stream([[*ids, 0]], targets=f"top_k:{width}", interactive=True)
-        row = targets[len(ids) - 1 :]
-        assert isinstance(row, TopKTargets)
-        best = row.token_ids[row.logprobs.argsort(descending=True)].tolist()
-        ids.append(next((one for one in best if one not in ids[-2:]), best[0]))
-    return torch.tensor(ids)
-
-
-def check(
-    address: str,
-    *,
-    tokenizer: Any = None,
-    student_ids: int | None = None,
-    targets: str = "sampled",
-    seconds: float = 5.0,
-    ca: Pem | None = None,
-    cert: Pem | None = None,
-    key: Pem | None = None,
-) -> CheckResult:
-    """Connects, compares, measures for about `seconds`. Raises a TeacherError that says what is wrong.
-
-    student_ids: rows of the student's head; with the tokenizer, they are compared with the teacher's.
-    """
-    with connect(
-        address, tokenizer=tokenizer, ca=ca, cert=cert, key=key, patience_s=10.0
-    ) as teacher:
-        info = teacher.info
-        vocabulary = f"teacher {info.vocab_size:,} ({info.effective_vocab_size:,} in use)"
-        if tokenizer is not None and student_ids is not None:
-            shared = shared_ids(info, tokenizer, student_ids)
-            vocabulary += f", student {student_ids:,}: {shared:,} shared, the rest is padding"
-        ids = written_by(teacher)
-        width = min(64, info.limits.max_top_k, info.effective_vocab_size)
-        ((_, rows),) = teacher.stream([ids], targets=f"top_k:{width}", interactive=True)
-        by_shift = nll_by_shift(ids, rows)
-        wrong = min(nll for shift, nll in by_shift.items() if shift != 1)
-
-        waits = []
-        for _ in range(9):
-            started = time.perf_counter()
-            list(teacher.stream([ids], targets=targets, interactive=True))
-            waits.append(time.perf_counter() - started)
-
-        length = min(512, info.max_sequence_tokens)
-        generator = torch.Generator().manual_seed(1)
-        counters, before = teacher.counters, replace(teacher.counters)
-        deadline = time.perf_counter() + seconds
-
-        def until_deadline():
-            while time.perf_counter() < deadline:
-                yield torch.randint(info.effective_vocab_size, (length,), generator=generator)
-
-        started = time.perf_counter()
-        tokens = sum(
-            len(sequence)
-            for sequence, _ in teacher.stream(until_deadline(), targets=targets, ahead=16)
-        )
-        elapsed = time.perf_counter() - started
-        nbytes = counters.payload_nbytes - before.payload_nbytes
-        num_rows = counters.rows - before.rows
-        sent = counters.sent_nbytes - before.sent_nbytes
-        received = counters.received_nbytes - before.received_nbytes
-    if tokenizer is None:
-        compared = "not compared"
-    else:
-        compared = "same" if info.tokenizer_fingerprint else "unknown"
-    return CheckResult(
-        address=address,
-        model=info.model,
-        architecture=info.architecture,
-        teacher_fingerprint=info.teacher_fingerprint,
-        tokenizer=compared,
-        vocabulary=vocabulary,
-        exactness=info.exactness,
-        max_sequence_tokens=info.max_sequence_tokens,
-        targets=targets,
-        aligned=by_shift[1] < wrong - 0.1,
-        nll_by_shift=by_shift,
-        latency_ms=1e3 * statistics.median(waits),
-        tokens_per_s=tokens / elapsed,
-        bytes_per_token=nbytes / max(1, num_rows),
-        wire_bytes_per_token=(sent + received) / max(1, tokens),
-    )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from logit_codec import DenseTargets, Targets, TopKTargets
-from student_trainer.teachers.stream import Teacher
-from student_trainer.training.meter import most_likely
+from logit_codec.targets import most_likely
+from student_trainer.teachers.teacher import Teacher
 from student_trainer.training.ranks import Ranks, unwrapped
 from student_trainer.training.results import Bin, Scores
 

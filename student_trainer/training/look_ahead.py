@@ -18,9 +18,11 @@ from torch import Tensor
 
 from logit_codec import Targets
 from student_trainer.errors import ProtocolError
+from student_trainer.teachers.layout import Layout
+from student_trainer.teachers.look_ahead import Window, make_window
 from student_trainer.teachers.request import Answer, Wish
-from student_trainer.teachers.stream import Layout, Teacher, nbytes_of
-from student_trainer.teachers.window import Window, make_window
+from student_trainer.teachers.stream import nbytes_of
+from student_trainer.teachers.teacher import Teacher
 
 Agree = Callable[[int, int], tuple[int, int]]
 """(batches wanted ahead, batches that there is room for) of this rank -> the most wanted by any rank, and

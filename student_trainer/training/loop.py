@@ -8,28 +8,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from logit_codec import Targets
-from student_trainer.causal import check_causal, refuse_encoder_decoder
 from student_trainer.errors import Interrupted
-from student_trainer.losses.distillation import distillation_loss, shared_vocabulary, within
+from student_trainer.losses.checks import shared_vocabulary
+from student_trainer.losses.distillation import distillation_loss, within
 from student_trainer.training.alignment import check_alignment, warn_of_tail
 from student_trainer.training.checkpoint import KeepsCheckpoints, restore_random_states
 from student_trainer.training.meter import Meter, cross_entropy_sum, means
+from student_trainer.training.optimizers import make_optimizers
 from student_trainer.training.ranks import Ranks
 from student_trainer.training.tensorboard import Curves
 
 logger = logging.getLogger(__name__)
-
-MUON_MOMENTUM = 0.85
-"""Muon's usual 0.95 remembers too long for runs of a few hundred steps."""
 
 
 @dataclass(slots=True)
@@ -245,28 +240,6 @@ def _interruptible(run: Run, label: str) -> Iterator[None]:
         raise Interrupted(f"after step {run.steps} of {label}") from None
 
 
-def make_optimizers(
-    student: nn.Module, name: str, learning_rate: float
-) -> list[torch.optim.Optimizer]:
-    """adamw: one for everything; muon: Muon for matrices of the layers, AdamW for the rest."""
-    if name == "adamw":
-        return [torch.optim.AdamW(student.parameters(), lr=learning_rate, betas=(0.9, 0.95))]
-    matrices, rest = [], []
-    for parameter_name, parameter in student.named_parameters():
-        outside = "embed" in parameter_name or "lm_head" in parameter_name
-        (rest if parameter.ndim != 2 or outside else matrices).append(parameter)
-    return [
-        torch.optim.Muon(
-            matrices,
-            lr=learning_rate,
-            momentum=MUON_MOMENTUM,
-            weight_decay=0.0,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-
 @torch.inference_mode()
 def held_out_loss(student: nn.Module, sequences: Tensor, *, batch_size: int = 32) -> float:
     """Mean cross-entropy, in nats, of the student on (N, L) sequences."""
@@ -278,65 +251,3 @@ def held_out_loss(student: nn.Module, sequences: Tensor, *, batch_size: int = 32
         logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
         total += float(nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
     return total / (sequences.shape[0] * (sequences.shape[1] - 1))
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a student of this Hugging Face folder starts from the weights in it."""
-    return any(folder.glob("*.safetensors"))
-
-
-def student_digest(folder: Path) -> str:
-    """A short name of what a student starts from: its config, and the sizes of weights if it has any.
-
-    What the tokenizer is shows in the ids of the text.
-    """
-    found = xxhash.xxh3_128((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        found.update(f"{path.name} {path.stat().st_size}\n".encode())
-    return found.hexdigest()
-
-
-def outline(folder: Path) -> Any:
-    """The student in a Hugging Face folder without any weights: shapes alone."""
-    import transformers
-
-    config = _read_config(folder)
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config)
-
-
-def _read_config(folder: Path) -> Any:
-    """Raises ValueError for one that is nested too deep and for one of an encoder-decoder."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except RecursionError:
-        raise ValueError(f"the config of the student in {folder} is nested too deep") from None
-    refuse_encoder_decoder(config, f"the student in {folder}")
-    return config
-
-
-def make_student(folder: Path, *, seed: int, device: str) -> nn.Module:
-    """The student in a Hugging Face folder; with random weights of `seed` if it has none.
-
-    Raises ValueError for one that looks at later tokens.
-    """
-    import transformers
-    from safetensors import SafetensorError
-
-    torch.manual_seed(seed)
-    config = _read_config(folder)
-    try:
-        if has_weights(folder):
-            student: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, use_safetensors=True
-            )
-        else:
-            student = transformers.AutoModelForCausalLM.from_config(config)
-    except (RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"the weights in {folder} cannot be loaded: {reason}") from error
-    student = student.float().to(device)
-    check_causal(student)
-    return student

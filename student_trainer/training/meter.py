@@ -6,7 +6,8 @@ Letters: R trained rows, C rows of one chunk, V vocabulary, E kept entries of al
 import torch
 from torch import Tensor, nn
 
-from logit_codec import DenseTargets, SampledTargets, Targets, TopKTargets
+from logit_codec import Targets, TopKTargets
+from logit_codec.targets import most_likely
 
 CHUNK_ROWS = 1024
 """Rows whose logits are copied together."""
@@ -76,20 +77,3 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
         )
     ]
     return torch.stack(found).sum()
-
-
-def most_likely(targets: Targets) -> Tensor:
-    """(R,) int64: the teacher's likeliest id of each row, the lowest of equals, as far as the
-    targets tell."""
-    if isinstance(targets, DenseTargets):
-        return targets.logprobs.argmax(1)
-    assert isinstance(targets, SampledTargets | TopKTargets)
-    rows_E = targets.entry_rows()
-    values_E = targets.counts if isinstance(targets, SampledTargets) else targets.logprobs
-    values_E = values_E.float()
-    best_R = values_E.new_full((targets.num_rows,), -torch.inf)
-    best_R = best_R.scatter_reduce(0, rows_E, values_E, "amax")
-    # Not chosen by a mask: how many are chosen would have to be known here, and waited for.
-    ids_E = targets.token_ids.where(values_E == best_R[rows_E], targets.vocab_size)
-    ids_R = torch.full_like(best_R, targets.vocab_size, dtype=torch.int64)
-    return ids_R.scatter_reduce(0, rows_E, ids_E, "amin")

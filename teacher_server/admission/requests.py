@@ -15,30 +15,14 @@ from torch import Tensor
 from logit_codec import DenseSpec, IdTable, SampledSpec, TargetSpec, TopKSpec, uniforms
 from logit_codec.spec import KINDS
 from protos import teacher_pb2
-from teacher_server.engine.head import WantedRows
+from teacher_server.admission.limits import Limits
+from teacher_server.engine.batch import WantedRows
 from teacher_server.engine.model import TeacherModel
 from teacher_server.errors import RequestRefused, invalid, quoted
 
 SESSION_ID_NBYTES = 16
 ANSWER_NBYTES = 1024
 """Bytes of an answer that do not depend on its rows, at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one request and one stream may ask for; sizes in tokens and bytes."""
-
-    max_sequence_tokens: int
-    max_request_tokens: int
-    max_request_sequences: int
-    max_request_nbytes: int
-    max_top_k: int
-    max_reply_nbytes: int
-    max_stream_nbytes: int
-    max_queued_tokens: int
-    max_answers_nbytes: int = 1 << 30
-    """Of unfinished answers of all streams of a replica."""
-    max_part_nbytes: int = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)

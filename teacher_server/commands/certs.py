@@ -2,6 +2,7 @@
 
 import ipaddress
 import socket
+import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,7 +13,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from logitstream.files import write_atomically
-from teacher_server.errors import ServeError
+from teacher_server.config import (
+    CertsConfig,
+)
+from teacher_server.errors import ServeError, TeacherServerError
 
 CA_DAYS = 3650
 BACKDATE = timedelta(minutes=5)
@@ -165,3 +169,24 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
+
+
+def make_certificates(config: CertsConfig) -> int:
+    """Makes certificates and prints where they are; returns the exit code."""
+    from teacher_server.commands import certs
+
+    try:
+        paths = certs.make(
+            config.out,
+            config.host,
+            config.client,
+            days=config.days,
+            replace=config.force,
+            with_local=not config.only_these,
+        )
+    except TeacherServerError as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 1
+    for path in paths:
+        print(path)
+    return 0

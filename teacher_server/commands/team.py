@@ -2,13 +2,20 @@
 
 import json
 import secrets
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from logitstream.files import write_atomically
-from teacher_server.config import TeamAction, TeamAdd, TeamDisable, TeamList, TeamRotate
-from teacher_server.errors import TeamsError
+from teacher_server.config import (
+    TeamAction,
+    TeamAdd,
+    TeamDisable,
+    TeamList,
+    TeamRotate,
+)
+from teacher_server.errors import TeacherServerError, TeamsError
 from teacher_server.teams.declaration import (
     NAME,
     Declared,
@@ -222,3 +229,15 @@ def _show(
             f"  student-trainer check {connection}\n"
             f"  connect({str(connection)!r})"
         )
+
+
+def team(action: TeamAction) -> int:
+    """Edits a teams file; returns the exit code."""
+    from teacher_server.commands import team as team_commands
+
+    try:
+        team_commands.run(action)
+    except TeacherServerError as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,7 +1,6 @@
 """`teacher-server usage`: what teams have used, from a service or from the file of its ledger."""
 
 import csv
-import datetime
 import json
 import sqlite3
 import sys
@@ -11,9 +10,9 @@ from pathlib import Path
 from protos import teacher_pb2
 from teacher_server.commands.remote_call import NotAnswered, ask, connection_of, told
 from teacher_server.config import UsageConfig
-from teacher_server.ledger.directory import FILE_NAME, UsageRow, read_usage
+from teacher_server.ledger.directory import FILE_NAME, read_usage
+from teacher_server.rpc.messages import first_day, usage_row
 
-EPOCH = datetime.date(1970, 1, 1)
 COLUMNS = (
     *("day", "team", "sequences", "tokens"),
     *("delivered_rows", "delivered_bytes", "rejected"),
@@ -49,32 +48,6 @@ def show_usage(config: UsageConfig) -> int:
     else:
         _print_table(lines)
     return 0
-
-
-def usage_row(row: UsageRow) -> teacher_pb2.UsageRow:
-    """A row of the ledger as a message."""
-    return teacher_pb2.UsageRow(
-        day=(EPOCH + datetime.timedelta(days=row.day)).isoformat(),
-        team=row.team,
-        sequences=row.sequences,
-        tokens=row.tokens,
-        delivered_rows=row.delivered_rows,
-        delivered_bytes=row.delivered_bytes,
-        rejected=row.rejected,
-    )
-
-
-def first_day(since: str) -> int:
-    """Days since 1970-01-01 (UTC) of a date, or of today. Raises ValueError."""
-    try:
-        first = (
-            datetime.date.fromisoformat(since)
-            if since
-            else datetime.datetime.now(datetime.UTC).date()
-        )
-    except ValueError:
-        raise ValueError(f'since is a day such as "2027-01-31", got "{since[:40]}".') from None
-    return (first - EPOCH).days
 
 
 def _from_file(folder: Path, team: str, since: int) -> Sequence[teacher_pb2.UsageRow]:

@@ -8,38 +8,16 @@ are padded to a multiple of 32 rows because products and sums of fewer rows roun
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from logit_codec import Targets, TargetSpec, select
+from teacher_server.engine.batch import StageTimes, WantedRows
 from teacher_server.engine.model import TeacherModel
 
 ROW_MULTIPLE = 32
 MAX_CHUNK_ROWS = 1024
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class WantedRows:
-    """One sequence, the rows of it that are wanted, and what to keep of them."""
-
-    token_ids: Tensor
-    """(L,) int64."""
-    rows: Tensor
-    """(N,) int64, ascending, below L - 1: row i is the distribution of token i + 1."""
-    spec: TargetSpec
-    temperature: float = 1.0
-    uniforms: Tensor | None = None
-    """(N,) float64 in [0, 1), for a spec that draws."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageTimes:
-    """Seconds that one batch took in each stage."""
-
-    forward_s: float
-    head_s: float
 
 
 class VocabularyHead:

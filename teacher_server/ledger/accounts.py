@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import logging
 import random
+import sqlite3
 import struct
 import threading
 import time
@@ -24,10 +25,11 @@ from pathlib import Path
 
 import grpc
 
-from teacher_server.errors import RequestRefused
-from teacher_server.ledger.directory import DirectoryAway, DirectoryLink, Grant, UsageRow, Wish
+from teacher_server.errors import RequestRefused, ServeError
+from teacher_server.ledger.directory import Directory, LocalDirectory
 from teacher_server.ledger.journal import Journal, Kind, Record, complain_once, orphans, to_bytes
-from teacher_server.scheduling.scheduler import Job
+from teacher_server.ledger.lease import DirectoryAway, DirectoryLink, Grant, UsageRow, Wish
+from teacher_server.scheduling.job import Job
 from teacher_server.teams.declaration import Team
 
 logger = logging.getLogger(__name__)
@@ -561,3 +563,22 @@ def _is_limited(team: Team) -> bool:
 
 def _hint_ms(seconds: float) -> int:
     return int(1000 * min(HINT_S, max(0.05, seconds)))
+
+
+JOURNALS = "journals"
+"""In the folder of the ledger: one journal per replica."""
+
+
+def open_accounts(folder: Path | None, directory: DirectoryLink | None = None) -> Accounts:
+    """The books of one replica, in `folder` or in memory; by default with a directory of its own.
+
+    Raises ServeError if the folder cannot be used.
+    """
+    try:
+        directory = directory or LocalDirectory(Directory(folder))
+        return Accounts(directory, None if folder is None else folder / JOURNALS)
+    except (OSError, sqlite3.Error) as error:
+        raise ServeError(
+            f"cannot keep a ledger in {folder}: {error}. Give --ledger a folder on a local disk "
+            "that this user may write to."
+        ) from error

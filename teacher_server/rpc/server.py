@@ -9,8 +9,10 @@ plain server is used, and `ports.py` opens a new one when it has died.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
+import resource
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +20,8 @@ import grpc
 from grpc._cython import cygrpc  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 from grpc.aio import _server as grpc_aio_server  # pyright: ignore[reportAttributeAccessIssue]
 
-from teacher_server.admission.requests import Limits
+from protos import teacher_pb2
+from teacher_server.admission.limits import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -142,3 +145,13 @@ def server_options(limits: Limits, *, shared: bool = False) -> list[tuple[str, i
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ]
+
+
+SERVICE_NAME = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"].full_name
+
+
+def allow_many_connections() -> None:
+    """Raises this process's soft limit of open files, often 1,024, to its hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

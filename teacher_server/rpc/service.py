@@ -19,23 +19,30 @@ import grpc
 import xxhash
 from torch import Tensor
 
-from logit_codec import CodecError, IdTable, Targets, encode_parts
+from logit_codec import IdTable, Targets, encode_parts
 from protos import teacher_pb2, teacher_pb2_grpc
 from protos.answer_check import answer_check, full_answer_check, request_digest
 from teacher_server.admission.access import Caller, check_request, current_caller
 from teacher_server.admission.requests import SESSION_ID_NBYTES, Admission, Admitted
-from teacher_server.commands.usage import first_day, usage_row
 from teacher_server.encoding import Encoder, Parts
-from teacher_server.engine.head import StageTimes
-from teacher_server.errors import RequestRefused, incident, invalid, quoted, request_error
+from teacher_server.engine.batch import StageTimes
+from teacher_server.errors import RequestRefused, invalid, quoted
 from teacher_server.ledger.accounts import Accounts, origin
-from teacher_server.ledger.directory import DirectoryAway
+from teacher_server.ledger.lease import DirectoryAway
 from teacher_server.monitoring.last_minute import WINDOW_S
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.monitoring.replica_stats import WorkloadCounter
 from teacher_server.monitoring.team_stats import Standing, TeamStanding, idle
 from teacher_server.rpc.answer_budget import ProcessRoom, StreamRoom
-from teacher_server.scheduling.scheduler import Job
+from teacher_server.rpc.messages import (
+    _caller_message,
+    _error_message,
+    _team_status,
+    _whose_usage,
+    first_day,
+    usage_row,
+)
+from teacher_server.scheduling.job import Job
 from teacher_server.teams.declaration import Team
 
 logger = logging.getLogger(__name__)
@@ -366,76 +373,6 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         for task in answer.tasks:
             if task is not current:
                 task.cancel()
-
-
-def _whose_usage(team: Team, name: str) -> str | None:
-    """The team whose usage is told, None for all. Raises RequestRefused."""
-    if "admin" in team.scopes:
-        return name or None
-    if name not in ("", team.name):
-        raise RequestRefused(
-            grpc.StatusCode.PERMISSION_DENIED,
-            "SCOPE_MISSING",
-            f'team "{team.name}" may see its own usage; that of others needs the scope admin.',
-            field="team",
-        )
-    return team.name
-
-
-def _error_message(
-    error: Exception, sequence: int | None, rows: Tensor | None
-) -> teacher_pb2.RequestError:
-    """What a client may know of an error: never a path, a pid or a traceback."""
-    if isinstance(error, CodecError):
-        row = None
-        if error.row is not None and rows is not None:
-            row = int(rows[error.row])
-        error = RequestRefused(
-            grpc.StatusCode.DATA_LOSS,
-            "BAD_ROW",
-            f"the teacher's output for sequence {sequence} is not a distribution at row {row} "
-            f"({error}). It was not sent; ask again, and check the teacher if it stays.",
-            sequence=sequence,
-            row=row,
-        )
-    if not isinstance(error, RequestRefused):
-        error = incident(error)
-    message = request_error(error)
-    if error.sequence is None and sequence is not None:
-        message.sequence = sequence
-    return message
-
-
-def _caller_message(team: Team) -> teacher_pb2.Caller:
-    """What a caller is told of its team."""
-    limits = team.limits
-    return teacher_pb2.Caller(
-        team=team.name,
-        weight=team.weight,
-        scopes=sorted(team.scopes),
-        max_tokens_in_flight=limits.max_tokens_in_flight or 0,
-        max_tokens_per_second=limits.max_tokens_per_second or 0,
-        max_tokens_per_day=limits.max_tokens_per_day or 0,
-        max_request_tokens=limits.max_request_tokens or 0,
-    )
-
-
-def _team_status(
-    standing: TeamStanding, team: Team, tokens_left_today: int | None
-) -> teacher_pb2.TeamStatus:
-    """How this replica serves a team."""
-    return teacher_pb2.TeamStatus(
-        team=team.name,
-        weight=team.weight,
-        tokens_in_flight=standing.tokens_in_flight,
-        queued_tokens=standing.queued_tokens,
-        tokens_per_second=standing.tokens_per_s,
-        share=standing.share,
-        entitled=standing.entitled,
-        waiting_p95_ms=1e3 * standing.waiting_p95_s,
-        rejected=standing.rejected,
-        tokens_left_today=tokens_left_today,
-    )
 
 
 @dataclass(slots=True, eq=False)

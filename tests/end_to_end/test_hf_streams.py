@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from student_trainer import LocalTeacher
 from student_trainer.hf_trainer import DistillationArguments, DistillationTrainer
-from student_trainer.teachers.stream import Teacher
+from student_trainer.teachers.teacher import Teacher
 from tests.conftest import one_torch_thread
 from tests.support.hf import collate, make_trainer, weights
 from tests.support.ranks import run_ranks

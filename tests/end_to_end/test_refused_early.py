@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from student_trainer.cli import main
-from student_trainer.training.loop import make_student
+from student_trainer.training.students import make_student
 from tests.conftest import Serve, Served, one_torch_thread
 from tests.end_to_end.conftest import WORDS
 from tests.support import tiny

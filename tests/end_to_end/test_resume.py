@@ -18,11 +18,11 @@ from torch import nn
 
 from student_trainer import LocalTeacher
 from student_trainer.cli import main
+from student_trainer.commands.train import what_is_kept
 from student_trainer.config import TrainConfig
 from student_trainer.data import batches
 from student_trainer.training import loop as trainer
 from student_trainer.training.checkpoint import Checkpoints
-from student_trainer.training.run import what_is_kept
 from tests.conftest import FORKSERVER, one_torch_thread
 from tests.end_to_end.conftest import WORDS, write_config
 from tests.support import tiny

@@ -10,7 +10,7 @@ import torch
 from logit_codec import IdTable, SampledTargets, fit_id_table
 from protos import teacher_pb2, teacher_pb2_grpc
 from student_trainer import InvalidRequest, LocalTeacher, connect
-from teacher_server.engine.model import ID_TABLE_NAME
+from teacher_server.engine.loading import ID_TABLE_NAME
 from tests.conftest import Served
 from tests.support import tiny
 

@@ -21,8 +21,10 @@ from torch import Tensor
 from student_trainer import LocalTeacher, Recorded
 from student_trainer.cli import main
 from student_trainer.config import TrainConfig
-from student_trainer.ray_train.driver import FOLDER, SNAPSHOT
+from student_trainer.ray_train.checkpoints import SNAPSHOT
+from student_trainer.ray_train.job import FOLDER
 from student_trainer.training import run as runs
+from student_trainer.training.corpus import read_corpus, read_tokenizer
 from student_trainer.training.results import Results
 from tests.end_to_end.conftest import (
     WORDS,
@@ -74,7 +76,7 @@ def with_dropout(settings, tmp_path_factory: pytest.TempPathFactory) -> dict:
 def record(settings, teacher_model, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("record"))
     config = TrainConfig(**settings, record=folder, output=Path(folder))
-    corpus = runs.read_corpus(config, runs.read_tokenizer(config.student))
+    corpus = read_corpus(config, read_tokenizer(config.student))
     everything = torch.cat([corpus.sequences, corpus.held_out])
     with Recorded(folder, LocalTeacher(teacher_model, corpus.tokenizer)) as recorded:
         for _ in recorded.stream(everything, targets=TARGETS):
@@ -309,7 +311,7 @@ def test_what_would_fail_again_is_not_tried_again(
     finds out."""
     folder = str(tmp_path / "record")
     config = TrainConfig(**settings, record=folder, output=tmp_path)
-    corpus = runs.read_corpus(config, runs.read_tokenizer(config.student))
+    corpus = read_corpus(config, read_tokenizer(config.student))
     with Recorded(folder, LocalTeacher(teacher_model, corpus.tokenizer)) as recorded:
         for _ in recorded.stream(corpus.held_out, targets=TARGETS):
             pass

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from logitstream.command_line import WrongUsage, parse
-from student_trainer.cli import COMMANDS, log_above_bars, main, show
+from student_trainer.cli import COMMANDS, log_above_bars, main
+from student_trainer.commands.show import show
 from student_trainer.config import RecordConfig, TrainConfig
 from student_trainer.training.run import check_settings
 

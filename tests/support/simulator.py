@@ -18,9 +18,10 @@ from typing import Protocol
 import torch
 
 from logit_codec import TopKSpec
-from teacher_server.engine.head import WantedRows
+from teacher_server.engine.batch import WantedRows
 from teacher_server.errors import RequestRefused
-from teacher_server.scheduling.scheduler import NUM_LEVELS, Job, Scheduler
+from teacher_server.scheduling.job import NUM_LEVELS, Job
+from teacher_server.scheduling.scheduler import Scheduler
 from teacher_server.teams.declaration import Team
 
 NOTHING = torch.empty(0, dtype=torch.int64)

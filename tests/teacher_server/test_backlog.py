@@ -4,8 +4,8 @@ import torch
 
 from logit_codec import TopKSpec
 from teacher_server.backlog import EncodeBacklog
-from teacher_server.engine.head import WantedRows
-from teacher_server.scheduling.scheduler import Job
+from teacher_server.engine.batch import WantedRows
+from teacher_server.scheduling.job import Job
 
 
 def answer(nbytes: int) -> Job:

@@ -10,8 +10,8 @@ import torch
 
 from logit_codec import TopKSpec
 from teacher_server.encoding import Encoder, Encoding, Parts
-from teacher_server.engine.head import WantedRows
-from teacher_server.scheduling.scheduler import INTERACTIVE, TRAINING, Job
+from teacher_server.engine.batch import WantedRows
+from teacher_server.scheduling.job import INTERACTIVE, TRAINING, Job
 from teacher_server.teams.declaration import Team
 
 NBYTES = 1000

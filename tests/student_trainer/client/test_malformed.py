@@ -18,13 +18,15 @@ from student_trainer import IncompatibleTeacher, LocalTeacher, Recorded, RecordE
 from student_trainer.cli import main
 from student_trainer.config import TrainConfig
 from student_trainer.data import documents
-from student_trainer.ray_train import driver as ray_train
-from student_trainer.record.shards import BESIDE, METADATA, SCHEMA
+from student_trainer.ray_train.checkpoints import SNAPSHOT, _mended, newest_step
+from student_trainer.ray_train.job import _Job
+from student_trainer.record.folder import BESIDE
+from student_trainer.record.schema import METADATA, SCHEMA
 from student_trainer.report.numbers import make_report, write_report
-from student_trainer.training import loop as trainer
-from student_trainer.training import run as runs
 from student_trainer.training.checkpoint import Checkpoints
+from student_trainer.training.corpus import read_tokenizer
 from student_trainer.training.results import Results
+from student_trainer.training.students import make_student
 from tests.support import tiny
 from tests.support.made_up import make_results
 
@@ -271,21 +273,21 @@ def test_a_text_with_unusual_line_ends_is_one_text(tmp_path: Path):
 
 @pytest.mark.parametrize("what", FILES)
 def test_a_note_of_ray_train_that_is_none_is_as_if_there_were_none(tmp_path: Path, what: str):
-    (tmp_path / ray_train.SNAPSHOT).write_bytes(FILES[what])
-    assert ray_train.newest_step(tmp_path) is None
+    (tmp_path / SNAPSHOT).write_bytes(FILES[what])
+    assert newest_step(tmp_path) is None
 
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("form", ["%s", "[%s]", '[{"checkpoint_dir_name": %s}]'])
 def test_a_damaged_note_of_ray_train_is_taken_away(tmp_path: Path, form: str, value: str):
     config = TrainConfig(student=tmp_path, data=["*"], output=tmp_path, record="targets")
-    job = ray_train._Job(config, "distilled", tmp_path, None, {}, on_gpus=False)
-    note = job.folder / ray_train.SNAPSHOT
+    job = _Job(config, "distilled", tmp_path, None, {}, on_gpus=False)
+    note = job.folder / SNAPSHOT
     note.parent.mkdir(parents=True)
     note.write_text(f'{{"checkpoint_results": {form % value}}}')
     is_right = form == "%s" and value in ("[]", "{}")
-    assert ray_train.newest_step(job.folder) is None
-    ray_train._mended(job)
+    assert newest_step(job.folder) is None
+    _mended(job)
     assert note.exists() == is_right
 
 
@@ -308,7 +310,7 @@ def test_a_trainers_checkpoint_that_cannot_be_read_is_left_out(tmp_path: Path, w
 
 @pytest.mark.parametrize(
     "read",
-    [runs.read_tokenizer, lambda folder: trainer.make_student(folder, seed=0, device="cpu")],
+    [read_tokenizer, lambda folder: make_student(folder, seed=0, device="cpu")],
     ids=["tokenizer", "model"],
 )
 def test_a_student_whose_config_is_nested_too_deep_is_named(

@@ -13,7 +13,7 @@ from logit_codec import (
     select,
 )
 from student_trainer import UnsuitableTargets, distillation_loss
-from student_trainer.losses.distillation import DIVERGENCES
+from student_trainer.losses.divergences import DIVERGENCES
 from tests.support.divergences import divergence_of, oracle, relative_error
 
 ROWS, VOCAB = 23, 61

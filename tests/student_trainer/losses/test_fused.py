@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from logit_codec import TopKTargets, select
 from student_trainer import UnsuitableTargets, distillation_loss, fused_distillation_loss
-from student_trainer.losses import fused
-from student_trainer.losses.distillation import DIVERGENCES
-from student_trainer.losses.fused import RowStatistics
+from student_trainer.losses import fused, fused_chunk
+from student_trainer.losses.divergences import DIVERGENCES
+from student_trainer.losses.fused_chunk import RowStatistics
 from tests.support import tiny
 from tests.support.divergences import gradients, oracle, relative_error
 
@@ -387,7 +387,7 @@ def test_the_students_logits_never_exist():
 def test_chunks_follow_the_size_of_their_buffers(monkeypatch):
     hidden, head, targets = make("top_k:4")
     wanted = fused_distillation_loss(hidden, head, targets)
-    monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", 3 * VOCAB * 8)
+    monkeypatch.setitem(fused_chunk.CHUNK_BYTES, "cpu", 3 * VOCAB * 8)
     with _Largest() as seen:
         loss = fused_distillation_loss(hidden, head, targets)
     assert (3, VOCAB) in seen.fresh

@@ -24,7 +24,7 @@ from logit_codec import (
     select,
 )
 from student_trainer import UnsuitableTargets, distillation_loss, fused_distillation_loss
-from student_trainer.losses.fused import RowStatistics
+from student_trainer.losses.fused_chunk import RowStatistics
 from tests.conftest import one_torch_thread
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)

@@ -36,15 +36,10 @@ from student_trainer import (
     TeacherError,
 )
 from student_trainer.data import batches
-from student_trainer.record.shards import (
-    DAMAGE,
-    QUARANTINE,
-    Folder,
-    Provenance,
-    Row,
-    Shards,
-    Writer,
-)
+from student_trainer.record.folder import QUARANTINE, Folder
+from student_trainer.record.schema import DAMAGE, Provenance, Row
+from student_trainer.record.shards import Shards
+from student_trainer.record.writer import Writer
 from student_trainer.teachers.request import Answer
 from tests.conftest import FORKSERVER, one_torch_thread
 from tests.support import tiny
@@ -319,7 +314,7 @@ def test_pandas_duckdb_and_datasets_read_it(live, tmp_path: Path):
 
 
 def test_the_code_in_the_docs_reads_it(live, tmp_path: Path, monkeypatch, capsys):
-    page = (Path(__file__).parents[2] / "docs" / "recording.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "recording.md").read_text()
     section = page.partition("## Reading it without this code")[2]
     programs = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(programs) == 2

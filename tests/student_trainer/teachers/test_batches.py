@@ -10,8 +10,10 @@ from torch import Tensor
 from protos import teacher_pb2
 from student_trainer import InvalidRequest, TeacherError
 from student_trainer.client.remote import _request
+from student_trainer.teachers.layout import Layout
 from student_trainer.teachers.request import Wish
-from student_trainer.teachers.stream import Layout, Teacher, stream_sequences
+from student_trainer.teachers.stream import stream_sequences
+from student_trainer.teachers.teacher import Teacher
 
 IDS = torch.arange(1, 31).view(3, 10)
 

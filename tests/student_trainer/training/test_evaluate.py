@@ -16,7 +16,7 @@ from student_trainer.training.evaluate import (
     evaluate,
     evaluate_teacher,
 )
-from student_trainer.training.run import HeldOut
+from student_trainer.training.held_out import HeldOut
 from student_trainer.training.shuffled_control import ShuffledTargets
 from tests.conftest import one_torch_thread
 from tests.support import tiny

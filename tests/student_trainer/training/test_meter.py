@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from logit_codec import select
-from student_trainer.training.meter import CHUNK_ROWS, Meter, cross_entropy_sum, means, most_likely
+from logit_codec.targets import most_likely
+from student_trainer.training.meter import CHUNK_ROWS, Meter, cross_entropy_sum, means
 
 VOCAB = 50
 

@@ -10,11 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn.parallel import DistributedDataParallel
 
 from student_trainer import LocalTeacher, data
-from student_trainer.ray_train.driver import _seed_of
+from student_trainer.ray_train.checkpoints import _seed_of
 from student_trainer.training import loop as trainer
 from student_trainer.training.evaluate import UNKNOWN
+from student_trainer.training.held_out import HeldOut
 from student_trainer.training.ranks import unwrapped
-from student_trainer.training.run import HeldOut
 from student_trainer.training.tensorboard import Curves
 from tests.conftest import one_torch_thread
 from tests.support import tiny

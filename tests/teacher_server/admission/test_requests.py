@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from logit_codec import DenseSpec, TopKSpec, encode_parts
 from logit_codec.wire import OVERHEAD_NBYTES
 from protos import teacher_pb2
-from teacher_server.admission.requests import Admission, Admitted, Limits
+from teacher_server.admission.limits import Limits
+from teacher_server.admission.requests import Admission, Admitted
 from teacher_server.engine.head import VocabularyHead
-from teacher_server.engine.model import TeacherModel, prepare
+from teacher_server.engine.loading import prepare
+from teacher_server.engine.model import TeacherModel
 from teacher_server.errors import RequestRefused
 from tests.support import tiny
 

@@ -24,8 +24,10 @@ from logit_codec import (
     encode_parts,
     parse_targets,
 )
-from teacher_server.engine.head import MAX_CHUNK_ROWS, ROW_MULTIPLE, VocabularyHead, WantedRows
-from teacher_server.engine.model import TeacherModel, prepare
+from teacher_server.engine.batch import WantedRows
+from teacher_server.engine.head import MAX_CHUNK_ROWS, ROW_MULTIPLE, VocabularyHead
+from teacher_server.engine.loading import prepare
+from teacher_server.engine.model import TeacherModel
 from tests.support import tiny
 
 TOP_64 = TopKSpec(k=64, bits=16, entropy=True)

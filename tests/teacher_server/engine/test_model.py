@@ -14,8 +14,10 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from logit_codec import DenseSpec, DenseTargets, TopKSpec, TopKTargets
-from teacher_server.engine.head import VocabularyHead, WantedRows
-from teacher_server.engine.model import MIN_BUCKET, bucket_length, load, prepare
+from teacher_server.engine.batch import WantedRows
+from teacher_server.engine.head import VocabularyHead
+from teacher_server.engine.loading import load, prepare
+from teacher_server.engine.model import MIN_BUCKET, bucket_length
 from teacher_server.errors import ModelError
 from tests.support import tiny
 

@@ -11,20 +11,13 @@ import pytest
 import torch
 
 from logit_codec import TopKSpec
-from teacher_server.engine.head import WantedRows
+from teacher_server.engine.batch import WantedRows
 from teacher_server.errors import RequestRefused, ServeError
 from teacher_server.ledger import accounts
-from teacher_server.ledger.accounts import Accounts, origin
-from teacher_server.ledger.directory import (
-    Directory,
-    DirectoryAway,
-    Grant,
-    LocalDirectory,
-    UsageRow,
-    Wish,
-)
-from teacher_server.replica import open_accounts
-from teacher_server.scheduling.scheduler import Job
+from teacher_server.ledger.accounts import Accounts, open_accounts, origin
+from teacher_server.ledger.directory import Directory, LocalDirectory
+from teacher_server.ledger.lease import DirectoryAway, Grant, UsageRow, Wish
+from teacher_server.scheduling.job import Job
 from teacher_server.teams.declaration import Team, TeamLimits
 
 NOTHING = torch.empty(0, dtype=torch.int64)

@@ -10,15 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from teacher_server.ledger.directory import (
-    FILE_NAME,
-    LEASE_S,
-    Directory,
-    UsageRow,
-    Wish,
-    read_usage,
-)
+from teacher_server.ledger.directory import FILE_NAME, LEASE_S, Directory, read_usage
 from teacher_server.ledger.journal import Kind, Record, to_bytes
+from teacher_server.ledger.lease import UsageRow, Wish
 from tests.conftest import FORKSERVER
 
 DAY = 20_000

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from teacher_server.commands.usage import usage_row
 from teacher_server.ledger import journal
 from teacher_server.ledger.directory import Directory
 from teacher_server.ledger.journal import Journal, Kind, Record, from_bytes, orphans, to_bytes
+from teacher_server.rpc.messages import usage_row
 from tests.conftest import FORKSERVER
 
 RECORDS = [

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from teacher_server.engine.model import prepare
+from teacher_server.engine.loading import prepare
 from teacher_server.scheduling.cost import CostModel
 from tests.support import tiny
 

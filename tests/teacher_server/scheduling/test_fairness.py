@@ -8,16 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_server.scheduling.scheduler import (
-    BULK,
-    INTERACTIVE,
-    NUM_LEVELS,
-    SHARED_BATCH_S,
-    TRAINING,
-    Job,
-    Scheduler,
-    _Line,
-)
+from teacher_server.scheduling.job import BULK, INTERACTIVE, TRAINING, Job
+from teacher_server.scheduling.scheduler import SHARED_BATCH_S, Scheduler
+from teacher_server.scheduling.team_queue import NUM_LEVELS, _Line
 from teacher_server.teams.declaration import Team
 from tests.support import simulator
 from tests.support.simulator import (

@@ -11,16 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
 from logit_codec import TopKSpec
-from teacher_server.engine.head import WantedRows
+from teacher_server.engine.batch import WantedRows
 from teacher_server.errors import RequestRefused
-from teacher_server.scheduling.scheduler import (
-    BULK,
-    INTERACTIVE,
-    NUM_LEVELS,
-    TRAINING,
-    Job,
-    Scheduler,
-)
+from teacher_server.scheduling.job import BULK, INTERACTIVE, NUM_LEVELS, TRAINING, Job
+from teacher_server.scheduling.scheduler import Scheduler
 from teacher_server.teams.declaration import Team
 
 NOTHING = torch.empty(0, dtype=torch.int64)

@@ -10,17 +10,12 @@ import pytest
 import torch
 
 from logit_codec import Targets, TopKTargets, parse_targets
+from logit_codec.targets import max_row_nbytes
 from protos import teacher_pb2
 from student_trainer import InvalidRequest
+from student_trainer.teachers.look_ahead import MAX_UNMEASURED, Clock, TimedWindow, make_window
 from student_trainer.teachers.request import Answer, Wish
 from student_trainer.teachers.stream import TargetStream, stream_loader
-from student_trainer.teachers.window import (
-    MAX_UNMEASURED,
-    Clock,
-    TimedWindow,
-    make_window,
-    max_row_nbytes,
-)
 
 K = 4
 WISH = Wish.of(f"top_k:{K}", 1.0, 0, 0)

@@ -15,7 +15,8 @@ from collections.abc import Collection
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 
-from logit_codec import DenseSpec, SampledSpec, TargetSpec, TopKSpec
+from logit_codec import TargetSpec
+from logit_codec.targets import max_row_nbytes
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest
 from student_trainer.teachers.request import Answer
@@ -218,15 +219,3 @@ def make_window(
         # Half of the teacher's queue: what is beyond it is refused, and others want to enter too.
         max_tokens=queue // 2 if queue else math.inf,
     )
-
-
-def max_row_nbytes(spec: TargetSpec, vocab_size: int) -> float:
-    """Upper bound of the memory that one decoded row of the spec takes, in bytes."""
-    nbytes = 4 * (spec.realized + spec.entropy + spec.log_z)
-    if isinstance(spec, DenseSpec):
-        return nbytes + vocab_size * spec.bits // 8
-    nbytes += 16  # two elements of row_splits, if the row is alone
-    if isinstance(spec, SampledSpec):
-        return nbytes + 16 * min(spec.n, vocab_size)
-    assert isinstance(spec, TopKSpec)
-    return nbytes + 4 + 12 * min(spec.k, vocab_size)

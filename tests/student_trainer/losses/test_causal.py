@@ -7,9 +7,9 @@ import torch
 import transformers
 from torch import nn
 
-from student_trainer.causal import check_causal
 from student_trainer.hf_trainer import DistillationTrainer
-from student_trainer.training.loop import make_student
+from student_trainer.losses.causal import check_causal
+from student_trainer.training.students import make_student
 from tests.conftest import one_torch_thread
 from tests.support import tiny
 

@@ -1,0 +1,187 @@
+"""`student-trainer check`: measures whether the targets line up with the text."""
+
+import dataclasses
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logit_codec import TopKTargets
+from logitstream.connection import Pem
+from student_trainer.client.remote import connect
+from student_trainer.commands.show import show
+from student_trainer.config import (
+    CheckConfig,
+    parse_count,
+)
+from student_trainer.teachers.teacher import Teacher
+from student_trainer.training.alignment import nll_by_shift, shared_ids
+
+
+def run_check(config: CheckConfig) -> int:
+    """Prints what `check` found; 1 if the targets are not where they should be."""
+    from logit_codec import parse_targets
+
+    try:
+        parse_targets(config.targets)
+    except ValueError as error:
+        raise ValueError(f"--targets: {error}") from None
+    tokenizer = student_ids = None
+    if config.student is not None:
+        from student_trainer.training.run import read_student
+
+        student = read_student(config.student)
+        tokenizer, student_ids = student.tokenizer, student.num_ids
+    wanted = None if config.tokens is None else parse_count(config.tokens)
+    result = check(
+        config.address,
+        tokenizer=tokenizer,
+        student_ids=student_ids,
+        targets=config.targets,
+        ca=config.ca,
+        cert=config.cert,
+        key=config.key,
+    )
+    numbers = dataclasses.asdict(result)
+    if wanted is not None:
+        numbers["tokens"] = wanted
+        numbers["hours"] = wanted / result.tokens_per_s / 3600
+        numbers["bytes"] = round(wanted * result.bytes_per_token)
+        numbers["disk_gib"] = numbers["bytes"] / 2**30
+        numbers["wire_gib"] = wanted * result.wire_bytes_per_token / 2**30
+    show(numbers, as_json=config.as_json)
+    if not result.aligned:
+        print(
+            "student-trainer: the teacher's NLL is not clearly lowest at shift 1: its targets do "
+            "not belong to the tokens that were sent, or it has learnt nothing yet",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What `student-trainer check` prints."""
+
+    address: str
+    model: str
+    architecture: str
+    teacher_fingerprint: str
+    tokenizer: str
+    """same, not compared (no student given), or unknown (the teacher has none)."""
+    vocabulary: str
+    """How many ids teacher and student have, and how many of them are shared."""
+    exactness: str
+    max_sequence_tokens: int
+    targets: str
+    aligned: bool
+    nll_by_shift: dict[int, float]
+    """Teacher's mean NLL of token i + shift at row i, in nats; clearly lowest at shift 1."""
+    latency_ms: float
+    """Median of a short sequence, there and back, as somebody at a prompt sees it."""
+    tokens_per_s: float
+    bytes_per_token: float
+    """Of targets, as they are sent and stored."""
+    wire_bytes_per_token: float
+    """Of requests and answers together, with token ids, digests and timings."""
+
+
+def written_by(teacher: Teacher, num_tokens: int = 24) -> Tensor:
+    """(L,) int64: a sequence that the teacher itself finds likely.
+
+    Random ids would have no best shift. Neighbours differ, or several shifts would be as good.
+    """
+    generator = torch.Generator().manual_seed(0)
+    largest = teacher.info.effective_vocab_size
+    ids = torch.randint(largest, (2,), generator=generator).tolist()
+    width = min(4, teacher.info.limits.max_top_k, largest)
+    while len(ids) < min(num_tokens, teacher.info.max_sequence_tokens - 1):
+        # L tokens have L-1 rows: one more, which may be anything, brings the row of what comes next.
+        ((_, targets),) = teacher.stream([[*ids, 0]], targets=f"top_k:{width}", interactive=True)
+        row = targets[len(ids) - 1 :]
+        assert isinstance(row, TopKTargets)
+        best = row.token_ids[row.logprobs.argsort(descending=True)].tolist()
+        ids.append(next((one for one in best if one not in ids[-2:]), best[0]))
+    return torch.tensor(ids)
+
+
+def check(
+    address: str,
+    *,
+    tokenizer: Any = None,
+    student_ids: int | None = None,
+    targets: str = "sampled",
+    seconds: float = 5.0,
+    ca: Pem | None = None,
+    cert: Pem | None = None,
+    key: Pem | None = None,
+) -> CheckResult:
+    """Connects, compares, measures for about `seconds`. Raises a TeacherError that says what is wrong.
+
+    student_ids: rows of the student's head; with the tokenizer, they are compared with the teacher's.
+    """
+    with connect(
+        address, tokenizer=tokenizer, ca=ca, cert=cert, key=key, patience_s=10.0
+    ) as teacher:
+        info = teacher.info
+        vocabulary = f"teacher {info.vocab_size:,} ({info.effective_vocab_size:,} in use)"
+        if tokenizer is not None and student_ids is not None:
+            shared = shared_ids(info, tokenizer, student_ids)
+            vocabulary += f", student {student_ids:,}: {shared:,} shared, the rest is padding"
+        ids = written_by(teacher)
+        width = min(64, info.limits.max_top_k, info.effective_vocab_size)
+        ((_, rows),) = teacher.stream([ids], targets=f"top_k:{width}", interactive=True)
+        by_shift = nll_by_shift(ids, rows)
+        wrong = min(nll for shift, nll in by_shift.items() if shift != 1)
+
+        waits = []
+        for _ in range(9):
+            started = time.perf_counter()
+            list(teacher.stream([ids], targets=targets, interactive=True))
+            waits.append(time.perf_counter() - started)
+
+        length = min(512, info.max_sequence_tokens)
+        generator = torch.Generator().manual_seed(1)
+        counters, before = teacher.counters, replace(teacher.counters)
+        deadline = time.perf_counter() + seconds
+
+        def until_deadline():
+            while time.perf_counter() < deadline:
+                yield torch.randint(info.effective_vocab_size, (length,), generator=generator)
+
+        started = time.perf_counter()
+        tokens = sum(
+            len(sequence)
+            for sequence, _ in teacher.stream(until_deadline(), targets=targets, ahead=16)
+        )
+        elapsed = time.perf_counter() - started
+        nbytes = counters.payload_nbytes - before.payload_nbytes
+        num_rows = counters.rows - before.rows
+        sent = counters.sent_nbytes - before.sent_nbytes
+        received = counters.received_nbytes - before.received_nbytes
+    if tokenizer is None:
+        compared = "not compared"
+    else:
+        compared = "same" if info.tokenizer_fingerprint else "unknown"
+    return CheckResult(
+        address=address,
+        model=info.model,
+        architecture=info.architecture,
+        teacher_fingerprint=info.teacher_fingerprint,
+        tokenizer=compared,
+        vocabulary=vocabulary,
+        exactness=info.exactness,
+        max_sequence_tokens=info.max_sequence_tokens,
+        targets=targets,
+        aligned=by_shift[1] < wrong - 0.1,
+        nll_by_shift=by_shift,
+        latency_ms=1e3 * statistics.median(waits),
+        tokens_per_s=tokens / elapsed,
+        bytes_per_token=nbytes / max(1, num_rows),
+        wire_bytes_per_token=(sent + received) / max(1, tokens),
+    )

@@ -1,0 +1,155 @@
+"""`student-trainer train`: trains a student, with the controls that were asked for."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from student_trainer import data, disk
+from student_trainer.config import TrainConfig
+from student_trainer.ray_train.checkpoints import newest_step
+from student_trainer.ray_train.job import FOLDER
+from student_trainer.report import model_card
+from student_trainer.training.checkpoint import Checkpoints, step_of
+from student_trainer.training.corpus import check_ids, find_texts, read_corpus
+from student_trainer.training.held_out import HeldOut
+from student_trainer.training.results import Results, TeacherResults
+from student_trainer.training.run import (
+    NAMES,
+    RESULTS_NBYTES,
+    check_checkpoints,
+    check_settings,
+    check_teacher,
+    folder_of,
+    open_teacher,
+    read_student,
+    train_students,
+)
+from student_trainer.training.students import has_weights
+
+
+def train(config: TrainConfig) -> Results:
+    """Trains the student, and the controls that were asked for, and saves the student.
+
+    Raises ValueError, OSError, NotWritten, TrainingFailed, and what a teacher can raise.
+    """
+    if config.workers:
+        from student_trainer.ray_train.driver import train_students as train_them
+    else:
+        train_them = train_students
+    check_settings(config)
+    with _made(config.output), ExitStack() as ending:
+        # What is refused soon comes before what takes long, down to here from there.
+        read = read_student(config.student)
+        find_texts(config)
+        ending.callback(disk.give_room, config.output)
+        disk.keep_room(config.output, read.nbytes + RESULTS_NBYTES, "the student")
+        teacher = ending.enter_context(open_teacher(config, read.tokenizer))
+        num_ids = check_teacher(config, teacher, read)
+        check_checkpoints(config, None, teacher.info.teacher_fingerprint)
+        corpus = read_corpus(config, read.tokenizer)
+        check_ids(corpus, num_ids)
+        check_checkpoints(config, corpus, teacher.info.teacher_fingerprint)
+        held_out = HeldOut.ask(config, teacher, corpus.held_out, num_ids)
+        trained = train_them(config, corpus, teacher, held_out)
+        info = teacher.info
+    student = trained.student
+    return Results(
+        settings=config.model_dump(mode="json"),
+        data_digest=data.digest(corpus.sequences),
+        held_out_digest=data.digest(corpus.held_out),
+        held_out_sequences=len(corpus.held_out),
+        student_parameters=sum(parameter.numel() for parameter in student.parameters()),
+        student_architecture=type(student).__name__,
+        student_license=model_card.license_of(config.student),
+        starts_from_weights=has_weights(config.student),
+        bytes_per_token=trained.bytes_per_token,
+        versions={name: version(name) for name in ("logitstream", "torch", "transformers")},
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        teacher=TeacherResults(
+            model=info.model,
+            revision=info.revision,
+            license=model_card.license_of_hub_model(info.model, info.revision),
+            weights_fingerprint=info.weights_fingerprint,
+            teacher_fingerprint=info.teacher_fingerprint,
+            vocab_size=info.vocab_size,
+            scores=held_out.teacher,
+            unknown=held_out.unknown,
+        ),
+        students=trained.students,
+    )
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes a folder, before anything is computed for it; if nothing came of it, it is not left."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output {folder} cannot be written to by this user")
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # something is in it
+            for one in missing:
+                one.rmdir()
+        raise
+
+
+def what_is_kept(config: TrainConfig) -> str:
+    """What is there of an interrupted run, and how it goes on."""
+    folder, newest = config.output / "checkpoints", {}
+    if config.workers:
+        folder = config.output / FOLDER
+        newest = {name: newest_step(folder / name) for name in NAMES}
+    else:
+        for name in NAMES:
+            found = Checkpoints(folder_of(config, name), every=0, identity={}).newest()
+            newest[name] = None if found is None else step_of(found)
+    newest = {name: step for name, step in newest.items() if step is not None}
+    again = "the same command without --start-over" if config.start_over else "the same command"
+    if not newest:
+        how = "" if config.checkpoint_every else " (--checkpoint-every N writes them)"
+        return f"no checkpoint was written{how}: {again} begins at step 0"
+    if {*newest} == {"distilled"}:
+        return f"checkpoint of step {newest['distilled']} kept in {folder}: run {again} to go on"
+    listed = ", ".join(f"step {step} of student {name}" for name, step in newest.items())
+    return f"checkpoints kept in {folder}: {listed}: run {again} to go on"
+
+
+def run_train(config: TrainConfig) -> int:
+    """Trains the student, and the controls if asked for; prints and writes the report."""
+    from student_trainer.errors import Interrupted, NotWritten
+    from student_trainer.report import model_card
+    from student_trainer.report import numbers as report
+
+    whole = ""
+    try:
+        results = train(config)
+        whole = f"the student is whole in {config.output / 'student'}; "
+        found = report.make_report({str(config.output): results})
+        results.save(config.output)
+        report.write_report(config.output / "report.html", found)
+        report.draw_losses(config.output / "loss.png", found)
+        model_card.write_model_card(config.output / "student", results, found)
+    except KeyboardInterrupt as error:
+        where = f" {error}" if isinstance(error, Interrupted) else ""  # workers do not tell
+        kept = what_is_kept(config)
+        print(f"student-trainer: interrupted{where}; {kept}", file=sys.stderr)
+        return 130
+    except NotWritten as error:
+        kept = f"; {whole}{what_is_kept(config)}" if config.output.is_dir() else ""
+        print(f"student-trainer: {error}{kept}", file=sys.stderr)
+        return 1
+    print(report.table(found))
+    print("\n".join(found["sentences"]))
+    print(
+        f"written: {config.output / 'report.html'}, report.json, results.json, loss.png, student/"
+    )
+    return 1 if found["verdict"] == "diverged" else 0

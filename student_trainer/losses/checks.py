@@ -1,0 +1,93 @@
+"""Checks that targets, rows and vocabularies fit a loss."""
+
+import torch
+from torch import Tensor
+
+from logit_codec import DenseTargets, SampledTargets, Targets, TopKTargets
+from student_trainer.errors import UnsuitableTargets
+from student_trainer.losses.divergences import DIVERGENCES
+
+
+def check_divergence(targets: Targets, divergence: str, beta: float, renormalize: bool) -> None:
+    """Raises ValueError, or UnsuitableTargets where other targets could express it."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+    if not isinstance(targets, SampledTargets | TopKTargets | DenseTargets):
+        raise UnsuitableTargets(
+            f"{divergence} cannot be computed from {type(targets).__name__}. Ask the teacher for "
+            "targets='sampled' (forward_kl only) or targets='top_k:min_p=1/256,max_k=128'."
+        )
+    if isinstance(targets, SampledTargets) and divergence != "forward_kl":
+        raise UnsuitableTargets(
+            f"{divergence} cannot be estimated from sampled targets: it is not linear in the "
+            "teacher's probabilities. Use divergence='forward_kl', or ask the teacher for "
+            "targets='top_k:min_p=1/256,max_k=128'."
+        )
+    if divergence == "jsd" and not 0 < beta < 1:
+        raise ValueError(
+            f"beta must be between 0 and 1 for jsd, got {beta}: at either end it is 0 for every "
+            "student. Divided by beta it becomes forward_kl at 0, by 1 - beta reverse_kl at 1."
+        )
+    if divergence in ("skew_kl", "skew_reverse_kl") and not 0 <= beta < 1:
+        raise ValueError(f"beta must be at least 0 and below 1 for {divergence}, got {beta}")
+    if renormalize and not isinstance(targets, TopKTargets):
+        raise UnsuitableTargets(
+            f"renormalize is for top_k targets; {targets.kind} targets sum to 1 as they are."
+        )
+    if renormalize and (
+        divergence == "reverse_kl" or (divergence == "skew_reverse_kl" and beta == 0)
+    ):
+        raise UnsuitableTargets(
+            "reverse_kl of renormalised targets is infinite: they give everything that is not kept "
+            "the probability 0. Leave renormalize out, and the tail bucket is used."
+        )
+
+
+def check_rows(
+    targets: Targets, labels: Tensor | None, mask: Tensor | None, ce_weight: float, reduction: str
+) -> None:
+    """Raises ValueError for what does not have one element for each target row."""
+    num_rows = targets.num_rows
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
+    if ce_weight and labels is None:
+        raise ValueError("ce_weight needs labels, (R,) int64 with -100 for rows without one")
+    for name, value in (("labels", labels), ("mask", mask)):
+        if value is not None and value.shape != (num_rows,):
+            raise ValueError(f"{name} must have shape ({num_rows},), got {tuple(value.shape)}")
+
+
+def check_labels(labels: Tensor | None, mask: Tensor | None, width: int) -> None:
+    """Raises ValueError for a label that the student lacks; only on a CPU, a device would wait."""
+    if labels is None or labels.device.type != "cpu" or not len(labels):
+        return
+    if mask is not None:
+        labels = labels.where(mask.to("cpu", torch.bool), IGNORE_INDEX)
+    largest = int(labels.max())
+    if largest >= width:
+        raise ValueError(
+            f"label {largest} is none of the {width} ids that student and teacher share. Use a "
+            "student whose head has every id of the tokenizer (student.resize_token_embeddings)."
+        )
+
+
+def shared_vocabulary(
+    targets: Targets, head_size: int, effective_vocab_size: int | None = None
+) -> int:
+    """How many ids have a probability: those that student and teacher both have."""
+    shared = min(head_size, targets.vocab_size)
+    if effective_vocab_size is None:
+        return shared
+    if not 1 <= effective_vocab_size <= shared:
+        raise ValueError(
+            f"effective_vocab_size must be 1 to {shared} for a student of {head_size} ids and a "
+            f"teacher of {targets.vocab_size}, got {effective_vocab_size}"
+        )
+    return effective_vocab_size
+
+
+IGNORE_INDEX = -100
+
+
+MOST_PADDING = 0.01
+"""Mean probability that a teacher may give to ids that the student lacks."""

@@ -1,0 +1,109 @@
+"""Computes divergences and their gradients, one cell at a time.
+
+A divergence is a sum over cells of a function of log p (teacher) and log q (student);
+docs/losses.md has the formulas. `DIVERGENCES` holds the functions, `PULLS` their gradients.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LOWEST = -1e30
+"""Stands for log(0): its exp is 0 and 0 times it is 0, where -inf would make NaN."""
+
+
+FLOOR = -149 * math.log(2)
+"""Log of float32's smallest number. Reverse KL divides by p, and reads a p of 0 as this."""
+
+
+def cells(divergence: str, beta: float, logp: Tensor, logq: Tensor) -> Tensor:
+    """What each cell adds to the divergence; logp and logq may be -inf."""
+    return DIVERGENCES[divergence](logp.clamp(min=LOWEST), logq.clamp(min=LOWEST), beta)
+
+
+def _forward_kl(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    return logp.exp() * (logp - logq)
+
+
+def _reverse_kl(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    return logq.exp() * (logq - logp.clamp(min=FLOOR))
+
+
+def _jsd(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    logm = log_mixture(logp, logq, beta)
+    return beta * logp.exp() * (logp - logm) + (1 - beta) * logq.exp() * (logq - logm)
+
+
+def _skew_kl(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    return logp.exp() * (logp - log_mixture(logp, logq, beta))
+
+
+def _skew_reverse_kl(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    return logq.exp() * (logq - log_mixture(logq, logp.clamp(min=FLOOR), beta))
+
+
+def _total_variation(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    return 0.5 * (logp.exp() - logq.exp()).abs()
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "total_variation": _total_variation,
+}
+
+
+def log_mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """log(share * exp(first) + (1 - share) * exp(second)), for a share below 1."""
+    if share == 0:
+        return second
+    return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
+
+
+def _pulls(divergence: str, beta: float, logp: Tensor, logq: Tensor) -> Tensor:
+    """a = q * dD/dq of each cell; logp and logq may be -inf."""
+    return PULLS[divergence](logp.clamp(min=LOWEST), logq.clamp(min=LOWEST), beta)
+
+
+def _pull_forward_kl(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    return -logp.exp()
+
+
+def _pull_reverse_kl(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    return logq.exp() * (logq - logp.clamp(min=FLOOR) + 1)
+
+
+def _pull_jsd(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    return (1 - beta) * logq.exp() * (logq - log_mixture(logp, logq, beta))
+
+
+def _pull_skew_kl(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    return -(1 - beta) * (logp + (logq - log_mixture(logp, logq, beta))).exp()
+
+
+def _pull_skew_reverse_kl(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    ratio = logq - log_mixture(logq, logp.clamp(min=FLOOR), beta)
+    pull = ratio + 1
+    if beta > 0:
+        pull = pull - (ratio + math.log(beta)).exp()  # at most 1; ratio.exp() may be infinite
+    return logq.exp() * pull
+
+
+def _pull_total_variation(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    q = logq.exp()
+    return 0.5 * q * (q - logp.exp()).sign()
+
+
+PULLS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "forward_kl": _pull_forward_kl,
+    "reverse_kl": _pull_reverse_kl,
+    "jsd": _pull_jsd,
+    "skew_kl": _pull_skew_kl,
+    "skew_reverse_kl": _pull_skew_reverse_kl,
+    "total_variation": _pull_total_variation,
+}

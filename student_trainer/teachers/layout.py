@@ -1,0 +1,177 @@
+"""Splits batches into sequences and puts the targets of sequences back into batches."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from student_trainer.errors import InvalidRequest
+
+IGNORE_INDEX = -100
+
+
+def as_token_ids(sequence: Any, position: int) -> Tensor:
+    """(L,) int64 on the CPU from a tensor, an array or a list. Raises InvalidRequest."""
+    try:
+        ids = torch.as_tensor(sequence)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidRequest(
+            f"sequence {position} must be a list or tensor of token ids, got "
+            f"{type(sequence).__name__}"
+        ) from None
+    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InvalidRequest(
+            f"sequence {position} must be one row of whole numbers, got "
+            f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
+        )
+    if len(ids) < 2:
+        raise InvalidRequest(
+            f"sequence {position} has {len(ids)} tokens; at least 2 are needed for one row"
+        )
+    ids = ids.to("cpu", torch.int64)
+    _check_ids(ids, f"sequence {position}")
+    return ids
+
+
+def _batch_ids(batch: Any, number: int) -> Tensor:
+    """(B, T) int64 input_ids on the CPU. Raises InvalidRequest."""
+    if not isinstance(batch, Mapping):
+        raise InvalidRequest(
+            f"batch {number} must be a mapping with input_ids, got {type(batch).__name__}"
+        )
+    if "input_ids" not in batch:
+        raise InvalidRequest(f"batch {number} has no input_ids; it has {', '.join(batch)}")
+    wanted = f"batch {number}: input_ids must be whole numbers of shape (B, T) or (T,)"
+    try:
+        ids = torch.atleast_2d(torch.as_tensor(batch["input_ids"]))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidRequest(f"{wanted}: {error}") from None
+    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InvalidRequest(
+            f"{wanted}, got {str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
+        )
+    return ids.to("cpu", torch.int64)
+
+
+def _check_ids(ids: Tensor, whose: str) -> None:
+    """Raises InvalidRequest for what is no token id."""
+    if not ids.numel():
+        return
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= 2**31:
+        raise InvalidRequest(
+            f"{whose} has id {low if low < 0 else high}; ids are 0 to 2**31-1 "
+            "(is this padded with labels such as -100?)"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Which positions of a batch are trained, and which belong together; all (B, T), on the CPU."""
+
+    ids: Tensor
+    """int64."""
+    real: Tensor
+    """bool: not padding."""
+    document: Tensor
+    """int64: equal within a document of a row."""
+    trained: Tensor
+    """bool: position t is trained on predicting token t+1."""
+    labels: Tensor
+    """int64: the batch's own, or its ids."""
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], number: int = 0) -> "Layout":
+        """Of a padded or packed batch, input_ids (B, T) or (T,).
+
+        Position t is trained on predicting token t+1 if both are real (attention_mask, where
+        given), belong to one document and labels[t+1] is not -100 (where given). A document begins
+        where position_ids do not go up by one, where seq_idx changes and where cu_seq_lens_q says so.
+        Raises InvalidRequest for shapes that do not fit; `number` is the batch's, for that message.
+        """
+        ids = _batch_ids(batch, number)
+
+        def beside(name: str) -> Tensor | None:
+            """What the batch has of that name, of the shape of its ids."""
+            if batch.get(name) is None:
+                return None
+            found = torch.atleast_2d(torch.as_tensor(batch[name])).cpu()
+            if found.shape != ids.shape:
+                raise InvalidRequest(
+                    f"batch {number}: {name} must have the shape of input_ids "
+                    f"{tuple(ids.shape)}, got {tuple(found.shape)}"
+                )
+            return found
+
+        mask = beside("attention_mask")
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask == 1
+        if mask is not None and bool((~real & (mask != 0)).any()):
+            odd = mask[~real & (mask != 0)][0].item()
+            raise InvalidRequest(
+                f"batch {number}: attention_mask must be 1 for a token and 0 for padding, got {odd}"
+            )
+        _check_ids(ids[real], f"batch {number}")
+        document = _starts(batch, ids, number).cumsum(1)
+        trained = torch.zeros_like(real)
+        trained[:, :-1] = real[:, :-1] & real[:, 1:] & (document[:, :-1] == document[:, 1:])
+        labels = beside("labels")
+        if labels is None:
+            return cls(ids, real, document, trained, ids)
+        trained[:, :-1] &= labels[:, 1:] != IGNORE_INDEX
+        return cls(ids, real, document, trained, labels)
+
+    def pieces(self) -> list[tuple[Tensor, Tensor]]:
+        """The sequences with something to train, each (L,) ids and its (N,) trained rows."""
+        num_rows, num_tokens = self.ids.shape
+        # One run per (row, document): where either changes, and where padding begins or ends.
+        run = self.document + torch.arange(num_rows)[:, None] * (num_tokens + 1)
+        edges = torch.ones_like(self.real)
+        edges[:, 1:] = (run[:, 1:] != run[:, :-1]) | (self.real[:, 1:] != self.real[:, :-1])
+        first = edges.flatten().nonzero()[:, 0]
+        lengths = torch.diff(first, append=torch.tensor([self.ids.numel()]))
+        flat_ids, flat_trained = self.ids.flatten(), self.trained.flatten()
+        flat_real = self.real.flatten()
+        pieces = []
+        for start, length in zip(first.tolist(), lengths.tolist(), strict=True):
+            rows = flat_trained[start : start + length].nonzero()[:, 0]
+            if flat_real[start] and len(rows):
+                pieces.append((flat_ids[start : start + length], rows))
+        return pieces
+
+
+def _starts(batch: Mapping[str, Any], ids: Tensor, number: int) -> Tensor:
+    """(B, T) bool: where the batch says that a document begins. Raises InvalidRequest."""
+    starts = torch.zeros(ids.shape, dtype=torch.bool)
+    # A position goes up by one within a document, and the index of a sequence stays.
+    for name, step in (("position_ids", 1), ("seq_idx", 0)):
+        if batch.get(name) is None:
+            continue
+        found = torch.atleast_2d(torch.as_tensor(batch[name])).cpu()
+        if found.shape not in (ids.shape, (1, ids.shape[1])):
+            raise InvalidRequest(
+                f"batch {number}: {name} must have the shape of input_ids {tuple(ids.shape)}, or one "
+                f"row for all, got {tuple(found.shape)}"
+            )
+        starts[:, 1:] |= found[:, 1:] != found[:, :-1] + step
+    if batch.get("cu_seq_lens_q") is not None:
+        ends = torch.as_tensor(batch["cu_seq_lens_q"]).cpu().flatten().long()
+        if not len(ends) or ends[0] != 0 or (ends.diff() < 0).any() or ends[-1] > ids.numel():
+            raise InvalidRequest(
+                f"batch {number}: cu_seq_lens_q must go up from 0 to at most the {ids.numel()} tokens "
+                f"of input_ids, got {ends.tolist()[:8]}"
+            )
+        starts.view(-1)[ends[ends < ids.numel()]] = True
+    return starts
+
+
+def split_batch(batch: Mapping[str, Any], number: int) -> list[tuple[Tensor, Tensor]]:
+    """The sequences of a padded or packed batch, each with the rows that are trained.
+
+    Raises InvalidRequest if nothing is trained; `Layout.of` has the rules.
+    """
+    pieces = Layout.of(batch, number).pieces()
+    if not pieces:
+        raise InvalidRequest(f"batch {number} has no position to train on")
+    return pieces

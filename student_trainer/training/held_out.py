@@ -1,0 +1,88 @@
+"""Measures students and their teacher on the held-out text."""
+
+import logging
+from typing import Self
+
+from torch import Tensor, nn
+
+from student_trainer.client.remote import RemoteTeacher
+from student_trainer.config import CorpusConfig
+from student_trainer.errors import NotRecorded
+from student_trainer.record.recorded import Recorded
+from student_trainer.training.evaluate import evaluate, evaluate_teacher
+from student_trainer.training.results import Scores
+
+logger = logging.getLogger(__name__)
+
+
+class HeldOut:
+    """The held-out text, what the teacher makes of it, and what a student did last time."""
+
+    def __init__(
+        self,
+        sequences: Tensor,
+        best_ids: Tensor | None = None,
+        teacher: Scores | None = None,
+        unknown: str = "",
+        num_ids: int | None = None,
+    ) -> None:
+        """best_ids, num_ids: as for `evaluate`. teacher: its scores; unknown: why some of them are
+        not known."""
+        self.sequences = sequences
+        self.num_ids = num_ids
+        self.best_ids = best_ids
+        self.teacher = teacher or Scores(loss=None)
+        self.unknown = unknown
+        self.last: Scores | None = None
+
+    @classmethod
+    def ask(
+        cls,
+        config: CorpusConfig,
+        teacher: RemoteTeacher | Recorded,
+        sequences: Tensor,
+        num_ids: int | None = None,
+    ) -> Self:
+        """Asks the teacher, as far as it can tell. Raises what `Teacher.stream` does."""
+        if not isinstance(teacher, Recorded):
+            scores, best_ids = evaluate_teacher(teacher, sequences)
+            return cls(sequences, best_ids, scores, num_ids=num_ids)
+        try:
+            scores, best_ids = evaluate_teacher(
+                teacher,
+                sequences,
+                targets=config.targets,
+                temperature=config.temperature,
+                seed=config.seed,
+            )
+        except NotRecorded:
+            unknown = "the held-out text was not recorded"
+            logger.warning("%s: the teacher's own loss is unknown", unknown)
+            return cls(sequences, unknown=unknown, num_ids=num_ids)
+        if None not in (scores.loss, scores.accuracy, scores.calibration_error):
+            return cls(sequences, best_ids, scores, num_ids=num_ids)
+        if teacher.fallback is not None:
+            live, best_ids = evaluate_teacher(teacher.fallback, sequences)
+            if scores.loss is not None:  # the same, whether there is a live teacher or not
+                same = {"loss": scores.loss, "sequence_losses": scores.sequence_losses}
+                live = live.model_copy(update=same)
+            return cls(sequences, best_ids, live, num_ids=num_ids)
+        found = f"the record holds {config.targets} at temperature {config.temperature:g}"
+        unknown = f"{found}, which does not tell it; with --teacher too, the teacher is asked"
+        return cls(sequences, best_ids, scores, unknown, num_ids)
+
+    def measure(self, student: nn.Module, batch_size: int) -> Scores:
+        """A student on the text, beside the teacher."""
+        self.last = evaluate(
+            *(student, self.sequences, self.best_ids), batch_size=batch_size, num_ids=self.num_ids
+        )
+        return self.last
+
+    def beside_the_loss(self) -> dict[str, float]:
+        """What else the last measurement found."""
+        assert self.last is not None
+        found = {
+            "held_out_accuracy": self.last.accuracy,
+            "held_out_top1_agreement": self.last.top1_agreement,
+        }
+        return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,50 @@
+"""`teacher-server describe`: prints what a service says of itself."""
+
+import json
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from protos import teacher_pb2
+from teacher_server.commands.remote_call import NotAnswered, ask, connection_of, told
+from teacher_server.config import (
+    DescribeConfig,
+)
+
+
+def describe(config: DescribeConfig) -> int:
+    """Prints what a running service says of itself; returns the exit code."""
+    try:
+        info = ask(connection_of(config), lambda stub: stub.Describe, teacher_pb2.DescribeRequest())
+    except NotAnswered as error:
+        return told(error)
+    except KeyboardInterrupt:
+        return 130
+    content = json_format.MessageToDict(
+        info, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    _numbers_as_numbers(info.limits, content["limits"])
+    _numbers_as_numbers(info.caller, content["caller"])
+    if config.as_json:
+        print(json.dumps(content, indent=2))
+        return 0
+    for name, value in content.items():
+        if name == "limits":
+            value = ", ".join(f"{key} {number}" for key, number in value.items())
+        elif name == "replicas":
+            value = ", ".join(f"{r['id']} {r['address']} {r['state']}" for r in value)
+        elif name == "caller":
+            value["scopes"] = " ".join(value["scopes"])
+            value = ", ".join(f"{key} {v}" for key, v in value.items() if v and key != "team")
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        print(f"{name:22} {value}")
+    return 0
+
+
+def _numbers_as_numbers(message: Message, content: dict[str, object]) -> None:
+    """Protobuf's JSON writes 64-bit numbers as strings; ours are small enough to be numbers."""
+    for name in content:
+        value = getattr(message, name)
+        if isinstance(value, int | float):
+            content[name] = value

@@ -1,0 +1,294 @@
+"""Loads a teacher from a folder or the hub, and checks its head."""
+
+import copy
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from logit_codec import CodecError, IdTable, tokenizer_fingerprint
+from teacher_server.engine.fingerprints import _folder_fingerprint, _state_fingerprint
+from teacher_server.engine.model import MIN_BUCKET, TeacherModel
+from teacher_server.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+
+ID_TABLE_NAME = "id_table.bin"
+"""Beside the weights of a model, if it was fitted."""
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    model: str,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str | None = None,
+    max_sequence_tokens: int | None = None,
+) -> TeacherModel:
+    """The teacher in a Hugging Face folder, or of a hub id that can be fetched.
+
+    Raises ModelError, saying what was looked for, if it cannot be served.
+    """
+    folder, revision = _resolve(model, revision)
+    _expect_safetensors(folder)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(
+            f"device {device} was asked for, and torch finds no CUDA device. Use --device cpu."
+        )
+    wanted = "auto" if dtype == "auto" else DTYPES.get(dtype)
+    if wanted is None:
+        raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if attention is None and getattr(config, "attn_logit_softcapping", None):
+            attention = "eager"  # the only implementation that applies the softcap everywhere
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=wanted,
+            attn_implementation=attention,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        causal_lm, report = loaded
+        causal_lm = causal_lm.to(device)
+    except Exception as error:  # a folder can be wrong in any way; all of them mean the same here
+        raise ModelError(
+            f"cannot load a causal LM from {model}: {_first_line(error)} "
+            "Any AutoModelForCausalLM saved with save_pretrained (safetensors) works."
+        ) from error
+    if report["mismatched_keys"]:
+        raise ModelError(
+            f"{model}: weight {_name(report['mismatched_keys'])} does not have the shape that its "
+            "config.json says. Save config and weights together with save_pretrained."
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{model} lacks {len(missing)} weights of {type(causal_lm).__name__}, such as "
+            f"{missing[0]}: it was saved from another kind of model. Save the causal LM itself."
+        )
+    return prepare(
+        causal_lm,
+        _load_tokenizer(folder),
+        name=folder.name if Path(model).is_dir() else model,
+        revision=revision,
+        weights_fingerprint=_folder_fingerprint(folder, revision),
+        max_sequence_tokens=max_sequence_tokens,
+        id_table=load_id_table(folder),
+    )
+
+
+def load_id_table(folder: Path) -> IdTable | None:
+    """The table beside a model, if there is one. Raises ModelError if it cannot be read."""
+    path = folder / ID_TABLE_NAME
+    if not path.is_file():
+        return None
+    try:
+        return IdTable.from_bytes(path.read_bytes())
+    except (CodecError, OSError) as error:
+        raise ModelError(
+            f"cannot read {path}: {error}. Fit it again with teacher-server fit-ids, or delete it."
+        ) from error
+
+
+def prepare(
+    causal_lm: Any,
+    tokenizer: Any | None = None,
+    *,
+    name: str = "local",
+    revision: str = "",
+    weights_fingerprint: str | None = None,
+    max_sequence_tokens: int | None = None,
+    id_table: IdTable | None = None,
+) -> TeacherModel:
+    """A causal LM that is in memory, checked and ready to score.
+
+    Raises ModelError if its logits cannot be computed from its base model's hidden states.
+    """
+    causal_lm.eval().requires_grad_(False)
+    config = causal_lm.config.get_text_config()
+    embeddings = causal_lm.get_output_embeddings()
+    if embeddings is None or causal_lm.base_model is causal_lm:
+        raise ModelError(f"{type(causal_lm).__name__} has no vocabulary head apart from its base")
+    vocab_size = embeddings.weight.shape[0]
+    effective = vocab_size
+    if tokenizer is not None:
+        effective = min(vocab_size, max(tokenizer.get_vocab().values()) + 1)
+    longest = getattr(config, "max_position_embeddings", None) or 2**20
+    if max_sequence_tokens is not None:
+        longest = min(longest, max_sequence_tokens)
+    if weights_fingerprint is None:
+        weights_fingerprint = _state_fingerprint(causal_lm)
+    model = TeacherModel(
+        causal_lm=causal_lm,
+        tokenizer=tokenizer,
+        name=name,
+        revision=revision,
+        weights_fingerprint=weights_fingerprint,
+        tokenizer_fingerprint="" if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        vocab_size=vocab_size,
+        effective_vocab_size=effective,
+        max_sequence_tokens=longest,
+        head=_headed(causal_lm),
+        # Where the targets are made, so that no answer copies it there.
+        id_table=None if id_table is None else id_table.to(causal_lm.device),
+    )
+    if id_table is not None and id_table.vocab_size != vocab_size:
+        raise ModelError(
+            f"{ID_TABLE_NAME} is for a vocabulary of {id_table.vocab_size} ids, the model has "
+            f"{vocab_size}. Fit it again with teacher-server fit-ids, or delete it."
+        )
+    _check_head(model)
+    return model
+
+
+class _Passed:
+    """What a base model returns, holding nothing but the hidden states it was given."""
+
+    def __init__(self, last_hidden_state: Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+
+class _PassThrough(nn.Module):
+    """Stands in for the base model, so that the model's own forward does only its head arithmetic.
+
+    Scales, softcaps and biases differ between architectures (Gemma 2, Cohere, Granite); their own
+    code is the one place where they are right.
+    """
+
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _Passed:
+        return _Passed(inputs_embeds)
+
+
+def _headed(causal_lm: Any) -> nn.Module:
+    """A shallow copy of the causal LM with the stand-in for its base model; weights are shared."""
+    head = copy.copy(causal_lm)
+    head._modules = dict(causal_lm._modules)
+    head._modules[causal_lm.base_model_prefix] = _PassThrough()
+    return head
+
+
+@torch.inference_mode()
+def _check_head(model: TeacherModel) -> None:
+    """Compares base model + head with one full forward, and looks whether rows see later tokens.
+
+    Raises ModelError above tolerance.
+    """
+    length = min(MIN_BUCKET, model.max_sequence_tokens)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.effective_vocab_size, (length,), generator=generator)
+    hidden = model.hidden_states([ids])[0]
+    ours = model.logits(hidden).float()
+    whole = model.causal_lm(input_ids=ids[None].to(model.device), use_cache=False).logits
+    theirs = whole[0].float()
+    scale = max(1.0, float(theirs.abs().max()))
+    worst = float((ours - theirs).abs().max()) / scale
+    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
+    if not worst <= tolerance:
+        raise ModelError(
+            f"the logits of {model.architecture} are not those of its head applied to its base "
+            f"model's hidden states: off by {worst:.1e} of the largest, allowed {tolerance:.0e}. "
+            "This architecture cannot be served yet."
+        )
+    changed = ids.clone()
+    changed[-1] = (changed[-1] + 1) % model.effective_vocab_size
+    before = model.hidden_states([changed])[0][: length - 1].float()
+    moved = float((before - hidden[: length - 1].float()).abs().max())
+    if not moved <= tolerance * max(1.0, float(hidden.float().abs().max())):
+        raise ModelError(
+            f"{model.architecture} is not causal: a row changes with the tokens after it. A "
+            "teacher predicts the next token (AutoModelForCausalLM with causal attention)."
+        )
+    logger.info("head checked architecture=%s error=%.1e", model.architecture, worst)
+
+
+def _resolve(model: str, revision: str | None) -> tuple[Path, str]:
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{model} is not a model folder: it has no config.json. Give a folder written by "
+                "save_pretrained, or a hub id such as google/gemma-2-2b."
+            )
+        return folder.resolve(), revision or ""
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ModelError(
+            f"there is no folder {model}. Give a folder written by save_pretrained, or a hub id "
+            "such as google/gemma-2-2b."
+        )
+    import huggingface_hub
+
+    try:
+        snapshot = Path(
+            huggingface_hub.snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt"],
+            )
+        )
+    except Exception as error:  # the hub client raises many kinds; all mean the same here
+        raise ModelError(
+            f"there is no folder {model}, and no model of that name could be fetched from the "
+            f"hub ({type(error).__name__}). Give a folder written by save_pretrained."
+        ) from error
+    return snapshot, snapshot.name
+
+
+def _expect_safetensors(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} has no *.safetensors file. Only safetensors weights are loaded; save the "
+            "model again with save_pretrained."
+        )
+
+
+def _load_tokenizer(folder: Path) -> Any | None:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any((folder / name).is_file() for name in names):
+        logger.warning("no tokenizer in %s: clients cannot check theirs against it", folder.name)
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+            tokenizer_fingerprint(tokenizer)
+        except Exception as error:  # as above: files of a tokenizer can be wrong in any way
+            raise ModelError(
+                f"cannot load the tokenizer in {folder}: {_first_line(error)} Save it again with "
+                "save_pretrained, or remove its files to serve without one."
+            ) from error
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _name(keys: Any) -> str:
+    """The first of transformers' mismatched keys, which are names or tuples that begin with one."""
+    first = sorted(keys, key=str)[0]
+    return first if isinstance(first, str) else str(first[0])

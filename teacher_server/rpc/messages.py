@@ -1,0 +1,112 @@
+"""Builds the messages that the service sends."""
+
+import datetime
+
+import grpc
+from torch import Tensor
+
+from logit_codec import CodecError
+from protos import teacher_pb2
+from teacher_server.errors import RequestRefused, incident, request_error
+from teacher_server.ledger.lease import UsageRow
+from teacher_server.monitoring.team_stats import TeamStanding
+from teacher_server.teams.declaration import Team
+
+
+def _whose_usage(team: Team, name: str) -> str | None:
+    """The team whose usage is told, None for all. Raises RequestRefused."""
+    if "admin" in team.scopes:
+        return name or None
+    if name not in ("", team.name):
+        raise RequestRefused(
+            grpc.StatusCode.PERMISSION_DENIED,
+            "SCOPE_MISSING",
+            f'team "{team.name}" may see its own usage; that of others needs the scope admin.',
+            field="team",
+        )
+    return team.name
+
+
+def _error_message(
+    error: Exception, sequence: int | None, rows: Tensor | None
+) -> teacher_pb2.RequestError:
+    """What a client may know of an error: never a path, a pid or a traceback."""
+    if isinstance(error, CodecError):
+        row = None
+        if error.row is not None and rows is not None:
+            row = int(rows[error.row])
+        error = RequestRefused(
+            grpc.StatusCode.DATA_LOSS,
+            "BAD_ROW",
+            f"the teacher's output for sequence {sequence} is not a distribution at row {row} "
+            f"({error}). It was not sent; ask again, and check the teacher if it stays.",
+            sequence=sequence,
+            row=row,
+        )
+    if not isinstance(error, RequestRefused):
+        error = incident(error)
+    message = request_error(error)
+    if error.sequence is None and sequence is not None:
+        message.sequence = sequence
+    return message
+
+
+def _caller_message(team: Team) -> teacher_pb2.Caller:
+    """What a caller is told of its team."""
+    limits = team.limits
+    return teacher_pb2.Caller(
+        team=team.name,
+        weight=team.weight,
+        scopes=sorted(team.scopes),
+        max_tokens_in_flight=limits.max_tokens_in_flight or 0,
+        max_tokens_per_second=limits.max_tokens_per_second or 0,
+        max_tokens_per_day=limits.max_tokens_per_day or 0,
+        max_request_tokens=limits.max_request_tokens or 0,
+    )
+
+
+def _team_status(
+    standing: TeamStanding, team: Team, tokens_left_today: int | None
+) -> teacher_pb2.TeamStatus:
+    """How this replica serves a team."""
+    return teacher_pb2.TeamStatus(
+        team=team.name,
+        weight=team.weight,
+        tokens_in_flight=standing.tokens_in_flight,
+        queued_tokens=standing.queued_tokens,
+        tokens_per_second=standing.tokens_per_s,
+        share=standing.share,
+        entitled=standing.entitled,
+        waiting_p95_ms=1e3 * standing.waiting_p95_s,
+        rejected=standing.rejected,
+        tokens_left_today=tokens_left_today,
+    )
+
+
+EPOCH = datetime.date(1970, 1, 1)
+
+
+def usage_row(row: UsageRow) -> teacher_pb2.UsageRow:
+    """A row of the ledger as a message."""
+    return teacher_pb2.UsageRow(
+        day=(EPOCH + datetime.timedelta(days=row.day)).isoformat(),
+        team=row.team,
+        sequences=row.sequences,
+        tokens=row.tokens,
+        delivered_rows=row.delivered_rows,
+        delivered_bytes=row.delivered_bytes,
+        rejected=row.rejected,
+    )
+
+
+def first_day(since: str) -> int:
+    """Days since 1970-01-01 (UTC) of a date, or of today. Raises ValueError."""
+    try:
+        first = (
+            datetime.date.fromisoformat(since)
+            if since
+            else datetime.datetime.now(datetime.UTC).date()
+        )
+    except ValueError:
+        raise ValueError(f'since is a day such as "2027-01-31", got "{since[:40]}".') from None
+    return (first - EPOCH).days
