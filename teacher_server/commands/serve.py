@@ -9,7 +9,6 @@ import sys
 
 from logitstream.connection import Connection
 from logitstream.local_ray import ONE_MACHINE, TOKEN_VARIABLES, own_ray_environment
-from teacher_server.commands import launch
 from teacher_server.config import (
     ServeConfig,
     is_loopback,
@@ -63,6 +62,7 @@ def _serve_on_ray(config: ServeConfig) -> int:
             os.environ.update(ONE_MACHINE)
         if any(os.environ.get(name) for name in TOKEN_VARIABLES):
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray does not send it
+    from teacher_server.commands import launch
 
     return launch.serve(config)
 
