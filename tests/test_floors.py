@@ -15,7 +15,7 @@ TRIED = (
     "tests/logit_codec/test_targets.py",
     "tests/student_trainer/losses/test_distillation.py",
     "tests/student_trainer/losses/test_fused_head.py",
-    "tests/student_trainer/test_causal.py",
+    "tests/student_trainer/losses/test_causal.py",
     "tests/end_to_end/test_hf_plain_student.py",
     "tests/end_to_end/test_hf_trainer.py",
     "tests/end_to_end/test_hf_sharded.py",
