@@ -65,7 +65,7 @@ class TeacherServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Describe(self, request, context):
-        """Who answers here: identity, limits, kinds of target, replicas, and who the caller is.
+        """Describes the service: identity, limits, kinds of targets, replicas, and the caller's team.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,18 +76,18 @@ class TeacherServicer(object):
         requests, and of different sequences of one request, arrive in any order and interleaved: place
         them by request_id, sequence and first_row. The parts of one sequence arrive in row order.
         Every request that the service has read ends either in the parts of all its rows, the final one
-        marked `last` (on whichever sequence comes last), or in one RequestError; the stream goes on
-        after both. The status of the stream itself speaks only of drain and transport. When the client
+        marked `last` (on whichever sequence comes last), or in one RequestError; the stream continues
+        after either. The status of the stream itself is only for authentication, drain and transport. When the client
         half-closes, the service answers what is outstanding and ends the stream with OK. A draining
-        service answers what it has read and ends the stream with UNAVAILABLE (14): what has no answer
-        then was not read, and is to be sent again on another stream.
+        service answers the requests it has read and ends the stream with UNAVAILABLE (14): requests without
+        an answer were not read, and are to be sent again on another stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FetchIdTable(self, request, context):
-        """A table that shortens the ids of targets; its digest is one of TeacherInfo.id_tables. Tables
+        """Returns a table that shortens the ids of targets; its digest is one of TeacherInfo.id_tables. Tables
         never change under their digest: fetch each once and keep it. NOT_FOUND (5) for another digest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -95,16 +95,16 @@ class TeacherServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Usage(self, request, context):
-        """What teams have used, from the ledger of the whole service. A team may ask for its own, the scope
-        admin for all; PERMISSION_DENIED (7) otherwise.
+        """Returns the usage of teams, from the ledger of the whole service. A team may ask for its own, the
+        scope admin for all; PERMISSION_DENIED (7) otherwise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Status(self, request, context):
-        """How the replica that answers is doing now, and how it serves teams: the caller's own, all of them
-        for the scope admin. Ask every replica that Describe names for the whole service.
+        """Returns the load of the answering replica, and how it serves the caller's team, or all teams for the
+        scope admin. For the whole service, ask every replica that Describe lists.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
