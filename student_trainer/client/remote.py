@@ -1,8 +1,7 @@
-"""RemoteTeacher: an address to an iterator of targets.
+"""Connects to a served teacher and hands its targets to the trainer.
 
 One background thread per process owns the asyncio loop and every gRPC object (`io_thread.py`); the
-caller's thread pulls sequences, submits them and waits for futures. `session.py` spreads them over
-the replicas of the service, `resume.py` keeps what has no answer yet.
+caller's thread pulls sequences, submits them and waits for futures.
 """
 
 import logging
@@ -19,9 +18,10 @@ from logit_codec import (
 )
 from logitstream.connection import Address, Connection, Pem
 from protos import teacher_pb2
+from student_trainer.client.counters import Counters
 from student_trainer.client.dispatch import Pending
 from student_trainer.client.io_thread import IoThread
-from student_trainer.client.session import Counters, Session
+from student_trainer.client.session import Session
 from student_trainer.errors import ForkedClient, ProtocolError, TeacherError
 from student_trainer.teachers.compatibility import check_compatible
 from student_trainer.teachers.request import Answer, Wish, row_mask
