@@ -24,7 +24,7 @@ from student_trainer.client.io_thread import IoThread
 from student_trainer.client.session import Session
 from student_trainer.errors import ForkedClient, ProtocolError, TeacherError
 from student_trainer.teachers.compatibility import check_compatible
-from student_trainer.teachers.request import Answer, Wish, row_mask
+from student_trainer.teachers.request import Answer, ScoreOptions, row_mask
 from student_trainer.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -99,14 +99,16 @@ class RemoteTeacher(Teacher):
         self._closed = True
         self._io.run(self._session.close())
 
-    def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
+    def submit(
+        self, token_ids: Tensor, rows: Tensor | None, options: ScoreOptions
+    ) -> "Future[Answer]":
         self.check_usable()
-        request, num_rows = _request(token_ids, rows, wish)
+        request, num_rows = _request(token_ids, rows, options)
         request.session_id = self._session.session_id
         request.teacher_fingerprint = self._info.teacher_fingerprint
         if self._session.id_tables:
             request.targets.id_table = self._session.id_tables[0].digest
-        pending = Pending(request, num_rows, keep_payloads=wish.keep_payloads)
+        pending = Pending(request, num_rows, keep_payloads=options.keep_payloads)
         self._io.call(self._session.submit, pending)
         return pending.future
 
@@ -122,11 +124,11 @@ class RemoteTeacher(Teacher):
 
 
 def _request(
-    token_ids: Tensor, rows: Tensor | None, wish: Wish
+    token_ids: Tensor, rows: Tensor | None, options: ScoreOptions
 ) -> tuple[teacher_pb2.ScoreRequest, int]:
     """The message for one sequence, and how many rows it asks for."""
     ids = token_ids.numpy().astype("<i4")
-    spec = wish.spec
+    spec = options.spec
     message = teacher_pb2.TargetSpec(
         omit_realized_logprob=not spec.realized,
         entropy=spec.entropy,
@@ -140,14 +142,14 @@ def _request(
         message.sampled.n = spec.n
     else:
         raise ProtocolError(f"no message for {type(spec).__name__}")
-    level = teacher_pb2.LEVEL_INTERACTIVE if wish.interactive else teacher_pb2.LEVEL_TRAINING
+    level = teacher_pb2.LEVEL_INTERACTIVE if options.interactive else teacher_pb2.LEVEL_TRAINING
     request = teacher_pb2.ScoreRequest(
         token_ids=ids.tobytes(),
         lengths=[len(ids)],
         targets=message,
-        temperature=wish.temperature,
-        seed=wish.seed,
-        epoch=wish.epoch,
+        temperature=options.temperature,
+        seed=options.seed,
+        epoch=options.epoch,
         level=level,
     )
     mask = row_mask(rows, len(ids) - 1)

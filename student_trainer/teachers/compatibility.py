@@ -1,4 +1,4 @@
-"""Checks that a teacher's vocabulary is the student's."""
+"""Checks that teacher and student share a format and a vocabulary."""
 
 import logging
 from typing import Any
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_compatible(info: teacher_pb2.TeacherInfo, tokenizer: Any) -> None:
-    """Raises IncompatibleTeacher unless the codec is ours and the tokenizer, if any, is the same."""
+    """Raises IncompatibleTeacher unless formats match and the tokenizer, if given, is the teacher's."""
     if FORMAT_VERSION not in info.format_versions:
         raise IncompatibleTeacher(
             f"the teacher writes format versions {list(info.format_versions)}, this client reads "

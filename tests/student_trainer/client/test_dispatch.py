@@ -31,13 +31,13 @@ from student_trainer.client import dispatch as dispatching
 from student_trainer.client.dispatch import Dispatch, Fate, Pending, assemble
 from student_trainer.client.remote import _request
 from student_trainer.teachers import stream as streaming
-from student_trainer.teachers.request import Answer, Wish
+from student_trainer.teachers.request import Answer, ScoreOptions
 from student_trainer.teachers.stream import TargetStream, stream_sequences
 
 FINGERPRINT = "ab" * 32
 VOCAB = 64
 SEQUENCES = [torch.arange(first, first + 3 + first % 4) for first in range(12)]
-WISH = Wish.of("top_k:1", 1.0, 0, 0)
+OPTIONS = ScoreOptions.of("top_k:1", 1.0, 0, 0)
 REPLICAS = 3
 
 
@@ -103,8 +103,8 @@ class Client:
         self.items: dict[bytes, int] = {}
         self.numbers: set[int] = set()
 
-    def submit(self, token_ids: torch.Tensor, rows: Any, wish: Wish) -> "Future[Answer]":
-        request, num_rows = _request(token_ids, rows, wish)
+    def submit(self, token_ids: torch.Tensor, rows: Any, options: ScoreOptions) -> "Future[Answer]":
+        request, num_rows = _request(token_ids, rows, options)
         pending = Pending(request, num_rows, PumpedFuture(self))
         self.dispatch.submit(pending)
         self.submitted += 1
@@ -202,7 +202,7 @@ class Training(RuleBasedStateMachine):
     def start(self, state: dict[str, int]) -> None:
         self.client = Client()
         self.stream: TargetStream[torch.Tensor] = stream_sequences(
-            self.client.submit, SEQUENCES, WISH, ahead=4
+            self.client.submit, SEQUENCES, OPTIONS, ahead=4
         )
         self.stream.load_state_dict(state)
         self.client.open(0)
@@ -364,7 +364,7 @@ def test_a_trainer_sees_every_batch_once_and_in_order_whatever_the_network_does(
 
 def checkpoint_of_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint says how many items were asked for, not how many were handed out."""
-    numbered = streaming._numbered
+    numbered = streaming._number_items
     asked: dict[str, int] = {}
 
     def counting(items: Any, skip: int) -> Iterator[tuple[int, Any]]:
@@ -372,7 +372,7 @@ def checkpoint_of_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
             asked["items"] = number + 1
             yield number, item
 
-    monkeypatch.setattr(streaming, "_numbered", counting)
+    monkeypatch.setattr(streaming, "_number_items", counting)
     monkeypatch.setattr(
         TargetStream,
         "state_dict",
@@ -383,12 +383,14 @@ def checkpoint_of_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 def answers_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is answered first is handed out first."""
 
-    def any_order(requests: Any, submit: Any, window: Any) -> Iterator[tuple[Any, list[Targets]]]:
+    def any_order(
+        requests: Any, submit: Any, look_ahead: Any
+    ) -> Iterator[tuple[Any, list[Targets]]]:
         waiting: list[Any] = []
         while True:
-            for request in itertools.islice(requests, window.size - len(waiting)):
+            for request in itertools.islice(requests, look_ahead.size - len(waiting)):
                 for where, (ids, wanted) in request.pieces.items():
-                    request.futures[where] = submit(ids, wanted, request.wish)
+                    request.futures[where] = submit(ids, wanted, request.options)
                 waiting.append(request)
             if not waiting:
                 return
@@ -397,15 +399,15 @@ def answers_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
             waiting.remove(entry)
             yield entry.item, [future.result().targets for future in entry.futures.values()]
 
-    monkeypatch.setattr(streaming, "_in_order", any_order)
+    monkeypatch.setattr(streaming, "answer_in_order", any_order)
 
 
 def answered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that was sent again is handed out once per attempt."""
-    in_order = streaming._in_order
+    in_order = streaming.answer_in_order
 
-    def twice(requests: Any, submit: Any, window: Any) -> Iterator[tuple[Any, list[Targets]]]:
-        for item, results in in_order(requests, submit, window):
+    def twice(requests: Any, submit: Any, look_ahead: Any) -> Iterator[tuple[Any, list[Targets]]]:
+        for item, results in in_order(requests, submit, look_ahead):
             yield item, results
             if int(item[0]) in again:
                 again.discard(int(item[0]))
@@ -419,7 +421,7 @@ def answered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
             again.add(int.from_bytes(pending.request.token_ids[:4], "little"))
         return resend_lost(self, link)
 
-    monkeypatch.setattr(streaming, "_in_order", twice)
+    monkeypatch.setattr(streaming, "answer_in_order", twice)
     monkeypatch.setattr(Dispatch, "resend_lost", closing)
 
 
@@ -478,7 +480,7 @@ def placed(count: int) -> tuple[Dispatch, dict[str, list[int]]]:
 
 def test_a_request_that_failed_at_two_links_goes_to_the_third():
     dispatch, _ = placed(3)
-    pending = Pending(_request(SEQUENCES[0], None, WISH)[0], 2)
+    pending = Pending(_request(SEQUENCES[0], None, OPTIONS)[0], 2)
     dispatch.submit(pending)
     visited = []
     for _ in range(3):
@@ -494,12 +496,12 @@ def test_a_distrusted_link_is_asked_only_where_there_is_no_other():
     dispatch, sent = placed(2)
     dispatch.set_trusted("a", False)
     for sequence in SEQUENCES:
-        dispatch.submit(Pending(_request(sequence, None, WISH)[0], len(sequence) - 1))
+        dispatch.submit(Pending(_request(sequence, None, OPTIONS)[0], len(sequence) - 1))
     assert (len(sent["a"]), len(sent["b"])) == (0, len(SEQUENCES))
     dispatch.set_paused("b", True)
-    dispatch.submit(Pending(_request(SEQUENCES[0], None, WISH)[0], 2))
+    dispatch.submit(Pending(_request(SEQUENCES[0], None, OPTIONS)[0], 2))
     assert len(sent["a"]) == 1
     dispatch.set_paused("b", False)
     dispatch.set_trusted("a", True)
-    dispatch.submit(Pending(_request(SEQUENCES[0], None, WISH)[0], 2))
+    dispatch.submit(Pending(_request(SEQUENCES[0], None, OPTIONS)[0], 2))
     assert len(sent["a"]) == 2, "it has fewer outstanding tokens"
