@@ -3,10 +3,7 @@
 import logging
 from typing import Any
 
-from logit_codec import (
-    FORMAT_VERSION,
-    tokenizer_fingerprint,
-)
+from logit_codec import FORMAT_VERSION, tokenizer_fingerprint
 from protos import teacher_pb2
 from student_trainer.errors import IncompatibleTeacher
 
