@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from logit_codec import Targets
 from student_trainer import LocalTeacher
-from student_trainer.teachers.look_ahead import make_window
-from student_trainer.teachers.request import Answer, Wish
+from student_trainer.teachers.look_ahead import make_look_ahead
+from student_trainer.teachers.request import Answer, ScoreOptions
 from student_trainer.teachers.stream import stream_loader
 from student_trainer.training import loop as trainer
 from tests.support import tiny
@@ -27,7 +27,7 @@ STEP_S = 0.1
 STEPS = 200
 OUTAGE_AT_S, OUTAGE_S = 100 * STEP_S, 30 * STEP_S
 VOCABULARY = 64
-WISH = Wish.of("top_k:8", 1.0, 0, 0)
+OPTIONS = ScoreOptions.of("top_k:8", 1.0, 0, 0)
 
 
 class LateTeacher:
@@ -45,7 +45,7 @@ class LateTeacher:
         # One for all answers: to start one for each would keep the trainer waiting for it.
         threading.Thread(target=self._answer, daemon=True).start()
 
-    def submit(self, ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
+    def submit(self, ids: Tensor, rows: Tensor | None, options: ScoreOptions) -> "Future[Answer]":
         future: Future[Answer] = Future()
         at = time.monotonic() + self.latency_s
         if self.outage is not None and self.outage[0] <= at < self.outage[1]:
@@ -94,8 +94,8 @@ def main() -> None:
         ("latency 2 steps, outage of 30 steps, look-ahead 30s", "30s", 2, True),
     ):
         teacher.latency_s = latency_steps * STEP_S
-        window = make_window(ahead, WISH.spec, local.info)
-        stream = stream_loader(teacher.submit, itertools.cycle(batches), WISH, window)
+        look_ahead = make_look_ahead(ahead, OPTIONS.spec, local.info)
+        stream = stream_loader(teacher.submit, itertools.cycle(batches), OPTIONS, look_ahead)
         first = next(stream)
         started = time.monotonic() + OUTAGE_AT_S
         teacher.outage = (started, started + OUTAGE_S) if outage else None

@@ -34,13 +34,13 @@ from student_trainer.losses.distillation import distillation_loss, within
 from student_trainer.losses.fused import fused_distillation_loss
 from student_trainer.losses.fused_chunk import RowStatistics, most_entries
 from student_trainer.losses.fused_head import FusedHead, Unfusable
+from student_trainer.teachers.batch_targets import BatchTargets
 from student_trainer.teachers.local import LocalTeacher
 from student_trainer.teachers.look_ahead import parse_ahead
-from student_trainer.teachers.prefetch import moved, on_device
-from student_trainer.teachers.request import Wish
+from student_trainer.teachers.prefetch import move_tensors, move_to_device
+from student_trainer.teachers.request import ScoreOptions
 from student_trainer.teachers.teacher import Teacher
 from student_trainer.training.alignment import Alignment, warn_of_tail
-from student_trainer.training.look_ahead import LookAhead
 from student_trainer.training.meter import SUMS, Meter, cross_entropy_sum, means
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class DistillationMixin(_Trainer):
                 if isinstance(settings, transformers.TrainingArguments):
                     _check_settings(settings, self.distillation, kwargs.get("compute_loss_func"))
         super().__init__(*args, **kwargs)
-        self._ahead: LookAhead | None = None
+        self._ahead: BatchTargets | None = None
         self._epoch_iterator: Iterator[Any] | None = None
         """Whose batches are looked ahead for."""
         self._pass = -1
@@ -289,7 +289,7 @@ class DistillationMixin(_Trainer):
         if not self._alignment.is_enough:
             self._alignment.add(batch, targets)
 
-    def _look_ahead(self, epoch_iterator: Iterator[Any]) -> LookAhead:
+    def _look_ahead(self, epoch_iterator: Iterator[Any]) -> BatchTargets:
         """The batches of a pass, each with its targets, asked for well before."""
         assert self.teacher is not None
         wish, state = self.distillation, self.state
@@ -303,10 +303,10 @@ class DistillationMixin(_Trainer):
         self._may_end_apart = several and not is_even
         # No more than the run will use: targets behind max_steps would be made for nothing.
         most = (state.max_steps - state.global_step) * self.args.gradient_accumulation_steps
-        return LookAhead(
+        return BatchTargets(
             self._loaded(itertools.islice(epoch_iterator, most), together),
             self.teacher,
-            Wish.of(wish.targets, wish.temperature, self.args.seed, self._pass),
+            ScoreOptions.of(wish.targets, wish.temperature, self.args.seed, self._pass),
             _ahead(wish.ahead),
             agree=self._agree if together else None,
         )
@@ -318,7 +318,7 @@ class DistillationMixin(_Trainer):
             batch = next(batches, None)
             if batch is not None and together:
                 # A dispatcher leaves them on the device, as views of what it sent to all ranks.
-                batch = moved(batch, lambda tensor: tensor.to("cpu", copy=True))
+                batch = move_tensors(batch, lambda tensor: tensor.to("cpu", copy=True))
             self._meter.loading_s += time.perf_counter() - began
             if batch is None:
                 return
@@ -395,7 +395,7 @@ class DistillationMixin(_Trainer):
         if attached.targets is None:
             used = [hidden_BTD, weight_VD, *([] if bias_V is None else [bias_V])]
             return sum((one.sum() * 0.0 for one in used), start=hidden_BTD.new_zeros(()))
-        targets, rows_R, labels_R = on_device(
+        targets, rows_R, labels_R = move_to_device(
             (_shared(attached, len(weight_VD)), attached.rows, attached.labels), device
         )
         statistics = RowStatistics.zeros(targets.num_rows, device)
@@ -424,7 +424,7 @@ class DistillationMixin(_Trainer):
         wish, device = self.distillation, logits_BTV.device
         if attached.targets is None:
             return logits_BTV.sum() * 0.0  # every rank and batch takes part in the backward pass
-        targets, rows_R, labels_R = on_device(
+        targets, rows_R, labels_R = move_to_device(
             (_shared(attached, logits_BTV.shape[-1]), attached.rows, attached.labels), device
         )
         logits_RV = logits_BTV.flatten(0, 1)[rows_R, : targets.vocab_size]
@@ -604,7 +604,7 @@ def _check_settings(
     args: transformers.TrainingArguments, wish: DistillationArguments, loss_func: Any
 ) -> None:
     """Raises ValueError for what the loss cannot be, or would leave out without a word."""
-    spec = Wish.of(wish.targets, wish.temperature, args.seed, 0).spec
+    spec = ScoreOptions.of(wish.targets, wish.temperature, args.seed, 0).spec
     parse_ahead(_ahead(wish.ahead))
     row = select(
         torch.zeros(1, getattr(spec, "k", 2)),

@@ -1,4 +1,4 @@
-"""The one thread of this process that runs the asyncio loop of every client."""
+"""Runs the asyncio loop of every client of this process in one thread."""
 
 import asyncio
 import atexit
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class IoThread:
-    """Use `IoThread.shared()`: blocking callers hand it coroutines and calls."""
+    """Takes coroutines and calls from blocking callers; get it with `IoThread.shared()`."""
 
     _instance: "IoThread | None" = None
     _lock = threading.Lock()
@@ -31,7 +31,7 @@ class IoThread:
 
     @classmethod
     def shared(cls) -> "IoThread":
-        """This process's thread. Raises ForkedClient in a fork of a process that has one."""
+        """Returns this process's thread. Raises ForkedClient in a fork of a process that has one."""
         with cls._lock:
             if cls._instance is None or cls._instance.pid != os.getpid():
                 if cls._instance is not None:
@@ -53,14 +53,16 @@ class IoThread:
             raise
 
     def call(self, function: Any, *arguments: Any) -> None:
-        """Calls a function in the loop, soon, without waiting for it."""
+        """Calls a function in the loop soon, without waiting for it."""
         self._loop.call_soon_threadsafe(function, *arguments)
 
     def _run(self) -> None:
         while not self._stopped:
             try:
                 self._loop.run_forever()
-            except BaseException as error:  # SystemExit ends a loop; who waits for others stays
+            except (
+                BaseException
+            ) as error:  # SystemExit ends a loop; other callers still wait for it
                 logger.error("the client failed", exc_info=error)
 
     def _stop(self) -> None:

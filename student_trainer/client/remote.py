@@ -1,8 +1,7 @@
-"""RemoteTeacher: an address to an iterator of targets.
+"""Connects to a served teacher and hands its targets to the trainer.
 
 One background thread per process owns the asyncio loop and every gRPC object (`io_thread.py`); the
-caller's thread pulls sequences, submits them and waits for futures. `session.py` spreads them over
-the replicas of the service, `resume.py` keeps what has no answer yet.
+caller's thread pulls sequences, submits them and waits for futures.
 """
 
 import logging
@@ -12,19 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from logit_codec import (
-    DenseSpec,
-    SampledSpec,
-    TopKSpec,
-)
+from logit_codec import DenseSpec, SampledSpec, TopKSpec
 from logitstream.connection import Address, Connection, Pem
 from protos import teacher_pb2
+from student_trainer.client.counters import Counters
 from student_trainer.client.dispatch import Pending
 from student_trainer.client.io_thread import IoThread
-from student_trainer.client.session import Counters, Session
+from student_trainer.client.session import Session
 from student_trainer.errors import ForkedClient, ProtocolError, TeacherError
 from student_trainer.teachers.compatibility import check_compatible
-from student_trainer.teachers.request import Answer, Wish, row_mask
+from student_trainer.teachers.request import Answer, ScoreOptions, row_mask
 from student_trainer.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -43,18 +39,18 @@ def connect(
     key: Pem | None = None,
     patience_s: float = 300.0,
 ) -> "RemoteTeacher":
-    """A teacher that is served at `address`: host:port, several of one service, or the path of a
-    connection file (*.toml) as operators hand it out.
+    """Connects to the teacher that is served at `address`.
 
-    tokenizer: the student's, of transformers or tokenizers; a teacher with another vocabulary is
-    refused. token: by default the environment variable TEACHER_TOKEN, or the one that the connection
-    file names. ca: PEM, or the path of it, of the authority that signed the service's certificate,
-    "public" for the public ones; without it (and TEACHER_CA) the connection is plain text. cert, key:
-    of a client certificate, also TEACHER_CERT and TEACHER_KEY. patience_s: how long to wait, in all,
-    while nobody answers; the first answer is waited for at most 10 s, and not at all where that is of
-    no use, as with the authority of another service.
-    Raises TeacherUnavailable, IncompatibleTeacher or AccessDenied; ValueError, OSError where what is
-    given here cannot be used.
+    address: host:port, several of one service, or the path of a connection file (*.toml) from the
+    operator. tokenizer: the student's, from transformers or tokenizers; a teacher with another
+    vocabulary is refused. token: by default the environment variable TEACHER_TOKEN, or the one that
+    the connection file names. ca: the authority that signed the service's certificate, as PEM or its
+    path, or "public" for the public ones; without it (and TEACHER_CA) the connection is plain text.
+    cert, key: a client certificate, by default TEACHER_CERT and TEACHER_KEY. patience_s: how long to
+    wait in all while no replica answers. The first answer is waited for at most 10 s, and not at all
+    where waiting cannot help, as with a certificate of another authority.
+    Raises TeacherUnavailable, IncompatibleTeacher or AccessDenied; ValueError or OSError for
+    arguments that cannot be used.
     """
     connection = Connection.to(address, token=token, ca=ca, cert=cert, key=key)
     connection.warn()
@@ -62,7 +58,7 @@ def connect(
 
 
 class RemoteTeacher(Teacher):
-    """A served teacher; use `connect` to make one, and `with` or `close()` to end it."""
+    """Gives the targets of a served teacher; `connect` makes one, `with` or `close()` ends it."""
 
     def __init__(self, connection: Connection, *, tokenizer: Any, patience_s: float) -> None:
         self._pid = os.getpid()
@@ -79,12 +75,12 @@ class RemoteTeacher(Teacher):
 
     @property
     def info(self) -> teacher_pb2.TeacherInfo:
-        """What Describe said at connect."""
+        """What the service answered to Describe at connect."""
         return self._info
 
     @property
     def counters(self) -> Counters:
-        """Received and resent so far."""
+        """What was sent, received and resent so far."""
         return self._session.counters
 
     @property
@@ -99,18 +95,22 @@ class RemoteTeacher(Teacher):
         self._closed = True
         self._io.run(self._session.close())
 
-    def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
+    def submit(
+        self, token_ids: Tensor, rows: Tensor | None, options: ScoreOptions
+    ) -> "Future[Answer]":
+        """Sends one sequence; returns at once."""
         self.check_usable()
-        request, num_rows = _request(token_ids, rows, wish)
+        request, num_rows = _request(token_ids, rows, options)
         request.session_id = self._session.session_id
         request.teacher_fingerprint = self._info.teacher_fingerprint
         if self._session.id_tables:
             request.targets.id_table = self._session.id_tables[0].digest
-        pending = Pending(request, num_rows, keep_payloads=wish.keep_payloads)
+        pending = Pending(request, num_rows, keep_payloads=options.keep_payloads)
         self._io.call(self._session.submit, pending)
         return pending.future
 
     def check_usable(self) -> None:
+        """Raises TeacherError if this teacher is closed or belongs to another process."""
         if os.getpid() != self._pid:
             raise ForkedClient(
                 f"this teacher was connected in process {self._pid} and is used in its fork "
@@ -122,11 +122,11 @@ class RemoteTeacher(Teacher):
 
 
 def _request(
-    token_ids: Tensor, rows: Tensor | None, wish: Wish
+    token_ids: Tensor, rows: Tensor | None, options: ScoreOptions
 ) -> tuple[teacher_pb2.ScoreRequest, int]:
-    """The message for one sequence, and how many rows it asks for."""
+    """Makes the message for one sequence; also returns how many rows it asks for."""
     ids = token_ids.numpy().astype("<i4")
-    spec = wish.spec
+    spec = options.spec
     message = teacher_pb2.TargetSpec(
         omit_realized_logprob=not spec.realized,
         entropy=spec.entropy,
@@ -140,14 +140,14 @@ def _request(
         message.sampled.n = spec.n
     else:
         raise ProtocolError(f"no message for {type(spec).__name__}")
-    level = teacher_pb2.LEVEL_INTERACTIVE if wish.interactive else teacher_pb2.LEVEL_TRAINING
+    level = teacher_pb2.LEVEL_INTERACTIVE if options.interactive else teacher_pb2.LEVEL_TRAINING
     request = teacher_pb2.ScoreRequest(
         token_ids=ids.tobytes(),
         lengths=[len(ids)],
         targets=message,
-        temperature=wish.temperature,
-        seed=wish.seed,
-        epoch=wish.epoch,
+        temperature=options.temperature,
+        seed=options.seed,
+        epoch=options.epoch,
         level=level,
     )
     mask = row_mask(rows, len(ids) - 1)

@@ -47,7 +47,7 @@ from student_trainer.record.shards import Shards, id_table_file, missing_shards
 from student_trainer.record.writer import Writer
 from student_trainer.teachers.compatibility import check_compatible
 from student_trainer.teachers.layout import as_token_ids
-from student_trainer.teachers.request import Answer, Wish, row_mask
+from student_trainer.teachers.request import Answer, ScoreOptions, row_mask
 from student_trainer.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -83,12 +83,12 @@ class RecordCounters:
 class _Request:
     token_ids: Tensor
     rows: Tensor | None
-    wish: Wish
+    wish: ScoreOptions
     key: bytes
     row_mask: bytes | None
 
     @classmethod
-    def of(cls, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "_Request":
+    def of(cls, token_ids: Tensor, rows: Tensor | None, wish: ScoreOptions) -> "_Request":
         mask = row_mask(rows, len(token_ids) - 1)
         return cls(token_ids, rows, wish, ids_digest(token_ids), mask)
 
@@ -212,13 +212,15 @@ class Recorded(Teacher):
             self._worker.submit(self._drop, damaged.shard).result()
         return self.get(token_ids, seed=seed, epoch=epoch)  # another draw, or an error
 
-    def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
+    def submit(
+        self, token_ids: Tensor, rows: Tensor | None, options: ScoreOptions
+    ) -> "Future[Answer]":
         """The recorded answer, or the live teacher's."""
         self.check_usable()
-        self._check_wish(wish)
+        self._check_wish(options)
         if self._provenance is None:
-            self._begin(wish)
-        request = _Request.of(token_ids, rows, self._of_a_draw(wish))
+            self._begin(options)
+        request = _Request.of(token_ids, rows, self._of_a_draw(options))
         future: Future[Answer] = Future()
         self._answer(request, future)
         return future
@@ -243,12 +245,12 @@ class Recorded(Teacher):
             finally:
                 self._shards.close()
 
-    def make_wish(
+    def make_options(
         self, targets: str | TargetSpec | None, temperature: float, seed: int, epoch: int
-    ) -> Wish:
-        wish = super().make_wish(targets, temperature, seed, epoch)
-        self._check_wish(wish)
-        return wish
+    ) -> ScoreOptions:
+        options = super().make_options(targets, temperature, seed, epoch)
+        self._check_wish(options)
+        return options
 
     def check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -377,7 +379,7 @@ class Recorded(Teacher):
             "Record it to another folder."
         )
 
-    def _check_wish(self, wish: Wish) -> None:
+    def _check_wish(self, wish: ScoreOptions) -> None:
         if self._provenance is None:
             return
         spec, temperature = self._provenance.spec, self._provenance.temperature
@@ -388,7 +390,7 @@ class Recorded(Teacher):
                 "the other to another folder."
             )
 
-    def _begin(self, wish: Wish) -> None:
+    def _begin(self, wish: ScoreOptions) -> None:
         """The first request decides what a record holds."""
         self._provenance = Provenance(
             _teacher_of(self._info),
@@ -446,7 +448,7 @@ class Recorded(Teacher):
             self._do(future, self._replay)
 
     def _request_of(self, token_ids: Any, seed: int, epoch: int) -> _Request:
-        wish = self.make_wish(None, self.temperature, seed, epoch)
+        wish = self.make_options(None, self.temperature, seed, epoch)
         return _Request.of(as_token_ids(token_ids, 0), None, self._of_a_draw(wish))
 
     def _num_draws(self, spec: TargetSpec) -> int:
@@ -455,7 +457,7 @@ class Recorded(Teacher):
             return 1
         return max(self._draws, self._index.num_draws)
 
-    def _of_a_draw(self, wish: Wish) -> Wish:
+    def _of_a_draw(self, wish: ScoreOptions) -> ScoreOptions:
         """The same in the epoch whose draw it gets, whenever its sequences come first."""
         return replace(wish, epoch=wish.epoch % self._num_draws(wish.spec))
 

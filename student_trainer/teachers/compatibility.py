@@ -1,12 +1,9 @@
-"""Checks that a teacher's vocabulary is the student's."""
+"""Checks that teacher and student share a format and a vocabulary."""
 
 import logging
 from typing import Any
 
-from logit_codec import (
-    FORMAT_VERSION,
-    tokenizer_fingerprint,
-)
+from logit_codec import FORMAT_VERSION, tokenizer_fingerprint
 from protos import teacher_pb2
 from student_trainer.errors import IncompatibleTeacher
 
@@ -14,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_compatible(info: teacher_pb2.TeacherInfo, tokenizer: Any) -> None:
-    """Raises IncompatibleTeacher unless the codec is ours and the tokenizer, if any, is the same."""
+    """Raises IncompatibleTeacher unless formats match and the tokenizer, if given, is the teacher's."""
     if FORMAT_VERSION not in info.format_versions:
         raise IncompatibleTeacher(
             f"the teacher writes format versions {list(info.format_versions)}, this client reads "

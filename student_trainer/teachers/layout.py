@@ -1,4 +1,4 @@
-"""Splits batches into sequences and puts the targets of sequences back into batches."""
+"""Reads which positions of a batch are trained, and splits it into sequences."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ IGNORE_INDEX = -100
 
 
 def as_token_ids(sequence: Any, position: int) -> Tensor:
-    """(L,) int64 on the CPU from a tensor, an array or a list. Raises InvalidRequest."""
+    """Makes (L,) int64 on the CPU from a tensor, an array or a list. Raises InvalidRequest."""
     try:
         ids = torch.as_tensor(sequence)
     except (TypeError, ValueError, RuntimeError):
@@ -36,7 +36,7 @@ def as_token_ids(sequence: Any, position: int) -> Tensor:
 
 
 def _batch_ids(batch: Any, number: int) -> Tensor:
-    """(B, T) int64 input_ids on the CPU. Raises InvalidRequest."""
+    """Returns (B, T) int64 input_ids on the CPU. Raises InvalidRequest."""
     if not isinstance(batch, Mapping):
         raise InvalidRequest(
             f"batch {number} must be a mapping with input_ids, got {type(batch).__name__}"
@@ -56,7 +56,7 @@ def _batch_ids(batch: Any, number: int) -> Tensor:
 
 
 def _check_ids(ids: Tensor, whose: str) -> None:
-    """Raises InvalidRequest for what is no token id."""
+    """Raises InvalidRequest for values that are not token ids."""
     if not ids.numel():
         return
     low, high = (int(value) for value in ids.aminmax())
@@ -69,7 +69,7 @@ def _check_ids(ids: Tensor, whose: str) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """Which positions of a batch are trained, and which belong together; all (B, T), on the CPU."""
+    """Says which positions of a batch are trained and which belong together; (B, T), on the CPU."""
 
     ids: Tensor
     """int64."""
@@ -84,28 +84,28 @@ class Layout:
 
     @classmethod
     def of(cls, batch: Mapping[str, Any], number: int = 0) -> "Layout":
-        """Of a padded or packed batch, input_ids (B, T) or (T,).
+        """Reads a padded or packed batch with input_ids of (B, T) or (T,).
 
         Position t is trained on predicting token t+1 if both are real (attention_mask, where
         given), belong to one document and labels[t+1] is not -100 (where given). A document begins
         where position_ids do not go up by one, where seq_idx changes and where cu_seq_lens_q says so.
-        Raises InvalidRequest for shapes that do not fit; `number` is the batch's, for that message.
+        Raises InvalidRequest for shapes that do not fit; its message names the batch by `number`.
         """
         ids = _batch_ids(batch, number)
 
-        def beside(name: str) -> Tensor | None:
-            """What the batch has of that name, of the shape of its ids."""
+        def optional(name: str) -> Tensor | None:
+            """Returns an optional entry of the batch, which must have the shape of its ids."""
             if batch.get(name) is None:
                 return None
-            found = torch.atleast_2d(torch.as_tensor(batch[name])).cpu()
-            if found.shape != ids.shape:
+            values = torch.atleast_2d(torch.as_tensor(batch[name])).cpu()
+            if values.shape != ids.shape:
                 raise InvalidRequest(
                     f"batch {number}: {name} must have the shape of input_ids "
-                    f"{tuple(ids.shape)}, got {tuple(found.shape)}"
+                    f"{tuple(ids.shape)}, got {tuple(values.shape)}"
                 )
-            return found
+            return values
 
-        mask = beside("attention_mask")
+        mask = optional("attention_mask")
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask == 1
         if mask is not None and bool((~real & (mask != 0)).any()):
             odd = mask[~real & (mask != 0)][0].item()
@@ -116,14 +116,14 @@ class Layout:
         document = _starts(batch, ids, number).cumsum(1)
         trained = torch.zeros_like(real)
         trained[:, :-1] = real[:, :-1] & real[:, 1:] & (document[:, :-1] == document[:, 1:])
-        labels = beside("labels")
+        labels = optional("labels")
         if labels is None:
             return cls(ids, real, document, trained, ids)
         trained[:, :-1] &= labels[:, 1:] != IGNORE_INDEX
         return cls(ids, real, document, trained, labels)
 
     def pieces(self) -> list[tuple[Tensor, Tensor]]:
-        """The sequences with something to train, each (L,) ids and its (N,) trained rows."""
+        """Returns the sequences with something to train: (L,) ids and (N,) trained rows of each."""
         num_rows, num_tokens = self.ids.shape
         # One run per (row, document): where either changes, and where padding begins or ends.
         run = self.document + torch.arange(num_rows)[:, None] * (num_tokens + 1)
@@ -142,19 +142,19 @@ class Layout:
 
 
 def _starts(batch: Mapping[str, Any], ids: Tensor, number: int) -> Tensor:
-    """(B, T) bool: where the batch says that a document begins. Raises InvalidRequest."""
+    """Returns (B, T) bool: where a document begins. Raises InvalidRequest."""
     starts = torch.zeros(ids.shape, dtype=torch.bool)
     # A position goes up by one within a document, and the index of a sequence stays.
     for name, step in (("position_ids", 1), ("seq_idx", 0)):
         if batch.get(name) is None:
             continue
-        found = torch.atleast_2d(torch.as_tensor(batch[name])).cpu()
-        if found.shape not in (ids.shape, (1, ids.shape[1])):
+        values = torch.atleast_2d(torch.as_tensor(batch[name])).cpu()
+        if values.shape not in (ids.shape, (1, ids.shape[1])):
             raise InvalidRequest(
                 f"batch {number}: {name} must have the shape of input_ids {tuple(ids.shape)}, or one "
-                f"row for all, got {tuple(found.shape)}"
+                f"row for all, got {tuple(values.shape)}"
             )
-        starts[:, 1:] |= found[:, 1:] != found[:, :-1] + step
+        starts[:, 1:] |= values[:, 1:] != values[:, :-1] + step
     if batch.get("cu_seq_lens_q") is not None:
         ends = torch.as_tensor(batch["cu_seq_lens_q"]).cpu().flatten().long()
         if not len(ends) or ends[0] != 0 or (ends.diff() < 0).any() or ends[-1] > ids.numel():
@@ -167,7 +167,7 @@ def _starts(batch: Mapping[str, Any], ids: Tensor, number: int) -> Tensor:
 
 
 def split_batch(batch: Mapping[str, Any], number: int) -> list[tuple[Tensor, Tensor]]:
-    """The sequences of a padded or packed batch, each with the rows that are trained.
+    """Splits a padded or packed batch into sequences, each with the rows that are trained.
 
     Raises InvalidRequest if nothing is trained; `Layout.of` has the rules.
     """

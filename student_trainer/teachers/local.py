@@ -1,6 +1,6 @@
-"""LocalTeacher: the same interface and the same bytes as a served teacher, in this process.
+"""Runs a teacher in this process, with the interface and the bytes of a served one.
 
-The one place where this package uses `teacher_server`, and only when a LocalTeacher is made.
+This is the one place where this package uses `teacher_server`, and only when a LocalTeacher is made.
 """
 
 from concurrent.futures import Future
@@ -21,15 +21,15 @@ from logit_codec import (
 from logit_codec.spec import KINDS
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest
-from student_trainer.teachers.request import Answer, Wish
+from student_trainer.teachers.request import Answer, ScoreOptions
 from student_trainer.teachers.teacher import Teacher
 
 PART_NBYTES = 1 << 20
-"""As large as the service's parts; where a sequence is split does not change what is decoded."""
+"""The size of the service's parts; where a sequence is split does not change what is decoded."""
 
 
 class LocalTeacher(Teacher):
-    """A causal LM of transformers as a teacher; for tests, small runs and one GPU.
+    """Serves as a teacher with a causal LM of transformers; for tests, small runs and one GPU.
 
     Targets go through the same encoder and decoder as those of a service.
     """
@@ -60,16 +60,19 @@ class LocalTeacher(Teacher):
 
     @property
     def info(self) -> teacher_pb2.TeacherInfo:
-        """What a service of this model would say of it."""
+        """How a service of this model would describe itself."""
         return self._info
 
     def check_usable(self) -> None:
-        """Always."""
+        """Never raises: a model in this process is always usable."""
 
     def close(self) -> None:
-        """The model is its owner's; there is nothing to end."""
+        """Does nothing: the model belongs to the caller."""
 
-    def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
+    def submit(
+        self, token_ids: Tensor, rows: Tensor | None, options: ScoreOptions
+    ) -> "Future[Answer]":
+        """Scores the sequence at once, in the caller's thread."""
         from teacher_server.engine.batch import WantedRows
 
         future: Future[Answer] = Future()
@@ -81,15 +84,15 @@ class LocalTeacher(Teacher):
         if rows is None:
             rows = torch.arange(len(token_ids) - 1)
         draws = None
-        if isinstance(wish.spec, SampledSpec):
-            draws = uniforms(wish.seed, wish.epoch, ids_digest(token_ids), rows)
-        wanted = WantedRows(token_ids, rows, wish.spec, wish.temperature, draws)
+        if isinstance(options.spec, SampledSpec):
+            draws = uniforms(options.seed, options.epoch, ids_digest(token_ids), rows)
+        wanted = WantedRows(token_ids, rows, options.spec, options.temperature, draws)
         try:
             (scored,), _ = self._head.score([wanted])
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
-        parts = encode_parts(scored, wish.spec, max_nbytes=PART_NBYTES)
+        parts = encode_parts(scored, options.spec, max_nbytes=PART_NBYTES)
         payloads = [payload for _, _, payload in parts]
         targets = Targets.cat([decode(payload) for payload in payloads])
-        future.set_result(Answer(targets, tuple(payloads) if wish.keep_payloads else ()))
+        future.set_result(Answer(targets, tuple(payloads) if options.keep_payloads else ()))
         return future

@@ -1,4 +1,4 @@
-"""Bounded look-ahead: the next pairs are made, and copied to the device, while the student trains."""
+"""Makes the next items, and copies them to the device, while the student trains."""
 
 import itertools
 import queue
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from logit_codec import Targets
 from student_trainer.errors import TeacherError
-from student_trainer.teachers.stream import is_stateful, position_in
+from student_trainer.teachers.position import is_stateful, read_position
 
 T = TypeVar("T")
 
@@ -20,11 +20,11 @@ T = TypeVar("T")
 def prefetch(
     iterator: Iterable[T], *, ahead: int = 4, device: torch.device | str | None = None
 ) -> "Prefetch[T]":
-    """The items of `iterator`, made up to `ahead` items early by a thread of their own.
+    """Iterates over `iterator` in a thread of its own, up to `ahead` items early.
 
     With `device`, tensors and Targets inside tuples, lists and dicts are moved to it; to a GPU they
-    are copied from pinned memory on a stream of their own. The source runs in that thread. An error
-    of the source is raised where its item would have been.
+    are copied from pinned memory on a separate CUDA stream. An error of the source is raised where
+    its item would have been.
     """
     if ahead < 1:
         raise ValueError(f"ahead must be at least 1, got {ahead}")
@@ -32,10 +32,10 @@ def prefetch(
 
 
 class Prefetch(Iterator[T]):
-    """What `prefetch` returns: the items in order, and a position.
+    """Iterates over the items in order and has a position; what `prefetch` returns.
 
-    The position counts items that were handed out here, not those that the thread has made. It is
-    the state of the source at the last of them if the source has one, and interchangeable with it.
+    The position counts items that were handed out here, not those that the thread has made. If the
+    source has a state, the position is that state at the last of them, and interchangeable with it.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Prefetch(Iterator[T]):
             # The thread must not hold on to this object: dropping it is what ends the thread.
             threading.Thread(
                 target=_fill,
-                args=(self._source, self._skip, self._stateful, self._move()),
+                args=(self._source, self._skip, self._stateful, self._make_move()),
                 kwargs={"ready": self._ready, "stopped": self._stopped},
                 name="prefetch",
                 daemon=True,
@@ -73,10 +73,10 @@ class Prefetch(Iterator[T]):
             raise error
         self._handed_out += 1
         self._state = state
-        return item() if isinstance(item, _OnItsWay) else item
+        return item() if isinstance(item, _CopyInFlight) else item
 
     def state_dict(self) -> dict[str, Any]:
-        """Where to go on behind the items that were handed out."""
+        """Returns where to resume after the items that were handed out."""
         if not self._stateful:
             return {"handed_out": self._handed_out}
         if self._state is None:
@@ -84,17 +84,17 @@ class Prefetch(Iterator[T]):
         return self._state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on there: a stateful source is put back, of any other the items are skipped.
+        """Resumes there: a stateful source is set back, from any other the items are skipped.
 
         Raises TeacherError after the first item was taken, InvalidRequest for another dict.
         """
         if self._started:
-            raise TeacherError("load_state_dict comes before the first item is taken")
+            raise TeacherError("load_state_dict must be called before the first item is taken")
         if self._stateful:
             self._source.load_state_dict(state)  # type: ignore[attr-defined]
             self._state = dict(state)
         else:
-            self._skip = self._handed_out = position_in(state)
+            self._skip = self._handed_out = read_position(state)
 
     def close(self) -> None:
         """Ends the thread, and the source with it."""
@@ -104,18 +104,21 @@ class Prefetch(Iterator[T]):
     def __del__(self) -> None:
         self._stopped.set()
 
-    def _move(self) -> Callable[[Any], Any]:
+    def _make_move(self) -> Callable[[Any], Any]:
+        """Returns what the thread does with each item to bring it to the device."""
         device = self._device
         if device is None:
             return lambda item: item
         if device.type != "cuda":
-            return lambda item: moved(item, lambda tensor: tensor.to(device, non_blocking=True))
+            return lambda item: move_tensors(
+                item, lambda tensor: tensor.to(device, non_blocking=True)
+            )
         side = torch.cuda.Stream(device)
-        return lambda item: _OnItsWay(item, device, side)
+        return lambda item: _CopyInFlight(item, device, side)
 
 
-class _OnItsWay:
-    """An item that is copied to the GPU on a side stream; calling it hands it to the trainer's."""
+class _CopyInFlight:
+    """Copies an item to the GPU on a side stream; calling it hands the item to the trainer's stream."""
 
     def __init__(self, item: Any, device: torch.device, side: torch.cuda.Stream) -> None:
         self._device = device
@@ -129,11 +132,12 @@ class _OnItsWay:
             return copied
 
         with torch.cuda.stream(side):
-            self._item = moved(item, copy)
+            self._item = move_tensors(item, copy)
             self._copied = side.record_event()
 
     def __call__(self) -> Any:
         current = torch.cuda.current_stream(self._device)
+        # The trainer's stream waits for the copy on the device; the host does not.
         current.wait_event(self._copied)
         for tensor in self._tensors:
             # Else the side stream might reuse the memory while the trainer's still reads it.
@@ -150,9 +154,10 @@ def _fill(
     ready: "queue.Queue[tuple[Any, Any, BaseException | None]]",
     stopped: threading.Event,
 ) -> None:
-    """The thread: items, each with the state of the source behind it, until the end or a stop."""
+    """Runs in the thread: queues each item with the state of the source after it, until stopped."""
 
     def put(item: Any, state: Any, error: BaseException | None) -> None:
+        # In short waits, so that a stop is noticed while the trainer takes nothing.
         while not stopped.is_set():
             try:
                 ready.put((item, state, error), timeout=0.1)
@@ -177,26 +182,26 @@ def _fill(
             close()
 
 
-def on_device(item: Any, device: torch.device) -> Any:
-    """The item with its tensors on the device; to a GPU they are copied without anybody waiting."""
+def move_to_device(item: Any, device: torch.device) -> Any:
+    """Copies the tensors of an item to the device; the host does not wait for copies to a GPU."""
 
     def copy(tensor: Tensor) -> Tensor:
         if device.type != "cuda" or tensor.is_cuda:
             return tensor.to(device)
         return tensor.pin_memory().to(device, non_blocking=True)
 
-    return moved(item, copy)
+    return move_tensors(item, copy)
 
 
-def moved(item: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """The item with what `move` makes of each tensor, also inside Targets, tuples, lists and dicts."""
+def move_tensors(item: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """Applies `move` to each tensor of an item, also inside Targets, tuples, lists and dicts."""
     if isinstance(item, Tensor):
         return move(item)
     if isinstance(item, Targets):
         return replace(item, **{name: move(part) for name, part in item._tensors().items()})
     if isinstance(item, tuple | list):
-        parts = [moved(part, move) for part in item]
+        parts = [move_tensors(part, move) for part in item]
         return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
     if isinstance(item, Mapping):
-        return {name: moved(part, move) for name, part in item.items()}
+        return {name: move_tensors(part, move) for name, part in item.items()}
     return item

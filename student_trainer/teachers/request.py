@@ -1,4 +1,4 @@
-"""What is asked of a teacher for every sequence of a stream, and what it gives for one."""
+"""Defines what is asked of a teacher for each sequence, and what it answers."""
 
 import math
 from dataclasses import dataclass
@@ -12,20 +12,22 @@ from student_trainer.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What is wanted of every sequence of one stream."""
+class ScoreOptions:
+    """Says which targets each sequence of one stream should get."""
 
     spec: TargetSpec
     temperature: float
     seed: int
     epoch: int
     keep_payloads: bool = False
-    """Whether answers are to come with the bytes that they were decoded from."""
+    """Whether answers should include the bytes that they were decoded from."""
     interactive: bool = False
-    """Whether somebody waits for the answers; see LEVEL_INTERACTIVE."""
+    """Whether a person waits for the answers; see LEVEL_INTERACTIVE."""
 
     @classmethod
-    def of(cls, targets: str | TargetSpec, temperature: float, seed: int, epoch: int) -> "Wish":
+    def of(
+        cls, targets: str | TargetSpec, temperature: float, seed: int, epoch: int
+    ) -> "ScoreOptions":
         """Checks the arguments of `stream`. Raises InvalidRequest."""
         try:
             spec = parse_targets(targets)
@@ -41,21 +43,21 @@ class Wish:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """What a teacher gives for one sequence."""
+    """Holds what a teacher answers for one sequence."""
 
     targets: Targets
     payloads: tuple[bytes, ...] = ()
-    """What they were decoded from, containers of the codec in the order of the rows, if the wish
-    has `keep_payloads`."""
+    """The codec's containers that the targets were decoded from, in the order of the rows, if
+    `keep_payloads` was set."""
 
     @property
     def nbytes(self) -> int:
-        """Memory of both."""
+        """The memory of both."""
         return self.targets.nbytes + sum(map(len, self.payloads))
 
 
 def row_mask(rows: Tensor | None, num_rows: int) -> bytes | None:
-    """(N,) int64 wanted rows as bits, the lowest first; None if all `num_rows` are wanted."""
+    """Packs (N,) int64 wanted rows into bits, lowest first; None if all `num_rows` are wanted."""
     if rows is None or len(rows) == num_rows:
         return None
     mask = np.zeros(num_rows, dtype=np.uint8)

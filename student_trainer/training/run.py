@@ -131,7 +131,7 @@ def check_teacher(config: CorpusConfig, teacher: RemoteTeacher | Recorded, stude
     the teacher may not allow the caller these targets, or not know them.
     """
     shared = shared_ids(teacher.info, student.tokenizer, student.num_ids)
-    teacher.make_wish(config.targets, config.temperature, config.seed, 0)  # as recorded?
+    teacher.make_options(config.targets, config.temperature, config.seed, 0)  # as recorded?
     live = teacher.fallback if isinstance(teacher, Recorded) else teacher
     if live is not None:
         found = live.stream(

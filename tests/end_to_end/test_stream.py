@@ -27,7 +27,7 @@ from student_trainer import (
     TeacherError,
     connect,
 )
-from student_trainer.client import session
+from student_trainer.client import stalls
 from tests.conftest import Served
 from tests.support import tiny
 
@@ -351,7 +351,7 @@ def test_a_link_that_nobody_used_for_long_is_not_taken_for_a_dead_one(
     gemma_service: Served, monkeypatch, caplog
 ):
     # A link that works on something is given 6 times: enough on a machine that does other things, too.
-    monkeypatch.setattr(session, "STALL_S", 0.5)
+    monkeypatch.setattr(stalls, "STALL_S", 0.5)
     with connect(gemma_service.address) as teacher:
         for _ in range(2):
             assert len(list(teacher.stream([[1, 2, 3]]))) == 1

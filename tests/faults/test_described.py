@@ -137,14 +137,14 @@ def test_a_flipped_bit_in_a_description_after_a_lost_stream_changes_nothing(
     with connect(relay.address) as teacher:
         before = lasting(teacher.info)
         relay.refuse = [grpc.StatusCode.UNAVAILABLE]
-        teacher._session._failures.clear()
-        for link in list(teacher._session._links.values()):
-            teacher._io.call(teacher._session._lose, link, "lost for the test")
+        teacher._session._keeper.discovery._failures.clear()
+        for link in list(teacher._session._keeper.links.values()):
+            teacher._io.call(teacher._session._keeper._lose, link, "lost for the test")
         relay.described = damaging(flipped(path))
         pairs = teacher.stream(SEQUENCES)
         assert within(30, lambda: [digest(targets) for _, targets in pairs]) == wanted
-        assert teacher._session._info is not None
-        assert lasting(teacher._session._info) == before
+        assert teacher._session._keeper.discovery.info is not None
+        assert lasting(teacher._session._keeper.discovery.info) == before
 
 
 @pytest.mark.parametrize("how", ["damaged", "no message"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from student_trainer import connect
-from student_trainer.client import session
+from student_trainer.client import discovery, links, stalls
 from tests.support import tiny
 from tests.support.fleet import SMALL_BATCHES, Fleet, wait_until
 from tests.support.oracle import (
@@ -22,7 +22,7 @@ from tests.support.oracle import (
 
 NOTICED_S = 15.0
 """The limit for a replica that fell silent."""
-STALL_S = session.STALL_S
+STALL_S = stalls.STALL_S
 
 
 @pytest.mark.slow
@@ -50,8 +50,8 @@ def test_a_frozen_replica_is_noticed_and_its_late_answers_are_dropped(
 def test_a_frozen_replica_is_left_and_taken_back_when_it_thaws(
     serve, folder, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(session, "PROBE_AFTER_S", 1.0)
-    monkeypatch.setattr(session, "PROBE_S", 1.0)
+    monkeypatch.setattr(links, "PROBE_AFTER_S", 1.0)
+    monkeypatch.setattr(links, "PROBE_S", 1.0)
     sequences = tiny.random_sequences(100, VOCAB, seed=5)
     with Fleet(serve, folder, flags=SMALL_BATCHES) as fleet, connect(fleet.addresses) as teacher:
         fleet.wait_known()
@@ -74,7 +74,7 @@ def test_connect_passes_over_a_frozen_replica(serve, folder):
         with connect(fleet.addresses) as teacher:
             assert len(list(teacher.stream([[1, 2, 3]]))) == 1
             assert teacher.replicas == fleet.addresses[1:]
-        assert time.monotonic() - began < 5 * session.TRY_S[0]
+        assert time.monotonic() - began < 5 * discovery.TRY_S[0]
         fleet.thaw(0)
 
 
@@ -82,14 +82,14 @@ def test_connect_passes_over_a_frozen_replica(serve, folder):
     ("stall_s", "probe_after_s"),
     [
         pytest.param(1.0, 1.0, id="shortened"),
-        pytest.param(STALL_S, session.PROBE_AFTER_S, id="whole", marks=pytest.mark.slow),
+        pytest.param(STALL_S, links.PROBE_AFTER_S, id="whole", marks=pytest.mark.slow),
     ],
 )
 def test_a_forward_without_end_is_left_and_its_late_answer_dropped(
     serve, folder, monkeypatch: pytest.MonkeyPatch, stall_s: float, probe_after_s: float
 ):
-    monkeypatch.setattr(session, "STALL_S", stall_s)
-    monkeypatch.setattr(session, "PROBE_AFTER_S", probe_after_s)
+    monkeypatch.setattr(stalls, "STALL_S", stall_s)
+    monkeypatch.setattr(links, "PROBE_AFTER_S", probe_after_s)
     sequences = tiny.random_sequences(200, VOCAB, seed=4)
     with Fleet(serve, folder, flags=SMALL_BATCHES) as fleet, connect(fleet.addresses) as teacher:
         fleet.wait_known()

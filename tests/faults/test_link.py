@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from student_trainer import TeacherUnavailable, connect
-from student_trainer.client import session
+from student_trainer.client import answers, discovery, keeper, links, stalls
 from tests.support import tiny
 from tests.support.fleet import Fleet, wait_until
 from tests.support.oracle import VOCAB, digest, left_in_this_process, within
@@ -103,8 +103,8 @@ def test_a_cut_of_one_replica_is_bridged_by_the_other(fleet: Fleet, sequences, w
 def test_a_cut_for_ever_is_an_error_that_names_the_address_and_the_place(
     one: Fleet, sequences, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(session, "PROBE_AFTER_S", 1.0)
-    monkeypatch.setattr(session, "PROBE_S", 1.0)
+    monkeypatch.setattr(links, "PROBE_AFTER_S", 1.0)
+    monkeypatch.setattr(links, "PROBE_S", 1.0)
     with connect(one.addresses[0], patience_s=2.0) as teacher:
         pairs = teacher.stream(sequences, ahead=30)
         for _ in range(40):
@@ -149,7 +149,7 @@ def test_a_slow_link_is_no_error_while_there_is_progress(one: Fleet, sequences, 
 def test_a_slow_link_that_takes_longer_than_every_time_out_is_no_error(
     one: Fleet, sequences, wanted, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(session, "PROBE_AFTER_S", 0.2)
+    monkeypatch.setattr(links, "PROBE_AFTER_S", 0.2)
     with connect(one.addresses[0]) as teacher:
         one.proxies[0].down.bytes_per_s = 20_000.0
         assert rest(teacher.stream(sequences[:8], ahead=8), 60) == wanted[:8]
@@ -191,7 +191,7 @@ def test_a_black_hole_among_the_addresses_is_passed_over(fleet: Fleet, sequences
     fleet.proxies[0].hold()
     began = time.monotonic()
     with connect(fleet.addresses) as teacher:
-        assert time.monotonic() - began < 5 * session.TRY_S[0]
+        assert time.monotonic() - began < 5 * discovery.TRY_S[0]
         assert rest(teacher.stream(sequences)) == wanted
         fleet.proxies[0].release()
         both(fleet, teacher)
@@ -214,9 +214,11 @@ DAMAGES = {"flips": flips, "losses": losses, "repeats": repeats}
 def test_damaged_bytes_are_never_trained_on(
     fleet: Fleet, sequences, wanted, monkeypatch: pytest.MonkeyPatch, kind: str, seeds
 ):
-    monkeypatch.setattr(session, "STALL_S", 2.0)
-    monkeypatch.setattr(session, "PROBE_AFTER_S", 1.0)
-    monkeypatch.setattr(session, "MAX_ATTEMPTS", 20)  # there are more flips than a network has
+    monkeypatch.setattr(stalls, "STALL_S", 2.0)
+    monkeypatch.setattr(links, "PROBE_AFTER_S", 1.0)
+    # There are more flips than a network has.
+    monkeypatch.setattr(answers, "MAX_ATTEMPTS", 20)
+    monkeypatch.setattr(keeper, "MAX_UNREADABLE", 20)
     # Its log records would keep the streams open for as long as pytest keeps the records.
     monkeypatch.setattr(logging.getLogger("grpc._common"), "disabled", True)
     with connect(fleet.addresses) as teacher:

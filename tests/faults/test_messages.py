@@ -9,9 +9,8 @@ import pytest
 
 from protos import teacher_pb2
 from student_trainer import ProtocolError, TargetsCorrupt, TeacherError, TeacherOverloaded, connect
-from student_trainer.client import dispatch as resume
-from student_trainer.client import session
-from student_trainer.teachers.request import Wish
+from student_trainer.client import answers, dispatch, links, stalls
+from student_trainer.teachers.request import ScoreOptions
 from tests.support import tiny
 from tests.support.fleet import Fleet
 from tests.support.oracle import VOCAB, digest, within
@@ -104,9 +103,9 @@ def changed(kind: str, seed: int):
 def test_a_wrong_message_is_counted_and_asked_for_again(
     relay: Relay, wanted, monkeypatch: pytest.MonkeyPatch, kind: str
 ):
-    monkeypatch.setattr(session, "STALL_S", 0.5)
-    monkeypatch.setattr(session, "PROBE_AFTER_S", 0.2)
-    monkeypatch.setattr(session, "MAX_ATTEMPTS", 20)
+    monkeypatch.setattr(stalls, "STALL_S", 0.5)
+    monkeypatch.setattr(links, "PROBE_AFTER_S", 0.2)
+    monkeypatch.setattr(answers, "MAX_ATTEMPTS", 20)
     relay.change = changed(kind, seed=3)
     with connect(relay.address) as teacher:
         pairs = teacher.stream(SEQUENCES, ahead=40)
@@ -125,7 +124,7 @@ def test_a_batch_that_is_said_to_have_taken_days_does_not_delay_the_next_questio
     relay: Relay, wanted, monkeypatch: pytest.MonkeyPatch
 ):
     """Of a service of before `full_check`, a flipped time cannot be told from a true one."""
-    monkeypatch.setattr(session, "STALL_S", 0.5)
+    monkeypatch.setattr(stalls, "STALL_S", 0.5)
     seen = 0
 
     def change(response: teacher_pb2.ScoreResponse) -> list[teacher_pb2.ScoreResponse]:
@@ -146,8 +145,8 @@ def test_a_batch_that_is_said_to_have_taken_days_does_not_delay_the_next_questio
 def test_the_only_request_is_looked_after_also_when_it_was_to_come_back_later(
     relay: Relay, wanted, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(session, "STALL_S", 0.5)
-    monkeypatch.setattr(session, "PROBE_AFTER_S", 0.2)
+    monkeypatch.setattr(stalls, "STALL_S", 0.5)
+    monkeypatch.setattr(links, "PROBE_AFTER_S", 0.2)
     later = teacher_pb2.RequestError(
         code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0],
         reason="RATE_LIMIT",
@@ -255,7 +254,7 @@ def test_bytes_that_are_no_request_end_the_stream_after_the_answers(fleet: Fleet
 )
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(session, "assemble"), (resume, "is_what_was_written"), (resume, "request_digest")],
+    [(answers, "assemble"), (dispatch, "is_what_was_written"), (dispatch, "request_digest")],
     ids=["decoding", "receiving", "submitting"],
 )
 def test_a_bug_of_the_client_reaches_the_caller_with_its_cause(
@@ -281,7 +280,7 @@ def test_a_bug_in_writing_reaches_the_caller(fleet: Fleet, monkeypatch: pytest.M
         raise ValueError("a bug")
 
     with connect(fleet.own[0]) as teacher:
-        monkeypatch.setattr(resume.Dispatch, "to_write", fail)
+        monkeypatch.setattr(dispatch.Dispatch, "find_to_write", fail)
         with pytest.raises(ProtocolError, match="a bug"):
             within(20, lambda: list(teacher.stream(SEQUENCES)))
         monkeypatch.undo()
@@ -291,7 +290,7 @@ def test_a_bug_in_writing_reaches_the_caller(fleet: Fleet, monkeypatch: pytest.M
 def test_what_is_submitted_while_another_thread_closes_is_an_error(fleet: Fleet):
     with connect(fleet.own[0]) as teacher:
         teacher._io.run(teacher._session.close())
-        future = teacher.submit(SEQUENCES[0], None, Wish.of("top_k:4", 1.0, 0, 0))
+        future = teacher.submit(SEQUENCES[0], None, ScoreOptions.of("top_k:4", 1.0, 0, 0))
         with pytest.raises(TeacherError, match="closed"):
             future.result(20)
 
@@ -303,7 +302,7 @@ def test_closing_ends_although_the_client_is_just_woken(fleet: Fleet, turns: int
     next(teacher.stream(SEQUENCES, ahead=64))  # so that answers are outstanding
 
     async def close() -> None:
-        teacher._session._wake.set()
+        teacher._session._keeper.wake.set()
         for _ in range(turns):
             await asyncio.sleep(0)
         await teacher._session.close()

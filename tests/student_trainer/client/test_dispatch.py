@@ -27,17 +27,17 @@ from hypothesis.stateful import (
 from logit_codec import Targets, TopKTargets, encode
 from protos import teacher_pb2
 from protos.answer_check import answer_check, full_answer_check, request_digest
-from student_trainer.client import dispatch as resume
+from student_trainer.client import dispatch as dispatching
 from student_trainer.client.dispatch import Dispatch, Fate, Pending, assemble
 from student_trainer.client.remote import _request
 from student_trainer.teachers import stream as streaming
-from student_trainer.teachers.request import Answer, Wish
+from student_trainer.teachers.request import Answer, ScoreOptions
 from student_trainer.teachers.stream import TargetStream, stream_sequences
 
 FINGERPRINT = "ab" * 32
 VOCAB = 64
 SEQUENCES = [torch.arange(first, first + 3 + first % 4) for first in range(12)]
-WISH = Wish.of("top_k:1", 1.0, 0, 0)
+OPTIONS = ScoreOptions.of("top_k:1", 1.0, 0, 0)
 REPLICAS = 3
 
 
@@ -94,7 +94,7 @@ class SimulatedLink:
 
 
 class Client:
-    """What session.py does, without sockets: one step of the network at a time."""
+    """What the keeper does, without sockets: one step of the network at a time."""
 
     def __init__(self) -> None:
         self.links: list[SimulatedLink] = []
@@ -103,8 +103,8 @@ class Client:
         self.items: dict[bytes, int] = {}
         self.numbers: set[int] = set()
 
-    def submit(self, token_ids: torch.Tensor, rows: Any, wish: Wish) -> "Future[Answer]":
-        request, num_rows = _request(token_ids, rows, wish)
+    def submit(self, token_ids: torch.Tensor, rows: Any, options: ScoreOptions) -> "Future[Answer]":
+        request, num_rows = _request(token_ids, rows, options)
         pending = Pending(request, num_rows, PumpedFuture(self))
         self.dispatch.submit(pending)
         self.submitted += 1
@@ -113,16 +113,16 @@ class Client:
     def open(self, replica: int) -> None:
         link = SimulatedLink(replica)
         self.links.append(link)
-        self.dispatch.open(link)
+        self.dispatch.add_link(link)
 
     def lose(self, link: SimulatedLink) -> None:
         self.links.remove(link)
-        self.dispatch.close(link)
+        self.dispatch.resend_lost(link)
 
     def write(self, link: SimulatedLink) -> bool:
         """The replica reads the next request and begins to answer."""
         while link.outbox:
-            pending = self.dispatch.to_write(link.outbox.popleft())
+            pending = self.dispatch.find_to_write(link.outbox.popleft())
             if pending is not None:
                 request = pending.request
                 # One piece of work has one item id, and each attempt a number of its own.
@@ -145,7 +145,7 @@ class Client:
         return True
 
     def deliver(self, link: SimulatedLink) -> bool:
-        """The client takes one message, and does with it what session.py does."""
+        """The client takes one message, and does with it what `Answers` does."""
         if not link.under_way:
             return False
         response = link.under_way.popleft()
@@ -155,7 +155,7 @@ class Client:
             return True
         pending, fate = ended
         if fate is Fate.DAMAGED:
-            self.dispatch.again(pending)
+            self.dispatch.resend(pending)
             return True
         assert fate is Fate.ANSWERED
         answer = assemble(pending, FINGERPRINT)
@@ -202,7 +202,7 @@ class Training(RuleBasedStateMachine):
     def start(self, state: dict[str, int]) -> None:
         self.client = Client()
         self.stream: TargetStream[torch.Tensor] = stream_sequences(
-            self.client.submit, SEQUENCES, WISH, ahead=4
+            self.client.submit, SEQUENCES, OPTIONS, ahead=4
         )
         self.stream.load_state_dict(state)
         self.client.open(0)
@@ -246,14 +246,14 @@ class Training(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 7))
     @precondition(lambda self: len(self.client.links) > 1)
     def drain(self, pick: int) -> None:
-        self.client.dispatch.pause(self.link(pick))
+        self.client.dispatch.set_paused(self.link(pick), True)
 
     @rule(pick=st.integers(0, 7), trusted=st.booleans())
     @precondition(lambda self: self.client.links)
     def stay(self, pick: int, trusted: bool) -> None:
         dispatch, link = self.client.dispatch, self.link(pick)
-        dispatch.unpause(link)
-        (dispatch.trust if trusted else dispatch.distrust)(link)
+        dispatch.set_paused(link, False)
+        dispatch.set_trusted(link, trusted)
 
     @rule(pick=st.integers(0, 7), count=st.integers(1, 4))
     @precondition(lambda self: self.client.links)
@@ -320,7 +320,7 @@ class Training(RuleBasedStateMachine):
     def ask_again(self, pick: int) -> None:
         outstanding = self.client.dispatch.outstanding(self.link(pick))
         if outstanding:
-            self.client.dispatch.again(next(iter(outstanding.values())))
+            self.client.dispatch.resend(next(iter(outstanding.values())))
 
     def link(self, pick: int) -> SimulatedLink:
         return self.client.links[pick % len(self.client.links)]
@@ -337,7 +337,7 @@ class Training(RuleBasedStateMachine):
             for link in self.client.links
             for number, pending in dispatch.outstanding(link).items()
         ]
-        assert dispatch.unanswered == len(sent) + len(dispatch._waiting)
+        assert dispatch.num_unanswered == len(sent) + len(dispatch._waiting)
         for link in self.client.links:
             tokens = sum(p.num_tokens for where, _, p in sent if where is link)
             assert dispatch._tokens[link] == tokens
@@ -352,7 +352,7 @@ class Training(RuleBasedStateMachine):
         for token_ids, targets in self.stream:
             self.train(token_ids, targets)
         assert self.trained == list(range(len(SEQUENCES)))
-        assert self.client.dispatch.unanswered == 0
+        assert self.client.dispatch.num_unanswered == 0
 
 
 SETTINGS = settings(max_examples=60, stateful_step_count=30, deadline=None)
@@ -364,7 +364,7 @@ def test_a_trainer_sees_every_batch_once_and_in_order_whatever_the_network_does(
 
 def checkpoint_of_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint says how many items were asked for, not how many were handed out."""
-    numbered = streaming._numbered
+    numbered = streaming._number_items
     asked: dict[str, int] = {}
 
     def counting(items: Any, skip: int) -> Iterator[tuple[int, Any]]:
@@ -372,7 +372,7 @@ def checkpoint_of_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
             asked["items"] = number + 1
             yield number, item
 
-    monkeypatch.setattr(streaming, "_numbered", counting)
+    monkeypatch.setattr(streaming, "_number_items", counting)
     monkeypatch.setattr(
         TargetStream,
         "state_dict",
@@ -383,12 +383,14 @@ def checkpoint_of_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 def answers_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is answered first is handed out first."""
 
-    def any_order(requests: Any, submit: Any, window: Any) -> Iterator[tuple[Any, list[Targets]]]:
+    def any_order(
+        requests: Any, submit: Any, look_ahead: Any
+    ) -> Iterator[tuple[Any, list[Targets]]]:
         waiting: list[Any] = []
         while True:
-            for request in itertools.islice(requests, window.size - len(waiting)):
+            for request in itertools.islice(requests, look_ahead.size - len(waiting)):
                 for where, (ids, wanted) in request.pieces.items():
-                    request.futures[where] = submit(ids, wanted, request.wish)
+                    request.futures[where] = submit(ids, wanted, request.options)
                 waiting.append(request)
             if not waiting:
                 return
@@ -397,30 +399,30 @@ def answers_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
             waiting.remove(entry)
             yield entry.item, [future.result().targets for future in entry.futures.values()]
 
-    monkeypatch.setattr(streaming, "_in_order", any_order)
+    monkeypatch.setattr(streaming, "answer_in_order", any_order)
 
 
 def answered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that was sent again is handed out once per attempt."""
-    in_order = streaming._in_order
+    in_order = streaming.answer_in_order
 
-    def twice(requests: Any, submit: Any, window: Any) -> Iterator[tuple[Any, list[Targets]]]:
-        for item, results in in_order(requests, submit, window):
+    def twice(requests: Any, submit: Any, look_ahead: Any) -> Iterator[tuple[Any, list[Targets]]]:
+        for item, results in in_order(requests, submit, look_ahead):
             yield item, results
             if int(item[0]) in again:
                 again.discard(int(item[0]))
                 yield item, results
 
     again: set[int] = set()
-    close = Dispatch.close
+    resend_lost = Dispatch.resend_lost
 
     def closing(self: Dispatch, link: Any) -> int:
         for pending in self.outstanding(link).values():
             again.add(int.from_bytes(pending.request.token_ids[:4], "little"))
-        return close(self, link)
+        return resend_lost(self, link)
 
-    monkeypatch.setattr(streaming, "_in_order", twice)
-    monkeypatch.setattr(Dispatch, "close", closing)
+    monkeypatch.setattr(streaming, "answer_in_order", twice)
+    monkeypatch.setattr(Dispatch, "resend_lost", closing)
 
 
 def parts_of_two_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,7 +447,7 @@ def old_numbers_still_count(monkeypatch: pytest.MonkeyPatch) -> None:
         place(self, pending, avoid=avoid)
 
     monkeypatch.setattr(Dispatch, "_place", same_number)
-    monkeypatch.setattr(resume, "is_what_was_written", lambda digest, response: True)
+    monkeypatch.setattr(dispatching, "is_what_was_written", lambda digest, response: True)
 
 
 BUGS = [
@@ -472,19 +474,19 @@ def placed(count: int) -> tuple[Dispatch, dict[str, list[int]]]:
     dispatch = Dispatch(lambda link, number: sent[link].append(number))
     for name in "abc"[:count]:
         sent[name] = []
-        dispatch.open(name)
+        dispatch.add_link(name)
     return dispatch, sent
 
 
 def test_a_request_that_failed_at_two_links_goes_to_the_third():
     dispatch, _ = placed(3)
-    pending = Pending(_request(SEQUENCES[0], None, WISH)[0], 2)
+    pending = Pending(_request(SEQUENCES[0], None, OPTIONS)[0], 2)
     dispatch.submit(pending)
     visited = []
     for _ in range(3):
         visited.append(pending.link)
         pending.failed_at.add(pending.link)
-        dispatch.again(pending)
+        dispatch.resend(pending)
     assert sorted(map(str, visited)) == ["a", "b", "c"]
     assert not dispatch.has_another(pending)
     assert pending.link is not None, "where all failed, it waits nowhere"
@@ -492,14 +494,14 @@ def test_a_request_that_failed_at_two_links_goes_to_the_third():
 
 def test_a_distrusted_link_is_asked_only_where_there_is_no_other():
     dispatch, sent = placed(2)
-    dispatch.distrust("a")
+    dispatch.set_trusted("a", False)
     for sequence in SEQUENCES:
-        dispatch.submit(Pending(_request(sequence, None, WISH)[0], len(sequence) - 1))
+        dispatch.submit(Pending(_request(sequence, None, OPTIONS)[0], len(sequence) - 1))
     assert (len(sent["a"]), len(sent["b"])) == (0, len(SEQUENCES))
-    dispatch.pause("b")
-    dispatch.submit(Pending(_request(SEQUENCES[0], None, WISH)[0], 2))
+    dispatch.set_paused("b", True)
+    dispatch.submit(Pending(_request(SEQUENCES[0], None, OPTIONS)[0], 2))
     assert len(sent["a"]) == 1
-    dispatch.unpause("b")
-    dispatch.trust("a")
-    dispatch.submit(Pending(_request(SEQUENCES[0], None, WISH)[0], 2))
+    dispatch.set_paused("b", False)
+    dispatch.set_trusted("a", True)
+    dispatch.submit(Pending(_request(SEQUENCES[0], None, OPTIONS)[0], 2))
     assert len(sent["a"]) == 2, "it has fewer outstanding tokens"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from student_trainer import LocalTeacher, Recorded, TeacherError, connect, prefetch
-from student_trainer.client import session
+from student_trainer.client import answers
 from student_trainer.client.io_thread import IoThread
 from student_trainer.record import recorded
 from tests.conftest import Served, one_torch_thread
@@ -120,7 +120,7 @@ def test_what_decoding_raises_reaches_the_caller_and_the_client_lives_on(
 ):
     with connect(served.address) as teacher:
         with monkeypatch.context() as patched:
-            patched.setattr(session, "assemble", fails(kind))
+            patched.setattr(answers, "assemble", fails(kind))
             expect(kind, lambda: list(teacher.stream(SEQUENCES, targets="top_k:4")))
         assert within(20, lambda: len(list(teacher.stream(SEQUENCES, targets="top_k:4")))) == 4
 

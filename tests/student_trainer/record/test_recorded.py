@@ -507,8 +507,8 @@ def test_what_is_replayed_together_is_answered_one_by_one(live, tmp_path: Path):
         os.truncate(victim, 16)
         asked_for_all = threading.Event()
         record._worker.submit(asked_for_all.wait)
-        wish = record.make_wish(None, 1.0, 0, 0)
-        futures = [record.submit(ids, None, wish) for ids in SEQUENCES]
+        options = record.make_options(None, 1.0, 0, 0)
+        futures = [record.submit(ids, None, options) for ids in SEQUENCES]
         assert futures[given_up].cancel()
         asked_for_all.set()
         for number, (future, shard) in enumerate(zip(futures, found, strict=True)):

@@ -11,7 +11,7 @@ from protos import teacher_pb2
 from student_trainer import InvalidRequest, TeacherError
 from student_trainer.client.remote import _request
 from student_trainer.teachers.layout import Layout
-from student_trainer.teachers.request import Wish
+from student_trainer.teachers.request import ScoreOptions
 from student_trainer.teachers.stream import stream_sequences
 from student_trainer.teachers.teacher import Teacher
 
@@ -116,14 +116,14 @@ def test_marks_of_documents_that_do_not_fit_are_refused(marks, word):
 def test_a_seed_or_epoch_that_is_no_number_of_64_bits_is_refused(value):
     for seed, epoch in ((value, 0), (0, value)):
         with pytest.raises(InvalidRequest, match="whole number"):
-            Wish.of("sampled", 1.0, seed, epoch)
-    assert Wish.of("sampled", 1.0, np.int64(3), 2**64 - 1).seed == 3
+            ScoreOptions.of("sampled", 1.0, seed, epoch)
+    assert ScoreOptions.of("sampled", 1.0, np.int64(3), 2**64 - 1).seed == 3
 
 
 @pytest.mark.parametrize("ahead", [0, -3, "30s", 2.5])
 def test_a_stream_of_sequences_is_ahead_by_a_number_of_them(ahead):
     with pytest.raises(InvalidRequest, match="number of sequences"):
-        stream_sequences(lambda *_: None, [], Wish.of("sampled", 1.0, 0, 0), ahead)  # type: ignore[arg-type,return-value]
+        stream_sequences(lambda *_: None, [], ScoreOptions.of("sampled", 1.0, 0, 0), ahead)  # type: ignore[arg-type,return-value]
 
 
 class Noted(Teacher):
@@ -134,8 +134,8 @@ class Noted(Teacher):
     def __init__(self) -> None:
         self.requests: list[teacher_pb2.ScoreRequest] = []
 
-    def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> Future:
-        self.requests.append(_request(token_ids, rows, wish)[0])
+    def submit(self, token_ids: Tensor, rows: Tensor | None, options: ScoreOptions) -> Future:
+        self.requests.append(_request(token_ids, rows, options)[0])
         future: Future = Future()
         future.set_exception(TeacherError("nobody is here"))
         return future

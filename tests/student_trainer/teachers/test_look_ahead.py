@@ -13,12 +13,17 @@ from logit_codec import Targets, TopKTargets, parse_targets
 from logit_codec.targets import max_row_nbytes
 from protos import teacher_pb2
 from student_trainer import InvalidRequest
-from student_trainer.teachers.look_ahead import MAX_UNMEASURED, Clock, TimedWindow, make_window
-from student_trainer.teachers.request import Answer, Wish
+from student_trainer.teachers.look_ahead import (
+    MAX_UNMEASURED,
+    AdaptiveLookAhead,
+    Clock,
+    make_look_ahead,
+)
+from student_trainer.teachers.request import Answer, ScoreOptions
 from student_trainer.teachers.stream import TargetStream, stream_loader
 
 K = 4
-WISH = Wish.of(f"top_k:{K}", 1.0, 0, 0)
+OPTIONS = ScoreOptions.of(f"top_k:{K}", 1.0, 0, 0)
 VOCAB = 100
 ROW_NBYTES = 12 * K + 8 + 8
 """Of a decoded row, but for the last element of row_splits."""
@@ -41,7 +46,9 @@ class Teacher(Clock):
     def now(self) -> float:
         return self.now_s
 
-    def submit(self, ids: torch.Tensor, rows: torch.Tensor | None, wish: Wish) -> Future[Answer]:
+    def submit(
+        self, ids: torch.Tensor, rows: torch.Tensor | None, options: ScoreOptions
+    ) -> Future[Answer]:
         future: Future[Answer] = Future()
         self.free_s = max(self.free_s, self.now_s) + self.token_s * len(ids)
         heapq.heappush(
@@ -91,9 +98,9 @@ def batches(*num_tokens: int) -> Iterator[dict[str, torch.Tensor]]:
     )
 
 
-def window_of(teacher: Teacher, seconds: float = 30.0, **limits) -> TimedWindow:
-    return TimedWindow(
-        seconds, max_row_nbytes=max_row_nbytes(WISH.spec, VOCAB), clock=teacher, **limits
+def look_ahead_of(teacher: Teacher, seconds: float = 30.0, **limits) -> AdaptiveLookAhead:
+    return AdaptiveLookAhead(
+        seconds, max_row_nbytes=max_row_nbytes(OPTIONS.spec, VOCAB), clock=teacher, **limits
     )
 
 
@@ -115,7 +122,7 @@ def test_a_long_way_to_the_teacher_costs_three_round_trips_and_nothing_after(
 ):
     teacher = Teacher(latency_s)
     step_s = latency_s / steps_per_round_trip
-    stream = stream_loader(teacher.submit, batches(32), WISH, window_of(teacher))
+    stream = stream_loader(teacher.submit, batches(32), OPTIONS, look_ahead_of(teacher))
     found = waits(teacher, stream, step_s, 10 * steps_per_round_trip)
     assert found[0] == pytest.approx(latency_s)
     assert sum(found[1:]) <= 2 * latency_s + 0.02
@@ -124,18 +131,18 @@ def test_a_long_way_to_the_teacher_costs_three_round_trips_and_nothing_after(
 
 def test_the_first_answer_is_waited_for_with_more_and_more_asked_for():
     teacher = Teacher(2.0)
-    stream = stream_loader(teacher.submit, batches(32), WISH, window_of(teacher))
+    stream = stream_loader(teacher.submit, batches(32), OPTIONS, look_ahead_of(teacher))
     found = waits(teacher, stream, step_s=0.05, steps=400)
     assert sum(found) == pytest.approx(2.0)  # the first answer, and no other
     teacher = Teacher(1000.0)
-    stream = stream_loader(teacher.submit, batches(32), WISH, window_of(teacher))
+    stream = stream_loader(teacher.submit, batches(32), OPTIONS, look_ahead_of(teacher))
     next(stream)
     assert teacher.most_unanswered_tokens == MAX_UNMEASURED * 32
 
 
 def test_an_outage_shorter_than_the_look_ahead_is_not_noticed():
     teacher = Teacher(0.1)
-    stream = stream_loader(teacher.submit, batches(32), WISH, window_of(teacher))
+    stream = stream_loader(teacher.submit, batches(32), OPTIONS, look_ahead_of(teacher))
     waits(teacher, stream, step_s=0.2, steps=300)
     assert stream.in_flight == pytest.approx(30 / 0.2, abs=2)
     teacher.free_s = teacher.now_s + 28  # nothing is answered until then
@@ -144,7 +151,9 @@ def test_an_outage_shorter_than_the_look_ahead_is_not_noticed():
 
 def test_a_teacher_that_is_slower_than_the_trainer_gets_seconds_of_work_and_no_more():
     teacher = Teacher(0.0, token_s=1.0 / 32)  # one batch a second
-    stream = stream_loader(teacher.submit, batches(32), WISH, window_of(teacher, seconds=10.0))
+    stream = stream_loader(
+        teacher.submit, batches(32), OPTIONS, look_ahead_of(teacher, seconds=10.0)
+    )
     found = waits(teacher, stream, step_s=0.01, steps=200)
     assert statistics.mean(found[100:]) == pytest.approx(0.99)
     assert stream.in_flight == pytest.approx(10, abs=1)
@@ -152,14 +161,18 @@ def test_a_teacher_that_is_slower_than_the_trainer_gets_seconds_of_work_and_no_m
 
 def test_less_seconds_than_a_round_trip_takes_do_not_starve_the_trainer():
     teacher = Teacher(2.0)
-    stream = stream_loader(teacher.submit, batches(32), WISH, window_of(teacher, seconds=0.5))
+    stream = stream_loader(
+        teacher.submit, batches(32), OPTIONS, look_ahead_of(teacher, seconds=0.5)
+    )
     assert sum(waits(teacher, stream, step_s=0.1, steps=400)[100:]) == 0
 
 
 def test_a_trainer_that_takes_several_at_once_gets_them():
     """As one that accumulates gradients, or a prefetch that fills its queue."""
     teacher = Teacher(0.5)
-    stream = stream_loader(teacher.submit, batches(32), WISH, window_of(teacher, seconds=10.0))
+    stream = stream_loader(
+        teacher.submit, batches(32), OPTIONS, look_ahead_of(teacher, seconds=10.0)
+    )
     found: list[float] = []
     in_flight = []
     for _ in range(60):
@@ -173,7 +186,7 @@ def test_a_trainer_that_takes_several_at_once_gets_them():
 
 def test_the_trainers_pace_is_followed():
     teacher = Teacher(0.1)
-    stream = stream_loader(teacher.submit, batches(32), WISH, window_of(teacher))
+    stream = stream_loader(teacher.submit, batches(32), OPTIONS, look_ahead_of(teacher))
     waits(teacher, stream, step_s=0.1, steps=500)
     assert stream.in_flight == pytest.approx(300, abs=5)
     waits(teacher, stream, step_s=1.0, steps=400)
@@ -187,22 +200,22 @@ def test_the_trainers_pace_is_followed():
 def test_targets_held_never_exceed_the_bytes(lengths, latency_s):
     teacher = Teacher(latency_s, token_s=1e-6)
     limit = 10 * 2000 * ROW_NBYTES
-    window = window_of(teacher, max_nbytes=limit)
-    stream = stream_loader(teacher.submit, batches(*lengths), WISH, window)
+    look_ahead = look_ahead_of(teacher, max_nbytes=limit)
+    stream = stream_loader(teacher.submit, batches(*lengths), OPTIONS, look_ahead)
     held = []
     for handed_out in range(1, 600):
         waits(teacher, stream, step_s=0.01, steps=1)
         ready = [future for future in teacher.futures[handed_out:] if future.done()]
         held.append(sum(future.result().nbytes for future in ready))
-        assert held[-1] <= min(window.nbytes, limit)
+        assert held[-1] <= min(look_ahead.nbytes, limit)
     if max(lengths) == 2000:
         assert max(held) > 0.3 * limit
 
 
 def test_a_batch_larger_than_the_bytes_is_asked_for_alone():
     teacher = Teacher(0.1)
-    window = window_of(teacher, max_nbytes=100 * ROW_NBYTES)
-    stream = stream_loader(teacher.submit, batches(500), WISH, window)
+    look_ahead = look_ahead_of(teacher, max_nbytes=100 * ROW_NBYTES)
+    stream = stream_loader(teacher.submit, batches(500), OPTIONS, look_ahead)
     waits(teacher, stream, step_s=0.01, steps=20)
     assert teacher.most_unanswered_tokens == 500
     assert stream.in_flight <= 1
@@ -212,7 +225,7 @@ def test_answers_that_are_smaller_than_they_could_be_make_room_for_more():
     teacher = Teacher(0.5, entries=1)  # of K
     limit = 10_000 * ROW_NBYTES
     stream = stream_loader(
-        teacher.submit, batches(1001), WISH, window_of(teacher, max_nbytes=limit)
+        teacher.submit, batches(1001), OPTIONS, look_ahead_of(teacher, max_nbytes=limit)
     )
     next(stream)
     assert stream.in_flight <= 9
@@ -223,7 +236,7 @@ def test_answers_that_are_smaller_than_they_could_be_make_room_for_more():
 def test_no_more_tokens_are_unanswered_than_the_teacher_queues():
     teacher = Teacher(1.0)
     stream = stream_loader(
-        teacher.submit, batches(10, 300), WISH, window_of(teacher, max_tokens=1000)
+        teacher.submit, batches(10, 300), OPTIONS, look_ahead_of(teacher, max_tokens=1000)
     )
     waits(teacher, stream, step_s=0.01, steps=300)
     assert 600 < teacher.most_unanswered_tokens <= 1000
@@ -232,8 +245,8 @@ def test_no_more_tokens_are_unanswered_than_the_teacher_queues():
 
 def test_a_stream_that_is_closed_gives_up_what_is_in_flight():
     teacher = Teacher(1.0)
-    window = window_of(teacher)
-    stream = stream_loader(teacher.submit, batches(32), WISH, window)
+    look_ahead = look_ahead_of(teacher)
+    stream = stream_loader(teacher.submit, batches(32), OPTIONS, look_ahead)
     waits(teacher, stream, step_s=0.1, steps=3)
     unanswered = [future for future in teacher.futures if not future.done()]
     stream.close()
@@ -245,16 +258,16 @@ def test_a_stream_that_is_closed_gives_up_what_is_in_flight():
 @pytest.mark.parametrize("ahead", ["30", "0s", "s", "1.2.3s", "-1s", "30s,", "30s,0MiB", "3 MiB"])
 def test_an_ahead_that_means_nothing_is_refused(ahead):
     with pytest.raises(InvalidRequest, match="30s,2048MiB"):
-        make_window(ahead, WISH.spec, teacher_pb2.TeacherInfo(vocab_size=VOCAB))
+        make_look_ahead(ahead, OPTIONS.spec, teacher_pb2.TeacherInfo(vocab_size=VOCAB))
 
 
 def test_ahead_may_name_seconds_and_mebibytes():
     info = teacher_pb2.TeacherInfo(vocab_size=VOCAB)
     for ahead, nbytes in (("2s", 512 << 20), ("2.5 s, 1 MiB", 1 << 20), ("30s,2048MiB", 2 << 30)):
-        window = make_window(ahead, WISH.spec, info)
+        look_ahead = make_look_ahead(ahead, OPTIONS.spec, info)
         rows = nbytes // (ROW_NBYTES + 8)
-        assert window.has_room(1, int(0.9 * rows))
-        assert not window.has_room(1, int(1.1 * rows))
+        assert look_ahead.has_room(1, int(0.9 * rows))
+        assert not look_ahead.has_room(1, int(1.1 * rows))
 
 
 def test_half_of_the_queues_of_all_replicas_may_be_asked_for():
@@ -263,9 +276,9 @@ def test_half_of_the_queues_of_all_replicas_may_be_asked_for():
     )
     info.replicas.add()
     info.replicas.add()
-    window = make_window("30s", WISH.spec, info)
-    assert window.has_room(1000, 1)
-    assert not window.has_room(1001, 1)
+    look_ahead = make_look_ahead("30s", OPTIONS.spec, info)
+    assert look_ahead.has_room(1000, 1)
+    assert not look_ahead.has_room(1001, 1)
 
 
 @pytest.mark.parametrize(
