@@ -1,20 +1,12 @@
 """Id tables on disk: each is fetched once from a teacher and kept under its digest."""
 
 import logging
-import os
-import tempfile
 from pathlib import Path
 
 from logit_codec import CodecError, IdTable
+from logitstream.files import cache_folder, write_atomically
 
 logger = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """$LOGITSTREAM_CACHE, or logitstream in the user's cache folder."""
-    if folder := os.environ.get("LOGITSTREAM_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logitstream"
 
 
 def cached_id_table(digest: bytes) -> IdTable | None:
@@ -35,9 +27,7 @@ def cache_id_table(table: IdTable) -> None:
     path = _path(table.digest)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(table.to_bytes())
-        os.replace(file.name, path)
+        write_atomically(path, table.to_bytes())
     except OSError as error:
         logger.warning("cannot keep an id table in %s: %s", path.parent, error)
 

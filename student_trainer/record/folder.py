@@ -1,8 +1,6 @@
 """Lists, reads and writes the files of a record, on disk or in an object store."""
 
 import os
-import socket
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from logitstream.files import remove_partial_files, write_atomically
 from student_trainer.errors import RecordError
 
 BESIDE = "__record__"
@@ -18,10 +17,6 @@ BESIDE = "__record__"
 
 
 QUARANTINE = f"{BESIDE}/quarantine"
-
-
-ABANDONED_S = 600.0
-"""A partial file that was not written to for so long belongs to nobody any more."""
 
 
 class Folder:
@@ -58,7 +53,8 @@ class Folder:
         path = self._path(name)
         try:
             if self.is_local:
-                _write_local(Path(path), content)
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(Path(path), memoryview(content))
             else:  # object stores show a file once it is there as a whole
                 self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
                 self._files.pipe_file(path, bytes(content))
@@ -78,9 +74,7 @@ class Folder:
     def remove_abandoned(self) -> None:
         """Removes what killed writers left half written."""
         if self.is_local:
-            for path in Path(self.root).rglob(".*.partial"):
-                if time.time() - path.stat().st_mtime > ABANDONED_S or _is_of_the_dead(path.name):
-                    path.unlink(missing_ok=True)
+            remove_partial_files(Path(self.root))
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
@@ -97,36 +91,3 @@ def _names(found: Iterable[Any]) -> set[str]:
     if not all(isinstance(name, str) for name in names):
         raise TypeError("the name of a shard is a text")
     return set(names)
-
-
-def _write_local(path: Path, content: bytes | pa.Buffer) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_of_the_dead(partial: str) -> bool:
-    """Whether a partial file belongs to a process of this host that is no more."""
-    host, _, pid = partial.removesuffix(".partial").rpartition(".")
-    if not host.endswith(f".{socket.gethostname()}") or not pid.isdigit():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
