@@ -31,7 +31,6 @@ class Catalog:
     def __init__(
         self,
         folder: Folder,
-        shards: Shards,
         counters: RecordCounters,
         *,
         draws: int,
@@ -44,8 +43,8 @@ class Catalog:
         draws: how many of a sequence to record. is_live: whether a live teacher can be asked.
         writes: whether damaged files may be moved. verify: whether to compare every shard's digest.
         """
-        self._folder = folder
-        self._shards = shards
+        self.folder = folder
+        self.shards = Shards(folder)
         self._counters = counters
         self._draws = draws
         self._is_live = is_live
@@ -74,6 +73,11 @@ class Catalog:
         with self._lock:  # two threads may make the first request
             if self.provenance is None:
                 self.provenance = provenance
+
+    def check_wish(self, wish: Wish) -> None:
+        """Raises InvalidRequest for other targets than the record holds, if it holds any."""
+        if self.provenance is not None:
+            self.provenance.check_wish(self.folder.root, wish)
 
     def assign_draw(self, wish: Wish) -> Wish:
         """Replaces the epoch by that of the draw to use in it.
@@ -147,7 +151,7 @@ class Catalog:
 
     def not_recorded(self, model: str) -> NotRecorded:
         """Returns the error for a sequence that is not here, with the likely cause."""
-        where = f"this sequence is not in the record {self._folder.root}"
+        where = f"this sequence is not in the record {self.folder.root}"
         if self.lost:
             return NotRecorded(
                 f"{where}, which has {len(self)} left: {self.describe_losses()}. Restore the file, "
@@ -161,11 +165,11 @@ class Catalog:
 
     def _read(self, verify: bool) -> Provenance | None:
         """Indexes all shards, and puts damaged files aside."""
-        names = self._shards.names()
-        damaged = list(self._shards.find_damaged(names)) if verify else []
-        provenance = merge(self._folder.root, self._index_shards(names, damaged))
+        names = self.shards.names()
+        damaged = list(self.shards.find_damaged(names)) if verify else []
+        provenance = merge(self.folder.root, self._index_shards(names, damaged))
         self._index.build()
-        self.missing, unreadable = missing_shards(self._folder, names)
+        self.missing, unreadable = missing_shards(self.folder, names)
         for name in (*damaged, *unreadable):
             self._put_aside(name)
         for name in self.missing:
@@ -173,7 +177,7 @@ class Catalog:
                 "%s is missing from %s: its sequences are not replayed",
                 # A manifest may contain any name, even one that a log cannot hold.
                 name.encode("ascii", "backslashreplace").decode(),
-                self._folder.root,
+                self.folder.root,
             )
         self.lost = [*self.missing, *damaged]
         return provenance
@@ -189,12 +193,12 @@ class Catalog:
             if name in damaged:
                 continue
             try:
-                provenance = self._shards.provenance(name)
-                identities = self._shards.identities(name)
+                provenance = self.shards.provenance(name)
+                identities = self.shards.identities(name)
                 self._index.add(name, identities)
             except DAMAGE as error:
                 try:
-                    self._shards.raise_damage(name, error)
+                    self.shards.raise_damage(name, error)
                 except DamagedShard:
                     damaged.append(name)
                     continue
@@ -203,15 +207,15 @@ class Catalog:
     def _put_aside(self, name: str) -> None:
         """Logs that a file is damaged, and moves it to quarantine if this record may write."""
         self._counters.quarantined += 1
-        self._shards.forget(name)  # a store may refuse to move an open file
+        self.shards.forget(name)  # a store may refuse to move an open file
         outcome = "left where it is, and not used"
         if self._writes:
             try:
-                self._folder.quarantine(name)
+                self.folder.quarantine(name)
                 outcome = f"moved to {QUARANTINE}/"
             except OSError as error:
                 outcome = f"not used, and cannot be moved to {QUARANTINE}/: {error}"
-        logger.warning("%s in %s is damaged: %s", name, self._folder.root, outcome)
+        logger.warning("%s in %s is damaged: %s", name, self.folder.root, outcome)
 
     def _num_draws(self, spec: TargetSpec) -> int:
         """Draws of each sequence; a record that was made with more of them keeps its number."""

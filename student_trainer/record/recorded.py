@@ -24,7 +24,7 @@ from student_trainer.record.provenance import Provenance
 from student_trainer.record.replay import Replayer
 from student_trainer.record.request import RecordCounters, Request
 from student_trainer.record.sealer import Sealer
-from student_trainer.record.shards import DamagedShard, Shards
+from student_trainer.record.shards import DamagedShard
 from student_trainer.record.worker import CLOSED, Worker, fail, resolve
 from student_trainer.teachers.compatibility import check_compatible
 from student_trainer.teachers.layout import as_token_ids
@@ -72,12 +72,9 @@ class Recorded(Teacher):
         self._closed = False
         self._fallback = fallback
         files = Folder(folder)
-        self._root = files.root
-        self._shards = Shards(files)
         writes = write and fallback is not None
         self._catalog = Catalog(
             files,
-            self._shards,
             self.counters,
             draws=draws,
             is_live=fallback is not None,
@@ -88,10 +85,9 @@ class Recorded(Teacher):
         self.id_tables = read_id_tables(files, self._catalog.provenance, fallback)
         self._worker = Worker()
         self._replayer = Replayer(
-            self._catalog, self._shards, self._worker, self.id_tables, self.counters, self._answer
+            self._catalog, self._worker, self.id_tables, self.counters, self._answer
         )
         self._sealer = Sealer(
-            files,
             self._catalog,
             self._info,
             self.id_tables,
@@ -148,7 +144,7 @@ class Recorded(Teacher):
         self.check_usable()
         if self._catalog.provenance is None:
             self._begin(wish)
-        self._check_wish(wish)
+        self._catalog.check_wish(wish)
         request = Request.of(token_ids, rows, self._catalog.assign_draw(wish))
         future: Future[Answer] = Future()
         self._answer(request, future)
@@ -166,13 +162,13 @@ class Recorded(Teacher):
             try:
                 self._sealer.seal_rest()  # what came while the thread ended
             finally:
-                self._shards.close()
+                self._catalog.shards.close()
 
     def make_wish(
         self, targets: str | TargetSpec | None, temperature: float, seed: int, epoch: int
     ) -> Wish:
         wish = super().make_wish(targets, temperature, seed, epoch)
-        self._check_wish(wish)
+        self._catalog.check_wish(wish)
         return wish
 
     def check_usable(self) -> None:
@@ -194,7 +190,7 @@ class Recorded(Teacher):
         if self._fallback is not None:
             info = self._fallback.info
             if recorded is not None:
-                recorded.check_same_teacher(self._root, info)
+                recorded.check_same_teacher(self._catalog.folder.root, info)
         elif recorded is not None:
             info = recorded.info()
         else:
@@ -208,10 +204,6 @@ class Recorded(Teacher):
             check_compatible(recorded.info(), None)
             self.default_targets = recorded.spec
         return info
-
-    def _check_wish(self, wish: Wish) -> None:
-        if self._catalog.provenance is not None:
-            self._catalog.provenance.check_wish(self._root, wish)
 
     def _begin(self, wish: Wish) -> None:
         """Lets the first request decide what the record holds."""

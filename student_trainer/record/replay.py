@@ -9,8 +9,8 @@ from logit_codec import IdTable, Targets, decode
 from student_trainer.record.catalog import Catalog
 from student_trainer.record.index import Entry
 from student_trainer.record.request import RecordCounters, Request
-from student_trainer.record.shards import DAMAGE, DamagedShard, Shards
-from student_trainer.record.worker import Worker, fail, pass_on
+from student_trainer.record.shards import DAMAGE, DamagedShard
+from student_trainer.record.worker import Worker, begin, fail
 from student_trainer.teachers.request import Answer
 
 REPLAYED_TOGETHER = 8
@@ -27,7 +27,6 @@ class Replayer:
     def __init__(
         self,
         catalog: Catalog,
-        shards: Shards,
         worker: Worker,
         id_tables: Sequence[IdTable],
         counters: RecordCounters,
@@ -35,7 +34,7 @@ class Replayer:
     ) -> None:
         """answer_otherwise: resolves the future of a sequence whose shard was damaged and dropped."""
         self._catalog = catalog
-        self._shards = shards
+        self._shards = catalog.shards
         self._worker = worker
         self._id_tables = id_tables
         self._counters = counters
@@ -70,17 +69,13 @@ class Replayer:
     def _resolve(
         self, request: Request, future: "Future[Answer]", decode_it: Callable[[], Answer]
     ) -> None:
-        if not future.set_running_or_notify_cancel():
+        if not begin(future):
             return
         try:
             answer = decode_it()
         except DamagedShard as damaged:
-            self._catalog.drop(damaged.shard)
-            # The future runs already, and a running one cannot be submitted again: another takes
-            # its place, and passes on its outcome.
-            again: Future[Answer] = Future()
-            again.add_done_callback(lambda done: pass_on(done, future))
-            self._answer_otherwise(request, again)
+            self._catalog.drop(damaged.shard)  # first, or the same entry would be found again
+            self._answer_otherwise(request, future)
         else:
             future.set_result(answer)
 

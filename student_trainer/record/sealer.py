@@ -9,7 +9,7 @@ from logit_codec import IdTable
 from protos import teacher_pb2
 from student_trainer.errors import RecordError
 from student_trainer.record.catalog import Catalog
-from student_trainer.record.folder import Folder, id_table_file
+from student_trainer.record.folder import id_table_file
 from student_trainer.record.index import Entry
 from student_trainer.record.provenance import Provenance
 from student_trainer.record.request import Request
@@ -25,7 +25,6 @@ class Sealer:
 
     def __init__(
         self,
-        folder: Folder,
         catalog: Catalog,
         info: teacher_pb2.TeacherInfo,
         id_tables: Sequence[IdTable],
@@ -35,7 +34,7 @@ class Sealer:
         seal_s: float,
     ) -> None:
         """writes: whether to record at all; if not, answers are not kept."""
-        self._folder = folder
+        self._folder = catalog.folder
         self._catalog = catalog
         self._info = info
         self._id_tables = id_tables

@@ -50,28 +50,26 @@ class Worker:
             self._thread.shutdown(cancel_futures=True)
 
 
+def begin(future: "Future[Answer]") -> bool:
+    """Marks a future as running; returns False if the caller gave it up.
+
+    One that runs already keeps running: its shard was damaged, so it is answered another way.
+    """
+    return future.running() or future.set_running_or_notify_cancel()
+
+
 def resolve(future: "Future[Answer]", work: Callable[[], Answer]) -> None:
     """Sets a future to what `work` returns or raises, unless the caller gave it up."""
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        answer = work()
-    except BaseException as error:
-        fail(future, error)
-    else:
-        future.set_result(answer)
+    if begin(future):
+        try:
+            answer = work()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(answer)
 
 
 def fail(future: "Future[Answer]", error: BaseException) -> None:
     """Sets a future to an error, unless it is done or the caller gave it up."""
-    if future.running() or (not future.done() and future.set_running_or_notify_cancel()):
+    if not future.done() and begin(future):
         future.set_exception(error)
-
-
-def pass_on(done: "Future[Answer]", future: "Future[Answer]") -> None:
-    """Sets a running future to the outcome of another one."""
-    error = TeacherError(CLOSED) if done.cancelled() else done.exception()
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(done.result())

@@ -737,7 +737,7 @@ def test_a_store_that_is_away_for_a_moment_is_no_damage(live, monkeypatch):
         return opened(self, *arguments, **options)
 
     with Recorded(where, live) as record:
-        record._shards.close()  # as if more shards had been read than are kept open
+        record._catalog.shards.close()  # as if more shards had been read than are kept open
         opened = fsspec.filesystem("memory").__class__.open
         monkeypatch.setattr(fsspec.filesystem("memory").__class__, "open", open_or_not)
         with pytest.raises(RecordError, match=r"cannot read shard-.* the network is down"):
