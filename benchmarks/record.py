@@ -32,7 +32,8 @@ from benchmarks.distributions import Distributions
 from logit_codec import Targets, decode, encode_parts, ids_digest, parse_targets, select
 from student_trainer import Recorded
 from student_trainer.record.folder import Folder
-from student_trainer.record.schema import Provenance, Row
+from student_trainer.record.provenance import Provenance
+from student_trainer.record.schema import Row
 from student_trainer.record.shards import Shards
 from student_trainer.record.writer import Writer, encode_shard
 

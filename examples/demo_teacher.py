@@ -7,7 +7,6 @@ import argparse
 import hashlib
 import json
 import sysconfig
-import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
+from logitstream.files import whole_folder
 from student_trainer import data
 from student_trainer.training import loop as trainer
 
@@ -142,16 +142,13 @@ def build_teacher(folder: Path, *, steps: int = STEPS, seed: int = 0) -> dict:
         "seconds": round(time.monotonic() - started, 1),
         "held_out_loss": round(run.held_out_loss, 4),
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        finished = Path(scratch, "finished")
-        model.save_pretrained(finished)
-        tokenizer.save_pretrained(finished)
-        (finished / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
         student = student_folder(folder)
         make_config(hidden_size=64).save_pretrained(student)
         tokenizer.save_pretrained(student)
-        finished.rename(folder)  # same file system, so the folder appears whole or not at all
     return facts
 
 

@@ -1,6 +1,6 @@
-"""Text files to packed token sequences.
+"""Turns text files into packed token sequences, and those into batches.
 
-Letters: N sequences, L tokens of each.
+Shapes: N sequences of L tokens.
 """
 
 import glob
@@ -30,92 +30,81 @@ KNOWN_FORMATS = {
     b"PK\x03\x04": "a zip archive",
     b"%PDF": "a PDF",
     b"ARROW1": "an Arrow file",
-    b"\x93NUMPY": "an array of NumPy",
-    b"SQLite": "a database of SQLite",
+    b"\x93NUMPY": "a NumPy array",
+    b"SQLite": "an SQLite database",
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-"""How files begin that are given for text by mistake."""
+"""First bytes of files that are passed as text by mistake."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair, which JSON can contain and no tokenizer accepts."""
 TEXT_RULE = 'data is UTF-8 text, or .jsonl with a "text" in each line'
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:
-    """Files named by paths, folders (all files below) and glob patterns, sorted, each once.
+    """Returns the files that paths, folders and glob patterns name, sorted, each once.
 
-    Hidden files and folders (.git) below a folder are left out, unless they are named themselves.
-    Raises FileNotFoundError for a pattern that names nothing.
+    A folder stands for all files in it and in its subfolders, except hidden ones (.git); those must
+    be named themselves. Raises FileNotFoundError for a pattern that names nothing.
     """
-    found: set[Path] = set()
+    files: set[Path] = set()
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            matches = _below(path)
-        else:  # which finds folders too
-            named = (Path(one) for one in glob.glob(str(path), recursive=True))
-            matches = [one for one in named if one.is_file()]
+            matches = _list_files(path)
+        else:
+            named = (Path(match) for match in glob.glob(str(path), recursive=True))
+            matches = [match for match in named if match.is_file()]  # glob finds folders too
         if not matches:
-            is_hidden = any(one.is_file() for one in path.rglob("*")) if path.is_dir() else False
+            is_hidden = path.is_dir() and any(entry.is_file() for entry in path.rglob("*"))
             hidden = ": all files in it are hidden" if is_hidden else ""
             raise FileNotFoundError(f"no file matches {pattern!r}{hidden}")
-        found.update(matches)
-    return sorted(found)
-
-
-def _below(folder: Path) -> list[Path]:
-    """All files in a folder and those below it that are not hidden."""
-    found = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = [one for one in folders if not one.startswith(".")]
-        paths = (Path(root, name) for name in names if not name.startswith("."))
-        found += [path for path in paths if path.is_file()]
-    return found
-
-
-SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half a pair, which JSON can write and no tokenizer takes."""
+        files.update(matches)
+    return sorted(files)
 
 
 def documents(files: Sequence[Path]) -> Iterator[str]:
-    """The texts of files: a .jsonl file holds one object with a "text" per line, others are one text.
+    """Yields the texts in files: of a .jsonl file the "text" of each line, of others the content.
 
-    Raises ValueError, naming the place, for a file that is no UTF-8 text and a line that is no such
-    object.
+    Raises ValueError, naming the place, for a file that is not UTF-8 text and for a line that is
+    not an object with a text.
     """
     for path in files:
         text = read_text(path)
         if path.suffix != ".jsonl":
             yield text
             continue
-        for number, line in enumerate(text.split("\n"), 1):  # others may stand in a JSON string
+        # Not splitlines(): other line separators may stand in a JSON string.
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:
-                found = json.loads(line)["text"]
+                document = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError, RecursionError):
-                found = None
-            if not isinstance(found, str):
+                document = None
+            if not isinstance(document, str):
                 raise ValueError(
                     f"{path}, line {number}: expected an object with a 'text', got {line[:60]!r}"
                 )
-            yield SURROGATE.sub("\ufffd", found)
+            yield SURROGATE.sub("\ufffd", document)
 
 
 def read_text(path: Path) -> str:
-    """The content of a file. Raises ValueError, naming the byte, if it is no UTF-8 text."""
+    """Returns the content of a file. Raises ValueError, naming the byte, if it is not UTF-8 text."""
     content = path.read_bytes()
     try:
         text = content.decode()
-        where = content.find(0)  # UTF-8 allows it, text has none
+        where = content.find(0)  # valid UTF-8, but no text contains it
     except UnicodeDecodeError as error:
         text, where = "", error.start
     if where < 0:
         return text.replace("\r\n", "\n").replace("\r", "\n")
-    what = next((one for begin, one in KNOWN_FORMATS.items() if content.startswith(begin)), None)
+    what = next((kind for magic, kind in KNOWN_FORMATS.items() if content.startswith(magic)), None)
     if what is None and content[8:10] == b'{"':
         what = "a safetensors file"
     advice = "Leave it out, or write its text to a .jsonl file."
     if what is None and content[where]:
-        advice = "Leave it out, or convert it: iconv -f latin1 -t utf-8 (if Latin-1 is what it is)."
+        advice = "Leave it out, or convert it: iconv -f latin1 -t utf-8 (if it is Latin-1)."
     elif what == "UTF-16":
         advice = "Convert it: iconv -f utf-16 -t utf-8."
     raise ValueError(
@@ -125,10 +114,9 @@ def read_text(path: Path) -> str:
 
 
 def look_through(files: Sequence[Path], *, label: str) -> None:
-    """Reads all files and logs how much there is. Raises what `documents` does.
+    """Reads all files and logs how much text they hold. Raises what `documents` raises.
 
-    So that the last file is known to be text before the first is tokenized, which takes a hundred
-    times as long.
+    Tokenizing takes a hundred times as long, so a mistake in the last file shows up before that.
     """
     with tqdm(documents(files), desc=f"reading {label}", unit=" texts", leave=False) as texts:
         lengths = [len(text) for text in texts]
@@ -142,10 +130,11 @@ def look_through(files: Sequence[Path], *, label: str) -> None:
 
 
 def pack(files: Sequence[Path], tokenizer: Any, sequence_length: int, *, label: str) -> Tensor:
-    """(N, L) int64: all documents, one after the other, cut into sequences of L tokens.
+    """Returns all documents, one after the other, cut into (N, L) int64 sequences.
 
     Each document is what the tokenizer makes of it (with its begin token, if it adds one) and the
-    end token. What does not fill a last sequence is left out. Raises ValueError if nothing is left.
+    end token. Tokens that do not fill a last sequence are dropped. Raises ValueError if there are
+    too few for one.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     with tqdm(documents(files), desc=f"tokens of {label}", unit=" texts", leave=False) as texts:
@@ -157,22 +146,22 @@ def pack(files: Sequence[Path], tokenizer: Any, sequence_length: int, *, label: 
     count = len(tokens) // sequence_length
     if count == 0:
         raise ValueError(
-            f"{label} has {len(tokens)} tokens; at least one sequence of {sequence_length} is needed"
+            f"{label} has {len(tokens)} tokens; one sequence needs at least {sequence_length}"
         )
     return tokens[: count * sequence_length].view(count, sequence_length)
 
 
 def digest(sequences: Tensor) -> str:
-    """A short name of these (N, L) ids: another corpus or tokenizer has another."""
+    """Returns a digest of (N, L) ids, which differs for another corpus or tokenizer."""
     return xxhash.xxh3_128_hexdigest(sequences.numpy().tobytes())
 
 
 def batches(
     sequences: Tensor, *, batch_size: int, steps: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """`steps` batches of (batch_size, L) input_ids: shuffled, and shuffled anew in each epoch.
+    """Yields `steps` batches of (batch_size, L) input_ids, reshuffled in each epoch.
 
-    Each says under "epoch" which one its first sequence is of.
+    "epoch" in a batch is the epoch of its first sequence.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
@@ -186,12 +175,11 @@ def batches(
 def share(
     batches: Iterable[Mapping[str, Any]], *, rank: int, num_ranks: int
 ) -> Iterator[dict[str, Any]]:
-    """Of each batch, the sequences of one rank: every `num_ranks`-th, beginning with its own.
+    """Yields the part of each batch that one rank trains on: every `num_ranks`-th sequence.
 
-    All ranks go through the same batches, so that a position in them means the same on each, and
-    with any other number of ranks. Each share says under "num_items" how many positions of the
-    whole batch are trained: the loss of a rank is to be divided by that. Raises ValueError for a
-    batch with too few sequences.
+    All ranks iterate over the same batches, so a position in them means the same on every rank and
+    with any number of ranks. "num_items" is the number of trained positions in the whole batch, by
+    which each rank divides its loss. Raises ValueError for a batch with too few sequences.
     """
     for batch in batches:
         size = len(batch["input_ids"])
@@ -207,3 +195,13 @@ def share(
             for name, value in batch.items()
         }
         yield {**mine, "num_items": int(Layout.of(batch).trained.sum())}
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """Returns the files in a folder and its subfolders that are not hidden."""
+    files = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(root, name) for name in names if not name.startswith("."))
+        files += [path for path in paths if path.is_file()]
+    return files

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, room that is kept for one, and what a full disk is called.
+"""Turns every way in which a library reports a full disk into NotWritten, and reserves room.
 
-Each library says "no room" in its own way: OSError, a RuntimeError of torch, SafetensorError, a bare
-Exception of tokenizers. What trains gets one of them all, `NotWritten`, with the place and the reason.
+OSError, RuntimeError (torch), SafetensorError and bare Exception (tokenizers) all become one error
+that names the place and the reason.
 """
 
 import ctypes
@@ -15,19 +15,20 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from logitstream import files
 from student_trainer.errors import NotWritten
 
 ROOM = ".room"
-"""File in an output folder that holds the place of what will be written last."""
+"""File in an output folder that reserves the room of what is written last."""
 SYSTEM_ERROR = re.compile(r"(?:os error|code:) (\d+)")
 """How Rust writes an errno."""
 NO_RESERVING = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-"""Of file systems that cannot keep room."""
+"""Errors of file systems that cannot reserve room."""
 
 
 @contextmanager
 def writing(path: Path, what: str = "") -> Iterator[None]:
-    """Around code that does nothing but write to `path`: what it raises there becomes NotWritten."""
+    """Turns what a block raises into NotWritten; the block only writes, to `path`."""
     try:
         yield
     except NotWritten:
@@ -40,57 +41,39 @@ def writing(path: Path, what: str = "") -> Iterator[None]:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """In the system's words, where they can be found."""
+    """Returns the system's words for an error, where they can be found."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     if (found := SYSTEM_ERROR.search(str(error))) is not None:
         return os.strerror(int(found.group(1)))
-    folder = next(one for one in (path, *path.absolute().parents) if one.is_dir())
+    folder = next(place for place in (path, *path.absolute().parents) if place.is_dir())
     if shutil.disk_usage(folder).free < 1 << 20:  # torch does not say why
         return os.strerror(errno.ENOSPC)
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def put(path: Path, content: bytes | str) -> Path:
-    """Makes a file, or replaces it. Raises NotWritten if it cannot; then nothing changed."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Makes or replaces a file. Raises NotWritten if that fails; then nothing has changed."""
     with writing(path):
-        try:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        files.write_atomically(path, content)
     return path
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` once the block has ended well; else nothing changed."""
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-            yield partial
-            if path.exists():
-                old = path.with_name(f".{path.name}.old")
-                shutil.rmtree(old, ignore_errors=True)
-                path.rename(old)
-                partial.rename(path)
-                shutil.rmtree(old)
-            else:
-                partial.rename(path)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    """Yields a folder to fill; it replaces `path` when the block ends without an error.
+
+    Raises NotWritten if it cannot be written; then nothing has changed.
+    """
+    with writing(path), files.whole_folder(path) as partial:
+        yield partial
 
 
 def keep_room(folder: Path, nbytes: int, what: str) -> None:
-    """Takes the room of what will be written to a folder in the end, until `give_room`.
+    """Reserves the room of what a run writes last, until `give_room`.
 
-    Raises NotWritten if there is not so much. Where the file system cannot keep room, it is only
-    looked for.
+    Raises NotWritten if there is less. Where the file system cannot reserve room, this only checks
+    how much is free.
     """
     path = folder / ROOM
     try:
@@ -110,12 +93,12 @@ def keep_room(folder: Path, nbytes: int, what: str) -> None:
 
 
 def give_room(folder: Path) -> None:
-    """Frees what `keep_room` took."""
+    """Frees what `keep_room` reserved."""
     (folder / ROOM).unlink(missing_ok=True)
 
 
 def _allocate(descriptor: int, nbytes: int) -> None:
-    """Linux's fallocate: os.posix_fallocate would write all of it where it cannot be kept."""
+    """Calls Linux's fallocate; os.posix_fallocate would write zeros where it is not supported."""
     try:
         allocate = ctypes.CDLL(None, use_errno=True).fallocate64
     except (AttributeError, OSError):

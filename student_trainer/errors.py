@@ -1,7 +1,7 @@
-"""What a trainer can catch.
+"""Defines the errors that a trainer can catch.
 
     TeacherError(Exception)
-    |-- TeacherUnavailable(ConnectionError)    UNAVAILABLE: retried until the patience is over
+    |-- TeacherUnavailable(ConnectionError)    UNAVAILABLE: retried until the patience ends
     |-- TeacherOverloaded                      RESOURCE_EXHAUSTED: waited out, up to the patience
     |-- TeacherTimeout(TimeoutError)           DEADLINE_EXCEEDED: retried like TeacherUnavailable
     |-- AccessDenied(PermissionError)          UNAUTHENTICATED, PERMISSION_DENIED: not retried
@@ -9,30 +9,30 @@
     |-- IncompatibleTeacher(ValueError)        at connect, FAILED_PRECONDITION: not retried
     |-- UnsuitableTargets(ValueError)          the kind of targets cannot express the loss
     |-- TargetsCorrupt                         DATA_LOSS, a digest that differs: retried, then raised
-    |-- TeacherInternalError                   INTERNAL: asked once elsewhere, then raised
-    |-- ForkedClient(RuntimeError)             the client was made in another process
-    |-- NotRecorded(LookupError)               a record has no targets of a sequence
+    |-- TeacherInternalError                   INTERNAL: tried once on another replica
+    |-- ForkedClient(RuntimeError)             used in a fork of its process
+    |-- NotRecorded(LookupError)               a record lacks the targets
     |-- RecordError(OSError)                   a record cannot be read or written
-    `-- ProtocolError                          an answer that cannot be understood
+    `-- ProtocolError                          an answer that makes no sense
 
-All take just a message, so that they can be pickled across processes.
+Each takes a message and nothing else, so that it can be pickled.
 """
 
 
 class TeacherError(Exception):
-    """The root of everything that the teacher's side of training can raise."""
+    """Is the base of all errors that have to do with the teacher."""
 
 
 class TeacherUnavailable(TeacherError, ConnectionError):
-    """Nobody answers at the address."""
+    """No service answers at the address."""
 
 
 class TeacherOverloaded(TeacherError):
-    """The teacher kept asking to come back later, for longer than the patience."""
+    """The teacher was too busy for longer than the patience."""
 
 
 class TeacherTimeout(TeacherError, TimeoutError):
-    """An answer did not come in time."""
+    """An answer did not arrive in time."""
 
 
 class AccessDenied(TeacherError, PermissionError):
@@ -40,11 +40,11 @@ class AccessDenied(TeacherError, PermissionError):
 
 
 class InvalidRequest(TeacherError, ValueError):
-    """The teacher cannot do what was asked; the message says what it allows."""
+    """The teacher refuses the request; the message says what it allows."""
 
 
 class IncompatibleTeacher(TeacherError, ValueError):
-    """Another teacher, tokenizer or format version than this trainer needs."""
+    """The teacher, its tokenizer or its format version is not the one that this trainer needs."""
 
 
 class UnsuitableTargets(TeacherError, ValueError):
@@ -56,8 +56,10 @@ class TargetsCorrupt(TeacherError):
 
 
 class TeacherInternalError(TeacherError):
-    """The teacher failed twice on one request, on two replicas if there are two; its operator finds the
-    incident number in the log."""
+    """The teacher failed twice on one request, on two replicas if it has two.
+
+    Its log has the incident number of the message.
+    """
 
 
 class ForkedClient(TeacherError, RuntimeError):
@@ -65,7 +67,7 @@ class ForkedClient(TeacherError, RuntimeError):
 
 
 class NotRecorded(TeacherError, LookupError):
-    """A record has no targets of this sequence, and no live teacher to ask."""
+    """A record has no targets of this sequence, and there is no live teacher to ask."""
 
 
 class RecordError(TeacherError, OSError):
@@ -73,7 +75,7 @@ class RecordError(TeacherError, OSError):
 
 
 class ProtocolError(TeacherError):
-    """An answer that cannot be understood."""
+    """The answer does not follow the protocol."""
 
 
 BY_CODE: dict[int, type[TeacherError]] = {
@@ -87,17 +89,19 @@ BY_CODE: dict[int, type[TeacherError]] = {
     15: TargetsCorrupt,
     16: AccessDenied,
 }
-"""gRPC status numbers to what is raised; others are ProtocolError."""
+"""Error class for each gRPC status number; other numbers are ProtocolError."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in the steps of a run; the text says after which of them."""
+    """Ctrl-C interrupted a run; the message says after which step."""
 
 
 class TrainingFailed(RuntimeError):
-    """The workers of a run failed, and more often than they are started again. No TeacherError: the
-    teacher need not have to do with it."""
+    """The workers of a run failed more often than they are restarted.
+
+    This is not a TeacherError, since the teacher may have nothing to do with it.
+    """
 
 
 class NotWritten(OSError):
-    """A file of a run cannot be written, mostly because the disk is full. The message names it."""
+    """A run cannot write a file, mostly because the disk is full; the message names it."""

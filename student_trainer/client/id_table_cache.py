@@ -1,13 +1,12 @@
 """Fetches each id table once from a teacher and keeps it on disk under its digest."""
 
 import logging
-import os
 from pathlib import Path
 
 import grpc
 
 from logit_codec import CodecError, IdTable
-from logitstream.files import write_atomically
+from logitstream.files import cache_folder, write_atomically
 from protos import teacher_pb2, teacher_pb2_grpc
 from student_trainer.client.describe import NOT_A_MESSAGE, Metadata
 from student_trainer.errors import ProtocolError
@@ -49,13 +48,6 @@ async def load_id_table(
     )
 
 
-def cache_folder() -> Path:
-    """Returns $LOGITSTREAM_CACHE, or logitstream in the user's cache folder."""
-    if folder := os.environ.get("LOGITSTREAM_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logitstream"
-
-
 def _read(digest: bytes) -> IdTable | None:
     """Reads a table from the cache; None if it is missing or damaged."""
     path = _path(digest)
@@ -74,7 +66,7 @@ def _write(table: IdTable) -> None:
     path = _path(table.digest)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, table.to_bytes(), 0o600)
+        write_atomically(path, table.to_bytes())
     except OSError as error:
         logger.warning("cannot keep an id table in %s: %s", path.parent, error)
 

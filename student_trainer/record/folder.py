@@ -1,9 +1,6 @@
 """Lists, reads and writes the files of a record, on disk or in an object store."""
 
 import os
-import socket
-import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +8,19 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from logitstream.files import remove_partial_files, write_atomically
 from student_trainer.errors import RecordError
 
 BESIDE = "__record__"
-"""Folder of what is no shard. pandas leaves out names with one underscore, `datasets` with two."""
+"""Folder for everything that is not a shard; readers skip it.
 
-
+pandas skips names with one leading underscore, `datasets` those with two.
+"""
 QUARANTINE = f"{BESIDE}/quarantine"
 
 
-ABANDONED_S = 600.0
-"""A partial file that was not written to for so long belongs to nobody any more."""
-
-
 class Folder:
-    """Where a record is; every file in it appears whole or not at all."""
+    """The folder of a record; every file in it appears whole or not at all."""
 
     def __init__(self, where: str | os.PathLike[str]) -> None:
         """where: a path, or a URL such as s3://bucket/targets. Raises RecordError."""
@@ -36,97 +31,59 @@ class Folder:
         self.is_local = isinstance(self._files, LocalFileSystem)
 
     def names(self, below: str = "") -> set[str]:
-        """Of the files in the folder, or in one below it; none if it does not exist."""
-        self._files.invalidate_cache()
+        """Lists the files in the folder, or in one inside it; none if it does not exist."""
+        self._files.invalidate_cache()  # other writers may have added some
         try:
-            found = self._files.ls(self._path(below), detail=False)
+            paths = self._files.ls(self._path(below), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return set()
-        return {path.rstrip("/").rpartition("/")[2] for path in found}
+        return {path.rstrip("/").rpartition("/")[2] for path in paths}
 
     def open(self, name: str) -> Any:
-        """For reading, at any place. Not mapped: a mapped file that is cut off kills the process."""
+        """Opens a file for reading at any position.
+
+        It is not memory-mapped: truncating a mapped file kills the process that reads it.
+        """
         if self.is_local:
             return pa.OSFile(self._path(name))
         return self._files.open(self._path(name), "rb", cache_type="readahead")
 
     def read(self, name: str) -> bytes:
+        """Returns the whole content of a file."""
         return self._files.cat_file(self._path(name))
 
     def put(self, name: str, content: bytes | pa.Buffer) -> None:
-        """Makes a file, or replaces it. Raises RecordError if it cannot; then nothing changed."""
+        """Makes or replaces a file. Raises RecordError if that fails; then nothing has changed."""
         path = self._path(name)
         try:
             if self.is_local:
-                _write_local(Path(path), content)
-            else:  # object stores show a file once it is there as a whole
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(Path(path), memoryview(content))
+            else:  # object stores show a file only once all of it has arrived
                 self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
                 self._files.pipe_file(path, bytes(content))
-        except Exception as error:  # the libraries of stores have errors of their own
+        except Exception as error:  # the libraries of stores raise errors of their own
             reason = getattr(error, "strerror", None) or error
             raise RecordError(
-                f"cannot write {path}: {reason}. What was sealed before is intact; once the cause is "
-                "removed, the same command goes on from there."
+                f"cannot write {path}: {reason}. What was sealed before is intact: remove the cause "
+                "and run the same command again to resume."
             ) from error
 
     def quarantine(self, name: str) -> None:
-        """Puts a damaged file aside. Raises OSError."""
+        """Moves a damaged file out of the way. Raises OSError."""
         aside = f"{QUARANTINE}/{name.rpartition('/')[2]}"
         self._files.makedirs(self._path(QUARANTINE), exist_ok=True)
         self._files.mv(self._path(name), self._path(aside))
 
     def remove_abandoned(self) -> None:
-        """Removes what killed writers left half written."""
-        if self.is_local:
-            for path in Path(self.root).rglob(".*.partial"):
-                if time.time() - path.stat().st_mtime > ABANDONED_S or _is_of_the_dead(path.name):
-                    path.unlink(missing_ok=True)
+        """Removes the partial files of writers that were killed."""
+        if self.is_local:  # stores have none
+            remove_partial_files(Path(self.root))
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
 
 
-def _listed(found: Any) -> list[Any]:
-    if not isinstance(found, list):
-        raise TypeError(f"a list was expected, got {type(found).__name__}")
-    return found
-
-
-def _names(found: Iterable[Any]) -> set[str]:
-    names = list(found)
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError("the name of a shard is a text")
-    return set(names)
-
-
-def _write_local(path: Path, content: bytes | pa.Buffer) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_of_the_dead(partial: str) -> bool:
-    """Whether a partial file belongs to a process of this host that is no more."""
-    host, _, pid = partial.removesuffix(".partial").rpartition(".")
-    if not host.endswith(f".{socket.gethostname()}") or not pid.isdigit():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+def id_table_file(digest: str) -> str:
+    """Names the file of the id table with this digest, in hex."""
+    return f"{BESIDE}/id_table-{digest}.bin"

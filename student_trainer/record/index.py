@@ -1,4 +1,4 @@
-"""Where each recorded sequence is: in memory, by key, for as many as a record holds."""
+"""Finds recorded sequences by key, in arrays that hold millions of them in memory."""
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -11,41 +11,41 @@ from student_trainer.teachers.request import Answer
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One draw of a sequence: sealed, still in memory, or on its way."""
+    """One draw of a sequence: sealed, in memory until it is sealed, or awaited."""
 
     seed: int
     epoch: int
     row_mask: bytes | None
     shard: str = ""
     row: int = 0
-    """In the shard."""
+    """Row in the shard."""
     payloads: tuple[bytes, ...] = ()
-    """While it is not sealed."""
-    asked: "Future[Answer] | None" = None
-    """While it is on its way from the live teacher."""
+    """The targets, until they are sealed."""
+    pending: "Future[Answer] | None" = None
+    """Future of the request that waits for the live teacher; None once the answer is here."""
 
 
 @dataclass(slots=True, eq=False)
 class Index:
-    """Where each sequence of the sealed shards is: arrays sorted by key, 40 bytes per row."""
+    """Arrays of all rows in sealed shards, sorted by key; 40 bytes per row."""
 
     names: list[str] = field(default_factory=list)
     dropped: set[int] = field(default_factory=set)
     masks: dict[tuple[int, int], bytes] = field(default_factory=dict)
-    """Of the rows that were not recorded whole, by shard and row."""
+    """Row masks by shard and row; rows that were recorded whole have none."""
     high: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     low: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     draws: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.uint64))
     """(N, 2): seed and epoch."""
     places: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int32))
-    """(N, 2): shard and row in it."""
+    """(N, 2): number of the shard, and row in it."""
     num_draws: int = 1
-    """By the highest epoch that was recorded."""
+    """Draws per sequence, from the highest recorded epoch."""
     parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
-    """Of the shards added since the last `build`."""
+    """Arrays of the shards added since the last `build`."""
 
     def add(self, name: str, identities: Any) -> None:
-        """The columns IDENTITY of a shard; they count once `build` was called."""
+        """Adds the rows of a shard from its IDENTITY columns; `find` sees them after `build`."""
         number = len(self.names)
         keys = b"".join(identities.column("key").to_pylist())
         halves = np.frombuffer(keys, "<u8").reshape(-1, 2)
@@ -58,7 +58,7 @@ class Index:
         self.parts.append((halves[:, 0], halves[:, 1], np.stack(draws, 1), places.astype(np.int32)))
 
     def build(self) -> None:
-        """Sorts all."""
+        """Sorts the rows that were added."""
         if not self.parts:
             return
         high, low, draws, places = (np.concatenate(part) for part in zip(*self.parts, strict=True))
@@ -70,9 +70,9 @@ class Index:
         self.parts.clear()
 
     def find(self, key: bytes) -> list[Entry]:
-        """Every draw of the sequence with this key."""
+        """Returns every draw of the sequence with this key."""
         high, low = np.frombuffer(key, "<u8")
-        found = []
+        entries = []
         start = int(np.searchsorted(self.high, high))
         for index in range(start, len(self.high)):
             if self.high[index] != high:
@@ -81,11 +81,11 @@ class Index:
             if self.low[index] == low and shard not in self.dropped:
                 seed, epoch = self.draws[index].tolist()
                 mask = self.masks.get((shard, row))
-                found.append(Entry(seed, epoch, mask, self.names[shard], row))
-        return found
+                entries.append(Entry(seed, epoch, mask, self.names[shard], row))
+        return entries
 
     def drop(self, name: str) -> bool:
-        """Forgets the rows of a shard; whether there were any."""
+        """Forgets the rows of a shard. Returns whether there were any."""
         if name not in self.names or self.names.index(name) in self.dropped:
             return False
         self.dropped.add(self.names.index(name))

@@ -1,47 +1,61 @@
-"""A record on disk: sealed Parquet shards in a folder, local or wherever fsspec reaches.
+"""Reads the sealed Parquet shards of a record.
 
     shard-00000-1f2e3d4c-<digest>.parquet   sealed; the digest is XXH3-128 of the whole file, hex
-    __record__/                             for this code alone: readers of the folder leave it out
+    __record__/                             for this code alone; readers of the folder skip it
         manifest-1f2e3d4c.json              what one writer has sealed, so that a loss is noticed
         id_table-<digest>.bin               tables that targets are coded with
-        quarantine/                         what was found damaged
+        quarantine/                         files that were found damaged
 
-A shard is written aside, forced to the disk and renamed: a file with its name is whole, or was
-damaged later, which its name tells. What is read of a file that was not compared with its name first
-is checked too: pages, targets and provenance have digests of their own, and a row says which it is.
-Several writers may share a folder. docs/recording.md describes the columns for readers without this
-code.
+A shard is written under a hidden name, forced to the disk and renamed: a file with its name was
+whole once, and its name tells whether it still is. Reads are checked even where no whole file was
+compared with its name: pages, targets and provenance have digests of their own, and each row says
+which one it is. Several writers may share a folder. docs/recording.md describes the columns for
+readers without this code.
 """
 
 import errno
-import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from tqdm import tqdm
 
 from student_trainer.errors import RecordError
-from student_trainer.record.folder import BESIDE, QUARANTINE, Folder, _listed, _names
-from student_trainer.record.schema import IDENTITY, METADATA, SCHEMA, Provenance
-from student_trainer.record.writer import CHUNK_NBYTES
+from student_trainer.record.folder import Folder
+from student_trainer.record.provenance import Provenance
+from student_trainer.record.schema import IDENTITY, METADATA, SCHEMA
 
 OPEN_SHARDS = 128
-"""Shards of which the footer is kept in memory."""
+"""Shards whose footer is kept in memory."""
+CHUNK_NBYTES = 4 << 20
+VERIFY_THREADS = 4
+DAMAGE = (pa.ArrowException, OSError, KeyError, ValueError, IndexError)
+"""What reading a damaged file can raise. Whole files raise them too: `is_whole` decides."""
+
+
+class DamagedShard(Exception):
+    """A shard is not what was sealed."""
+
+    def __init__(self, shard: str) -> None:
+        super().__init__(shard)
+        self.shard = shard
 
 
 class Shards:
-    """The sealed shards of a folder, and where their rows are."""
+    """Reads the shards of a folder, and keeps the footers of some in memory."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._files: OrderedDict[str, tuple[pq.ParquetFile, np.ndarray]] = OrderedDict()
-        """With the first row of each row group."""
+        """Open files, the least recently used first, with the first row of each row group."""
 
     def names(self) -> list[str]:
-        """Of all that are there, damaged or not, in the order of their writers' numbers."""
+        """Lists all shards, damaged or not, in the order of their writers' numbers."""
         return sorted(
             name
             for name in self._folder.names()
@@ -57,41 +71,65 @@ class Shards:
                     digest.update(chunk)
         except FileNotFoundError:
             return False
-        except Exception as error:  # the libraries of stores have errors of their own
-            if isinstance(error, OSError) and error.errno == errno.EIO:
+        except Exception as error:  # the libraries of stores raise errors of their own
+            if isinstance(error, OSError) and error.errno == errno.EIO:  # the disk lost it
                 return False
             raise RecordError(f"cannot read {name} in {self._folder.root}: {error}") from error
         return name == f"{name.rpartition('-')[0]}-{digest.hexdigest()}.parquet"
 
+    def find_damaged(self, names: Sequence[str]) -> Iterator[str]:
+        """Reads all these shards whole, in several threads, and yields the damaged ones."""
+        with ThreadPoolExecutor(VERIFY_THREADS) as threads:
+            results = threads.map(self.is_whole, names)
+            shown = tqdm(results, desc="checking shards", total=len(names), leave=False, delay=2.0)
+            for name, is_whole in zip(names, shown, strict=True):
+                if not is_whole:
+                    yield name
+
     def provenance(self, name: str) -> Provenance:
-        """Raises one of DAMAGE."""
+        """Reads what a shard was made of. Raises one of DAMAGE."""
         metadata = self._file(name)[0].metadata.metadata or {}
         return Provenance.from_signed(metadata[METADATA.encode()])
 
     def identities(self, name: str) -> pa.Table:
-        """The columns IDENTITY of all rows. Raises one of DAMAGE."""
-        found = self._file(name)[0].read(columns=list(IDENTITY), use_threads=False)
-        if any(found.column(column).null_count for column in ("key", "seed", "epoch")):
-            raise ValueError("a row does not say which sequence it is of")
-        return found
+        """Reads the IDENTITY columns of all rows. Raises one of DAMAGE."""
+        table = self._file(name)[0].read(columns=list(IDENTITY), use_threads=False)
+        if any(table.column(column).null_count for column in ("key", "seed", "epoch")):
+            raise ValueError("a row does not say which sequence it holds")
+        return table
 
     def payloads(self, name: str, row: int, identity: tuple[bytes, int, int]) -> list[bytes]:
-        """The targets of a row that has this key, seed and epoch. Raises one of DAMAGE."""
+        """Reads the targets of a row that has this key, seed and epoch. Raises one of DAMAGE."""
         file, firsts = self._file(name)
         group = int(np.searchsorted(firsts, row, side="right")) - 1
         columns = ["key", "seed", "epoch", "targets"]
-        found = file.read_row_group(group, columns=columns, use_threads=False)
-        *said, payloads = (
-            found.column(column)[row - int(firsts[group])].as_py() for column in columns
+        table = file.read_row_group(group, columns=columns, use_threads=False)
+        *stored, payloads = (
+            table.column(column)[row - int(firsts[group])].as_py() for column in columns
         )
-        if tuple(said) != identity:
-            raise ValueError(f"row {row} of {name} is another one than the shard said at first")
+        if tuple(stored) != identity:
+            raise ValueError(f"row {row} of {name} is not the row that the index has")
         if not payloads or None in payloads:
             raise ValueError(f"row {row} of {name} has no targets")
         return payloads
 
+    def raise_damage(self, name: str, error: BaseException) -> NoReturn:
+        """Raises DamagedShard if damage explains an error; the error if it is not in DAMAGE.
+
+        Raises RecordError for a shard that cannot be read although it is exactly what was sealed.
+        """
+        if not isinstance(error, DAMAGE):
+            raise error
+        if self.is_whole(name):
+            raise RecordError(
+                f"{name} in {self._folder.root} cannot be read although it is exactly what was "
+                f"sealed: {error}. If the store was unreachable for a moment, try again; otherwise "
+                "a newer version may have written it."
+            ) from error
+        raise DamagedShard(name) from error
+
     def forget(self, name: str) -> None:
-        """Closes its file."""
+        """Closes the file of a shard."""
         if name in self._files:
             self._files.pop(name)[0].close(force=True)
 
@@ -117,27 +155,3 @@ class Shards:
         counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         self._files[name] = file, np.cumsum([0, *counts])[:-1]
         return self._files[name]
-
-
-def missing_shards(folder: Folder, present: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Shards that a manifest has and the folder has not, and manifests that cannot be read."""
-    expected: set[str] = set()
-    known: set[str] = {*present, *folder.names(QUARANTINE)}
-    unreadable = []
-    for file in sorted(folder.names(BESIDE)):
-        if not (file.startswith("manifest-") and file.endswith(".json")):
-            continue
-        name = f"{BESIDE}/{file}"
-        try:
-            manifest = json.loads(folder.read(name))
-            sealed = _names(shard["name"] for shard in _listed(manifest["shards"]))
-            known |= _names(_listed(manifest["lost"]))
-            expected |= sealed
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            unreadable.append(name)
-    return sorted(expected - known), unreadable
-
-
-def id_table_file(digest: str) -> str:
-    """Where a folder has the id table with this digest, in hex."""
-    return f"{BESIDE}/id_table-{digest}.bin"

@@ -1,4 +1,4 @@
-"""Writes rows to shards."""
+"""Seals rows in Parquet shards, and keeps a manifest of them."""
 
 import json
 import secrets
@@ -11,22 +11,25 @@ import pyarrow.parquet as pq
 import xxhash
 
 from student_trainer.record.folder import BESIDE, Folder
-from student_trainer.record.schema import METADATA, SCHEMA, Provenance, Row
+from student_trainer.record.provenance import Provenance
+from student_trainer.record.schema import METADATA, SCHEMA, Row
 
 GROUP_NBYTES = 128 << 10
-"""Content of a row group, which is read whole to get at one row: a third of what decoding costs. Half of
-it is read a third faster, for a shard that is 0.7 % larger and takes 1.4 times as long to make."""
+"""Content of a row group, all of which is read to get one row.
 
-
-CHUNK_NBYTES = 4 << 20
+That takes a third of the time that decoding takes. Groups of half the size are read a third faster,
+but make a shard 0.7 % larger, and 1.4 times as slow to write.
+"""
 
 
 class Writer:
-    """Seals shards of one provenance in a folder, and keeps its manifest."""
+    """Writes shards of one provenance to a folder, and the manifest that lists them."""
 
     def __init__(self, folder: Folder, provenance: Provenance, lost: Sequence[str] = ()) -> None:
-        """lost: shards that were missing when this writer began, and were told of. Raises
-        RecordError at once where nothing can be written."""
+        """lost: shards that were missing or damaged already, and were reported.
+
+        Raises RecordError at once where nothing can be written.
+        """
         self._folder = folder
         self._provenance = provenance
         self._lost = list(lost)
@@ -36,7 +39,7 @@ class Writer:
         self._put_manifest()
 
     def seal(self, rows: Sequence[Row]) -> str:
-        """Writes a shard; returns its name. Raises RecordError; what was sealed before is intact."""
+        """Writes a shard and returns its name. Raises RecordError; earlier shards stay intact."""
         content = encode_shard(rows, self._provenance)
         number = f"{len(self._sealed):05}-{self._id}"
         name = f"shard-{number}-{xxhash.xxh3_128_hexdigest(content)}.parquet"
@@ -55,10 +58,10 @@ class Writer:
 def encode_shard(
     rows: Sequence[Row], provenance: Provenance, *, compression: str = "none"
 ) -> pa.Buffer:
-    """The bytes of a shard.
+    """Returns the bytes of a shard.
 
-    Ids are packed by DELTA_BINARY_PACKED, which takes as few bytes as zstd at half the time; target
-    bytes are as dense as they get, and are stored as they are (`python -m benchmarks.record`).
+    Ids are packed by DELTA_BINARY_PACKED, which is as small as zstd and takes half the time. Targets
+    are stored as they are, since nothing makes them smaller (`python -m benchmarks.record`).
     """
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(

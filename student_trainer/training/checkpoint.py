@@ -10,7 +10,6 @@ that is killed at any time leaves the checkpoint before it as the newest.
 """
 
 import json
-import os
 import pickle
 import random
 import re
@@ -26,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from logitstream.files import whole_folder
 from student_trainer.disk import writing
 
 DIGEST = "_digest"
@@ -89,19 +89,11 @@ class Checkpoints:
         whole = self.folder / f"step-{step}"
         if whole.exists():
             return whole
-        partial = self.folder / f".step-{step}.partial"
-        with writing(self.folder, f"the checkpoint of step {step} to {self.folder}"):
-            shutil.rmtree(partial, ignore_errors=True)
-            try:
-                partial.mkdir(parents=True)
-                write(partial, student, state, self._identity)
-                for path in (*partial.iterdir(), partial):
-                    _force_to_disk(path)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)  # and its room is free again
-                raise
-            partial.rename(whole)
-            _force_to_disk(self.folder)
+        with (
+            writing(self.folder, f"the checkpoint of step {step} to {self.folder}"),
+            whole_folder(whole) as partial,
+        ):
+            write(partial, student, state, self._identity)
         for old in all_in(self.folder)[: -self._keep]:
             self._remove(old)
         return whole
@@ -272,11 +264,3 @@ def restore_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from logitstream.files import cache_folder, write_atomically
 from teacher_server.engine.model import SHA256
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def _folder_fingerprint(folder: Path, revision: str) -> str:
     inode and time of change, so that a restart does not read a large teacher twice.
     """
     digest = hashlib.sha256(revision.encode())
-    cache_file = _cache_folder() / "weights.json"
+    cache_file = cache_folder() / "weights.json"
     try:
         cache = json.loads(cache_file.read_text())
     except (OSError, ValueError, RecursionError):
@@ -39,17 +39,10 @@ def _folder_fingerprint(folder: Path, revision: str) -> str:
     if known != cache:
         try:
             cache_file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = cache_file.with_name(f"{cache_file.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(known))
-            temporary.replace(cache_file)
+            write_atomically(cache_file, json.dumps(known))
         except OSError as error:
             logger.warning("cannot keep the hash of the weights: %s", error)
     return digest.hexdigest()
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "logitstream"
 
 
 def _state_fingerprint(causal_lm: nn.Module) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from logit_codec import IdTable, SampledSpec, encode, expected_inclusions, fit_id_table, select
+from logitstream.files import write_atomically
 from teacher_server.engine.head import VocabularyHead
 from teacher_server.engine.model import TeacherModel
 from teacher_server.errors import ModelError
@@ -65,9 +66,7 @@ def fit_ids(model: TeacherModel, text: str, *, max_tokens: int) -> Fit:
 
 def save(table: IdTable, path: Path) -> None:
     """Writes a table so that a reader sees the old file or the new one, whole. Raises OSError."""
-    beside = path.with_suffix(".new")
-    beside.write_bytes(table.to_bytes())
-    beside.replace(path)
+    write_atomically(path, table.to_bytes())
 
 
 @torch.inference_mode()

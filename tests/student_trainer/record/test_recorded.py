@@ -37,8 +37,9 @@ from student_trainer import (
 )
 from student_trainer.data import batches
 from student_trainer.record.folder import QUARANTINE, Folder
-from student_trainer.record.schema import DAMAGE, Provenance, Row
-from student_trainer.record.shards import Shards
+from student_trainer.record.provenance import Provenance
+from student_trainer.record.schema import Row
+from student_trainer.record.shards import DAMAGE, Shards
 from student_trainer.record.writer import Writer
 from student_trainer.teachers.request import Answer
 from tests.conftest import FORKSERVER, one_torch_thread
@@ -279,7 +280,7 @@ def test_a_fork_is_told_to_open_the_record_itself(live, tmp_path: Path):
     write(tmp_path, live)
     with Recorded(tmp_path) as record:
         record._pid += 1
-        with pytest.raises(ForkedClient, match="Open it anew"):
+        with pytest.raises(ForkedClient, match="Open it again"):
             next(record.stream(SEQUENCES))
         record._pid -= 1
 
@@ -489,7 +490,9 @@ def test_damage_that_comes_after_the_opening_is_noticed(live, tmp_path: Path):
     with Recorded(tmp_path) as record:
         (one, *_) = shards_in(tmp_path)
         ids = next(
-            ids for ids in SEQUENCES if record._index.find(ids_digest(ids))[0].shard == one.name
+            ids
+            for ids in SEQUENCES
+            if record._catalog._index.find(ids_digest(ids))[0].shard == one.name
         )
         content = one.read_bytes()
         one.write_bytes(bytes(len(content) // 2) + content[len(content) // 2 :])
@@ -502,7 +505,7 @@ def test_what_is_replayed_together_is_answered_one_by_one(live, tmp_path: Path):
     seen = write(tmp_path, live)
     victim = shards_in(tmp_path)[0]
     with Recorded(tmp_path) as record:
-        found = [record._index.find(ids_digest(ids))[0].shard for ids in SEQUENCES]
+        found = [record._catalog._index.find(ids_digest(ids))[0].shard for ids in SEQUENCES]
         given_up = found.index(shards_in(tmp_path)[1].name)
         os.truncate(victim, 16)
         asked_for_all = threading.Event()
@@ -734,7 +737,7 @@ def test_a_store_that_is_away_for_a_moment_is_no_damage(live, monkeypatch):
         return opened(self, *arguments, **options)
 
     with Recorded(where, live) as record:
-        record._shards.close()  # as if more shards had been read than are kept open
+        record._catalog.shards.close()  # as if more shards had been read than are kept open
         opened = fsspec.filesystem("memory").__class__.open
         monkeypatch.setattr(fsspec.filesystem("memory").__class__, "open", open_or_not)
         with pytest.raises(RecordError, match=r"cannot read shard-.* the network is down"):

@@ -28,6 +28,7 @@ VOCAB = 1000
 @pytest.fixture(autouse=True)
 def cache_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the hashes of weights are kept: never the user's own cache."""
+    monkeypatch.delenv("LOGITSTREAM_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "logitstream" / "weights.json"
 
@@ -512,6 +513,15 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert load(str(folder)).weights_fingerprint == fingerprint
+
+
+def test_the_cache_is_where_the_environment_says(
+    folder: Path, cache_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGITSTREAM_CACHE", str(tmp_path / "own"))
+    load(str(folder))
+    assert (tmp_path / "own" / "weights.json").exists()
+    assert not cache_file.exists()
 
 
 def test_weights_in_many_files_are_all_part_of_the_fingerprint(tmp_path: Path) -> None:
