@@ -29,7 +29,7 @@ from urllib.parse import quote
 
 from logitstream.files import locked, make_private
 from teacher_server.ledger.journal import Kind, Record, from_bytes
-from teacher_server.ledger.lease import DirectoryAway, Grant, UsageRow, Wish
+from teacher_server.ledger.lease import DirectoryAway, Lease, LeaseRequest, UsageRow
 
 T = TypeVar("T")
 
@@ -114,10 +114,10 @@ class Directory:
         self,
         holder: str,
         segment: tuple[int, bytes] | None,
-        wishes: dict[str, Wish],
+        requests: dict[str, LeaseRequest],
         *,
         ended: bool = False,
-    ) -> dict[str, Grant]:
+    ) -> dict[str, Lease]:
         """Applies a segment unless it has had it, then grants wishes. ended: nothing is held."""
         now = self._clock()
         today = int(now // 86400)
@@ -127,7 +127,8 @@ class Directory:
             if ended:
                 self._base.execute("DELETE FROM leases WHERE holder = ?", (holder,))
             return {
-                team: self._grant(holder, team, wish, now, today) for team, wish in wishes.items()
+                team: self._lease(holder, team, request, now, today)
+                for team, request in requests.items()
             }
 
     def usage(self, team: str | None, since: int) -> list[UsageRow]:
@@ -180,9 +181,11 @@ class Directory:
         )
         return added.rowcount == 1
 
-    def _grant(self, holder: str, team: str, wish: Wish, now: float, today: int) -> Grant:
-        held = wish.held if wish.day == today else 0
-        active_s = now if wish.active else now - 2 * ACTIVE_S
+    def _lease(
+        self, holder: str, team: str, request: LeaseRequest, now: float, today: int
+    ) -> Lease:
+        held = request.held if request.day == today else 0
+        active_s = now if request.active else now - 2 * ACTIVE_S
         elsewhere, replicas = self._base.execute(
             "SELECT coalesce(sum(tokens) FILTER (WHERE day = ? AND heard_s > ?), 0),"
             " count(*) FILTER (WHERE active_s > ?)"
@@ -191,22 +194,22 @@ class Directory:
         ).fetchone()
         replicas += 1
         tokens, left = 0, None
-        if wish.quota is not None:
+        if request.quota is not None:
             row = self._base.execute(
                 "SELECT tokens FROM usage WHERE day = ? AND team = ?", (today, team)
             ).fetchone()
-            left = max(0, wish.quota - (row[0] if row else 0))
+            left = max(0, request.quota - (row[0] if row else 0))
             free = left - elsewhere - held
-            if wish.day == today:
+            if request.day == today:
                 # Nobody takes for later what others need now.
-                soon = min(wish.more, max(0, free - wish.need) // (2 * replicas))
-                tokens = max(0, min(wish.need + soon, free))
+                soon = min(request.more, max(0, free - request.need) // (2 * replicas))
+                tokens = max(0, min(request.need + soon, free))
         self._base.execute(
             "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?)",
             (holder, team, today, held + tokens, now, active_s),
         )
         self._base.execute("DELETE FROM leases WHERE heard_s < ?", (now - 2 * LEASE_S,))
-        return Grant(tokens, left, elsewhere, replicas)
+        return Lease(tokens, left, elsewhere, replicas)
 
 
 def _keep_private(path: Path) -> None:
@@ -282,11 +285,11 @@ class LocalDirectory:
         self,
         holder: str,
         segment: tuple[int, bytes] | None,
-        wishes: dict[str, Wish],
+        requests: dict[str, LeaseRequest],
         *,
         ended: bool = False,
-    ) -> dict[str, Grant]:
-        return await self._do(lambda: self._directory.sync(holder, segment, wishes, ended=ended))
+    ) -> dict[str, Lease]:
+        return await self._do(lambda: self._directory.sync(holder, segment, requests, ended=ended))
 
     async def usage(self, team: str | None, since: int) -> list[UsageRow]:
         return await self._do(lambda: self._directory.usage(team, since))
