@@ -84,7 +84,7 @@ def test_a_file_declares_everything_about_a_team():
             ["team b", "in team a"],
         ),
         ("[teams.a]\ncertificates = ['x']\n[teams.b]\ncertificates = ['x']", ["team b", "team a"]),
-        ("[teams.a]\ncertificates = ['']", ["certificates", "strings"]),
+        ("[teams.a]\ncertificates = ['']", ["certificates", "string", "not empty"]),
         ("[teams.a]\nlimits = { max_tokens = 1 }", ["max_tokens", "max_request_tokens"]),
         (
             "[teams.a]\nlimits = { max_request_tokens = 0 }",
