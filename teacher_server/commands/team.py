@@ -20,6 +20,7 @@ from teacher_server.config import (
 from teacher_server.errors import TeacherServerError, TeamsError
 from teacher_server.teams.declaration import (
     NAME,
+    TOKEN_PREFIX,
     Declared,
     Team,
     Teams,
@@ -34,8 +35,6 @@ from teacher_server.teams.edit import (
     set_tokens,
 )
 
-TOKEN_PREFIX = "lst_"
-"""So that scanners for leaked secrets know one when they see it."""
 TOKEN_NBYTES = 32
 
 

@@ -34,10 +34,11 @@ Scope = Literal["score", "generate", "hidden", "dense", "admin"]
 SCOPES: tuple[str, ...] = get_args(Scope)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+TOKEN_PREFIX = "lst_"
+"""Begins every token, so that scanners for leaked secrets recognise one."""
 MAX_WEIGHT = 1e6
 MAX_NBYTES = 16 << 20
 """Limit of the file's size, far above any real one: a wrong path must not fill the memory."""
-# A mistake may be a token in the wrong place, so that no error may repeat what it got by itself.
 TABLE = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
@@ -230,11 +231,12 @@ def _explain(error: ValidationError, where: str) -> str:
     root, *path = mistake["loc"]
     key = str([root, *path][-1])
     got = f"the unknown key {key[:40]!r}" if is_unknown_key else _shown(mistake["input"])
+    # It may be a token in the wrong place: errors are logged, and shown on other people's screens.
+    if path[1:2] == ["tokens"] or TOKEN_PREFIX in got:
+        got = "an unknown key" if is_unknown_key else "something else"
     if not path:
         return f"{where}: it must have tables [teams.NAME] and nothing else, got {got}"
     name, *path = path[:-1] if is_unknown_key else path
-    if path[:1] == ["tokens"]:  # it may be a token: nothing of it is repeated
-        got = "an unknown key" if is_unknown_key else "something else"
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     place = "name" if path == ["[key]"] else place.removeprefix(".")
     allowed = ALLOWED[re.sub(r"\[\d+\]", "[]", place)]
