@@ -354,7 +354,7 @@ class Replica:
         watch("teacher_gate_share", lambda: self._connections.gate.share)
         watch("teacher_memory_bytes", resident_nbytes)
         watch("teacher_device_memory_bytes", lambda: device_nbytes(self.model.device))
-        watch("teacher_directory_away", lambda: float(accounts.is_alone))
+        watch("teacher_directory_away", lambda: float(accounts.is_directory_away))
         watch("teacher_ledger_sync_age_seconds", lambda: accounts.sync_age_s)
         watch("teacher_journal_segments", lambda: accounts.num_segments)
         watch("teacher_team_quota_left_tokens", accounts.known_left_today)
@@ -460,7 +460,7 @@ class Replica:
                     return
             else:
                 batch = self._scheduler.take_ahead()
-            self._accounts.dispatched(batch)
+            self._accounts.charge(batch)
             now = time.monotonic()
             for job in batch:
                 waited_s = max(0.0, now - job.submitted_s)

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from teacher_server.cluster.ray_settings import _last_line
 from teacher_server.ledger.directory import Directory
-from teacher_server.ledger.lease import DirectoryAway, Grant, UsageRow, Wish
+from teacher_server.ledger.lease import DirectoryAway, Lease, LeaseRequest, UsageRow
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,11 @@ class RayDirectory:
         self,
         holder: str,
         segment: tuple[int, bytes] | None,
-        wishes: dict[str, Wish],
+        requests: dict[str, LeaseRequest],
         *,
         ended: bool = False,
-    ) -> dict[str, Grant]:
-        return await self._ask("sync", holder, segment, wishes, ended=ended)
+    ) -> dict[str, Lease]:
+        return await self._ask("sync", holder, segment, requests, ended=ended)
 
     async def usage(self, team: str | None, since: int) -> list[UsageRow]:
         return await self._ask("usage", team, since)

@@ -7,6 +7,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from tomlkit import TOMLDocument
+
 from logitstream.files import write_atomically
 from teacher_server.config import (
     TeamAction,
@@ -18,6 +20,7 @@ from teacher_server.config import (
 from teacher_server.errors import TeacherServerError, TeamsError
 from teacher_server.teams.declaration import (
     NAME,
+    TOKEN_PREFIX,
     Declared,
     Team,
     Teams,
@@ -32,8 +35,6 @@ from teacher_server.teams.edit import (
     set_tokens,
 )
 
-TOKEN_PREFIX = "lst_"
-"""So that scanners for leaked secrets know one when they see it."""
 TOKEN_NBYTES = 32
 
 
@@ -66,13 +67,13 @@ def _add(config: TeamAdd) -> None:
     team = Team(config.name, config.weight, frozenset(config.scopes))
     declared = Declared(team, tokens, config.certificates)
 
-    def edit(text: str, teams: Teams | None) -> str:
+    def edit(document: TOMLDocument, teams: Teams | None) -> None:
         if teams is not None and config.name in teams.declared:
             raise TeamsError(
                 f"{config.teams} has a team {config.name} already. `teacher-server team rotate "
                 f"{config.name}` makes it a new token."
             )
-        return add_team(text, declared)
+        add_team(document, declared)
 
     edit_file(config.teams, edit, create=True)
     path = None
@@ -89,7 +90,7 @@ def _rotate(config: TeamRotate) -> None:
     now = datetime.now(UTC)
     last_day = (now + timedelta(days=config.overlap)).replace(microsecond=0)
 
-    def edit(text: str, teams: Teams | None) -> str:
+    def edit(document: TOMLDocument, teams: Teams | None) -> None:
         declared = _find(teams, config.name, config.teams)
         kept = [one for one in declared.tokens if one.expires is None or one.expires > now]
         if config.overlap == 0:
@@ -100,7 +101,7 @@ def _rotate(config: TeamRotate) -> None:
             else replace(one, expires=last_day)
             for one in kept
         ]
-        return set_tokens(text, declared, (added, *old))
+        set_tokens(document, declared, (added, *old))
 
     edit_file(config.teams, edit)
     old = "no old token is let in any more"
@@ -110,8 +111,8 @@ def _rotate(config: TeamRotate) -> None:
 
 
 def _disable(config: TeamDisable) -> None:
-    def edit(text: str, teams: Teams | None) -> str:
-        return set_disabled(text, _find(teams, config.name, config.teams), not config.undo)
+    def edit(document: TOMLDocument, teams: Teams | None) -> None:
+        set_disabled(document, _find(teams, config.name, config.teams).team.name, not config.undo)
 
     edit_file(config.teams, edit)
     print(f"team {config.name} is {'let in again' if config.undo else 'disabled'}")

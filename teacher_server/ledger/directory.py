@@ -1,17 +1,17 @@
-"""The directory: what every team has used, and how much more of its quota each replica may give out.
+"""Keeps what every team has used, and leases the rest of each quota to the replicas.
 
-One SQLite file, written by one transaction at a time. On Ray the directory is an actor (app.py), in
-standalone mode it runs in the replica's process; replicas of one host may also have it each in their
-own process, over the same file.
+The directory is one SQLite file, written by one transaction at a time. On Ray it is an actor
+(cluster/ray_directory.py), in standalone mode it runs in the replica's process; several replicas of a
+host may also run one each over the same file.
 
-Replicas come with segments of their journals and with wishes. A segment is applied once, whatever is
-repeated: its journal and number are kept in the same transaction. A quota is given out in leases. A
-lease is what a replica may still dispatch beyond what it has reported, so that
+Replicas send segments of their journals and lease requests. A segment is applied once, however often it
+is sent: its journal and number are stored in the same transaction. A lease is what a replica may still
+charge beyond what it has reported, so that
 
     charged today + leases <= quota
 
-holds for as long as replicas report. The lease of a replica that is silent for LEASE_S is free again;
-if it dispatched meanwhile, that comes on top: at most the lease.
+holds for as long as replicas report. A replica that is silent for LEASE_S loses its lease to the others;
+if it did charge meanwhile, the quota is exceeded by at most that lease.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from urllib.parse import quote
 
 from logitstream.files import locked, make_private
 from teacher_server.ledger.journal import Kind, Record, from_bytes
-from teacher_server.ledger.lease import DirectoryAway, Grant, UsageRow, Wish
+from teacher_server.ledger.lease import DirectoryAway, Lease, LeaseRequest, UsageRow
 
 T = TypeVar("T")
 
@@ -37,15 +37,17 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "ledger.sqlite"
 BESIDE = ("-wal", "-shm")
-"""How the names of SQLite's own files end, beside the ledger."""
+"""Suffixes of SQLite's own files beside the ledger."""
 LEASE_S = 30.0
+"""Seconds of silence after which a lease ends."""
 ACTIVE_S = 3.0
-"""A replica shares a team's limits with those that have worked for it in so long."""
+"""Replicas that worked for a team in the last ACTIVE_S seconds share its limits."""
 BUSY_MS = 4000
+"""How long SQLite waits for another process that writes."""
 JOURNALS_DAYS = 400
-"""How long a journal's last number is remembered after it was heard of."""
+"""Days that the number of a journal's last segment is remembered."""
 DROP_AT_ONCE = 10_000
-"""Old keys are removed in so small steps that nobody waits for it."""
+"""Old keys are removed in small steps, so that no round waits for it."""
 SCHEMA_VERSION = 1
 SCHEMA = """
 CREATE TABLE usage (
@@ -73,13 +75,13 @@ COLUMNS = {
     Kind.DELIVERED: ("delivered_rows", "delivered_bytes"),
     Kind.REJECTED: ("rejected",),
 }
-"""What the numbers of a record are added to."""
+"""The columns that the two counts of a record are added to."""
 
 
 class Directory:
-    """The ledger and the leases, in `folder`, or in memory without one.
+    """Stores the ledger and the leases in `folder`, or in memory without one.
 
-    Not thread-safe. Everything may raise sqlite3.Error; nothing is half done then.
+    Not thread-safe. Every method may raise sqlite3.Error, and has changed nothing then.
     """
 
     def __init__(self, folder: Path | None, *, clock: Callable[[], float] = time.time) -> None:
@@ -88,20 +90,20 @@ class Directory:
             self._base = self._open(":memory:")
             return
         make_private(folder)
-        # A new file is made WAL by whoever comes first; to a second one at the same moment SQLite says
-        # "database is locked" at once, however long its busy_timeout is.
+        # The first process to open a new file turns it into WAL mode; a second one at that moment gets
+        # "database is locked" at once, whatever its busy_timeout is.
         with locked(folder):
             _keep_private(folder / FILE_NAME)
             self._base = self._open(str(folder / FILE_NAME))
 
     def _open(self, name: str) -> sqlite3.Connection:
-        """The ledger in this file, with its tables."""
+        """Opens the ledger in this file, and makes its tables if it has none."""
         base = sqlite3.connect(name, isolation_level=None, check_same_thread=False)
         base.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
         base.execute("PRAGMA journal_mode = WAL")
-        # Once per sync, in a thread of its own: the journals are removed after this.
+        # Journals are removed once the directory confirms: what it confirmed must survive a power cut.
         base.execute("PRAGMA synchronous = FULL")
-        # Read first: to write means to wait for others who write, maybe for longer than SQLite does.
+        # Read first: a write waits for other writers, maybe for longer than BUSY_MS.
         if not _read_version(base, name):
             with _Transaction(base):
                 if not _read_version(base, name):
@@ -114,11 +116,11 @@ class Directory:
         self,
         holder: str,
         segment: tuple[int, bytes] | None,
-        wishes: dict[str, Wish],
+        requests: dict[str, LeaseRequest],
         *,
         ended: bool = False,
-    ) -> dict[str, Grant]:
-        """Applies a segment unless it has had it, then grants wishes. ended: nothing is held."""
+    ) -> dict[str, Lease]:
+        """Applies a segment unless it was applied before, then leases. ended: nothing is held."""
         now = self._clock()
         today = int(now // 86400)
         with _Transaction(self._base):
@@ -127,11 +129,12 @@ class Directory:
             if ended:
                 self._base.execute("DELETE FROM leases WHERE holder = ?", (holder,))
             return {
-                team: self._grant(holder, team, wish, now, today) for team, wish in wishes.items()
+                team: self._lease(holder, team, request, now, today)
+                for team, request in requests.items()
             }
 
     def usage(self, team: str | None, since: int) -> list[UsageRow]:
-        """By day and team, from the day `since` on; team: of this one only."""
+        """Returns usage by day and team from the day `since` on; team: this one only."""
         return _usage(self._base, team, since)
 
     def close(self) -> None:
@@ -142,7 +145,7 @@ class Directory:
             "SELECT segment FROM journals WHERE journal = ?", (journal,)
         ).fetchone()
         if row and number <= row[0]:
-            return
+            return  # sent again: its answer was lost, or its replica died before the answer
         totals: dict[tuple[int, str], dict[str, int]] = {}
         for record in from_bytes(data):
             if record.kind is Kind.DELIVERED and not self._is_first(record, today):
@@ -164,12 +167,12 @@ class Directory:
         self._base.execute(
             "DELETE FROM delivered WHERE (day, key) IN"
             " (SELECT day, key FROM delivered WHERE day < ? LIMIT ?)",
-            (today - 1, DROP_AT_ONCE),
+            (today - 1, DROP_AT_ONCE),  # no client retries work that is two days old
         )
         self._base.execute("DELETE FROM journals WHERE heard_day < ?", (today - JOURNALS_DAYS,))
 
     def _is_first(self, record: Record, today: int) -> bool:
-        """Whether this key has not come today or yesterday; it is remembered."""
+        """Remembers a key; returns whether it came neither today nor yesterday."""
         yesterday = self._base.execute(
             "SELECT 1 FROM delivered WHERE day = ? AND key = ?", (today - 1, record.key)
         )
@@ -180,9 +183,11 @@ class Directory:
         )
         return added.rowcount == 1
 
-    def _grant(self, holder: str, team: str, wish: Wish, now: float, today: int) -> Grant:
-        held = wish.held if wish.day == today else 0
-        active_s = now if wish.active else now - 2 * ACTIVE_S
+    def _lease(
+        self, holder: str, team: str, request: LeaseRequest, now: float, today: int
+    ) -> Lease:
+        held = request.held if request.day == today else 0  # yesterday's lease is void
+        active_s = now if request.active else now - 2 * ACTIVE_S
         elsewhere, replicas = self._base.execute(
             "SELECT coalesce(sum(tokens) FILTER (WHERE day = ? AND heard_s > ?), 0),"
             " count(*) FILTER (WHERE active_s > ?)"
@@ -191,72 +196,74 @@ class Directory:
         ).fetchone()
         replicas += 1
         tokens, left = 0, None
-        if wish.quota is not None:
+        if request.quota is not None:
             row = self._base.execute(
                 "SELECT tokens FROM usage WHERE day = ? AND team = ?", (today, team)
             ).fetchone()
-            left = max(0, wish.quota - (row[0] if row else 0))
+            left = max(0, request.quota - (row[0] if row else 0))
             free = left - elsewhere - held
-            if wish.day == today:
-                # Nobody takes for later what others need now.
-                soon = min(wish.more, max(0, free - wish.need) // (2 * replicas))
-                tokens = max(0, min(wish.need + soon, free))
+            if request.day == today:
+                # No replica gets for later what others need now.
+                soon = min(request.more, max(0, free - request.need) // (2 * replicas))
+                tokens = max(0, min(request.need + soon, free))
         self._base.execute(
             "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?)",
             (holder, team, today, held + tokens, now, active_s),
         )
         self._base.execute("DELETE FROM leases WHERE heard_s < ?", (now - 2 * LEASE_S,))
-        return Grant(tokens, left, elsewhere, replicas)
+        return Lease(tokens, left, elsewhere, replicas)
 
 
 def _keep_private(path: Path) -> None:
-    """Lets nobody but its owner read a ledger, which is made if it is not there. Raises OSError.
+    """Makes the ledger if it is missing, and readable by its owner only. Raises OSError.
 
-    SQLite would make a new one for everybody, and gives the files beside it the mode of this one. An
-    open file of it must never be closed here: that would take SQLite's locks away from this process.
+    SQLite would make it readable by everyone, and gives its own files beside it the mode of this one.
+    A file that SQLite has open must never be opened and closed here: closing it drops every lock that
+    this process has on it (fcntl).
     """
     path = Path(os.path.realpath(path))
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-    for one in (path, *(path.with_name(path.name + side) for side in BESIDE)):
+    for file in (path, *(path.with_name(path.name + side) for side in BESIDE)):
         try:
-            mode = stat.S_IMODE(one.stat().st_mode)
+            mode = stat.S_IMODE(file.stat().st_mode)
             if mode & 0o077:
-                one.chmod(mode & 0o700)
+                file.chmod(mode & 0o700)
         except FileNotFoundError:
             continue
         except PermissionError:
-            logger.warning("%s can be read by others and is not this user's: chmod 600 it", one)
+            logger.warning("%s can be read by others and is not this user's: chmod 600 it", file)
 
 
 def _read_version(base: sqlite3.Connection, name: str) -> int:
-    """Of the tables, 0: there are none. Raises sqlite3.DatabaseError for one that is not known."""
+    """Returns the version of the tables; 0: there are none. Raises sqlite3.DatabaseError for others."""
     (version,) = base.execute("PRAGMA user_version").fetchone()
     if version not in (0, SCHEMA_VERSION):
         raise sqlite3.DatabaseError(
-            f"{name} is a ledger of version {version}, this server knows {SCHEMA_VERSION}"
+            f"{name} is a ledger of version {version}, this server reads version {SCHEMA_VERSION}. Use "
+            "the server that wrote it, or another folder."
         )
     return version
 
 
 def read_usage(path: Path, team: str | None, since: int) -> list[UsageRow]:
-    """From the file of a ledger, which a service may be writing. Raises sqlite3.Error."""
+    """Reads usage from a ledger's file, which a service may be writing. Raises sqlite3.Error."""
     with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as base:
         base.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
         return _usage(base, team, since)
 
 
 def _usage(base: sqlite3.Connection, team: str | None, since: int) -> list[UsageRow]:
-    found = base.execute(
+    rows = base.execute(
         "SELECT day, team, sequences, tokens, delivered_rows, delivered_bytes, rejected"
         " FROM usage WHERE day >= ? AND (? IS NULL OR team = ?) ORDER BY day, team",
         (since, team, team),
     )
-    return [UsageRow(*row) for row in found]
+    return [UsageRow(*row) for row in rows]
 
 
 class _Transaction:
-    """All of the block or nothing."""
+    """Commits the block as a whole, or nothing of it."""
 
     def __init__(self, base: sqlite3.Connection) -> None:
         self._base = base
@@ -272,7 +279,7 @@ class _Transaction:
 
 
 class LocalDirectory:
-    """The directory in this process, in a thread of its own: the disk blocks nobody."""
+    """Runs the directory in this process, in its own thread: the event loop never waits for the disk."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
@@ -282,11 +289,11 @@ class LocalDirectory:
         self,
         holder: str,
         segment: tuple[int, bytes] | None,
-        wishes: dict[str, Wish],
+        requests: dict[str, LeaseRequest],
         *,
         ended: bool = False,
-    ) -> dict[str, Grant]:
-        return await self._do(lambda: self._directory.sync(holder, segment, wishes, ended=ended))
+    ) -> dict[str, Lease]:
+        return await self._do(lambda: self._directory.sync(holder, segment, requests, ended=ended))
 
     async def usage(self, team: str | None, since: int) -> list[UsageRow]:
         return await self._do(lambda: self._directory.usage(team, since))

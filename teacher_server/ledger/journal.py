@@ -1,16 +1,16 @@
-"""What a replica keeps of its use of the teacher until the directory has it: an append-only journal.
+"""Keeps an append-only journal of what a replica uses, until the directory has it.
 
-A journal is a row of numbered segments. Records are appended to the last one; `seal` ends it, and a
-sealed segment goes to the directory as a whole, which applies each once, and is dropped then. The
-files are written without a buffer of ours, so that they survive a SIGKILL of the process; nobody
-waits for the disk. Whoever wrote them holds a lock while it lives: a journal whose lock is free is an
-orphan, and any replica of the host brings it to its end.
+A journal is a sequence of numbered segments. Records are appended to the last one until `seal` closes
+it. A sealed segment goes to the directory as a whole, which applies it once, and is then dropped. Every
+append is one write() without a buffer of ours and without fsync: it survives a SIGKILL of the process
+at the price of a copy into the page cache. The process holds a lock while it lives; a journal whose
+lock is free is an orphan, which any replica of the host may adopt (sync.py).
 
-    NAME.lock           held (flock) by the process that appends
+    NAME.lock           locked (flock) by the process that appends
     NAME.000001 ...     segments: records one after the other
 
-A record, little-endian: XXH3-64 of what follows it (8 bytes), length of the rest (2), kind (1), day
-since 1970-01-01 UTC (4), two counts (8 each), key (16), the team's name in UTF-8.
+A record, little-endian: XXH3-64 of everything after the length (8 bytes), length of that (2), kind (1),
+day since 1970-01-01 UTC (4), two counts (8 each), key (16), the team's name in UTF-8.
 """
 
 import errno
@@ -36,17 +36,17 @@ from logitstream.files import make_private
 logger = logging.getLogger(__name__)
 
 SEGMENT_NBYTES = 1 << 16
-"""A segment is sealed beyond this; Ray carries up to 100 KB without its object store."""
+"""Largest segment; Ray sends up to 100 KB without its object store."""
 _PREFIX = struct.Struct("<QH")
 _BODY = struct.Struct("<BIQQ16s")
 _FILE = re.compile(r"([0-9a-f]{16})\.(lock|[0-9]{6,18})")
 LAST_DAY = (date.max - date(1970, 1, 1)).days
-MOST = 1 << 48
-"""A record counts less than this: the sums of many have to fit into the 64 bits of the ledger."""
+MAX_COUNT = 1 << 48
+"""Counts are below this, so that sums of many fit into the ledger's 64 bits."""
 
 
 class Kind(IntEnum):
-    """What a record counts."""
+    """Says what a record counts."""
 
     DISPATCHED = 1
     """number: sequences, amount: padded tokens."""
@@ -57,7 +57,7 @@ class Kind(IntEnum):
 
 
 class Record(NamedTuple):
-    """One entry of a journal."""
+    """Holds one entry of a journal."""
 
     kind: Kind
     team: str
@@ -69,16 +69,16 @@ class Record(NamedTuple):
 
 
 def to_bytes(record: Record) -> bytes:
-    """One record as it is in a file."""
+    """Encodes one record as it is in a file."""
     body = _BODY.pack(record.kind, record.day, record.number, record.amount, record.key)
     body += record.team.encode()
     return _PREFIX.pack(xxhash.xxh3_64_intdigest(body), len(body)) + body
 
 
 def from_bytes(data: bytes) -> Iterator[Record]:
-    """The records of a segment, up to the first one that is damaged: a crash of the host cut it.
+    """Decodes the records of a segment up to the first damaged one, where a crash of the host cut it.
 
-    A record that is whole and cannot be counted is left out, and those behind it are not.
+    An intact record that cannot be counted is skipped; those after it are not.
     """
     place = 0
     while place < len(data):
@@ -92,15 +92,17 @@ def from_bytes(data: bytes) -> Iterator[Record]:
         kind, day, number, amount, key = _BODY.unpack_from(body)
         place = end + length
         if kind not in Kind._value2member_map_:
-            logger.error("a journal has a record of kind %d, of a newer version; not counted", kind)
+            logger.error(
+                "a journal has a record of kind %d, from a newer version; not counted", kind
+            )
             continue
         try:
             team = body[_BODY.size :].decode()
         except UnicodeDecodeError:
-            logger.error("a journal has a record of a team whose name is not UTF-8; not counted")
+            logger.error("a journal has a record whose team is not UTF-8; not counted")
             continue
-        if day > LAST_DAY or max(number, amount) >= MOST:
-            logger.error("a journal has a record of impossible numbers; not counted team=%s", team)
+        if day > LAST_DAY or max(number, amount) >= MAX_COUNT:
+            logger.error("a journal has a record with impossible counts; not counted team=%s", team)
             continue
         yield Record(Kind(kind), team, day, number, amount, key)
     if place < len(data):
@@ -108,10 +110,10 @@ def from_bytes(data: bytes) -> Iterator[Record]:
 
 
 class Journal:
-    """The journal of this process, in a folder, or without one in memory. Thread-safe.
+    """Appends to the journal of this process, in a folder or in memory. Thread-safe.
 
-    Raises OSError if the folder cannot be used. Later errors are logged, and what could not be
-    written waits in memory: a full disk stops no answer.
+    Raises OSError if the folder cannot be used. Later errors are logged, and what could not be written
+    waits in memory: a full disk stops no answer.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -122,35 +124,36 @@ class Journal:
         self._size = 0
         self._number = 0
         self._kept: dict[int, bytearray] = {}
-        """Of each segment, what is in no file."""
+        """Records that are in no file, by segment; in a segment they come after those in its file."""
         self._sealed: list[int] = []
         self._lock_file: int | None = None
         if folder is not None:
             make_private(folder)
             self._lock_file = _lock(folder / f"{self.name}.lock")
             if self._lock_file is None:
-                raise OSError(f"{folder}/{self.name}.lock is locked by somebody else")
+                raise OSError(f"{folder}/{self.name}.lock is locked by another process")
         self._begin()
 
     def append(self, data: bytes) -> None:
-        """Adds records, as bytes, to the open segment."""
+        """Appends encoded records to the open segment, in one piece."""
         with self._mutex:
             if self._size and self._size + len(data) > SEGMENT_NBYTES:
                 self._seal()
             self._size += len(data)
-            whole = self._file is not None and self._number not in self._kept
-            if whole and _written(self._file, data):
+            # After a failed write the rest of its segment stays in memory, to keep records in order.
+            is_whole = self._file is not None and self._number not in self._kept
+            if is_whole and _write(self._file, data):
                 return
             self._kept.setdefault(self._number, bytearray()).extend(data)
 
     def seal(self) -> None:
-        """Ends the open segment, if there is anything in it."""
+        """Closes the open segment, if there is anything in it."""
         with self._mutex:
             if self._size:
                 self._seal()
 
     def oldest(self) -> tuple[int, bytes] | None:
-        """The first segment that is sealed: its number and records."""
+        """Returns the first sealed segment, its number and records, or None."""
         with self._mutex:
             if not self._sealed:
                 return None
@@ -162,18 +165,19 @@ class Journal:
         return len(self._sealed)
 
     def drop(self, number: int) -> None:
-        """The directory has this segment."""
+        """Removes a segment, which the directory has now."""
         with self._mutex:
             self._sealed.remove(number)
             self._kept.pop(number, None)
         if self._folder is not None:
             try:
                 _segment(self._folder, self.name, number).unlink(missing_ok=True)
-            except OSError as error:  # it would be found again as an orphan's, and not be counted
+            except OSError as error:
+                # Harmless: adopted after this process ends, it is skipped for its number.
                 _complain(error)
 
     def close(self) -> None:
-        """Nothing is appended any more; what was not dropped is left to others as an orphan."""
+        """Ends the journal; segments that were not dropped stay for another replica to adopt."""
         with self._mutex:
             if self._size:
                 self._seal()
@@ -183,7 +187,7 @@ class Journal:
                 assert self._folder is not None
                 _segment(self._folder, self.name, self._number).unlink(missing_ok=True)
             if self._lock_file is not None:
-                if not self._sealed:
+                if not self._sealed:  # else the lock file stays too, and marks an orphan
                     assert self._folder is not None
                     (self._folder / f"{self.name}.lock").unlink(missing_ok=True)
                 os.close(self._lock_file)
@@ -217,62 +221,63 @@ class Journal:
 
 @contextmanager
 def orphans(
-    folder: Path, told: set[Path] | None = None
+    folder: Path, logged: set[Path] | None = None
 ) -> Iterator[list[tuple[str, list[tuple[int, Path]]]]]:
-    """The journals whose process has ended: name, and number and file of each segment in order.
+    """Yields the journals whose process has died: name, and number and file of each segment in order.
 
-    They are locked within this block. A journal whose files the block removes is forgotten. What is
-    no journal's is left alone and logged, once if `told` is kept from call to call. Raises OSError if
-    the folder cannot be read.
+    They are locked within the block, so that one replica adopts each. A journal whose files the block
+    removes is forgotten. Other files are left alone and logged, once if `logged` is kept from call to
+    call. Raises OSError if the folder cannot be read.
     """
-    told = set() if told is None else told
-    told.difference_update([path for path in told if not os.path.lexists(path)])
+    logged = set() if logged is None else logged
+    logged.difference_update([path for path in logged if not os.path.lexists(path)])
     locks: dict[str, int] = {}
-    found: list[tuple[str, list[tuple[int, Path]]]] = []
+    journals: list[tuple[str, list[tuple[int, Path]]]] = []
     try:
         contents = _contents(folder)
         for path in contents.strays:
-            complain_once(told, path, "is no file of a journal, and is left alone")
+            complain_once(logged, path, "does not belong to a journal and is left alone")
         for name, path in contents.locks.items():
             try:
                 lock = _lock(path)
             except OSError as error:
-                complain_once(told, path, f"cannot be locked: {error.strerror}")
+                complain_once(logged, path, f"cannot be locked: {error.strerror}")
                 continue
             if lock is not None:
                 locks[name] = lock
-        segments = _contents(folder).segments  # until now one of them may have been written to
-        found += [(name, segments.get(name, [])) for name in locks]
-        yield found
+        # Listed again: a process that died between listing and lock may have added a segment.
+        segments = _contents(folder).segments
+        journals += [(name, segments.get(name, [])) for name in locks]
+        yield journals
     finally:
-        for name, files in found:
+        for name, files in journals:
             if not any(path.exists() for _, path in files):
-                with suppress(OSError):  # it is found again
+                with suppress(OSError):  # the next look tries again
                     (folder / f"{name}.lock").unlink(missing_ok=True)
         for lock in locks.values():
             os.close(lock)
 
 
-def complain_once(told: set[Path], path: Path, what: str) -> None:
-    """Logs what is wrong with a file among the journals, unless it is in `told`; there it is put."""
-    if path not in told:
-        told.add(path)
+def complain_once(logged: set[Path], path: Path, what: str) -> None:
+    """Logs what is wrong with a file among the journals, once for as long as `logged` has it."""
+    if path not in logged:
+        logged.add(path)
         logger.error("%s %s", path, what)
 
 
 class _Contents(NamedTuple):
-    """What is in a folder of journals."""
+    """Lists a folder of journals."""
 
     locks: dict[str, Path]
     """By journal."""
     segments: dict[str, list[tuple[int, Path]]]
     """By journal, in the order of their numbers."""
     strays: list[Path]
-    """What is neither: copies, what editors and file systems put there, folders, links."""
+    """Everything else: copies, files of editors and file systems, folders, links."""
 
 
 def _contents(folder: Path) -> _Contents:
-    found = _Contents({}, {}, [])
+    contents = _Contents({}, {}, [])
     for path in sorted(folder.iterdir()):
         try:
             is_file = stat.S_ISREG(path.lstat().st_mode)
@@ -280,16 +285,16 @@ def _contents(folder: Path) -> _Contents:
             continue  # its owner has just removed it
         parts = _FILE.fullmatch(path.name) if is_file else None
         if parts is None:
-            found.strays.append(path)
+            contents.strays.append(path)
         elif parts[2] == "lock":
-            found.locks[parts[1]] = path
+            contents.locks[parts[1]] = path
         elif path == _segment(folder, parts[1], int(parts[2])):
-            found.segments.setdefault(parts[1], []).append((int(parts[2]), path))
+            contents.segments.setdefault(parts[1], []).append((int(parts[2]), path))
         else:
-            found.strays.append(path)
-    for segments in found.segments.values():
+            contents.strays.append(path)
+    for segments in contents.segments.values():
         segments.sort()
-    return found
+    return contents
 
 
 def _segment(folder: Path, name: str, number: int) -> Path:
@@ -297,10 +302,11 @@ def _segment(folder: Path, name: str, number: int) -> Path:
 
 
 def _lock(path: Path) -> int | None:
-    """An open and locked file, or None if somebody else has it or has just removed it."""
+    """Opens and locks a file; None if another process holds it or has just removed it."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The lock may be on a file that its last owner removed between our open and lock.
         if os.stat(path).st_ino == os.fstat(file).st_ino:
             return file
     except (BlockingIOError, FileNotFoundError):
@@ -309,8 +315,8 @@ def _lock(path: Path) -> int | None:
     return None
 
 
-def _written(file: int | None, data: bytes) -> bool:
-    """Whether all of it is in the file; else nothing of it."""
+def _write(file: int | None, data: bytes) -> bool:
+    """Writes all of the data or none of it; returns which."""
     assert file is not None
     size = os.fstat(file).st_size
     try:
@@ -320,8 +326,8 @@ def _written(file: int | None, data: bytes) -> bool:
         _complain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     except OSError as error:
         _complain(error)
-    return False  # its records wait in memory
+    return False
 
 
 def _complain(error: OSError) -> None:
-    logger.error("the journal of this replica: %s", error.strerror)
+    logger.error("cannot write the journal of this replica: %s", error.strerror)

@@ -5,43 +5,44 @@ from typing import Protocol
 
 
 class DirectoryAway(Exception):
-    """The directory does not answer now; everything is asked again later."""
+    """The directory does not answer now; everything is sent again later."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What a replica holds and wants for one team."""
+class LeaseRequest:
+    """Reports what a replica holds for one team, and asks for more."""
 
     quota: int | None
-    """Tokens per day, as the replica knows it."""
+    """Tokens per day, as the replica's teams file has it."""
     day: int
+    """Since 1970-01-01, UTC, by the replica's clock."""
     held: int
-    """Tokens of its lease that it has not reported as dispatched."""
+    """Tokens of its lease that it has not reported as charged."""
     need: int
-    """Tokens beyond `held` that requests wait for."""
+    """Tokens beyond `held` that requests are waiting for."""
     more: int
-    """Tokens beyond `need` that it would use soon."""
+    """Tokens beyond `need` that it expects to use soon."""
     active: bool
-    """Whether the team had work here a moment ago."""
+    """Whether the team has work here, or had a moment ago."""
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
-    """What the directory answers to a wish."""
+class Lease:
+    """Answers a lease request."""
 
     tokens: int
-    """Added to the lease."""
+    """Added to what the replica holds."""
     left_today: int | None
-    """Of the quota, not charged yet; None without a quota."""
+    """Tokens of the quota that are not charged yet; None without a quota."""
     elsewhere: int
     """Tokens that are leased to other replicas."""
     replicas: int
-    """Replicas that work for this team now, this one too: they share its limits."""
+    """Replicas that work for this team now, this one included: they share its other limits."""
 
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """What one team used on one day."""
+    """Sums up what one team used on one day."""
 
     day: int
     """Since 1970-01-01, UTC."""
@@ -54,16 +55,16 @@ class UsageRow:
 
 
 class DirectoryLink(Protocol):
-    """A way to the directory; everything raises DirectoryAway."""
+    """Reaches the directory; every method raises DirectoryAway."""
 
     async def sync(
         self,
         holder: str,
         segment: tuple[int, bytes] | None,
-        wishes: dict[str, Wish],
+        requests: dict[str, LeaseRequest],
         *,
         ended: bool = False,
-    ) -> dict[str, Grant]: ...
+    ) -> dict[str, Lease]: ...
 
     async def usage(self, team: str | None, since: int) -> list[UsageRow]: ...
 

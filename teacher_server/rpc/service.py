@@ -331,7 +331,13 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                         answer.unfinished -= 1
                         part.last = answer.unfinished == 0
                         delivered = partial(
-                            *(self._accounts.delivered, answer.team, answer.origin, index, digest),
+                            *(
+                                self._accounts.record_delivery,
+                                answer.team,
+                                answer.origin,
+                                index,
+                                digest,
+                            ),
                             *(len(item.wanted.rows), nbytes),
                         )
                         self._metrics.encode_s.observe(made.seconds)
@@ -366,7 +372,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         if answer.team is not NOBODY:
             self._standing.rejected(answer.team.name)
             if isinstance(error, RequestRefused):
-                self._accounts.rejected(answer.team)
+                self._accounts.record_rejection(answer.team)
         response = teacher_pb2.ScoreResponse(request_id=answer.request_id, error=message)
         await stream.write(answer, response)
         current = asyncio.current_task()

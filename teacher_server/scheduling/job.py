@@ -22,7 +22,7 @@ class Job:
     level: int = TRAINING
     team: Team = DEFAULT_TEAM
     held: int = 0
-    """Tokens that accounts.py has reserved for it."""
+    """Tokens that the ledger has reserved for it."""
     cost: float = field(default=0.0, init=False)
     """What its team is charged, known when it is submitted; see `cost.CostModel`."""
     waiting: bool = field(default=False, init=False)

@@ -1,6 +1,6 @@
-"""Teams: who shares a teacher, with which weight, for what, and up to which limits.
+"""Reads the teams file: who shares a teacher, with which weight, for what, and up to which limits.
 
-One TOML file declares them, docs/sharing.md shows it:
+One TOML file declares the teams, docs/sharing.md shows it:
 
     [teams.search]
     weight = 3
@@ -9,51 +9,80 @@ One TOML file declares them, docs/sharing.md shows it:
     certificates = ["search.trainers.lab"]
     limits = { max_tokens_per_day = 2_000_000_000 }
 
-Of a token only its SHA-256 is here. That is enough: a token is 256 random bits, there is nothing to
-guess that a slow hash would protect.
+The file holds only the SHA-256 of a token. A fast hash is enough: a token is 256 random bits, so
+there is nothing to guess that a slow one would protect.
 """
 
 import hashlib
 import logging
-import math
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from datetime import UTC, date, datetime, time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from teacher_server.errors import TeamsError
 
 logger = logging.getLogger(__name__)
 
-SCOPES = ("score", "generate", "hidden", "dense", "admin")
+Scope = Literal["score", "generate", "hidden", "dense", "admin"]
+SCOPES: tuple[str, ...] = get_args(Scope)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+TOKEN_PREFIX = "lst_"
+"""Begins every token, so that scanners for leaked secrets recognise one."""
 MAX_WEIGHT = 1e6
 MAX_NBYTES = 16 << 20
-"""Of the file: far above any real one, so that a wrong path does not fill the memory."""
+"""Limit of the file's size, far above any real one: a wrong path must not fill the memory."""
+TABLE = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+def _to_digest(value: object) -> bytes:
+    if not isinstance(value, str) or not SHA256.fullmatch(value):
+        raise ValueError("not a SHA-256")
+    return bytes.fromhex(value)
+
+
+def _to_moment(value: object) -> datetime:
+    """A date begins at midnight UTC; a time without an offset is UTC."""
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            return value.replace(tzinfo=UTC)
+        try:
+            return value.astimezone(UTC)
+        except OverflowError:
+            raise ValueError("outside the years 1 to 9999") from None
+    if isinstance(value, date):
+        return datetime.combine(value, time(), UTC)
+    raise ValueError("not a date")
+
+
+Limit = Annotated[int, Field(strict=True, gt=0, lt=1 << 63)] | None
 
 
 @dataclass(frozen=True, slots=True)
 class TeamLimits:
-    """What one team may use of the whole service; None is no limit."""
+    """Limits what one team may use of the whole service; None is no limit."""
 
-    max_tokens_in_flight: int | None = None
+    __pydantic_config__ = TABLE
+    max_tokens_in_flight: Limit = None
     """Padded tokens that are admitted and not answered."""
-    max_tokens_per_second: int | None = None
-    """Padded tokens dispatched."""
-    max_tokens_per_day: int | None = None
-    """Padded tokens dispatched from midnight to midnight, UTC."""
-    max_request_tokens: int | None = None
+    max_tokens_per_second: Limit = None
+    """Padded tokens given to the model."""
+    max_tokens_per_day: Limit = None
+    """Padded tokens given to the model from midnight to midnight, UTC."""
+    max_request_tokens: Limit = None
     """Tokens of one request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """One team as it is declared now."""
+    """Describes one team as it is declared now."""
 
     name: str
     weight: float = 1.0
@@ -62,22 +91,23 @@ class Team:
 
 
 DEFAULT_TEAM = Team("default", scopes=frozenset(SCOPES))
-"""Everybody, where no teams are declared."""
+"""The team of every caller where no teams are declared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """What is kept of a token."""
+    """Stands for a token whose text is not kept."""
 
-    digest: bytes
+    __pydantic_config__ = TABLE
+    digest: Annotated[bytes, BeforeValidator(_to_digest), Field(validation_alias="sha256")]
     """SHA-256 of the token, 32 bytes."""
-    expires: datetime | None = None
-    """From here on it is refused; None: never."""
+    expires: Annotated[datetime, BeforeValidator(_to_moment)] | None = None
+    """The token is refused from this moment on; None: never."""
 
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """One team with the ways in which its members show who they are."""
+    """Joins one team with the ways in which its members prove who they are."""
 
     team: Team
     tokens: tuple[Token, ...] = ()
@@ -87,37 +117,39 @@ class Declared:
 
 
 class Teams:
-    """All teams of one file."""
+    """Finds the teams of one file by name, token and certificate."""
 
     def __init__(self, declared: Iterable[Declared]) -> None:
-        self.declared = {one.team.name: one for one in declared}
+        self.declared = {entry.team.name: entry for entry in declared}
         self.by_digest = {
-            token.digest: (one, token) for one in self.declared.values() for token in one.tokens
+            token.digest: (entry, token)
+            for entry in self.declared.values()
+            for token in entry.tokens
         }
         self.by_certificate = {
-            name: one for one in self.declared.values() for name in one.certificates
+            name: entry for entry in self.declared.values() for name in entry.certificates
         }
 
 
 def token_digest(token: str) -> bytes:
-    """SHA-256 of a token."""
+    """Hashes a token with SHA-256."""
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
 def read_teams(path: Path) -> Teams:
-    """The teams that a file declares. Raises TeamsError, which names the file, team and key."""
+    """Reads the teams that a file declares. Raises TeamsError, which names the file, team and key."""
     return parse_teams(read_text(path), str(path))
 
 
 def read_text(path: Path) -> str:
-    """The text of a teams file. Raises TeamsError."""
+    """Reads the text of a teams file. Raises TeamsError."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_NBYTES + 1)
     except OSError as error:
         raise TeamsError(f"cannot read the teams file {path}: {error.strerror}") from None
     if len(data) > MAX_NBYTES:
-        raise TeamsError(f"{path} has more than {MAX_NBYTES >> 20} MiB: is it a teams file?")
+        raise TeamsError(f"{path} is larger than {MAX_NBYTES >> 20} MiB: is it a teams file?")
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -125,158 +157,135 @@ def read_text(path: Path) -> str:
 
 
 def parse_teams(text: str, where: str) -> Teams:
-    """The teams that a TOML text declares; `where` names it in errors. Raises TeamsError."""
+    """Parses TOML text into teams; `where` names it in errors. Raises TeamsError."""
     try:
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         why = "it is nested too deep" if isinstance(error, RecursionError) else error
         raise TeamsError(f"{where} is not TOML: {why}") from None
-    _only(content, {"teams"}, f"{where}:")
-    tables = content.get("teams", {})
-    if not isinstance(tables, dict) or not tables:
+    try:
+        tables = _File.model_validate(content).teams
+    except ValidationError as error:
+        raise TeamsError(_explain(error, where)) from None
+    if not tables:
         raise TeamsError(
             f"{where}: it declares no team, so nobody would be let in. Add one with "
             f"`teacher-server team add NAME --teams {where}`."
         )
-    teams = [_declared(name, table, f"{where}: team {name}:") for name, table in tables.items()]
-    _no_shared(teams, where)
-    return Teams(teams)
+    declared = [table.declare(name) for name, table in tables.items()]
+    _check_unshared(declared, where)
+    return Teams(declared)
 
 
-def _declared(name: str, table: Any, where: str) -> Declared:
-    if not NAME.fullmatch(name):
-        raise TeamsError(
-            f"{where} a team's name is 1 to 64 letters, digits, - and _, and begins with a letter "
-            "or digit"
-        )
-    if not isinstance(table, dict):
-        raise TeamsError(f"{where} must be a table, got {_shown(table)}")
-    _only(table, {"weight", "scopes", "tokens", "certificates", "limits", "disabled"}, where)
-    weight = table.get("weight", 1)
-    if not _is_number(weight) or not 0 < weight <= MAX_WEIGHT or not math.isfinite(weight):
-        raise TeamsError(
-            f"{where} weight must be a number above 0, at most {MAX_WEIGHT:.0f}, got "
-            f"{_shown(weight)}"
-        )
-    scopes = _strings(table.get("scopes", ["score"]), f"{where} scopes")
-    if unknown := sorted(set(scopes) - set(SCOPES)):
-        raise TeamsError(
-            f"{where} scopes: there is no scope {unknown[0]!r}; there are {', '.join(SCOPES)}"
-        )
-    disabled = table.get("disabled", False)
-    if not isinstance(disabled, bool):
-        raise TeamsError(f"{where} disabled must be true or false, got {_shown(disabled)}")
-    tokens = table.get("tokens", [])
-    if not isinstance(tokens, list):
-        raise TeamsError(f"{where} tokens must be a list of tables, got {_shown(tokens)}")
-    return Declared(
-        Team(name, float(weight), frozenset(scopes), _limits(table.get("limits", {}), where)),
-        tuple(_token(item, f"{where} tokens[{i}]") for i, item in enumerate(tokens)),
-        tuple(_strings(table.get("certificates", []), f"{where} certificates")),
-        disabled,
-    )
+class _Table(BaseModel):
+    """The table of one team."""
+
+    model_config = TABLE
+    weight: Annotated[float, Field(strict=True, gt=0, le=MAX_WEIGHT, allow_inf_nan=False)] = 1.0
+    scopes: frozenset[Scope] = frozenset({"score"})
+    tokens: tuple[Token, ...] = ()
+    certificates: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    limits: TeamLimits = TeamLimits()
+    disabled: Annotated[bool, Field(strict=True)] = False
+
+    def declare(self, name: str) -> Declared:
+        team = Team(name, self.weight, frozenset(self.scopes), self.limits)
+        return Declared(team, self.tokens, self.certificates, self.disabled)
 
 
-def _limits(table: Any, where: str) -> TeamLimits:
-    if not isinstance(table, dict):
-        raise TeamsError(f"{where} limits must be a table, got {_shown(table)}")
-    _only(table, {field.name for field in fields(TeamLimits)}, f"{where} limits:")
-    for key, value in table.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 63:
-            raise TeamsError(
-                f"{where} limits.{key} must be a whole number of tokens above 0, got "
-                f"{_shown(value)}; leave it out for no limit"
-            )
-    return TeamLimits(**table)
+class _File(BaseModel):
+    """The whole file."""
+
+    model_config = TABLE
+    teams: dict[Annotated[str, Field(pattern=f"^{NAME.pattern}$")], _Table] = {}
 
 
-def _token(table: Any, where: str) -> Token:
-    if not isinstance(table, dict):
-        # Never shown: somebody may have put the token itself here.
-        raise TeamsError(f'{where} must be a table such as {{ sha256 = "..." }}')
-    _only(table, {"sha256", "expires"}, f"{where}:")
-    digest, expires = table.get("sha256"), table.get("expires")
-    if not isinstance(digest, str) or not SHA256.fullmatch(digest):
-        raise TeamsError(
-            f"{where}.sha256 must be the SHA-256 of the token, 64 lower-case hex digits, and not "
-            "the token itself"
-        )
-    return Token(bytes.fromhex(digest), None if expires is None else _moment(expires, where))
+A_TABLE = f"a table with {', '.join(sorted(_Table.model_fields))}"
+A_LIMIT = "a whole number of tokens above 0, or left out for no limit"
+ALLOWED = {
+    "": A_TABLE,
+    "name": "1 to 64 letters, digits, - and _, and begin with a letter or digit",
+    "weight": f"a number above 0, at most {MAX_WEIGHT:.0f}",
+    "scopes": f"a list of {', '.join(SCOPES)}",
+    "scopes[]": f"one of {', '.join(SCOPES)}",
+    "tokens": 'a list of tables such as { sha256 = "..." }',
+    "tokens[]": "a table with sha256 and expires",
+    "tokens[].sha256": "the SHA-256 of the token, 64 lower-case hex digits, and not the token itself",
+    "tokens[].expires": "a date or a time such as 2027-01-01 or 2027-01-01T08:00:00Z, without "
+    "quotes, in the years 1 to 9999 in UTC",
+    "certificates": "a list of strings",
+    "certificates[]": "a string that is not empty",
+    "limits": f"a table with {', '.join(field.name for field in fields(TeamLimits))}",
+    **{f"limits.{field.name}": A_LIMIT for field in fields(TeamLimits)},
+    "disabled": "true or false",
+}
+"""What each key of a team's table must be; [] is an item of a list."""
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+"""What pydantic calls it in a model and in a dataclass."""
 
 
-def _moment(value: Any, where: str) -> datetime:
-    """A date begins at midnight UTC; a time without an offset is UTC."""
-    if isinstance(value, datetime):
-        try:
-            return value.astimezone(UTC) if value.tzinfo is not None else value.replace(tzinfo=UTC)
-        except OverflowError:
-            raise TeamsError(f"{where}.expires is outside the years 1 to 9999 in UTC") from None
-    if isinstance(value, date):
-        return datetime.combine(value, time(), UTC)
-    raise TeamsError(
-        f"{where}.expires must be a date or a time such as 2027-01-01 or 2027-01-01T08:00:00Z, "
-        f"without quotes, got {_shown(value)}"
-    )
+def _explain(error: ValidationError, where: str) -> str:
+    """Describes the first mistake in one line: its place, what is allowed there, what was got."""
+    mistake = error.errors(include_url=False, include_context=False)[0]
+    is_unknown_key = mistake["type"] in UNKNOWN_KEY
+    root, *path = mistake["loc"]
+    key = str([root, *path][-1])
+    got = f"the unknown key {key[:40]!r}" if is_unknown_key else _shown(mistake["input"])
+    # It may be a token in the wrong place: errors are logged, and shown on other people's screens.
+    if path[1:2] == ["tokens"] or TOKEN_PREFIX in got:
+        got = "an unknown key" if is_unknown_key else "something else"
+    if not path:
+        return f"{where}: it must have tables [teams.NAME] and nothing else, got {got}"
+    name, *path = path[:-1] if is_unknown_key else path
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    place = "name" if path == ["[key]"] else place.removeprefix(".")
+    allowed = ALLOWED[re.sub(r"\[\d+\]", "[]", place)]
+    subject = f"{place} must be" if place else "must be"
+    return f"{where}: team {str(name)[:64]}: {subject} {allowed}, got {got}"
 
 
-def _no_shared(teams: Iterable[Declared], where: str) -> None:
-    """Raises TeamsError where it would be open which team a caller belongs to."""
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or of tables in tables
+        return "something far too large"
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _check_unshared(teams: Iterable[Declared], where: str) -> None:
+    """Raises TeamsError where it would be ambiguous which team a caller belongs to."""
     owners: dict[object, str] = {}
-    for one in teams:
-        name = one.team.name
-        for index, token in enumerate(one.tokens):
-            if (other := owners.setdefault(token.digest, name)) != name or any(
-                token.digest == earlier.digest for earlier in one.tokens[:index]
-            ):
+    for entry in teams:
+        name = entry.team.name
+        for index, token in enumerate(entry.tokens):
+            if token.digest in owners:
                 raise TeamsError(
                     f"{where}: team {name}: tokens[{index}].sha256 is there already, in team "
-                    f"{other}. Give every team tokens of its own."
+                    f"{owners[token.digest]}. Give every team tokens of its own."
                 )
-        for identity in one.certificates:
+            owners[token.digest] = name
+        for identity in entry.certificates:
             if (other := owners.setdefault(identity, name)) != name:
                 raise TeamsError(
                     f"{where}: team {name}: certificates: {identity!r} is in team {other} already"
                 )
 
 
-def _strings(value: Any, where: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        raise TeamsError(f"{where} must be a list of strings, got {_shown(value)}")
-    return value
-
-
-def _only(table: Mapping[str, Any], allowed: set[str], where: str) -> None:
-    if unknown := sorted(set(table) - allowed):
-        raise TeamsError(
-            f"{where} there is no key {unknown[0][:40]!r}; there are {', '.join(sorted(allowed))}"
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # thousands of digits or of tables in tables
-        return "something far too large"
-    return text if len(text) <= 40 else f"{text[:40]}..."
-
-
 class TeamsFile:
-    """The teams of a file that may change; the last good ones while it is missing or wrong.
+    """Follows a teams file that may change; keeps the last good teams while it is missing or wrong.
 
-    A change counts once the file has stayed as it is between two looks: an editor that writes in
-    place, or a copy over a slow link, would otherwise show half of it.
+    A change counts once the file is the same at two looks in a row: an editor that writes in place,
+    or a copy over a slow link, would otherwise be read half-written.
     """
 
     def __init__(self, path: Path) -> None:
         """Raises TeamsError."""
         self._path = path
         self._signature = _signature(path)
+        """Of the content that `teams` came from, or that was refused."""
         self._seen = self._signature
-        self._told = ""
+        """At the last look."""
+        self._logged = ""
         self.teams = read_teams(path)
 
     def look(self) -> bool:
@@ -290,18 +299,18 @@ class TeamsFile:
             teams = read_teams(self._path)
         except TeamsError as error:
             if signature is not None:
-                self._signature = signature  # one that is missing may come back as it was
-            if str(error) != self._told:
-                self._told = str(error)
+                self._signature = signature  # a missing file may come back just as it was
+            if str(error) != self._logged:
+                self._logged = str(error)
                 logger.error("%s. The teams stay as they were before.", error)
             return False
-        self._signature, self._told, self.teams = signature, "", teams
+        self._signature, self._logged, self.teams = signature, "", teams
         logger.info("teams read again teams=%d", len(teams.declared))
         return True
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:
-    """What changes with a file's content; None if it is not there."""
+    """Returns what changes with a file's content; None if the file is missing."""
     try:
         status = os.stat(path)
     except OSError:

@@ -1,17 +1,14 @@
-"""Edits a teams file in place: whatever else is in it, comments too, stays as it is.
+"""Edits a teams file in place and keeps everything else in it: comments, order and spacing."""
 
-An edit is a change of a few lines of text. What comes out is read again and compared with what was
-wanted before it replaces the file, so that a file of an unusual shape is refused and never spoilt.
-"""
-
-import contextlib
 import os
-import re
 import tomllib
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable
+from datetime import UTC, time
 from pathlib import Path
-from typing import Any
+
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
+from tomlkit.items import Array, InlineTable, Item, Table
 
 from logitstream.files import locked, write_atomically
 from teacher_server.errors import TeamsError
@@ -23,179 +20,120 @@ HEADER = """\
 """
 NEW_MODE = 0o600
 
-Edit = Callable[[str, Teams | None], str]
-"""The text and what it declares (None: nothing yet) to the new text."""
+Edit = Callable[[tomlkit.TOMLDocument, Teams | None], None]
+"""Changes the document, given what it declares (None: nothing yet)."""
 
 
-def edit_file(path: Path, edit: Edit, *, create: bool = False) -> Teams:
-    """Changes the file under a lock, all or nothing; returns what it declares now.
-
-    Raises TeamsError.
-    """
+def edit_file(path: Path, edit: Edit, *, create: bool = False) -> None:
+    """Changes the file under a lock, as a whole or not at all. Raises TeamsError."""
     path = Path(os.path.realpath(path))
     try:
         with locked(path.parent):
-            if create and not path.exists():
-                text, before = HEADER, None
-            else:
+            text, teams, mode = HEADER, None, NEW_MODE
+            if path.exists() or not create:
                 text = read_text(path)
-                before = parse_teams(text, str(path))
-            new = edit(text, before)
-            after = parse_teams(new, str(path))
-            _replace(path, new)
+                teams = parse_teams(text, str(path))
+                mode = path.stat().st_mode & 0o777
+            document = tomlkit.parse(text)
+            edit(document, teams)
+            text = tomlkit.dumps(document)
+            parse_teams(text, str(path))
+            # Who may use the service is decided by this text, so that a library's slip must not pass.
+            if tomllib.loads(text) != document.unwrap():
+                raise TeamsError(f"cannot edit {path}. Nothing was changed; edit the file by hand.")
+            write_atomically(path, text.encode(), mode)
     except OSError as error:
         raise TeamsError(f"cannot write {path}: {error.strerror}") from None
-    return after
+    except TOMLKitError as error:
+        raise TeamsError(f"cannot edit {path}: {error}. Nothing was changed.") from None
 
 
-def add_team(text: str, declared: Declared) -> str:
-    """The text with one more team at its end."""
+def add_team(document: tomlkit.TOMLDocument, declared: Declared) -> None:
+    """Adds a team at the end."""
     team = declared.team
-    lines = [f"[teams.{team.name}]", f"weight = {team.weight:g}"]
-    lines.append(f"scopes = {_strings(sorted(team.scopes))}")
+    weight = int(team.weight) if team.weight.is_integer() else team.weight
+    table = tomlkit.table()
+    table |= {"weight": weight, "scopes": sorted(team.scopes)}
     if declared.tokens:
-        lines += ["tokens = [", *(f"  {token_entry(token)}," for token in declared.tokens), "]"]
+        table["tokens"] = _array(declared.tokens)
     if declared.certificates:
-        lines.append(f"certificates = {_strings(declared.certificates)}")
-    return f"{text.rstrip()}\n\n" + "\n".join(lines) + "\n"
+        table["certificates"] = list(declared.certificates)
+    if "teams" in document:
+        table.trivia.indent = "\n"  # an empty line above its header
+    else:
+        document["teams"] = tomlkit.table(is_super_table=True)
+    document["teams"][team.name] = table  # type: ignore[index]
 
 
-def set_tokens(text: str, declared: Declared, tokens: tuple[Token, ...]) -> str:
-    """The text with other tokens of a team; those that stay keep their place and their comments.
-
-    Raises TeamsError.
-    """
-    name = declared.team.name
-    if not declared.tokens:
-        entry = "\n".join(f"  {token_entry(token)}," for token in tokens)
-        return _insert(text, name, f"tokens = [\n{entry}\n]", {"tokens": _tables(tokens)})
-    start, end = _statement(text, name, "tokens")
-    array = text[start:end]
-    kept = {token.digest: token for token in tokens}
-    for old in declared.tokens:
-        place = re.search(r"\{[^{}]*" + old.digest.hex() + r"[^{}]*\}[ \t]*,?", array)
-        if place is None:
-            raise _unusual(name, "tokens")
-        new = kept.pop(old.digest, None)
+def set_tokens(
+    document: tomlkit.TOMLDocument, declared: Declared, tokens: tuple[Token, ...]
+) -> None:
+    """Changes the tokens of a team; those that stay keep their comments. Raises TeamsError."""
+    table = _find(document, declared.team.name)
+    if "tokens" not in table:
+        _put_first(table, "tokens", _array(tokens))
+        return
+    entries = table["tokens"]
+    if not isinstance(entries, Array):
+        raise _unusual(declared.team.name)
+    wanted = {token.digest: token for token in tokens}
+    for index, old in reversed([*enumerate(declared.tokens)]):
+        new = wanted.pop(old.digest, None)
         if new is None:
-            before, after = array[: place.start()], array[place.end() :]
-            # The whole line, with its comment, if nothing else is on it.
-            line = re.match(r"[ \t]*(#[^\n]*)?\n", after)
-            if line and not before.rpartition("\n")[2].strip():
-                before, after = before[: before.rfind("\n") + 1], after[line.end() :]
-            array = before + after
+            del entries[index]
         elif new != old:
-            array = f"{array[: place.start()]}{token_entry(new)},{array[place.end() :]}"
-    opening = array.index("[") + 1
-    added = "".join(f"\n  {token_entry(token)}," for token in kept.values())
-    rest = array[opening:]
-    if added and not rest.startswith("\n"):
-        added += "\n  "
-        rest = rest.lstrip()
-    new_text = text[:start] + array[:opening] + added + rest + text[end:]
-    order = [token for token in tokens if token.digest in kept]
-    order += [token for token in tokens if token.digest not in kept]
-    return _verified(text, new_text, name, {"tokens": _tables(tuple(order))})
+            entries[index] = _entry(new)
+    for token in reversed(wanted.values()):
+        entries.insert(0, _entry(token))
 
 
-def set_disabled(text: str, declared: Declared, disabled: bool) -> str:
-    """The text with a team disabled or not. Raises TeamsError."""
-    name = declared.team.name
-    value = f"disabled = {str(disabled).lower()}"
-    wanted = {"disabled": disabled}
-    try:
-        start, end = _statement(text, name, "disabled")
-    except TeamsError:
-        return _insert(text, name, value, wanted)
-    line = re.sub(r"=\s*(true|false)", f"= {str(disabled).lower()}", text[start:end], count=1)
-    return _verified(text, text[:start] + line + text[end:], name, wanted)
+def set_disabled(document: tomlkit.TOMLDocument, name: str, disabled: bool) -> None:
+    """Disables or enables a team. Raises TeamsError."""
+    table = _find(document, name)
+    if "disabled" in table:
+        table["disabled"] = disabled
+    else:
+        _put_first(table, "disabled", tomlkit.item(disabled))
 
 
-def token_entry(token: Token) -> str:
-    """One token as TOML."""
-    if token.expires is None:
-        return f'{{ sha256 = "{token.digest.hex()}" }}'
-    return f'{{ sha256 = "{token.digest.hex()}", expires = {_time(token.expires)} }}'
+def _find(document: tomlkit.TOMLDocument, name: str) -> Table:
+    table = document["teams"][name]  # type: ignore[index]
+    # A team without a header of its own is spread over dotted keys, or in braces.
+    if not isinstance(table, Table) or table.is_super_table():
+        raise _unusual(name)
+    return table
 
 
-def _time(moment: datetime) -> str:
-    moment = moment.astimezone(UTC)
-    midnight = moment.hour == moment.minute == moment.second == moment.microsecond == 0
-    return f"{moment:%Y-%m-%d}" if midnight else f"{moment:%Y-%m-%dT%H:%M:%SZ}"
+def _put_first(table: Table, key: str, item: Item) -> None:
+    """Adds a key right below the header.
+
+    Added at the end, it would come between the next table's header and the comment above that, which
+    for TOML belongs to this table.
+    """
+    if table.value.body:
+        table.value._insert_at(0, tomlkit.key(key), item)
+    else:
+        table.add(key, item)
 
 
-def _tables(tokens: tuple[Token, ...]) -> list[dict[str, Any]]:
-    return [tomllib.loads(f"t = {token_entry(token)}")["t"] for token in tokens]
+def _array(tokens: Iterable[Token]) -> Array:
+    """Returns a list with one token per line."""
+    array = tomlkit.array()
+    array.extend(map(_entry, tokens))
+    return array.multiline(True)
 
 
-def _strings(values: Any) -> str:
-    quoted = (value.replace("\\", "\\\\").replace('"', '\\"') for value in values)
-    return "[" + ", ".join(f'"{value}"' for value in quoted) + "]"
+def _entry(token: Token) -> InlineTable:
+    entry = tomlkit.inline_table()
+    entry["sha256"] = token.digest.hex()
+    if token.expires is not None:
+        moment = token.expires.astimezone(UTC)
+        entry["expires"] = moment if moment.time() != time() else moment.date()
+    return entry
 
 
-def _table(text: str, name: str) -> tuple[int, int]:
-    """Where the body of [teams.NAME] begins and ends. Raises TeamsError."""
-    quoted = re.escape(name)
-    header = re.compile(
-        rf"^[ \t]*\[[ \t]*teams[ \t]*\.[ \t]*(?:{quoted}|\"{quoted}\"|'{quoted}')[ \t]*\][^\n]*\n?",
-        re.MULTILINE,
-    )
-    found = header.search(text)
-    if found is None:
-        raise _unusual(name, "a header of its own")
-    following = re.compile(r"^[ \t]*\[", re.MULTILINE)
-    place = found.end()
-    # A line that begins with a bracket may be inside a list: a header is where the text before it is
-    # whole.
-    for one in following.finditer(text, found.end()):
-        with contextlib.suppress(ValueError):
-            tomllib.loads(text[found.start() : one.start()])
-            return place, one.start()
-    return place, len(text)
-
-
-def _statement(text: str, name: str, key: str) -> tuple[int, int]:
-    """Where `key = value` of a team begins and ends. Raises TeamsError."""
-    start, end = _table(text, name)
-    for found in re.finditer(rf"^[ \t]*(?:{key}|\"{key}\")[ \t]*=", text[start:end], re.MULTILINE):
-        first = start + found.start()
-        last = first
-        while last < end:
-            newline = text.find("\n", last)
-            last = end if newline < 0 else newline + 1
-            with contextlib.suppress(ValueError):
-                if key in tomllib.loads(text[first:last]):
-                    return first, last
-    raise _unusual(name, key)
-
-
-def _insert(text: str, name: str, line: str, wanted: dict[str, Any]) -> str:
-    start, _ = _table(text, name)
-    head = text[:start] if text[:start].endswith("\n") else text[:start] + "\n"
-    return _verified(text, f"{head}{line}\n{text[start:]}", name, wanted)
-
-
-def _verified(before: str, after: str, name: str, wanted: dict[str, Any]) -> str:
-    """`after`, if it differs from `before` in what is wanted and in nothing else."""
-    expected = tomllib.loads(before)
-    expected["teams"][name] |= wanted
-    try:
-        same = tomllib.loads(after) == expected
-    except ValueError:
-        same = False
-    if not same:
-        raise _unusual(name, next(iter(wanted)))
-    return after
-
-
-def _unusual(name: str, what: str) -> TeamsError:
+def _unusual(name: str) -> TeamsError:
     return TeamsError(
-        f"cannot find {what} of team {name} where this command looks for it: it edits teams that are "
-        f"written as a table [teams.{name}] with one key per line. Nothing was changed; edit the file "
-        "by hand."
+        f"cannot edit team {name}: this command edits teams that are written as a table [teams.{name}] "
+        "with one key per line. Nothing was changed; edit the file by hand."
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    mode = path.stat().st_mode & 0o777 if path.exists() else NEW_MODE
-    write_atomically(path, text.encode(), mode)

@@ -19,9 +19,9 @@ TOKENS = 32
 
 def hinted() -> None:
     """Runs in the service: a trainer looks again after half a second; a minute otherwise."""
-    from teacher_server.ledger import accounts
+    from teacher_server.ledger import quota
 
-    accounts.HINT_S = 0.5
+    quota.HINT_S = 0.5
 
 
 def ask(connection: Connection, address: str, received: list[teacher_pb2.ScoreResponse]) -> None:

@@ -13,10 +13,10 @@ import torch
 from logit_codec import TopKSpec
 from teacher_server.engine.batch import WantedRows
 from teacher_server.errors import RequestRefused, ServeError
-from teacher_server.ledger import accounts
+from teacher_server.ledger import quota, sync
 from teacher_server.ledger.accounts import Accounts, open_accounts, origin
 from teacher_server.ledger.directory import Directory, LocalDirectory
-from teacher_server.ledger.lease import DirectoryAway, Grant, UsageRow, Wish
+from teacher_server.ledger.lease import DirectoryAway, Lease, LeaseRequest, UsageRow
 from teacher_server.scheduling.job import Job
 from teacher_server.teams.declaration import Team, TeamLimits
 
@@ -42,16 +42,16 @@ class Link(LocalDirectory):
         self,
         holder: str,
         segment: tuple[int, bytes] | None,
-        wishes: dict[str, Wish],
+        requests: dict[str, LeaseRequest],
         *,
         ended: bool = False,
-    ) -> dict[str, Grant]:
+    ) -> dict[str, Lease]:
         if self.refuses:
             raise DirectoryAway("it was killed")
-        grants = await super().sync(holder, segment, wishes, ended=ended)
+        leases = await super().sync(holder, segment, requests, ended=ended)
         if self.hangs:
             await asyncio.Event().wait()  # the answer is lost, what it did is done
-        return grants
+        return leases
 
     async def close(self) -> None:
         self.refuses = False  # the directory belongs to the test
@@ -88,7 +88,7 @@ async def use(mine: Accounts, team: Team, tokens: int = 32) -> None:
     """One request of one sequence, from admission to its end."""
     await mine.reserve(team, tokens)
     job = make_job(team, tokens)
-    mine.dispatched([job])
+    mine.charge([job])
     mine.settle(job)
 
 
@@ -106,13 +106,13 @@ def test_every_dispatch_is_charged_and_every_delivery_counted_once():
         async with books(link) as mine, books(link) as other:
             for _ in range(3):  # one request id, three times
                 await use(mine, FREE)
-                mine.delivered(FREE, first, 0, b"d" * 16, 31, 500)
+                mine.record_delivery(FREE, first, 0, b"d" * 16, 31, 500)
             await use(other, FREE)  # the same work, sent again to another replica
-            other.delivered(FREE, first, 0, b"d" * 16, 31, 500)
+            other.record_delivery(FREE, first, 0, b"d" * 16, 31, 500)
             await use(other, FREE)  # another client, whose ids begin at the same number
-            other.delivered(FREE, second, 0, b"d" * 16, 31, 500)
-            other.delivered(FREE, second, 1, b"d" * 16, 31, 500)
-            mine.rejected(FREE)
+            other.record_delivery(FREE, second, 0, b"d" * 16, 31, 500)
+            other.record_delivery(FREE, second, 1, b"d" * 16, 31, 500)
+            mine.record_rejection(FREE)
         (row,) = await link.rows()
         assert (row.sequences, row.tokens, row.rejected) == (5, 160, 1)
         assert (row.delivered_rows, row.delivered_bytes) == (93, 1500)
@@ -157,7 +157,7 @@ def test_what_departs_before_it_is_dispatched_costs_nothing():
             await mine.reserve(limited, 64)
             job = make_job(limited, 64)
             mine.settle(job)  # it was cancelled when the scheduler had just given it out
-            mine.dispatched([job])
+            mine.charge([job])
             assert (await refused(use(mine, limited))).reason == "QUOTA_USED_UP"
         (row,) = await link.rows()
         assert row.tokens == 64
@@ -254,9 +254,9 @@ def test_replicas_that_work_for_a_team_share_its_limits():
 
 @pytest.mark.parametrize("how", ["refuses", "hangs"])
 def test_serving_goes_on_while_the_directory_is_away(monkeypatch, tmp_path: Path, how: str):
-    monkeypatch.setattr(accounts, "SYNC_S", 0.05)
-    monkeypatch.setattr(accounts, "ANSWER_S", 0.2)
-    monkeypatch.setattr(accounts, "OVERDRAFT_TOKENS", 320)
+    monkeypatch.setattr(sync, "SYNC_S", 0.05)
+    monkeypatch.setattr(sync, "ANSWER_S", 0.2)
+    monkeypatch.setattr(quota, "OVERDRAFT_TOKENS", 320)
     limited = team(max_tokens_per_day=100_000)
 
     async def test(link: Link) -> None:
@@ -278,7 +278,7 @@ def test_serving_goes_on_while_the_directory_is_away(monkeypatch, tmp_path: Path
             assert error.reason == "RATE_LIMIT"
             await use(mine, FREE, 1 << 20)
             setattr(link, how, False)
-            while mine.is_alone:
+            while mine.is_directory_away:
                 await mine.sync()
             await use(mine, limited)
         tokens = {row.team: row.tokens for row in await link.rows()}
@@ -297,7 +297,7 @@ def test_what_another_replica_left_is_told_to_the_directory(tmp_path: Path):
         left = Accounts(link, tmp_path)
         await use(left, FREE)
         link.refuses = False
-        left._journal.close()  # it ends without a word
+        left._book.journal.close()  # it ends without a word
         async with books(link, tmp_path):
             pass
         (row,) = await link.rows()
@@ -310,9 +310,9 @@ def test_what_another_replica_left_is_told_to_the_directory(tmp_path: Path):
 def leave_behind(link: Link, folder: Path, tokens: int) -> str:
     """What a killed replica leaves; returns the name of its journal."""
     left = Accounts(link, folder)
-    left.dispatched([make_job(FREE, tokens)])
-    left._journal.close()
-    return left._journal.name
+    left.charge([make_job(FREE, tokens)])
+    left._book.journal.close()
+    return left._book.journal.name
 
 
 def names_in(folder: Path) -> list[str]:
@@ -321,8 +321,8 @@ def names_in(folder: Path) -> list[str]:
 
 async def rounds(monkeypatch: pytest.MonkeyPatch, link: Link, folder: Path, tokens: int) -> None:
     """A replica that looks for orphans all the time, until so much is in the ledger."""
-    monkeypatch.setattr(accounts, "ADOPT_S", 0.0)
-    monkeypatch.setattr(accounts, "SYNC_S", 0.02)
+    monkeypatch.setattr(sync, "ADOPT_S", 0.0)
+    monkeypatch.setattr(sync, "SYNC_S", 0.02)
     async with books(link, folder) as mine:
         while sum(row.tokens for row in await link.rows()) < tokens:
             await mine.sync()
@@ -368,7 +368,7 @@ def test_a_journal_that_the_directory_does_not_take_stops_no_take_over_of_others
     class Choosy(Link):
         refused = ""
 
-        async def sync(self, holder: str, *arguments, **options) -> dict[str, Grant]:
+        async def sync(self, holder: str, *arguments, **options) -> dict[str, Lease]:
             if holder == self.refused:
                 raise error
             return await super().sync(holder, *arguments, **options)

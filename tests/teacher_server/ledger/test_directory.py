@@ -12,7 +12,7 @@ import pytest
 
 from teacher_server.ledger.directory import FILE_NAME, LEASE_S, Directory, read_usage
 from teacher_server.ledger.journal import Kind, Record, to_bytes
-from teacher_server.ledger.lease import UsageRow, Wish
+from teacher_server.ledger.lease import LeaseRequest, UsageRow
 from tests.conftest import FORKSERVER
 
 DAY = 20_000
@@ -44,8 +44,10 @@ def deliver(key: int, rows: int = 10, team: str = "search", day: int = DAY) -> R
     return Record(Kind.DELIVERED, team, day, rows, 100, key.to_bytes(16, "big"))
 
 
-def wish(*, held: int = 0, need: int = 0, more: int = 0, quota: int = 1000, day: int = DAY) -> Wish:
-    return Wish(quota, day, held, need, more, active=True)
+def request(
+    *, held: int = 0, need: int = 0, more: int = 0, quota: int = 1000, day: int = DAY
+) -> LeaseRequest:
+    return LeaseRequest(quota, day, held, need, more, active=True)
 
 
 def test_usage_is_summed_by_day_and_team(tmp_path: Path, clock: Clock):
@@ -115,7 +117,7 @@ def test_leases_and_charges_never_exceed_the_quota(clock: Clock):
         numbers[name] += 1
         part = numbers[name], segment(*unreported[name])
         unreported[name] = []
-        asked = {"search": wish(held=held[name], need=chance.randint(0, 60), quota=quota)}
+        asked = {"search": request(held=held[name], need=chance.randint(0, 60), quota=quota)}
         granted = directory.sync(name, part, asked)["search"]
         if chance.random() < 0.2:  # the answer was lost: the same again
             granted = directory.sync(name, part, asked)["search"]
@@ -126,19 +128,19 @@ def test_leases_and_charges_never_exceed_the_quota(clock: Clock):
     for name in held:  # in the end everything is used, by whoever asks
         numbers[name] += 1
         directory.sync(name, (numbers[name], segment(*unreported[name])), {}, ended=True)
-    left = directory.sync("d", None, {"search": wish(need=1 << 40, quota=quota)})["search"]
+    left = directory.sync("d", None, {"search": request(need=1 << 40, quota=quota)})["search"]
     assert (left.left_today, left.tokens) == (quota - charged, quota - charged)
     directory.close()
 
 
 def test_the_lease_of_a_silent_replica_is_free_after_a_while(clock: Clock):
     directory = Directory(None, clock=clock)
-    assert directory.sync("a", None, {"search": wish(need=900)})["search"].tokens == 900
-    second = directory.sync("b", None, {"search": wish(need=500)})["search"]
+    assert directory.sync("a", None, {"search": request(need=900)})["search"].tokens == 900
+    second = directory.sync("b", None, {"search": request(need=500)})["search"]
     assert (second.tokens, second.elsewhere, second.left_today) == (100, 900, 1000)
     assert second.replicas == 2
     clock.now += LEASE_S + 1
-    third = directory.sync("b", None, {"search": wish(held=100, need=400)})["search"]
+    third = directory.sync("b", None, {"search": request(held=100, need=400)})["search"]
     assert (third.tokens, third.elsewhere, third.replicas) == (400, 0, 1)
     directory.close()
 
@@ -146,18 +148,20 @@ def test_the_lease_of_a_silent_replica_is_free_after_a_while(clock: Clock):
 def test_a_new_day_has_a_new_quota(clock: Clock):
     directory = Directory(None, clock=clock)
     directory.sync("a", (1, segment(charge(1000))), {})
-    assert directory.sync("a", None, {"search": wish(need=10)})["search"].tokens == 0
+    assert directory.sync("a", None, {"search": request(need=10)})["search"].tokens == 0
     clock.now += 86400
-    late = directory.sync("a", None, {"search": wish(need=10)})["search"]  # its clock is behind
+    late = directory.sync("a", None, {"search": request(need=10)})["search"]  # its clock is behind
     assert (late.tokens, late.left_today) == (0, 1000)
-    assert directory.sync("a", None, {"search": wish(need=10, day=DAY + 1)})["search"].tokens == 10
+    assert (
+        directory.sync("a", None, {"search": request(need=10, day=DAY + 1)})["search"].tokens == 10
+    )
     directory.close()
 
 
 def test_nobody_takes_for_later_what_others_need_now(clock: Clock):
     directory = Directory(None, clock=clock)
-    directory.sync("a", None, {"search": wish(need=10)})
-    granted = directory.sync("b", None, {"search": wish(need=100, more=10_000)})["search"]
+    directory.sync("a", None, {"search": request(need=10)})
+    granted = directory.sync("b", None, {"search": request(need=100, more=10_000)})["search"]
     assert 100 < granted.tokens <= 100 + 990 // 2
     directory.close()
 

@@ -134,9 +134,9 @@ def test_what_is_no_journal_is_told_of_once_and_stops_no_take_over(
     names = sorted(left_behind(tmp_path, record) for record in RECORDS)
     odd = tmp_path / stray.replace("NAME", names[1])
     STRAYS[stray](odd)
-    told: set[Path] = set()
+    logged: set[Path] = set()
     for _ in range(2):
-        with orphans(tmp_path, told) as found:
+        with orphans(tmp_path, logged) as found:
             assert [name for name, _ in found] == names
             assert [[number for number, _ in files] for _, files in found] == [[1]] * 3
             ours = [path for _, files in found for _, path in files]
@@ -145,9 +145,9 @@ def test_what_is_no_journal_is_told_of_once_and_stops_no_take_over(
     assert str(odd) in message
     for path in ours:
         path.unlink()
-    with orphans(tmp_path, told):
+    with orphans(tmp_path, logged):
         pass
-    with orphans(tmp_path, told) as found:
+    with orphans(tmp_path, logged) as found:
         assert found == []
     assert list(tmp_path.iterdir()) == [odd], "it is left alone"
 

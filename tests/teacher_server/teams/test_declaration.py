@@ -84,7 +84,7 @@ def test_a_file_declares_everything_about_a_team():
             ["team b", "in team a"],
         ),
         ("[teams.a]\ncertificates = ['x']\n[teams.b]\ncertificates = ['x']", ["team b", "team a"]),
-        ("[teams.a]\ncertificates = ['']", ["certificates", "strings"]),
+        ("[teams.a]\ncertificates = ['']", ["certificates", "string", "not empty"]),
         ("[teams.a]\nlimits = { max_tokens = 1 }", ["max_tokens", "max_request_tokens"]),
         (
             "[teams.a]\nlimits = { max_request_tokens = 0 }",
@@ -111,7 +111,13 @@ def test_mistakes_are_told_with_the_file_the_team_and_the_key(text: str, words: 
 
 
 def test_a_token_in_the_place_of_its_hash_is_not_repeated():
-    for text in ("tokens = ['lst_secret']", "tokens = [{ sha256 = 'lst_secret' }]"):
+    for text in (
+        "tokens = ['lst_secret']",
+        "tokens = [{ sha256 = 'lst_secret' }]",
+        "tokens = { lst_secret = 1 }",
+        "certificates = 'lst_secret'",
+        "lst_secret = 1",
+    ):
         with pytest.raises(TeamsError) as caught:
             parse_teams(f"[teams.a]\n{text}", "x")
         assert "lst_secret" not in str(caught.value)
