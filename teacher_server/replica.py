@@ -41,8 +41,8 @@ from teacher_server.ledger.accounts import Accounts, open_accounts
 from teacher_server.ledger.lease import DirectoryLink
 from teacher_server.monitoring.memory import device_nbytes, keep_freed_memory, resident_nbytes
 from teacher_server.monitoring.metrics import Metrics
-from teacher_server.monitoring.replica_stats import WorkloadCounter
-from teacher_server.monitoring.team_stats import Standing, TeamStanding
+from teacher_server.monitoring.replica_stats import ReplicaStats
+from teacher_server.monitoring.team_stats import TeamSnapshot, TeamStats
 from teacher_server.rpc.connections import ConnectionLimits, Connections
 from teacher_server.rpc.entry_port import check_entry
 from teacher_server.rpc.grpc_log import keep_callers_out_of_the_log
@@ -127,8 +127,8 @@ class Replica:
         self._fingerprint = model.teacher_fingerprint
         self._head = VocabularyHead(model, chunk_nbytes=head_chunk_nbytes)
         self._exactness = "bytes" if self._head.is_exact() else "tolerance"
-        self.standing = Standing()
-        self.workload = WorkloadCounter()
+        self.standing = TeamStats()
+        self.workload = ReplicaStats()
         self._max_batch_tokens = max_batch_tokens
         costs = CostModel.of(model)
         self._scheduler = Scheduler(
@@ -337,14 +337,14 @@ class Replica:
             busy=load.busy,
         )
 
-    def _team_standings(self) -> list[TeamStanding]:
+    def _team_standings(self) -> list[TeamSnapshot]:
         return self.standing.teams(self._scheduler.queued_by_team())
 
     def _show_gauges(self) -> None:
         """Lets the metrics read what is known here."""
         watch, accounts, tls = self.metrics.watch, self._accounts, self._tls
 
-        def watch_teams(name: str, value: Callable[[TeamStanding], float]) -> None:
+        def watch_teams(name: str, value: Callable[[TeamSnapshot], float]) -> None:
             watch(name, lambda: {one.team: value(one) for one in self._team_standings()})
 
         watch("teacher_queued_tokens", lambda: self.queued_tokens)

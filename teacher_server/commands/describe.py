@@ -6,7 +6,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from protos import teacher_pb2
-from teacher_server.commands.remote_call import NotAnswered, ask, connection_of, told
+from teacher_server.commands.remote_call import NoAnswer, ask, connection_of, report_failure
 from teacher_server.config import (
     DescribeConfig,
 )
@@ -16,8 +16,8 @@ def describe(config: DescribeConfig) -> int:
     """Prints what a running service says of itself; returns the exit code."""
     try:
         info = ask(connection_of(config), lambda stub: stub.Describe, teacher_pb2.DescribeRequest())
-    except NotAnswered as error:
-        return told(error)
+    except NoAnswer as error:
+        return report_failure(error)
     except KeyboardInterrupt:
         return 130
     content = json_format.MessageToDict(

@@ -15,7 +15,7 @@ Answer = TypeVar("Answer")
 ANSWER_S = 10.0
 
 
-class NotAnswered(Exception):
+class NoAnswer(Exception):
     """The service did not answer; the text says why."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -24,11 +24,11 @@ class NotAnswered(Exception):
 
 
 def connection_of(config: ServiceConfig) -> Connection:
-    """How the command reaches its service. Raises NotAnswered."""
+    """How the command reaches its service. Raises NoAnswer."""
     try:
         return Connection.to(config.address, ca=config.ca, cert=config.cert, key=config.key)
     except (OSError, ValueError) as error:
-        raise NotAnswered(str(error), 2) from None
+        raise NoAnswer(str(error), 2) from None
 
 
 def ask(
@@ -39,7 +39,7 @@ def ask(
     address: str = "",
     timeout_s: float = ANSWER_S,
 ) -> Answer:
-    """One answer to one call, such as `lambda stub: stub.Describe`. Raises NotAnswered."""
+    """One answer to one call, such as `lambda stub: stub.Describe`. Raises NoAnswer."""
     address = address or connection.addresses[0]
     with connection.blocking_channel(address) as channel:
         return ask_on(channel, connection, address, call, request, timeout_s=timeout_s)
@@ -54,15 +54,15 @@ def ask_on(
     *,
     timeout_s: float = ANSWER_S,
 ) -> Answer:
-    """As `ask`, over a channel to `address` that is there already. Raises NotAnswered."""
+    """As `ask`, over a channel to `address` that is there already. Raises NoAnswer."""
     try:
         method = call(teacher_pb2_grpc.TeacherStub(channel))
         return method(request, timeout=timeout_s, metadata=connection.metadata)
     except grpc.RpcError as error:
-        raise NotAnswered(no_answer(connection, address, error), 1) from None
+        raise NoAnswer(no_answer(connection, address, error), 1) from None
 
 
-def told(error: NotAnswered) -> int:
+def report_failure(error: NoAnswer) -> int:
     """Says on stderr why there was no answer; returns the exit code."""
     print(f"teacher-server: {error}", file=sys.stderr)
     return error.exit_code

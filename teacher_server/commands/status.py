@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from logitstream.connection import Connection
 from protos import teacher_pb2
-from teacher_server.commands.remote_call import NotAnswered, ask, ask_on, connection_of, told
+from teacher_server.commands.remote_call import NoAnswer, ask, ask_on, connection_of, report_failure
 from teacher_server.config import StatusConfig
 
 REFRESH_S = 2.0
@@ -99,8 +99,8 @@ def show_status(config: StatusConfig) -> int:
             print(json.dumps(asdict(status), indent=2) if config.as_json else table(status))
             return 0
         _watch(connection, status, config)
-    except NotAnswered as error:
-        return told(error)
+    except NoAnswer as error:
+        return report_failure(error)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read this has seen enough
@@ -124,12 +124,12 @@ def _watch(connection: Connection, status: ServiceStatus, config: StatusConfig) 
             try:
                 status = look(connection)
                 break
-            except NotAnswered as error:  # it may be starting anew
-                told(error)
+            except NoAnswer as error:  # it may be starting anew
+                report_failure(error)
 
 
 def look(connection: Connection) -> ServiceStatus:
-    """Asks the service which replicas it has, and each how it is doing. Raises NotAnswered."""
+    """Asks the service which replicas it has, and each how it is doing. Raises NoAnswer."""
     address = connection.addresses[0]
     # Both calls over one connection reach one replica, also where the others cannot be reached.
     with connection.blocking_channel(address) as channel:
@@ -170,7 +170,7 @@ def _ask_replica(
             address=card.address,
             timeout_s=REPLICA_S,
         )
-    except NotAnswered as error:
+    except NoAnswer as error:
         return Unreachable(card.id, card.address, card.state, str(error))
     if answer.replica.id != card.id:
         why = f"{card.address} was answered by another replica ({answer.replica.id})"

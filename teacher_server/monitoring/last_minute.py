@@ -17,7 +17,7 @@ class Slot(Protocol):
 S = TypeVar("S", bound=Slot)
 
 
-class Window(Generic[S]):
+class LastMinute(Generic[S]):
     """Slots of the last minute, the oldest first. Its caller holds the lock."""
 
     def __init__(self, make: Callable[[int], S], clock: Callable[[], float]) -> None:

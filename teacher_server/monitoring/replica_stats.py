@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from teacher_server.monitoring.last_minute import Window
+from teacher_server.monitoring.last_minute import LastMinute
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class ReplicaSnapshot:
     """Means and rates of the last minute; 0 where there was nothing."""
 
     pass_tokens: float
@@ -42,13 +42,13 @@ class _Slot:
     busy_s: float = 0.0
 
 
-class WorkloadCounter:
+class ReplicaStats:
     """Counts what the stages of one replica take."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._slots = Window(_Slot, clock)
+        self._slots = LastMinute(_Slot, clock)
 
     def passed(self, tokens: int, forward_s: float, head_s: float) -> None:
         """A forward pass of so many padded tokens has ended well."""
@@ -71,7 +71,7 @@ class WorkloadCounter:
         with self._lock:
             self._slots.now().busy_s += seconds
 
-    def numbers(self, *, computing_s: float = 0.0) -> Workload:
+    def numbers(self, *, computing_s: float = 0.0) -> ReplicaSnapshot:
         """Of the last minute. computing_s: how long the pass in hand has been going on."""
         with self._lock:
             self._slots.now()
@@ -80,7 +80,7 @@ class WorkloadCounter:
             tokens = sum(slot.tokens for slot in self._slots)
             sequences = max(1, sum(slot.sequences for slot in self._slots))
             busy_s = computing_s + sum(slot.busy_s for slot in self._slots)
-            return Workload(
+            return ReplicaSnapshot(
                 pass_tokens=tokens / passes,
                 forward_s=sum(slot.forward_s for slot in self._slots) / passes,
                 head_s=sum(slot.head_s for slot in self._slots) / passes,

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from teacher_server.monitoring.last_minute import Window
+from teacher_server.monitoring.last_minute import LastMinute
 
 SHORTEST_WAIT_S = 1e-4
 WAIT_STEP = 1.1
@@ -30,7 +30,7 @@ class Dispatched:
 
 
 @dataclass(frozen=True, slots=True)
-class TeamStanding:
+class TeamSnapshot:
     """One team; rates, shares and times are of the last minute."""
 
     team: str
@@ -72,17 +72,17 @@ class _Slot:
     """Weights of the teams that had work."""
 
 
-def idle(team: str) -> TeamStanding:
+def idle(team: str) -> TeamSnapshot:
     """Of a team that did nothing in the last minute."""
-    return TeamStanding(team, 1.0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
+    return TeamSnapshot(team, 1.0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
 
-class Standing:
+class TeamStats:
     """Counts what happens to each team's requests."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
-        self._slots = Window(_Slot, clock)
+        self._slots = LastMinute(_Slot, clock)
         self._in_flight: Counter[str] = Counter()
         self._weights: dict[str, float] = {}
 
@@ -115,7 +115,7 @@ class Standing:
                 counts.cost += job.cost
                 counts.waits[_wait_class(job.waited_s)] += 1
 
-    def teams(self, queued_tokens: Mapping[str, int]) -> list[TeamStanding]:
+    def teams(self, queued_tokens: Mapping[str, int]) -> list[TeamSnapshot]:
         """Of the teams that did anything in the last minute, or have anything here, by name.
 
         queued_tokens: padded tokens that wait, by team.
@@ -141,7 +141,7 @@ class Standing:
             self._weights = {team: self._weights[team] for team in names if team in self._weights}
             nothing = _Counts()
             return [
-                TeamStanding(
+                TeamSnapshot(
                     team=team,
                     weight=self._weights.get(team, 1.0),
                     tokens_in_flight=self._in_flight[team],
