@@ -4,6 +4,7 @@ What is not given comes from a connection file (`teacher-server team add` writes
 and what is not there from the environment: TEACHER_TOKEN, TEACHER_CA, TEACHER_CERT, TEACHER_KEY.
 """
 
+import ipaddress
 import logging
 import os
 import tomllib
@@ -44,6 +45,16 @@ def check_address(address: str) -> str:
     if not host or not port.isdecimal() or len(port) > 5 or not 1 <= int(port) <= 65535:
         raise ValueError(f"{ADDRESS_RULE}, and a port is 1 to 65535; got {address!r}")
     return address
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
