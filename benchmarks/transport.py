@@ -41,8 +41,8 @@ def score_server(pipe: Connection) -> None:
     from teacher_server.ledger.accounts import open_accounts
     from teacher_server.monitoring.memory import keep_freed_memory
     from teacher_server.monitoring.metrics import Metrics
-    from teacher_server.monitoring.replica_stats import WorkloadCounter
-    from teacher_server.monitoring.team_stats import Standing
+    from teacher_server.monitoring.replica_stats import ReplicaStats
+    from teacher_server.monitoring.team_stats import TeamStats
     from teacher_server.replica import server_options
     from teacher_server.rpc.service import Scored, TeacherService
 
@@ -80,10 +80,10 @@ def score_server(pipe: Connection) -> None:
             teacher_fingerprint=teacher.teacher_fingerprint,
             id_table=None,
             metrics=Metrics(),
-            standing=Standing(),
+            standing=TeamStats(),
             status=teacher_pb2.ReplicaStatus,
             team_standings=list,
-            workload=WorkloadCounter(),
+            workload=ReplicaStats(),
         )
         server = grpc.aio.server(options=server_options(limits))
         teacher_pb2_grpc.add_TeacherServicer_to_server(service, server)

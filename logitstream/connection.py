@@ -1,9 +1,10 @@
-"""How a caller reaches a service and shows who it is: address, certificates, token.
+"""Describes how a caller reaches a service and proves who it is: address, certificates, token.
 
 What is not given comes from a connection file (`teacher-server team add` writes one for each team),
-and what is not there from the environment: TEACHER_TOKEN, TEACHER_CA, TEACHER_CERT, TEACHER_KEY.
+and what is missing there from the environment: TEACHER_TOKEN, TEACHER_CA, TEACHER_CERT, TEACHER_KEY.
 """
 
+import ipaddress
 import logging
 import os
 import tomllib
@@ -16,14 +17,14 @@ if TYPE_CHECKING:  # a command line is parsed with what is here, and needs no gR
     import grpc
 
 Address = str | os.PathLike[str] | Sequence[str]
-"""host:port, several of one service, or the path of a connection file."""
+"""host:port, several of them for one service, or the path of a connection file."""
 Pem = str | bytes | os.PathLike[str]
-"""PEM itself or its path."""
+"""PEM itself, or its path."""
 
 logger = logging.getLogger(__name__)
 
 PUBLIC_AUTHORITIES = "public"
-"""As a ca: the authorities that everybody knows."""
+"""Value of `ca` that stands for the public authorities."""
 FILE_SUFFIX = ".toml"
 FILE_KEYS = {"address", "ca", "cert", "key", "token_env"}
 LOCAL_HOSTS = ("localhost", "127.", "[::1]")
@@ -35,7 +36,7 @@ ADDRESS_RULE = (
 
 
 def check_address(address: str) -> str:
-    """The same; raises ValueError for what is neither host:port nor a connection file."""
+    """Returns the address. Raises ValueError if it is neither host:port nor a connection file."""
     if address.endswith(FILE_SUFFIX):
         return address
     if "//" in address:
@@ -46,12 +47,22 @@ def check_address(address: str) -> str:
     return address
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One service as one caller sees it. Its text shows no token."""
+    """One service as one caller sees it. Its repr shows no token."""
 
     addresses: tuple[str, ...]
-    """host:port, all of one service."""
+    """host:port of one service or several of its replicas."""
     token: str | None = field(default=None, repr=False)
     ca: bytes | None = field(default=None, repr=False)
     """PEM of the authority that signed the service's certificate; empty: the public ones; None: the
@@ -69,9 +80,9 @@ class Connection:
         cert: Pem | None = None,
         key: Pem | None = None,
     ) -> Self:
-        """A service at host:port, at several of them, or as a connection file (*.toml) says.
+        """Describes a service at host:port, at several of them, or in a connection file (*.toml).
 
-        ca, cert, key: paths, or PEM itself. Raises ValueError, OSError where a file is missing.
+        ca, cert, key: paths, or PEM itself. Raises ValueError, and OSError where a file is missing.
         """
         given: dict[str, Any] = {}
         texts = [os.fspath(address)] if isinstance(address, str | os.PathLike) else address
@@ -81,8 +92,8 @@ class Connection:
         addresses = tuple(texts)
         if not addresses:
             raise ValueError(f"{ADDRESS_RULE}; got none")
-        for one in addresses:
-            check_address(one)
+        for text in addresses:
+            check_address(text)
         token = token or os.environ.get(given.get("token_env", "TEACHER_TOKEN")) or None
         ca = ca or given.get("ca") or os.environ.get("TEACHER_CA") or None
         cert = cert or given.get("cert") or os.environ.get("TEACHER_CERT") or None
@@ -95,7 +106,9 @@ class Connection:
                 f'certificate, or "{PUBLIC_AUTHORITIES}" for the public ones'
             )
         if token is not None and not (token.isascii() and token.isprintable()):
-            raise ValueError("the token has characters that no token has; was it copied whole?")
+            raise ValueError(
+                "the token has characters that no token has; was it copied completely?"
+            )
         public = ca is not None and os.fspath(ca) == PUBLIC_AUTHORITIES  # as a flag it is a Path
         return cls(
             addresses,
@@ -107,11 +120,11 @@ class Connection:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What every call carries."""
+        """The metadata of every call."""
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
 
     def credentials(self) -> "grpc.ChannelCredentials | None":
-        """Of a channel; None: plain text."""
+        """Returns the credentials of a channel; None: plain text."""
         if self.ca is None:
             return None
         import grpc
@@ -119,7 +132,7 @@ class Connection:
         return grpc.ssl_channel_credentials(self.ca or None, self.key, self.cert)
 
     def channel(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> "grpc.aio.Channel":
-        """An asyncio channel to one address."""
+        """Opens an asyncio channel to one address."""
         import grpc
 
         credentials = self.credentials()
@@ -130,7 +143,7 @@ class Connection:
     def blocking_channel(
         self, address: str, options: Sequence[tuple[str, Any]] = ()
     ) -> "grpc.Channel":
-        """A channel of plain threads to one address."""
+        """Opens a channel for threads to one address."""
         import grpc
 
         credentials = self.credentials()
@@ -139,38 +152,42 @@ class Connection:
         return grpc.secure_channel(address, credentials, options=options)
 
     def warn(self) -> None:
-        """Logs what is unwise about it."""
-        far = [one for one in self.addresses if not one.startswith(LOCAL_HOSTS)]
-        if self.token is not None and self.ca is None and far:
+        """Logs a warning where the token can be read on the network."""
+        remote = [address for address in self.addresses if not address.startswith(LOCAL_HOSTS)]
+        if self.token is not None and self.ca is None and remote:
             logger.warning(
-                "the token goes to %s in plain text, for whoever can read the network: give ca, "
+                "the token is sent to %s in plain text, readable for anyone on the network: give ca, "
                 "the authority of the service's certificate",
-                far[0],
+                remote[0],
             )
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """What a connection file says; paths in it are relative to it."""
+    """Reads a connection file, whose paths are relative to it. Raises ValueError, OSError."""
     try:
         content = tomllib.loads(path.read_text())
     except OSError as error:
         text = f"cannot read the connection file {path}: {error.strerror}"
         raise type(error)(text) from None
     except (ValueError, RecursionError) as error:
-        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"{path} is not TOML: {why}") from None
     if unknown := sorted(set(content) - FILE_KEYS):
         raise ValueError(
-            f"{path}: there is no key {unknown[0]!r}; there are {', '.join(sorted(FILE_KEYS))}. A "
-            "token is never in a file like this: token_env names the variable that has it."
+            f"{path}: unknown key {unknown[0]!r}; allowed are {', '.join(sorted(FILE_KEYS))}. A token "
+            "never belongs in a file like this: token_env names the variable that has it."
         )
     texts = content.get("address", [])
     content["address"] = texts = [texts] if isinstance(texts, str) else texts
     rest = [content[key] for key in FILE_KEYS - {"address"} if key in content]
     if not (
-        isinstance(texts, list) and texts and all(isinstance(one, str) for one in [*texts, *rest])
+        isinstance(texts, list)
+        and texts
+        and all(isinstance(value, str) for value in [*texts, *rest])
     ):
-        raise ValueError(f"{path}: address must be host:port or a list of them, the rest strings")
+        raise ValueError(
+            f"{path}: address must be host:port or a list of them, and all other values strings"
+        )
     for key in ("ca", "cert", "key"):
         value = content.get(key)
         if value and value != PUBLIC_AUTHORITIES and not value.lstrip().startswith("-----BEGIN"):
@@ -179,6 +196,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _pem(value: Pem | None, what: str) -> bytes | None:
+    """Returns PEM that is given as it is or by its path. Raises ValueError, OSError."""
     if value is None:
         return None
     if isinstance(value, str) and value.lstrip().startswith("-----BEGIN"):

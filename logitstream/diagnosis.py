@@ -1,7 +1,7 @@
-"""Why a service cannot be reached, found out by trying: gRPC itself mostly says "Socket closed".
+"""Finds out by trying why a service cannot be reached: gRPC itself mostly says "Socket closed".
 
-What is found here does not come right by waiting, so that whoever connects is told at once. It has to
-be certain therefore: a tunnel whose far end is not there yet also accepts and closes connections.
+Problems reported here do not go away by waiting, so callers give up at once. They have to be certain
+therefore: a tunnel whose far end is not up yet also accepts and closes connections.
 """
 
 import os
@@ -16,31 +16,30 @@ from logitstream.connection import Connection
 
 TRY_S = 3.0
 NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL", "HTTP_REQUEST")
-"""What OpenSSL says of an answer that is no TLS; which one depends on its version."""
+"""What OpenSSL calls an answer that is not TLS; which one depends on its version."""
 MOST_DETAIL = 100
 
 
 def diagnose(address: str, connection: Connection) -> str:
-    """One or two sentences about what is wrong for certain, for the person who connects, and stays so
-    until somebody changes it; empty: nothing is known.
+    """Says in one or two sentences what is certainly wrong and will not go away by waiting.
 
-    Blocks for a few seconds at most.
+    Empty: unknown. Blocks for a few seconds at most.
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     try:
         with socket.create_connection((host, int(port)), TRY_S) as plain:
-            return _look(plain, (host, int(port)), connection)
+            return _try_tls(plain, (host, int(port)), connection)
     except socket.gaierror as error:
         if error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
             return f"There is no host called {host} (or its name server does not know it)."
-        return ""  # the name server did not answer: it may yet
+        return ""  # the name server did not answer, and may do so later
     except (OSError, ValueError):
-        return ""  # nobody there: that is what gRPC says too
+        return ""  # nothing listens there, which gRPC says too
 
 
 def in_short(code: grpc.StatusCode, details: str | None) -> str:
-    """A status of gRPC on one line: without what it puts around the last and only error."""
+    """Writes a gRPC status on one line, without what gRPC puts around the last error."""
     text = (details or "").rpartition("last error: ")[2]
     text = re.sub(r"^(?:[A-Z_]+: )?(?:ipv[46]:\S+ )?", "", text)
     text = " ".join(text.split())
@@ -49,7 +48,7 @@ def in_short(code: grpc.StatusCode, details: str | None) -> str:
     return f"{code.name}: {text}" if text else code.name
 
 
-def _look(plain: socket.socket, where: tuple[str, int], connection: Connection) -> str:
+def _try_tls(plain: socket.socket, where: tuple[str, int], connection: Connection) -> str:
     host, _ = where
     try:
         with _context(connection).wrap_socket(plain, server_hostname=host) as secured:
@@ -99,7 +98,7 @@ def _context(connection: Connection) -> ssl.SSLContext:
 
 
 def _says_something(secured: ssl.SSLSocket) -> bool:
-    """Whether the handshake is followed by an HTTP/2 server's first word; a silent one has time."""
+    """Whether an HTTP/2 server's first bytes follow the handshake, or nothing ends the connection."""
     secured.settimeout(TRY_S)
     try:
         return bool(secured.recv(1))
@@ -110,10 +109,10 @@ def _says_something(secured: ssl.SSLSocket) -> bool:
 
 
 def _ends_handshake(where: tuple[str, int], connection: Connection) -> bool:
-    """Whether a service that hung up after the handshake does so for the client's certificate.
+    """Whether a service that hung up after the handshake did so because of the client's certificate.
 
-    With TLS 1.3 it looks at that after the handshake, with 1.2 within it. Who hangs up for another
-    reason, such as a proxy without a service behind it, lets that one through too.
+    With TLS 1.3 it checks that after the handshake, with 1.2 within it. A peer that hangs up for
+    another reason, such as a proxy without a service, completes the handshake of 1.2 too.
     """
     context = _context(connection)
     context.maximum_version = ssl.TLSVersion.TLSv1_2

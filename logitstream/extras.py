@@ -1,6 +1,6 @@
-"""What is not installed, and the command that installs it.
+"""Says which package is not installed, and the command that installs it.
 
-Programs are started by `run`, which imports them: what they miss is one line instead of a traceback.
+Programs are started by `run`, which imports them: a missing package is one line, not a traceback.
 """
 
 import importlib
@@ -20,13 +20,13 @@ OTHER_MODULES = {
     "grpcio-reflection": "grpc_reflection",
     "protobuf": "google",
 }
-"""Distributions whose module has another name."""
+"""Modules of distributions whose module has another name."""
 
 
 def run(program: str, module: str, extra: str, argv: Sequence[str] | None = None) -> int:
     """Imports a program's `main` from `module` and runs it; returns its exit code.
 
-    extra: the one that has what the program needs.
+    extra: the extra with what the program needs.
     """
     try:
         return importlib.import_module(module).main(argv)
@@ -39,12 +39,12 @@ def run(program: str, module: str, extra: str, argv: Sequence[str] | None = None
 
 
 def explain(error: ImportError, extra: str) -> str | None:
-    """One line about a module that is not installed; None if it is none that this package asks for.
+    """Explains a missing module in one line; None if it is not one that this package requires.
 
-    extra: the one to name where several have it.
+    extra: the one to name where several bring the module.
     """
     module = (error.name or "").partition(".")[0]
-    # Of a Ray without its Serve, modules that only Serve needs are missing; it says so.
+    # A Ray without its Serve misses modules that only Serve needs, and says so.
     having = [extra] if "ray[serve]" in str(error) else _extras_with(module)
     if not module or having == []:
         return None
@@ -55,14 +55,14 @@ def explain(error: ImportError, extra: str) -> str | None:
 
 
 def check_installed(extra: str, *modules: str) -> None:
-    """Raises ValueError for the first of the modules that is not there, which `extra` brings."""
+    """Raises ValueError for the first of these modules of an extra that is not installed."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise ValueError(explain(ModuleNotFoundError(name=module), extra))
 
 
 def install_command(extra: str = "") -> str:
-    """Installs this package once more from where it came, with an extra."""
+    """Returns the command that installs this package again from its origin, with an extra."""
     options, where = "", PACKAGE
     try:
         origin = json.loads(distribution(PACKAGE).read_text("direct_url.json") or "{}")
@@ -83,16 +83,16 @@ def _in_brackets(extra: str) -> str:
 
 
 def _extras_with(module: str) -> list[str] | None:
-    """The extras that bring a module, "" for what always comes; None where nobody knows."""
+    """Returns the extras that bring a module, "" for the base package; None: unknown."""
     try:
         wanted = requires(PACKAGE) or []
     except PackageNotFoundError:
         return None
-    found = []
-    for one in wanted:
-        named, _, marker = one.partition(";")
+    extras = []
+    for requirement in wanted:
+        named, _, marker = requirement.partition(";")
         name = re.split(r"[^A-Za-z0-9._-]", named.strip())[0].lower()
         if OTHER_MODULES.get(name, name.replace("-", "_")) == module:
             in_extra = re.search(r"extra == ['\"]([^'\"]+)", marker)
-            found.append(in_extra[1] if in_extra else "")
-    return sorted(found)
+            extras.append(in_extra[1] if in_extra else "")
+    return sorted(extras)

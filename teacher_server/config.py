@@ -1,6 +1,5 @@
 """Everything an operator can set: as flags, or in a TOML file given as @teacher.toml."""
 
-import ipaddress
 import socket
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +8,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from logitstream.command_line import AtAddress
-from logitstream.connection import check_address
+from logitstream.connection import check_address, is_loopback
 from teacher_server.rpc.tls import Tls
 
 
@@ -396,13 +395,3 @@ class StatusConfig(ServiceConfig):
     """Again every 2 s, until Ctrl-C."""
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
     """Print JSON; with --watch one line each time."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

@@ -41,9 +41,9 @@ from teacher_server.ledger.accounts import Accounts, open_accounts
 from teacher_server.ledger.lease import DirectoryLink
 from teacher_server.monitoring.memory import device_nbytes, keep_freed_memory, resident_nbytes
 from teacher_server.monitoring.metrics import Metrics
-from teacher_server.monitoring.replica_stats import WorkloadCounter
-from teacher_server.monitoring.team_stats import Standing, TeamStanding
-from teacher_server.rpc.connections import ConnectionLimits, Connections
+from teacher_server.monitoring.replica_stats import ReplicaStats
+from teacher_server.monitoring.team_stats import TeamSnapshot, TeamStats
+from teacher_server.rpc.connections import ConnectionLimiter, ConnectionLimits
 from teacher_server.rpc.entry_port import check_entry
 from teacher_server.rpc.grpc_log import keep_callers_out_of_the_log
 from teacher_server.rpc.health import Health
@@ -110,13 +110,15 @@ class Replica:
                 service_id=self.service_id,
                 on_refusal=lambda team, reason: self.metrics.rejected.labels(team, reason).inc(),
             )
-        self._connections = Connections(
+        self._connections = ConnectionLimiter(
             connection_limits or ConnectionLimits(max_message_nbytes=4 * limits.max_request_nbytes),
             tls=tls is not None,
             on_shutdown=lambda reason: self.metrics.connections_shut_down.labels(reason).inc(),
         )
         self._ports = Ports(
-            self._make_server, tls, is_gate_narrow=lambda: self._connections.gate.is_narrow
+            self._make_server,
+            tls,
+            may_drop_connections=lambda: self._connections.throttle.is_active,
         )
         self._stuck_after_s = stuck_after_s
         self._address = ""
@@ -127,8 +129,8 @@ class Replica:
         self._fingerprint = model.teacher_fingerprint
         self._head = VocabularyHead(model, chunk_nbytes=head_chunk_nbytes)
         self._exactness = "bytes" if self._head.is_exact() else "tolerance"
-        self.standing = Standing()
-        self.workload = WorkloadCounter()
+        self.standing = TeamStats()
+        self.workload = ReplicaStats()
         self._max_batch_tokens = max_batch_tokens
         costs = CostModel.of(model)
         self._scheduler = Scheduler(
@@ -337,21 +339,21 @@ class Replica:
             busy=load.busy,
         )
 
-    def _team_standings(self) -> list[TeamStanding]:
+    def _team_standings(self) -> list[TeamSnapshot]:
         return self.standing.teams(self._scheduler.queued_by_team())
 
     def _show_gauges(self) -> None:
         """Lets the metrics read what is known here."""
         watch, accounts, tls = self.metrics.watch, self._accounts, self._tls
 
-        def watch_teams(name: str, value: Callable[[TeamStanding], float]) -> None:
+        def watch_teams(name: str, value: Callable[[TeamSnapshot], float]) -> None:
             watch(name, lambda: {one.team: value(one) for one in self._team_standings()})
 
         watch("teacher_queued_tokens", lambda: self.queued_tokens)
         watch("teacher_unencoded_bytes", lambda: self._backlog.nbytes)
         watch("teacher_connections", lambda: self._connections.count)
         watch("teacher_strangers", lambda: self._connections.strangers)
-        watch("teacher_gate_share", lambda: self._connections.gate.share)
+        watch("teacher_gate_share", lambda: self._connections.throttle.share)
         watch("teacher_memory_bytes", resident_nbytes)
         watch("teacher_device_memory_bytes", lambda: device_nbytes(self.model.device))
         watch("teacher_directory_away", lambda: float(accounts.is_directory_away))

@@ -83,7 +83,6 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     ),
     # To be mended.
     "teacher_server/admission/requests.py": ("teacher_server.engine.model",),
-    "teacher_server/cluster/ray_settings.py": ("teacher_server.config",),
     "teacher_server/config.py": ("teacher_server.rpc.tls",),
     "teacher_server/replica.py": ("teacher_server.backlog", "teacher_server.encoding"),
     "teacher_server/rpc/service.py": (

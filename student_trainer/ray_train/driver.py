@@ -21,11 +21,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 from safetensors.torch import load_model, save_file
 
 from logitstream.connection import FILE_SUFFIX, PUBLIC_AUTHORITIES
 from logitstream.extras import install_command
+from logitstream.local_ray import LocalRay, first_line, set_ray_environment
 from student_trainer.client.remote import RemoteTeacher
 from student_trainer.config import TrainConfig
 from student_trainer.errors import (
@@ -50,14 +50,10 @@ from student_trainer.ray_train.worker import _meet, _work
 
 logger = logging.getLogger(__name__)
 
-STORE_NBYTES = 100 << 20
-"""Ray's object store, which only carries the settings."""
 POLL_S = 0.5
 """How often the workers of a Ray of our own are looked at; Ray's 2 s delay each checkpoint by 1 s."""
 PERMANENT = (ValueError, AccessDenied, NotRecorded, NotWritten, ProtocolError)
 """What a worker would fail with again; IncompatibleTeacher and InvalidRequest are ValueErrors."""
-STOP_S = 10.0
-"""How long the processes of a Ray of our own may take to end."""
 
 
 def train_students(
@@ -234,11 +230,7 @@ def _ray(config: TrainConfig) -> Iterator[None]:
                 "Ray was imported before, and can no longer be told to stay on this machine: call "
                 "ray.init() first, or give ray_address"
             )
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-    if not address:
-        os.environ.update(own_ray_environment(config.workers))
-    elif address.startswith(("127.", "localhost:")):
-        os.environ.update(ONE_MACHINE)
+    set_ray_environment(address, _own_ray_settings(config.workers))
     try:
         import ray
         import ray.train
@@ -246,68 +238,34 @@ def _ray(config: TrainConfig) -> Iterator[None]:
         raise ValueError(
             f"several workers need Ray Train: {install_command('ray-train')} ({error})"
         ) from None
-    folder, before = "", _descendants()
+    own = None
     try:
         if address:
             ray.init(address, logging_level=logging.WARNING)
         else:
-            # Its sockets have paths, which have to be short: not in TMPDIR.
-            folder = tempfile.mkdtemp(prefix="student-", dir="/tmp")
-            ray.init(
-                "local",
-                num_cpus=config.workers,
-                object_store_memory=STORE_NBYTES,
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                _temp_dir=folder,
-            )
+            own = LocalRay.start("student-", num_cpus=config.workers)
     except (OSError, RuntimeError, ValueError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
         where = f"cannot reach Ray at {address}" if address else "no Ray"
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TrainingFailed(f"{where}: {first}") from error
+        raise TrainingFailed(f"{where}: {first_line(error)}") from error
     try:
         yield
     finally:
-        started = _descendants() - before
-        ray.shutdown()
-        if folder:
-            # On a busy machine a controller of Ray Train was seen to hang at its end for ever.
-            for process in psutil.wait_procs(started, timeout=STOP_S)[1]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            shutil.rmtree(folder, ignore_errors=True)
+        if own is None:
+            ray.shutdown()
+        else:
+            own.stop()
 
 
-def _descendants() -> set[psutil.Process]:
-    """All processes below this one."""
-    return set(psutil.Process().children(recursive=True))
-
-
-# All sockets of Ray are on loopback then; it has no other switch for that.
-ONE_MACHINE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-
-
-def own_ray_environment(num_workers: int) -> dict[str, str]:
+def _own_ray_settings(num_workers: int) -> dict[str, str]:
     """How a Ray that is started here behaves; its processes inherit this."""
     threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
-    wanted = {
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S),
-        "OMP_NUM_THREADS": str(threads),
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }
     files = {
         name: os.environ.get(name, "") for name in ("TEACHER_CA", "TEACHER_CERT", "TEACHER_KEY")
     }
+    wanted = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S), "OMP_NUM_THREADS": str(threads)}
     return {
         **{name: os.environ.get(name) or value for name, value in wanted.items()},
         **{name: os.path.abspath(value) for name, value in files.items() if os.path.isfile(value)},
-        **ONE_MACHINE,
-        # Without the token nobody can make this Ray run anything. It is in no argument and no file.
-        "RAY_AUTH_MODE": "token",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_COLOR_PREFIX": "0",
         # One machine is not taken away with notice.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         # What Ray will do anyway, and warns of until then.

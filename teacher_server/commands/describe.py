@@ -1,4 +1,4 @@
-"""`teacher-server describe`: prints what a service says of itself."""
+"""`teacher-server describe`: prints the answer of a service to Describe."""
 
 import json
 
@@ -6,25 +6,23 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from protos import teacher_pb2
-from teacher_server.commands.remote_call import NotAnswered, ask, connection_of, told
-from teacher_server.config import (
-    DescribeConfig,
-)
+from teacher_server.commands.remote_call import NoAnswer, ask, connection_of, report_failure
+from teacher_server.config import DescribeConfig
 
 
 def describe(config: DescribeConfig) -> int:
-    """Prints what a running service says of itself; returns the exit code."""
+    """Prints who a running service is, and who the caller is to it; returns the exit code."""
     try:
         info = ask(connection_of(config), lambda stub: stub.Describe, teacher_pb2.DescribeRequest())
-    except NotAnswered as error:
-        return told(error)
+    except NoAnswer as error:
+        return report_failure(error)
     except KeyboardInterrupt:
         return 130
     content = json_format.MessageToDict(
         info, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
-    _numbers_as_numbers(info.limits, content["limits"])
-    _numbers_as_numbers(info.caller, content["caller"])
+    _restore_numbers(info.limits, content["limits"])
+    _restore_numbers(info.caller, content["caller"])
     if config.as_json:
         print(json.dumps(content, indent=2))
         return 0
@@ -42,8 +40,8 @@ def describe(config: DescribeConfig) -> int:
     return 0
 
 
-def _numbers_as_numbers(message: Message, content: dict[str, object]) -> None:
-    """Protobuf's JSON writes 64-bit numbers as strings; ours are small enough to be numbers."""
+def _restore_numbers(message: Message, content: dict[str, object]) -> None:
+    """Turns 64-bit numbers, which protobuf's JSON writes as strings, back into numbers."""
     for name in content:
         value = getattr(message, name)
         if isinstance(value, int | float):

@@ -3,14 +3,12 @@
 import sys
 from pathlib import Path
 
-from teacher_server.config import (
-    FitIdsConfig,
-)
+from teacher_server.config import FitIdsConfig
 from teacher_server.errors import ModelError, TeacherServerError
 
 
 def fit_ids(config: FitIdsConfig) -> int:
-    """Fits and writes an id table, and prints what it gained; returns the exit code."""
+    """Fits an id table, writes it, and prints what it saves; returns the exit code."""
     import transformers
 
     from teacher_server.engine import id_table_fit as fit
@@ -23,9 +21,9 @@ def fit_ids(config: FitIdsConfig) -> int:
             raise ModelError(f"{config.model} is not a folder; the table is written into it")
         text = config.text.read_text(encoding="utf-8", errors="replace")
         model = load(config.model, device=config.device, dtype=config.dtype)
-        found = fit.fit_ids(model, text, max_tokens=config.max_tokens)
+        fitted = fit.fit_ids(model, text, max_tokens=config.max_tokens)
         path = Path(config.model) / ID_TABLE_NAME
-        fit.save(found.table, path)
+        fit.save(fitted.table, path)
     except TeacherServerError as error:
         print(f"teacher-server: {error}", file=sys.stderr)
         return 1
@@ -35,8 +33,8 @@ def fit_ids(config: FitIdsConfig) -> int:
     except KeyboardInterrupt:
         return 130
     print(
-        f"{path}: fitted on {found.fitted_rows} positions; {fit.SPEC} takes "
-        f"{found.fitted_nbytes:.1f} bytes per token instead of {found.identity_nbytes:.1f} on "
-        f"{found.measured_rows} others. Start the service anew to use it."
+        f"{path}: fitted on {fitted.fitted_rows} positions; {fit.SPEC} takes "
+        f"{fitted.fitted_nbytes:.1f} bytes per token instead of {fitted.identity_nbytes:.1f} on "
+        f"{fitted.measured_rows} others. Restart the service to use it."
     )
     return 0

@@ -1,4 +1,4 @@
-"""What the commands share that ask a running service."""
+"""Calls a running service, for the commands that ask it something."""
 
 import sys
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Answer = TypeVar("Answer")
 ANSWER_S = 10.0
 
 
-class NotAnswered(Exception):
+class NoAnswer(Exception):
     """The service did not answer; the text says why."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -24,11 +24,11 @@ class NotAnswered(Exception):
 
 
 def connection_of(config: ServiceConfig) -> Connection:
-    """How the command reaches its service. Raises NotAnswered."""
+    """Returns how a command reaches its service. Raises NoAnswer for unusable settings."""
     try:
         return Connection.to(config.address, ca=config.ca, cert=config.cert, key=config.key)
     except (OSError, ValueError) as error:
-        raise NotAnswered(str(error), 2) from None
+        raise NoAnswer(str(error), 2) from None
 
 
 def ask(
@@ -39,7 +39,10 @@ def ask(
     address: str = "",
     timeout_s: float = ANSWER_S,
 ) -> Answer:
-    """One answer to one call, such as `lambda stub: stub.Describe`. Raises NotAnswered."""
+    """Makes one call, such as `lambda stub: stub.Describe`, and returns the answer.
+
+    address: another one than the first of the connection. Raises NoAnswer.
+    """
     address = address or connection.addresses[0]
     with connection.blocking_channel(address) as channel:
         return ask_on(channel, connection, address, call, request, timeout_s=timeout_s)
@@ -54,22 +57,22 @@ def ask_on(
     *,
     timeout_s: float = ANSWER_S,
 ) -> Answer:
-    """As `ask`, over a channel to `address` that is there already. Raises NotAnswered."""
+    """Makes one call as `ask` does, over an open channel to `address`. Raises NoAnswer."""
     try:
         method = call(teacher_pb2_grpc.TeacherStub(channel))
         return method(request, timeout=timeout_s, metadata=connection.metadata)
     except grpc.RpcError as error:
-        raise NotAnswered(no_answer(connection, address, error), 1) from None
+        raise NoAnswer(_explain(connection, address, error), 1) from None
 
 
-def told(error: NotAnswered) -> int:
-    """Says on stderr why there was no answer; returns the exit code."""
+def report_failure(error: NoAnswer) -> int:
+    """Prints on stderr why there was no answer; returns the exit code."""
     print(f"teacher-server: {error}", file=sys.stderr)
     return error.exit_code
 
 
-def no_answer(connection: Connection, address: str, error: grpc.RpcError) -> str:
-    """Why a service did not answer a blocking call, for whoever typed the command."""
+def _explain(connection: Connection, address: str, error: grpc.RpcError) -> str:
+    """Says why a service did not answer a blocking call, for the person who typed the command."""
     code, details = error.code(), error.details()  # type: ignore[attr-defined]
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return f"{address} refused: {details}"

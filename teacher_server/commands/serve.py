@@ -8,15 +8,21 @@ import socket
 import sys
 
 from logitstream.connection import Connection
-from logitstream.local_ray import ONE_MACHINE, TOKEN_VARIABLES, own_ray_environment
-from teacher_server.config import (
-    ServeConfig,
-    is_loopback,
-)
+from logitstream.local_ray import TOKEN_VARIABLES, set_ray_environment
+from teacher_server.config import ServeConfig
 from teacher_server.errors import ServeError, TeacherServerError
 from teacher_server.teams.declaration import read_teams
 
 logger = logging.getLogger(__name__)
+
+OWN_RAY = {
+    # Of all logs, only those of the replicas come to the launcher.
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    # A frozen replica keeps its GPU until it is killed.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+}
+"""Environment of a Ray that `serve` starts."""
 
 
 def serve(config: ServeConfig) -> int:
@@ -52,17 +58,12 @@ def serve(config: ServeConfig) -> int:
 
 
 def _serve_on_ray(config: ServeConfig) -> int:
-    # Ray reads these when it is imported. The first: a thread that outlives the connection must not
-    # start another Ray, as any use of Ray does otherwise.
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-    if not config.ray_address:
-        os.environ.update(own_ray_environment())
-    else:
-        if is_loopback(config.ray_address.rpartition(":")[0]):
-            os.environ.update(ONE_MACHINE)
-        if any(os.environ.get(name) for name in TOKEN_VARIABLES):
-            os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray does not send it
-    from teacher_server.commands import launch
+    # Ray makes its workers nice (15) to all else on the machine; trainers wait for these.
+    niceness = {"RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0")}  # noqa: SIM112
+    set_ray_environment(config.ray_address, {**OWN_RAY, **niceness})
+    if config.ray_address and any(os.environ.get(name) for name in TOKEN_VARIABLES):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # without it Ray does not send the token
+    from teacher_server.commands import launch  # imports Ray, which reads its environment then
 
     return launch.serve(config)
 
@@ -89,6 +90,7 @@ async def _serve_standalone(config: ServeConfig) -> int:
     print(f"ready {host}:{port}", flush=True)
     await stop.wait()
     logger.info("draining seconds=%s (again to stop at once)", config.drain_s)
+    # A replica that drains needs no peers: its clients already know of the others.
     watching.cancel()
     await replica.drain(config.drain_s)
     logger.info("stopped")
@@ -96,19 +98,19 @@ async def _serve_standalone(config: ServeConfig) -> int:
 
 
 def _stop_or_exit(stop: asyncio.Event) -> None:
-    """The first signal drains; a second one ends the process as it is."""
+    """Drains at the first signal; ends the process at once at the second."""
     if stop.is_set():
         os._exit(1)
     stop.set()
 
 
 def check_port_free(host: str, port: int, flag: str = "--port") -> None:
-    """Raises ServeError if somebody listens there, also somebody who shares the port."""
+    """Raises ServeError if any process listens there, even one that would share the port."""
     try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ServeError(f"cannot listen on {host}: {error.strerror}") from error
-    family, kind, protocol, _, address = found[0]
+    family, kind, protocol, _, address = addresses[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

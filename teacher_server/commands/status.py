@@ -1,4 +1,4 @@
-"""`teacher-server status`: how a service is doing, asked of each of its replicas and put together."""
+"""`teacher-server status`: asks every replica of a service how it is doing, and sums up."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from logitstream.connection import Connection
 from protos import teacher_pb2
-from teacher_server.commands.remote_call import NotAnswered, ask, ask_on, connection_of, told
+from teacher_server.commands.remote_call import NoAnswer, ask, ask_on, connection_of, report_failure
 from teacher_server.config import StatusConfig
 
 REFRESH_S = 2.0
@@ -23,7 +23,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True)
 class TeamLine:
-    """One team at all replicas that answered; rates, shares and times are of the last minute."""
+    """One team, summed over the replicas that answered; rates and times are of the last minute."""
 
     team: str
     weight: float
@@ -31,13 +31,13 @@ class TeamLine:
     queued_tokens: int
     tokens_per_second: float
     share: float
-    """Of the cost dispatched for all teams."""
+    """Its part of the cost dispatched for all teams."""
     entitled: float
     waiting_p95_ms: float
-    """At the replica where it is worst."""
+    """The highest of all replicas."""
     rejected: int
     tokens_left_today: int | None
-    """None: no quota, or nothing is known of it."""
+    """None: no quota, or it is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +64,12 @@ class ReplicaLine:
     address: str
     state: str
     numbers: ReplicaNumbers | None
-    """None: the caller has not the scope admin."""
+    """None: the caller lacks the scope admin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unreachable:
-    """A replica that the others know of and that did not answer here."""
+    """A replica that the others know of and that did not answer."""
 
     id: str
     address: str
@@ -79,7 +79,7 @@ class Unreachable:
 
 @dataclass(frozen=True, slots=True)
 class ServiceStatus:
-    """One look at a service."""
+    """A whole service at one moment."""
 
     service_id: str
     model: str
@@ -91,7 +91,7 @@ class ServiceStatus:
 
 
 def show_status(config: StatusConfig) -> int:
-    """Prints it, with --watch again and again; returns the exit code."""
+    """Prints the status of a service, with --watch repeatedly; returns the exit code."""
     try:
         connection = connection_of(config)
         status = look(connection)
@@ -99,17 +99,17 @@ def show_status(config: StatusConfig) -> int:
             print(json.dumps(asdict(status), indent=2) if config.as_json else table(status))
             return 0
         _watch(connection, status, config)
-    except NotAnswered as error:
-        return told(error)
+    except NoAnswer as error:
+        return report_failure(error)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read this has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def _watch(connection: Connection, status: ServiceStatus, config: StatusConfig) -> None:
-    """Prints a status, and the next one every REFRESH_S, for ever."""
+    """Prints a status, and a new one every REFRESH_S, for ever."""
     clear = CLEAR if sys.stdout.isatty() and not config.as_json else ""
     while True:
         next_s = time.monotonic() + REFRESH_S
@@ -124,28 +124,30 @@ def _watch(connection: Connection, status: ServiceStatus, config: StatusConfig) 
             try:
                 status = look(connection)
                 break
-            except NotAnswered as error:  # it may be starting anew
-                told(error)
+            except NoAnswer as error:  # it may be restarting
+                report_failure(error)
 
 
 def look(connection: Connection) -> ServiceStatus:
-    """Asks the service which replicas it has, and each how it is doing. Raises NotAnswered."""
+    """Asks the service which replicas it has, and each how it is doing. Raises NoAnswer."""
     address = connection.addresses[0]
     # Both calls over one connection reach one replica, also where the others cannot be reached.
     with connection.blocking_channel(address) as channel:
         info = ask_on(
-            *(channel, connection, address),
-            *(lambda stub: stub.Describe, teacher_pb2.DescribeRequest()),
+            channel,
+            connection,
+            address,
+            lambda stub: stub.Describe,
+            teacher_pb2.DescribeRequest(),
         )
         own = ask_on(
-            *(channel, connection, address),
-            *(lambda stub: stub.Status, teacher_pb2.StatusRequest()),
+            channel, connection, address, lambda stub: stub.Status, teacher_pb2.StatusRequest()
         )
     others = [card for card in info.replicas if card.id != own.replica.id]
     with ThreadPoolExecutor(min(MAX_ASKED_AT_ONCE, max(1, len(others)))) as pool:
-        found = list(pool.map(lambda card: _ask_replica(connection, card), others))
-    answers = [own, *(one for one in found if not isinstance(one, Unreachable))]
-    unreachable = [one for one in found if isinstance(one, Unreachable)]
+        results = list(pool.map(lambda card: _ask_replica(connection, card), others))
+    answers = [own, *(result for result in results if not isinstance(result, Unreachable))]
+    unreachable = [result for result in results if isinstance(result, Unreachable)]
     admin = "admin" in info.caller.scopes
     return ServiceStatus(
         service_id=info.service_id,
@@ -153,7 +155,8 @@ def look(connection: Connection) -> ServiceStatus:
         admin=admin,
         teams=merge_teams(answers),
         replicas=sorted(
-            (_replica_line(one.replica, admin) for one in answers), key=lambda line: line.address
+            (_replica_line(answer.replica, admin) for answer in answers),
+            key=lambda line: line.address,
         ),
         unreachable=unreachable,
     )
@@ -170,7 +173,7 @@ def _ask_replica(
             address=card.address,
             timeout_s=REPLICA_S,
         )
-    except NotAnswered as error:
+    except NoAnswer as error:
         return Unreachable(card.id, card.address, card.state, str(error))
     if answer.replica.id != card.id:
         why = f"{card.address} was answered by another replica ({answer.replica.id})"
@@ -179,31 +182,18 @@ def _ask_replica(
 
 
 def merge_teams(answers: Sequence[teacher_pb2.StatusResponse]) -> list[TeamLine]:
-    """The teams of several replicas, by name.
+    """Merges the teams of several replicas, by name.
 
-    Counts are summed, shares averaged by the cost that each replica dispatched; of waiting times
-    the worst counts, of what is left of a quota the smallest, which is the latest one known. That
-    cost only the scope admin is told. For other callers it is what their own tokens and share at a
-    replica come to; replicas at which they did nothing count as the others do on average.
+    Counts are summed and shares averaged by the cost that each replica dispatched; waiting times are
+    the highest ones, what is left of a quota the smallest, which is the latest one known.
     """
-    names = sorted({team.team for answer in answers for team in answer.teams})
-    told = any(answer.cost_per_second for answer in answers)
+    total_cost = sum(answer.cost_per_second for answer in answers)
     lines = []
-    for name in names:
-        costs = [
-            (team, answer.cost_per_second if told else _cost_by_share(team))
-            for answer in answers
-            for team in answer.teams
-            if team.team == name
-        ]
-        if not told:
-            known = [cost for _, cost in costs if cost]
-            average = sum(known) / len(known) if known else 1.0
-            costs = [(team, cost or average) for team, cost in costs]
-        everything = sum(answer.cost_per_second for answer in answers)
-        everything = everything or sum(cost for _, cost in costs)
-        found = [(team, cost / everything) for team, cost in costs]
-        teams = [team for team, _ in found]
+    for name in sorted({team.team for answer in answers for team in answer.teams}):
+        costs = _costs(name, answers)
+        whole = total_cost or sum(cost for _, cost in costs)
+        parts = [(team, cost / whole) for team, cost in costs]
+        teams = [team for team, _ in parts]
         left = [t.tokens_left_today for t in teams if t.HasField("tokens_left_today")]
         lines.append(
             TeamLine(
@@ -212,8 +202,8 @@ def merge_teams(answers: Sequence[teacher_pb2.StatusResponse]) -> list[TeamLine]
                 tokens_in_flight=sum(team.tokens_in_flight for team in teams),
                 queued_tokens=sum(team.queued_tokens for team in teams),
                 tokens_per_second=sum(team.tokens_per_second for team in teams),
-                share=sum(team.share * part for team, part in found),
-                entitled=sum(team.entitled * part for team, part in found),
+                share=sum(team.share * part for team, part in parts),
+                entitled=sum(team.entitled * part for team, part in parts),
                 waiting_p95_ms=max(team.waiting_p95_ms for team in teams),
                 rejected=sum(team.rejected for team in teams),
                 tokens_left_today=min(left, default=None),
@@ -222,8 +212,30 @@ def merge_teams(answers: Sequence[teacher_pb2.StatusResponse]) -> list[TeamLine]
     return lines
 
 
+def _costs(
+    name: str, answers: Sequence[teacher_pb2.StatusResponse]
+) -> list[tuple[teacher_pb2.TeamStatus, float]]:
+    """Returns a team's status at each replica, and the cost that the replica dispatched in total.
+
+    Only the scope admin sees that cost. For other callers it is estimated from their own tokens and
+    share; replicas at which they did nothing count as the average of the others.
+    """
+    is_known = any(answer.cost_per_second for answer in answers)
+    costs = [
+        (team, answer.cost_per_second if is_known else _cost_by_share(team))
+        for answer in answers
+        for team in answer.teams
+        if team.team == name
+    ]
+    if is_known:
+        return costs
+    estimates = [cost for _, cost in costs if cost]
+    average = sum(estimates) / len(estimates) if estimates else 1.0
+    return [(team, cost or average) for team, cost in costs]
+
+
 def _cost_by_share(team: teacher_pb2.TeamStatus) -> float:
-    """What a replica dispatched for all teams, in tokens like those of this one."""
+    """Estimates what a replica dispatched for all teams, in tokens like those of this one."""
     return team.tokens_per_second / team.share if team.share else 0.0
 
 
@@ -236,7 +248,7 @@ def _replica_line(replica: teacher_pb2.ReplicaStatus, admin: bool) -> ReplicaLin
 
 
 def table(status: ServiceStatus) -> str:
-    """For people."""
+    """Formats a status for people."""
     texts = []
     if status.teams:
         header = ("team", "in flight", "tokens/s", "share", "entitled")
@@ -250,7 +262,8 @@ def table(status: ServiceStatus) -> str:
         header += ("forward", "head", "encode", "memory", "device")
     texts.append(_columns(header, map(_replica_cells, status.replicas), num_left=3))
     if status.unreachable:
-        texts.append("\n".join(f"not reached: {one.id}: {one.why}" for one in status.unreachable))
+        lines = (f"not reached: {replica.id}: {replica.why}" for replica in status.unreachable)
+        texts.append("\n".join(lines))
     return "\n\n".join(texts)
 
 
@@ -290,7 +303,7 @@ def _replica_cells(replica: ReplicaLine) -> tuple[str, ...]:
 
 
 def _columns(header: Sequence[str], rows: Iterable[Sequence[str]], *, num_left: int) -> str:
-    """Columns as wide as needed; the first ones to the left, numbers to the right."""
+    """Formats rows in columns; the first `num_left` are left-aligned, the others right-aligned."""
     cells = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protos import teacher_pb2
-from teacher_server.commands.remote_call import NotAnswered, ask, connection_of, told
+from teacher_server.commands.remote_call import NoAnswer, ask, connection_of, report_failure
 from teacher_server.config import UsageConfig
 from teacher_server.ledger.directory import FILE_NAME, read_usage
 from teacher_server.rpc.messages import first_day, usage_row
@@ -33,8 +33,8 @@ def show_usage(config: UsageConfig) -> int:
         else:
             request = teacher_pb2.UsageRequest(team=config.team, since=config.since)
             rows = ask(connection_of(config), lambda stub: stub.Usage, request).rows
-    except NotAnswered as error:
-        return told(error)
+    except NoAnswer as error:
+        return report_failure(error)
     except (OSError, ValueError, sqlite3.Error) as error:
         print(f"teacher-server: {error}", file=sys.stderr)
         return 1

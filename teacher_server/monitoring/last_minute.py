@@ -1,4 +1,4 @@
-"""The last minute, in slots of one second: what `standing` and `workload` count into."""
+"""Counts the last minute in slots of one second, for team_stats.py and replica_stats.py."""
 
 import math
 from collections import deque
@@ -17,18 +17,18 @@ class Slot(Protocol):
 S = TypeVar("S", bound=Slot)
 
 
-class Window(Generic[S]):
-    """Slots of the last minute, the oldest first. Its caller holds the lock."""
+class LastMinute(Generic[S]):
+    """The slots of the last minute, the oldest first. Its callers hold a lock."""
 
     def __init__(self, make: Callable[[int], S], clock: Callable[[], float]) -> None:
-        """make: a new slot of the second given."""
+        """make: makes the slot of a second."""
         self._make = make
         self._clock = clock
         self._started_s = clock()
         self._slots: deque[S] = deque()
 
     def now(self) -> S:
-        """The slot of this second; older ones than a minute are dropped."""
+        """Returns the slot of this second, and drops those older than a minute."""
         second = math.floor(self._clock())
         while self._slots and self._slots[0].second <= second - WINDOW_S:
             self._slots.popleft()
@@ -37,7 +37,7 @@ class Window(Generic[S]):
         return self._slots[-1]
 
     def seconds(self, until_s: float) -> float:
-        """How long has been counted: from 1 s to a minute."""
+        """Returns how long has been counted, from 1 s to a minute."""
         return min(WINDOW_S, max(1.0, until_s - self._started_s))
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Reads how much memory this process uses, and sets what glibc keeps of it."""
+"""Measures this process's memory, and sets how much of it glibc keeps when it is freed."""
 
 import contextlib
 import ctypes
@@ -11,14 +11,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def resident_nbytes() -> int:
-    """Memory of this process that is in RAM; 0 where the system does not say."""
+    """Returns the bytes of this process that are in RAM; 0 where the system does not say."""
     with contextlib.suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     return 0
 
 
 def device_nbytes(device: torch.device) -> int:
-    """Memory that tensors of this process have on an accelerator; 0 on a CPU."""
+    """Returns the bytes of this process's tensors on an accelerator; 0 on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 

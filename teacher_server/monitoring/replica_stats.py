@@ -1,7 +1,6 @@
-"""How busy a replica is: what its stages took in the last minute, for `Status`.
+"""Counts how long the stages of a replica took in the last minute, for `Status`.
 
-Counted in slots of one second, as `standing` does. Thread-safe: the compute thread and the event
-loop count, whoever asks reads.
+Thread-safe: the compute thread and the event loop count, and any thread may read.
 """
 
 import threading
@@ -9,25 +8,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from teacher_server.monitoring.last_minute import Window
+from teacher_server.monitoring.last_minute import LastMinute
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
-    """Means and rates of the last minute; 0 where there was nothing."""
+class ReplicaSnapshot:
+    """Means and rates of the last minute; 0 where nothing was counted."""
 
     pass_tokens: float
     """Padded tokens of one forward pass."""
     forward_s: float
-    """The base model, one pass."""
+    """Time of one pass in the base model."""
     head_s: float
-    """Vocabulary head and selection, one pass."""
+    """Time of one pass in the vocabulary head and selection."""
     encode_s: float
-    """One sequence, its wait for the encode thread included."""
+    """Time to encode one sequence, its wait for the encode thread included."""
     tokens_per_s: float
     """Padded tokens that were scored."""
     busy: float
-    """Part of the time that the teacher was computing."""
+    """Share of the time in which the teacher was computing."""
 
 
 @dataclass(slots=True)
@@ -42,16 +41,16 @@ class _Slot:
     busy_s: float = 0.0
 
 
-class WorkloadCounter:
-    """Counts what the stages of one replica take."""
+class ReplicaStats:
+    """Counts the passes, encodings and busy seconds of one replica."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._slots = Window(_Slot, clock)
+        self._slots = LastMinute(_Slot, clock)
 
     def passed(self, tokens: int, forward_s: float, head_s: float) -> None:
-        """A forward pass of so many padded tokens has ended well."""
+        """Counts a successful forward pass. tokens: padded."""
         with self._lock:
             slot = self._slots.now()
             slot.passes += 1
@@ -60,19 +59,19 @@ class WorkloadCounter:
             slot.head_s += head_s
 
     def encoded(self, seconds: float) -> None:
-        """A sequence's targets are bytes."""
+        """Counts a sequence whose targets have been encoded."""
         with self._lock:
             slot = self._slots.now()
             slot.sequences += 1
             slot.encode_s += seconds
 
     def computed(self, seconds: float) -> None:
-        """The compute thread was busy for so long, until now."""
+        """Counts busy time of the compute thread that ends now."""
         with self._lock:
             self._slots.now().busy_s += seconds
 
-    def numbers(self, *, computing_s: float = 0.0) -> Workload:
-        """Of the last minute. computing_s: how long the pass in hand has been going on."""
+    def numbers(self, *, computing_s: float = 0.0) -> ReplicaSnapshot:
+        """Returns the last minute. computing_s: how long the current pass has been running."""
         with self._lock:
             self._slots.now()
             seconds = self._slots.seconds(self._clock())
@@ -80,7 +79,7 @@ class WorkloadCounter:
             tokens = sum(slot.tokens for slot in self._slots)
             sequences = max(1, sum(slot.sequences for slot in self._slots))
             busy_s = computing_s + sum(slot.busy_s for slot in self._slots)
-            return Workload(
+            return ReplicaSnapshot(
                 pass_tokens=tokens / passes,
                 forward_s=sum(slot.forward_s for slot in self._slots) / passes,
                 head_s=sum(slot.head_s for slot in self._slots) / passes,

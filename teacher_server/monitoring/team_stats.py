@@ -1,7 +1,6 @@
-"""How a replica serves each team: counts of the last minute, for `Status` and metrics.
+"""Counts how a replica served each team in the last minute, for `Status` and metrics.
 
-Everything is counted in slots of one second. Thread-safe: the event loop and the compute thread
-count, whoever asks reads.
+Thread-safe: the event loop and the compute thread count, and any thread may read.
 """
 
 import math
@@ -11,16 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from teacher_server.monitoring.last_minute import Window
+from teacher_server.monitoring.last_minute import LastMinute
 
 SHORTEST_WAIT_S = 1e-4
 WAIT_STEP = 1.1
-"""Waiting times are counted in classes; the next class begins this much higher."""
+"""Waiting times are counted in classes; each is this many times as high as the one before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """One job that was given to the teacher."""
+    """A job that was dispatched to the teacher."""
 
     team: str
     tokens: int
@@ -30,33 +29,33 @@ class Dispatched:
 
 
 @dataclass(frozen=True, slots=True)
-class TeamStanding:
-    """One team; rates, shares and times are of the last minute."""
+class TeamSnapshot:
+    """The last minute of one team."""
 
     team: str
     weight: float
     tokens_in_flight: int
-    """Padded tokens of sequences that have room for their answer and are not answered."""
+    """Padded tokens of sequences that were admitted and are not answered yet."""
     queued_tokens: int
-    """The part of them that waits for a batch."""
+    """Of these, tokens that wait for a batch."""
     tokens_per_s: float
-    """Dispatched."""
+    """Rate of dispatched tokens."""
     cost: float
-    """Dispatched in the whole minute."""
+    """Cost dispatched in the whole minute."""
     share: float
-    """Of the cost dispatched for all teams."""
+    """Its part of the cost dispatched for all teams."""
     entitled: float
-    """What its share would be if each second's cost had been divided by the weights of those teams
-    that had work in that second."""
+    """What its share would be if each second's cost had been divided by weight among the teams that
+    had work in that second."""
     waiting_p95_s: float
-    """Of a sequence for its batch, up to 10 % too high; 0 if none was dispatched."""
+    """How long its sequences waited for a batch, up to 10 % too high; 0 if none was dispatched."""
     rejected: int
-    """Requests answered by an error."""
+    """Requests answered with an error."""
 
 
 @dataclass(slots=True)
 class _Counts:
-    """Of one team in one second."""
+    """The counts of one team in one second."""
 
     tokens: int = 0
     cost: float = 0.0
@@ -72,39 +71,39 @@ class _Slot:
     """Weights of the teams that had work."""
 
 
-def idle(team: str) -> TeamStanding:
-    """Of a team that did nothing in the last minute."""
-    return TeamStanding(team, 1.0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
+def idle(team: str) -> TeamSnapshot:
+    """Returns the snapshot of a team that did nothing in the last minute."""
+    return TeamSnapshot(team, 1.0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
 
-class Standing:
+class TeamStats:
     """Counts what happens to each team's requests."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
-        self._slots = Window(_Slot, clock)
+        self._slots = LastMinute(_Slot, clock)
         self._in_flight: Counter[str] = Counter()
         self._weights: dict[str, float] = {}
 
     def admitted(self, team: str, tokens: int) -> None:
-        """A sequence of so many padded tokens has entered."""
+        """Counts a sequence that entered. tokens: padded."""
         with self._lock:
             self._in_flight[team] += tokens
 
     def answered(self, team: str, tokens: int) -> None:
-        """A sequence that had entered is answered, or has failed or departed."""
+        """Counts a sequence that was answered, or has failed or been cancelled since it entered."""
         with self._lock:
             self._in_flight[team] -= tokens
             if not self._in_flight[team]:
                 del self._in_flight[team]
 
     def rejected(self, team: str) -> None:
-        """A request was answered by an error."""
+        """Counts a request that was answered with an error."""
         with self._lock:
             self._slots.now().counts.setdefault(team, _Counts()).rejected += 1
 
     def dispatched(self, jobs: Sequence[Dispatched], working: Mapping[str, float]) -> None:
-        """A batch was taken. working: weights of the teams that had work for it."""
+        """Counts a dispatched batch. working: weights of the teams that had work at that moment."""
         with self._lock:
             slot = self._slots.now()
             slot.working.update(working)
@@ -115,8 +114,8 @@ class Standing:
                 counts.cost += job.cost
                 counts.waits[_wait_class(job.waited_s)] += 1
 
-    def teams(self, queued_tokens: Mapping[str, int]) -> list[TeamStanding]:
-        """Of the teams that did anything in the last minute, or have anything here, by name.
+    def teams(self, queued_tokens: Mapping[str, int]) -> list[TeamSnapshot]:
+        """Returns the teams with work now or in the last minute, by name.
 
         queued_tokens: padded tokens that wait, by team.
         """
@@ -141,7 +140,7 @@ class Standing:
             self._weights = {team: self._weights[team] for team in names if team in self._weights}
             nothing = _Counts()
             return [
-                TeamStanding(
+                TeamSnapshot(
                     team=team,
                     weight=self._weights.get(team, 1.0),
                     tokens_in_flight=self._in_flight[team],
@@ -162,7 +161,7 @@ def _wait_class(seconds: float) -> int:
 
 
 def _percentile(waits: Counter[int], fraction: float) -> float:
-    """The upper end of the class that `fraction` of all waits do not exceed."""
+    """Returns the upper end of the class that `fraction` of all waits do not exceed."""
     wanted = math.ceil(fraction * waits.total())
     seen = 0
     for number in sorted(waits):

@@ -1,6 +1,6 @@
-"""The entry port, which the replicas of a service on one host share: is it another service's?
+"""Checks that the entry port, which the replicas of a host share, is not another service's.
 
-The kernel would let both share the port and give each a part of the other's clients.
+The kernel would let two services share the port, and give each a part of the other's clients.
 """
 
 import asyncio
@@ -20,26 +20,26 @@ PROBE_S = 2.0
 async def check_entry(host: str, port: int, service_id: str, tls: Tls | None) -> None:
     """Raises ServeError if another service answers at the entry port.
 
-    Needs no token: a service that refuses one says which it is.
+    Needs no token: a service names itself in its refusal too.
     """
     address = f"{host}:{port}"
     loop = asyncio.get_running_loop()
     try:
-        found = await loop.run_in_executor(None, _certificate, host.strip("[]"), port)
+        certificate = await loop.run_in_executor(None, _certificate, host.strip("[]"), port)
     except OSError:
-        return  # nobody, or a frozen replica
-    if (found is None) != (tls is None):
-        speaks = "without TLS" if found is None else "with TLS"
+        return  # nothing listens there, or a frozen replica
+    if (certificate is None) != (tls is None):
+        speaks = "without TLS" if certificate is None else "with TLS"
         raise ServeError(
             f"a service answers at {address} {speaks}, unlike this one. Give every service an entry "
             "port of its own with --port; to turn TLS on or off, stop the service first."
         )
     credentials = None
-    if found is not None and tls is not None:
+    if certificate is not None and tls is not None:
         if tls.client_ca is not None:
-            return  # it asks for a certificate that replicas do not have
-        credentials = grpc.ssl_channel_credentials(found.encode())
-    other = await _service_id(address, credentials, found)
+            return  # it asks for a client certificate, which replicas do not have
+        credentials = grpc.ssl_channel_credentials(certificate.encode())
+    other = await _service_id(address, credentials, certificate)
     if other and other != service_id:
         raise ServeError(
             f"another service ({other}) answers at {address}. Give every service an entry port of "
@@ -48,7 +48,7 @@ async def check_entry(host: str, port: int, service_id: str, tls: Tls | None) ->
 
 
 def _certificate(host: str, port: int) -> str | None:
-    """PEM of whoever answers there with TLS; None: somebody without. Raises OSError for nobody."""
+    """Returns the PEM of the service there; None: it speaks no TLS. Raises OSError if none answers."""
     with socket.create_connection((host, port), PROBE_S) as connection:
         try:
             with context_without_checks().wrap_socket(connection) as secured:
@@ -60,7 +60,7 @@ def _certificate(host: str, port: int) -> str | None:
 async def _service_id(
     address: str, credentials: grpc.ChannelCredentials | None, certificate: str | None
 ) -> str:
-    """Of the service that answers; empty if none does."""
+    """Returns the id of the service that answers; empty if none does."""
     if credentials is None:
         channel = grpc.aio.insecure_channel(address)
     else:
@@ -78,7 +78,7 @@ async def _service_id(
 
 
 def _any_name(pem: str) -> str:
-    """A name that a certificate is for."""
+    """Returns a name that a certificate is for; empty if there is none."""
     from cryptography import x509
 
     return next(iter(names_of(x509.load_pem_x509_certificate(pem.encode()))), "")

@@ -1,9 +1,9 @@
-"""What gRPC logs by itself, without what callers sent and without tracebacks that they can cause.
+"""Removes what callers sent, and the tracebacks that they can cause, from gRPC's own log.
 
-gRPC logs a header that is not UTF-8 in full, a bearer token too, and a traceback for whatever a call
-makes it stumble over. Here each kind of line comes once a minute, as a sentence of gRPC's with its
-arguments left out. Failures of our own have an incident number and their traceback in the line
-before (errors.py).
+gRPC logs a header that is not UTF-8 in full, a bearer token too, and a traceback for every call that
+it fails to handle. Here each kind of line appears once a minute at most, as gRPC's sentence without
+its arguments. Failures of our own have an incident number and their traceback in the line before
+(errors.py).
 """
 
 import logging
@@ -15,11 +15,11 @@ LOGGERS = ("grpc._cython.cygrpc", "grpc._common", "grpc._server", "grpc.aio._ser
 EVERY_S = 60.0
 
 
-class _Discreet(logging.Logger):
-    """Strips lines, and lets each kind of them through once in a while.
+class _DiscreetLogger(logging.Logger):
+    """Strips lines, and logs each kind of them once in EVERY_S.
 
-    It decides before a record is made: to make one, with the place that it comes from, took a
-    quarter of the interpreter's time beside a crowd whose headers are not UTF-8.
+    It decides before a record is made: making one, with the place that it comes from, took a quarter
+    of the interpreter's time under a crowd whose headers were not UTF-8.
     """
 
     _lock: threading.Lock
@@ -27,7 +27,7 @@ class _Discreet(logging.Logger):
     _held_back: dict[str, int]
 
     def _log(self, level: int, msg: object, args: Any, *_: object, **__: object) -> None:
-        # With arguments the text is gRPC's; without, it may have been put together from anything.
+        # With arguments the text is gRPC's; without, a caller's bytes may already be part of it.
         kind = str(msg).split("%")[0] if args else str(msg)[:200].split(":")[0]
         kind = kind.encode("ascii", "replace").decode()[:100].rstrip(" [(")
         now = time.monotonic()
@@ -37,18 +37,18 @@ class _Discreet(logging.Logger):
                 self._held_back[kind] = self._held_back.get(kind, 0) + 1
                 return
             if len(self._last_s) >= 64:
-                self._last_s.clear()
+                self._last_s.clear()  # a bound on memory, whatever callers make of the texts
             self._last_s[kind] = now
             before = self._held_back.pop(kind, 0)
         super()._log(level, "gRPC: %s (%d times more before)", (kind, before))
 
 
 def keep_callers_out_of_the_log() -> None:
-    """Does so for all of gRPC's loggers that a server writes to; calling it again changes nothing."""
+    """Strips all of gRPC's loggers that a server writes to; calling it again changes nothing."""
     for name in LOGGERS:
         logger = logging.getLogger(name)
-        if not isinstance(logger, _Discreet):
-            # gRPC has these objects already, so that another one of the same name is of no use.
-            logger.__class__ = _Discreet
-            discreet = cast(_Discreet, logger)
+        if not isinstance(logger, _DiscreetLogger):
+            # gRPC holds these objects already, so replacing them by others would change nothing.
+            logger.__class__ = _DiscreetLogger
+            discreet = cast(_DiscreetLogger, logger)
             discreet._lock, discreet._last_s, discreet._held_back = threading.Lock(), {}, {}

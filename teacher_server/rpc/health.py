@@ -1,6 +1,6 @@
-"""The standard health service, for anybody who asks and within bounds.
+"""Serves the standard health service to every caller, within bounds.
 
-grpc_health's own servicer forgets all watchers of a service when one of them leaves, and takes any
+grpc_health's own servicer forgets all watchers of a service when one of them leaves, and accepts any
 number of them.
 """
 
@@ -14,21 +14,21 @@ from teacher_server.errors import RequestRefused, invalid
 
 MAX_WATCHES = 256
 MAX_NAME = 200
-"""Characters of the name of a service; protobuf names are far shorter."""
+"""Characters in the name of a service; protobuf names are far shorter."""
 Status = health_pb2.HealthCheckResponse.ServingStatus
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """Says of each service that it serves until `stop_serving`."""
+    """Reports every service as serving until `stop_serving`."""
 
     def __init__(self, *services: str) -> None:
         self._services = services
         self._status: Status = health_pb2.HealthCheckResponse.SERVING
         self._watches: dict[asyncio.Queue[Status | None], None] = {}
-        """What each watch is to say next, None to end it; the oldest first."""
+        """What each watch is to send next, None to end it; the oldest first."""
 
     def stop_serving(self) -> None:
-        """NOT_SERVING, from now on."""
+        """Reports NOT_SERVING from now on."""
         self._status = health_pb2.HealthCheckResponse.NOT_SERVING
         for watch in self._watches:
             watch.put_nowait(self._status)
@@ -49,7 +49,7 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """The status now and when it changes. The oldest watch makes room for a new one."""
+        """Sends the status now and when it changes. The oldest watch makes room for a new one."""
         _check_name(request.service)
         if len(self._watches) >= MAX_WATCHES:
             oldest = next(iter(self._watches))

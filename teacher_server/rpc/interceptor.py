@@ -1,12 +1,12 @@
-"""What stands between gRPC and every handler: who calls, then what is asked, then what went wrong.
+"""Guards every handler: lets the caller in, reads and checks its requests, and reports what failed.
 
 Every handler here takes a stream of messages, also that of a call with one message (on the wire there
-is no difference): gRPC would receive and parse the message first and ask the handler then. So
-nothing of a call is read before its caller is let in. While nobody reads, a connection can send
+is no difference): otherwise gRPC would receive and parse the message before it calls the handler. So
+nothing of a call is read before its caller is let in. Until it is read, a connection can send
 `server.WINDOW_NBYTES` and no more.
 
-Where everybody is let in (health checks, a service without teams), few calls at a time have their one
-message read, and each for a short time when others wait.
+Where every caller is let in (health checks, a service without teams), the one message of a call is
+read for few calls at a time, and for each only briefly while others wait.
 """
 
 import asyncio
@@ -21,22 +21,22 @@ from google.protobuf.message import DecodeError
 from teacher_server.admission.access import CURRENT, RULES, SERVICE_METADATA, Access, Caller, Rule
 from teacher_server.errors import RequestRefused, abort, incident, invalid
 from teacher_server.rpc import probe
-from teacher_server.rpc.connections import Connections, Note
+from teacher_server.rpc.connections import ConnectionLimiter, PeerActivity
 
 SMALL_NBYTES = 16 << 10
-"""What the one message of a call may have; a stream of requests has limits of its own."""
+"""Size limit of the one message of a call; streams of requests have limits of their own."""
 MESSAGE_S = 10.0
-"""How long the one message of a call may take to come."""
+"""How long the one message of a call may take to arrive."""
 FIRST_REQUEST_S = 60.0
-"""How long a stream may be open before its first request has come."""
+"""How long a stream may be open before its first request arrives."""
 READERS = 6
-"""Messages of strangers that are read at a time; each may have what the transport allows."""
+"""Messages of strangers that are read at a time; each may be as large as the transport allows."""
 TURN_S = 0.01
-"""How long a stranger's message is waited for while others wait."""
+"""How long one stranger's message is waited for while other strangers wait for their turn."""
 SOON = 8
-"""Calls of a stranger after which its connection is looked at soon."""
+"""Calls of a stranger after which the connections are inspected soon."""
 PROBES = "/grpc.health.v1.Health/"
-"""Who only calls these is a stranger still."""
+"""A caller of nothing but these remains a stranger."""
 
 NO_METHOD = "there is no such method here; reflection lists those that are"
 
@@ -45,9 +45,9 @@ Parse = Callable[[bytes], Any]
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Wraps the handlers of all services. access: None lets everybody in."""
+    """Wraps the handlers of all services. access: None lets every caller in."""
 
-    def __init__(self, access: Access | None, connections: Connections) -> None:
+    def __init__(self, access: Access | None, connections: ConnectionLimiter) -> None:
         self._access = access
         self._connections = connections
         self._readers = _Readers(connections)
@@ -79,7 +79,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             else grpc.stream_unary_rpc_method_handler
         )
         call = _Method(method, behaviour, handler.request_deserializer, handler.request_streaming)
-        # Whether answers are yielded or written and returned decides how gRPC calls a handler.
+        # gRPC calls handlers that yield answers in another way than those that write or return them.
         guard = self._yielding if inspect.isasyncgenfunction(behaviour) else self._returning
         return make(guard(call), None, handler.response_serializer)
 
@@ -109,53 +109,55 @@ class Interceptor(grpc.aio.ServerInterceptor):
     async def _call(
         self, method: "_Method", messages: AsyncIterator[bytes], context: grpc.aio.ServicerContext
     ) -> "AsyncIterator[_Call]":
-        """One call: lets its caller in, and turns what goes wrong into its status."""
-        note = self._begin(context)
+        """Spans one call: lets its caller in, and turns what goes wrong into its status."""
+        activity = self._begin(context)
         try:
-            caller = self._enter(method, context, note)
+            caller = self._enter(method, context, activity)
             with contextlib.nullcontext() if self._access is None else self._access.watched(caller):
-                yield _Call(method, messages, caller, note, self._readers)
+                yield _Call(method, messages, caller, activity, self._readers)
         except RequestRefused as refused:
-            note.refusals += 1
+            activity.refusals += 1
             await self._refuse(context, refused)
         except grpc.aio.BaseError:
-            raise  # an abort, or a caller that has gone: gRPC's own
+            raise  # an abort, or a caller that has left: gRPC handles both
         except Exception as error:
             await self._refuse(context, incident(error))
         finally:
-            note.calls -= 1
+            activity.calls_open -= 1
 
-    def _begin(self, context: grpc.aio.ServicerContext) -> Note:
-        """Counts a call, whatever it is."""
-        note = self._connections.note(context.peer())
-        note.begun += 1
-        note.calls += 1
-        if note.begun > SOON and not note.vouched:
-            self._connections.hurry()
-        return note
+    def _begin(self, context: grpc.aio.ServicerContext) -> PeerActivity:
+        """Counts a call, before anything about it is known."""
+        activity = self._connections.activity(context.peer())
+        activity.calls_begun += 1
+        activity.calls_open += 1
+        if activity.calls_begun > SOON and not activity.trusted:
+            self._connections.look_soon()
+        return activity
 
     def unknown_method(self) -> grpc.RpcMethodHandler:
-        """Answers calls to methods that nobody has, without a look at what they say."""
+        """Returns a handler that refuses calls to methods of no service, without reading them."""
 
         async def refuse(_: object, context: grpc.aio.ServicerContext) -> None:
-            note = self._begin(context)
+            activity = self._begin(context)
             try:
-                note.refusals += 1
+                activity.refusals += 1
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, NO_METHOD)
             finally:
-                note.calls -= 1
+                activity.calls_open -= 1
 
         return grpc.stream_unary_rpc_method_handler(refuse)
 
-    def _enter(self, method: "_Method", context: grpc.aio.ServicerContext, note: Note) -> Caller:
-        """Who makes this call. Raises RequestRefused if that is nobody, or may not do this."""
-        if method.is_probe and not note.vouched:
-            note.vouched = probe.is_own(context.invocation_metadata() or ())
+    def _enter(
+        self, method: "_Method", context: grpc.aio.ServicerContext, activity: PeerActivity
+    ) -> Caller:
+        """Returns who makes this call. Raises RequestRefused for unknown callers and missing scopes."""
+        if method.is_probe and not activity.trusted:
+            activity.trusted = probe.is_own(context.invocation_metadata() or ())
         if self._access is None or (method.rule is not None and method.rule.everybody):
             return Caller()
         caller = self._access.enter(context, method.rule, method.name)
-        note.vouched = True
-        CURRENT.set(caller)  # of this call's task alone
+        activity.trusted = True
+        CURRENT.set(caller)  # visible in this call's task alone
         return caller
 
     async def _refuse(self, context: grpc.aio.ServicerContext, refused: RequestRefused) -> None:
@@ -165,7 +167,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
 
 class _Method:
-    """One RPC and its handler."""
+    """An RPC and its handler."""
 
     def __init__(self, name: str, behaviour: Handler, parse: Parse, streaming: bool) -> None:
         """streaming: whether it takes a stream of requests."""
@@ -177,7 +179,7 @@ class _Method:
         self._parse = parse
 
     def parse(self, data: bytes) -> Any:
-        """Raises RequestRefused."""
+        """Returns the request in a message. Raises RequestRefused if there is none."""
         if not self.streaming and len(data) > SMALL_NBYTES:
             raise invalid(
                 "REQUEST_TOO_LARGE",
@@ -189,36 +191,36 @@ class _Method:
         except (DecodeError, ValueError):
             raise invalid(
                 "MALFORMED",
-                f"{len(data)} bytes came that are no request of {self.name}. What came before "
-                "them is answered; see teacher.proto.",
+                f"{len(data)} bytes arrived that are not a request of {self.name}. Requests before "
+                "them are answered; see teacher.proto.",
                 field="",
             ) from None
 
 
 class _Call:
-    """The requests of one call: an iterator over those of a stream."""
+    """The requests of one call, as an async iterator for a stream of them."""
 
     def __init__(
         self,
         method: _Method,
         messages: AsyncIterator[bytes],
         caller: Caller,
-        note: Note,
+        activity: PeerActivity,
         readers: "_Readers",
     ) -> None:
         self._method = method
         self._messages = messages
         self._caller = caller
-        self._note = note
+        self._activity = activity
         self._readers = readers
         self._is_first = True
 
     async def request(self) -> Any:
-        """What its handler takes: its one request, or all of them. Raises RequestRefused."""
+        """Returns what the handler takes: its one request, or all of them. Raises RequestRefused."""
         if self._method.streaming:
             return self
         try:
-            if self._note.vouched:
+            if self._activity.trusted:
                 async with asyncio.timeout(MESSAGE_S):
                     data = await anext(self._messages, None)
             else:
@@ -227,16 +229,16 @@ class _Call:
             raise RequestRefused(
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 "MESSAGE_INCOMPLETE",
-                f"the message of this call to {self._method.name} did not come whole in time. "
-                "Send it at once; where many do not, each of them has less time.",
+                f"the message of this call to {self._method.name} did not arrive whole in time. "
+                "Send it at once; while many calls do not, each of them has less time.",
             ) from None
         if data is None:
             raise invalid("MALFORMED", f"a call to {self._method.name} has one message.", field="")
         self._count(data)
-        return self._received(data)
+        return self._parse(data)
 
     def raise_if_refused(self) -> None:
-        """Raises why its caller is let in no more."""
+        """Raises the reason if its caller has lost access since the call began."""
         if self._caller.refused is not None:
             raise self._caller.refused
 
@@ -244,57 +246,62 @@ class _Call:
         return self
 
     async def __anext__(self) -> Any:
-        """The next request, as long as the caller is let in. Raises RequestRefused."""
-        # As asyncio.timeout does it: no task of its own for every request.
+        """Returns the next request, as long as the caller has access. Raises RequestRefused."""
+        # Access is withdrawn by cancelling this task, as asyncio.timeout does it: a task of its own
+        # for every request would cost more.
         if self._caller.refused is not None:
             raise StopAsyncIteration
         task = asyncio.current_task()
         assert task is not None
         cancelling = task.cancelling()
         self._caller.reader = task
-        self._note.readers += 1
+        self._activity.readers += 1
         try:
             async with asyncio.timeout(FIRST_REQUEST_S if self._is_first else None):
                 data = await anext(self._messages)
-            self._count(data)  # before it stops to be read, or it would be too much for a stranger
+            # While this call still counts as a reader: without one, a large message that is not yet
+            # counted would be too much for a stranger.
+            self._count(data)
         except TimeoutError:
             raise RequestRefused(
                 grpc.StatusCode.UNAVAILABLE,
                 "NO_REQUEST",
-                f"no request came over this stream for {FIRST_REQUEST_S:.0f} s. Open another one "
+                f"no request arrived over this stream for {FIRST_REQUEST_S:.0f} s. Open another one "
                 "when there is something to ask.",
             ) from None
         except asyncio.CancelledError:
+            # Only the cancellation by Access ends the iteration; any other one belongs to the call.
             if self._caller.refused is not None and task.uncancel() <= cancelling:
                 raise StopAsyncIteration from None
             raise
         finally:
             self._caller.reader = None
-            self._note.readers -= 1
-        return self._received(data)
+            self._activity.readers -= 1
+        return self._parse(data)
 
     def _count(self, data: bytes) -> None:
-        """Takes a message that came whole off what its connection has sent."""
-        self._note.messages += 1
-        self._note.messages_nbytes += len(data)
+        """Counts a message that arrived whole, so that it no longer counts as unread."""
+        self._activity.messages += 1
+        self._activity.messages_nbytes += len(data)
 
-    def _received(self, data: bytes) -> Any:
+    def _parse(self, data: bytes) -> Any:
         request = self._method.parse(data)
         self._is_first = False
-        self._note.vouched = self._note.vouched or not self._method.is_probe
+        # Without teams, one valid request is what makes a caller more than a stranger.
+        self._activity.trusted = self._activity.trusted or not self._method.is_probe
         return request
 
 
 class _Readers:
-    """Reads messages of strangers, few at a time."""
+    """Reads messages of strangers, READERS at a time."""
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: ConnectionLimiter) -> None:
         self._connections = connections
         self._places = asyncio.Semaphore(READERS)
         self._waiting = 0
 
     async def read(self, messages: AsyncIterator[bytes]) -> bytes | None:
-        """The one message of a call; None: there is none. Raises TimeoutError."""
+        """Returns the one message of a call; None: there is none. Raises TimeoutError."""
         self._waiting += 1
         try:
             async with asyncio.timeout(MESSAGE_S):
@@ -309,7 +316,7 @@ class _Readers:
                 await asyncio.wait({reading}, timeout=TURN_S)
                 if reading.done():
                     break
-                self._connections.hurry()  # it may be sending without an end
+                self._connections.look_soon()  # it may be sending without end
                 if self._waiting or loop.time() > ends_s:
                     raise TimeoutError
             return reading.result()

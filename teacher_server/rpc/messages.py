@@ -9,7 +9,7 @@ from logit_codec import CodecError
 from protos import teacher_pb2
 from teacher_server.errors import RequestRefused, incident, request_error
 from teacher_server.ledger.lease import UsageRow
-from teacher_server.monitoring.team_stats import TeamStanding
+from teacher_server.monitoring.team_stats import TeamSnapshot
 from teacher_server.teams.declaration import Team
 
 
@@ -66,7 +66,7 @@ def _caller_message(team: Team) -> teacher_pb2.Caller:
 
 
 def _team_status(
-    standing: TeamStanding, team: Team, tokens_left_today: int | None
+    standing: TeamSnapshot, team: Team, tokens_left_today: int | None
 ) -> teacher_pb2.TeamStatus:
     """How this replica serves a team."""
     return teacher_pb2.TeamStatus(

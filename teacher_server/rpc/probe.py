@@ -1,6 +1,6 @@
-"""Asks a port of this process the way a stranger would: one health check, in hand-written HTTP/2.
+"""Probes a port of this process the way a stranger would: one health check, in hand-written HTTP/2.
 
-A gRPC channel would do it too, with a certificate to verify, a log of its own and a second use of
+A gRPC channel could do it too, but with a certificate to verify, a log of its own, and by means of
 the library that is being checked.
 """
 
@@ -21,7 +21,7 @@ END_STREAM, END_HEADERS = 1, 4
 EMPTY_MESSAGE = bytes(5)
 OWN_HEADER = "logitstream-probe"
 OWN = secrets.token_hex(16)
-"""Its value: a call of this process, which is not to wait among those of strangers."""
+"""Its value, which marks a call of this process: such calls do not wait among those of strangers."""
 CALL = {
     b":method": b"POST",
     b":scheme": b"http",
@@ -34,7 +34,7 @@ CALL = {
 
 
 def is_own(metadata: Iterable[tuple[str, str | bytes]]) -> bool:
-    """Whether a call with this metadata was made by `answers` in this process."""
+    """Whether a call with this metadata was made by `is_answering` in this process."""
     return any(
         key == OWN_HEADER
         and isinstance(value, str)
@@ -43,14 +43,14 @@ def is_own(metadata: Iterable[tuple[str, str | bytes]]) -> bool:
     )
 
 
-async def answers(
+async def is_answering(
     host: str, port: int, *, tls: bool, wants_certificate: bool, may_be_dropped: bool = False
 ) -> bool | None:
-    """Whether a call to this port is answered; None: it cannot be told, as this process was too busy.
+    """Whether a call to this port is answered; None: unknown, because this process was too busy.
 
-    wants_certificate: the port takes clients with a certificate only. There is none here, so that the
-    handshake has to do.
-    may_be_dropped: not every connection is let in now; one that is not made says nothing.
+    wants_certificate: the port accepts clients with a certificate only. There is none here, so a
+    handshake counts as an answer.
+    may_be_dropped: not every new connection is accepted now, so one that fails proves nothing.
     """
     loop = asyncio.get_running_loop()
     began_s = loop.time()
@@ -104,7 +104,7 @@ async def _ask(connection: socket.socket, tls: bool, wants_certificate: bool) ->
     except asyncio.IncompleteReadError:
         return False
     finally:
-        writer.transport.abort()  # with TLS, to close properly waits for the other side
+        writer.transport.abort()  # with TLS, a proper close would wait for the other side
 
 
 def _frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> bytes:
@@ -113,7 +113,7 @@ def _frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> 
 
 
 def _headers() -> bytes:
-    """HPACK: literals without indexing; all are shorter than 127 bytes."""
+    """Encodes CALL as HPACK literals without indexing; all are shorter than 127 bytes."""
     return b"".join(
         b"\x00" + bytes((len(name),)) + name + bytes((len(value),)) + value
         for name, value in CALL.items()

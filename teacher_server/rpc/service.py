@@ -31,8 +31,8 @@ from teacher_server.ledger.accounts import Accounts, origin
 from teacher_server.ledger.lease import DirectoryAway
 from teacher_server.monitoring.last_minute import WINDOW_S
 from teacher_server.monitoring.metrics import Metrics
-from teacher_server.monitoring.replica_stats import WorkloadCounter
-from teacher_server.monitoring.team_stats import Standing, TeamStanding, idle
+from teacher_server.monitoring.replica_stats import ReplicaStats
+from teacher_server.monitoring.team_stats import TeamSnapshot, TeamStats, idle
 from teacher_server.rpc.answer_budget import ProcessRoom, StreamRoom
 from teacher_server.rpc.messages import (
     _caller_message,
@@ -91,10 +91,10 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         teacher_fingerprint: str,
         id_table: IdTable | None,
         metrics: Metrics,
-        standing: Standing,
+        standing: TeamStats,
         status: Callable[[], teacher_pb2.ReplicaStatus],
-        team_standings: Callable[[], list[TeamStanding]],
-        workload: WorkloadCounter,
+        team_standings: Callable[[], list[TeamSnapshot]],
+        workload: ReplicaStats,
     ) -> None:
         self._describe = describe
         self._admission = admission

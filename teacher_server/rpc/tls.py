@@ -1,4 +1,4 @@
-"""The server's side of TLS: certificate and key from files that may be replaced at any time."""
+"""Reads a service's certificate and key from files that may be replaced at any time."""
 
 import ipaddress
 import logging
@@ -21,34 +21,35 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SOON = timedelta(days=14)
-"""A certificate that ends within this is worth a warning."""
+"""A certificate that expires within this time is worth a warning."""
 
 
 class Tls:
-    """The files of a service; `client_ca`: every client must show a certificate of this CA.
+    """The files of a service; with `client_ca` every client must show a certificate of this CA.
 
-    Files that cannot be used change nothing: whoever connects meets the last ones that could be, until
-    they are in order again.
+    Files that cannot be used change nothing: new connections get the last usable ones until the files
+    are in order again.
     """
 
     def __init__(self, cert: Path, key: Path, client_ca: Path | None = None) -> None:
-        """cert: PEM, the certificate first and then those between it and its CA. key: PEM, without a
+        """cert: PEM of the certificate, followed by those between it and its CA. key: PEM without a
         passphrase."""
         self.cert = cert
         self.key = key
         self.client_ca = client_ca
         self._lock = threading.Lock()
-        """Of what follows: gRPC asks from threads of its own, those of several ports."""
+        """Guards the fields below: gRPC calls from threads of its own, one for each port."""
         self._used: Files | None = None
         self._signature: _Signature | None = None
-        """Of the files when `_used` was read."""
-        self._told = ""
+        """Signature of the files when `_used` was read."""
+        self._logged = ""
+        """The last problem, which is logged once."""
 
     def credentials(self) -> grpc.ServerCredentials:
-        """What a gRPC port is opened with; new connections see replaced files.
+        """Returns what a gRPC port is opened with; new connections see replaced files.
 
-        May be called again, for another port or for the same one opened anew. Raises ServeError if the
-        files cannot be used and never could be.
+        May be called again, for another port or for the same one when it is reopened. Raises ServeError
+        if the files cannot be used and never could be.
         """
         shown = self._newest()
 
@@ -67,16 +68,16 @@ class Tls:
         )
 
     def warn(self, host: str) -> None:
-        """Logs what will keep clients away, now or soon. host: what they are told."""
+        """Logs what keeps clients from connecting, now or soon. host: the one that they are given."""
         try:
             files = self.read()
         except ServeError:
-            return  # they are being replaced at this moment; what is in use was read before
+            return  # they are being replaced at this moment; the files in use were read before
         for warning in files.warnings(host):
             logger.warning("--tls-cert %s %s", self.cert, warning)
 
     def expires_s(self) -> float | None:
-        """When the certificate ends, in seconds since 1970; None while the file cannot be read."""
+        """Returns when the certificate expires, in seconds since 1970; None: the file is unreadable."""
         try:
             first = _certificates(self.cert.read_bytes())[0]
         except (OSError, ValueError):
@@ -84,7 +85,7 @@ class Tls:
         return first.not_valid_after_utc.timestamp()
 
     def read(self) -> "Files":
-        """The files as they are now. Raises ServeError."""
+        """Reads the files as they are now. Raises ServeError if they cannot be used."""
         files = Files(
             _read("--tls-cert", self.cert),
             _read("--tls-key", self.key),
@@ -95,26 +96,29 @@ class Tls:
         return files
 
     def _newest(self) -> "Files":
-        """The files, or the last that could be used. Between the replacement of a certificate and that
-        of its key, the old pair stays in use."""
+        """Returns the files as they are now, or else the last usable ones.
+
+        Between the replacement of a certificate and that of its key, the old pair stays in use.
+        """
         with self._lock:
             try:
-                signature = self._look()
+                signature = self._sign()
                 if self._used is None:
                     self._used = self.read()
                 elif signature != self._signature:
-                    self._take_up(self.read())
-                self._signature, self._told = signature, ""
+                    self._replace(self.read())
+                # Taken before the files were read: a change since then is read next time.
+                self._signature, self._logged = signature, ""
             except ServeError as error:
                 if self._used is None:
                     raise
-                if str(error) != self._told:
-                    self._told = str(error)
-                    logger.error("%s. The certificate stays as it was before.", error)
+                if str(error) != self._logged:
+                    self._logged = str(error)
+                    logger.error("%s. The last usable certificate stays in use.", error)
             return self._used
 
-    def _take_up(self, files: "Files") -> None:
-        """Puts other files in the place of those in use. Raises ServeError."""
+    def _replace(self, files: "Files") -> None:
+        """Puts new files in the place of those in use. Raises ServeError if it is too early."""
         if files == self._used:
             return
         if begins := files.begins_later():
@@ -125,19 +129,19 @@ class Tls:
         self._used = files
         logger.info("certificate read again")
 
-    def _look(self) -> "_Signature":
-        """What changes with the content of a file. Raises ServeError."""
+    def _sign(self) -> "_Signature":
+        """Returns what changes with the content of a file. Raises ServeError."""
         paths = {"--tls-cert": self.cert, "--tls-key": self.key, "--tls-client-ca": self.client_ca}
-        found = []
+        signature = []
         for flag, path in paths.items():
             if path is None:
                 continue
             try:
-                one = os.stat(path)
+                status = os.stat(path)
             except OSError as error:
                 raise _unreadable(flag, path, error) from None
-            found.append((one.st_mtime_ns, one.st_size, one.st_ino))
-        return tuple(found)
+            signature.append((status.st_mtime_ns, status.st_size, status.st_ino))
+        return tuple(signature)
 
     def _named(self) -> str:
         flags = {"--tls-cert": self.cert, "--tls-key": self.key, "--tls-client-ca": self.client_ca}
@@ -146,7 +150,7 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The contents, as PEM."""
+    """The contents of the files, as PEM."""
 
     cert: bytes
     key: bytes
@@ -154,7 +158,7 @@ class Files:
     """None: clients show no certificate."""
 
     def problem(self) -> str | None:
-        """What is wrong with them, if something is."""
+        """Says what is wrong with them, if anything is."""
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -162,7 +166,7 @@ class Files:
         try:
             first = _certificates(self.cert)[0]
             public = first.public_key()
-            names_of(first)  # what it is for has a form of its own
+            names_of(first)  # its list of names is parsed separately
             part = "the key"
             key = load_pem_private_key(self.key, None)
             part = "the client CA"
@@ -175,17 +179,17 @@ class Files:
             return "the key is not the one of the certificate"
         if not _is_known(public):
             return (
-                "the key of the certificate is of a kind that gRPC does not take, and nobody could "
-                "connect; make a certificate with an RSA key, or one on the curve P-256 or P-384"
+                "gRPC does not accept keys of this certificate's kind, and no client could connect; "
+                "make a certificate with an RSA key, or one on the curve P-256 or P-384"
             )
         if first.not_valid_after_utc < datetime.now(UTC):
             return (
                 f"the certificate expired at {_time(first.not_valid_after_utc)}, and every client "
                 "refuses it; put a new one in its place"
             )
-        # No chain to an authority that has expired holds, so nobody could connect. One that is valid is
-        # enough: a bundle may keep the old ones.
-        last = max((one.not_valid_after_utc for one in authorities), default=None)
+        # No client could connect if every authority has expired. One valid one is enough: a bundle may
+        # keep the old ones.
+        last = max((ca.not_valid_after_utc for ca in authorities), default=None)
         if last is not None and last < datetime.now(UTC):
             return (
                 f"every certificate of the client CA has expired, the last one at {_time(last)}, and no "
@@ -194,41 +198,39 @@ class Files:
         return None
 
     def begins_later(self) -> datetime | None:
-        """From when on usable files can be used, if that is still to come."""
+        """Returns when files without a problem become valid, if that is still to come."""
         now = datetime.now(UTC)
         begins = _certificates(self.cert)[0].not_valid_before_utc
         if self.client_ca is not None:
-            usable = (
-                one for one in _certificates(self.client_ca) if one.not_valid_after_utc >= now
-            )
-            begins = max(begins, min((one.not_valid_before_utc for one in usable), default=begins))
+            usable = (ca for ca in _certificates(self.client_ca) if ca.not_valid_after_utc >= now)
+            begins = max(begins, min((ca.not_valid_before_utc for ca in usable), default=begins))
         return begins if begins > now else None
 
     def warnings(self, host: str) -> list[str]:
-        """What will keep clients away who are told to connect to this host, of usable files."""
+        """Says what keeps clients of this host from connecting, of files without a problem."""
         from cryptography import x509
 
         first = x509.load_pem_x509_certificates(self.cert)[0]
-        now, found = datetime.now(UTC), []
+        now, warnings = datetime.now(UTC), []
         names = names_of(first)
         if not any(_is_for(name, host) for name in names):
-            found.append(
-                f"is not for {host}, which clients are told: they will not connect to it. It is for "
-                f"{', '.join(names) or 'no name at all'}. Have a certificate made that has {host} "
-                "too, or --advertise a name that is in this one."
+            warnings.append(
+                f"is not for {host}, the address that clients are given: they will not connect to it. "
+                f"It is for {', '.join(names) or 'no name at all'}. Have a certificate made that has "
+                f"{host} too, or --advertise a name that is in this one."
             )
         if first.not_valid_before_utc > now:
             begins = _time(first.not_valid_before_utc)
-            found.append(f"is not valid before {begins}: until then every client refuses it.")
+            warnings.append(f"is not valid before {begins}: until then every client refuses it.")
         if first.not_valid_after_utc < now + SOON:
-            found.append(
-                f"expires at {_time(first.not_valid_after_utc)}. Put a new one in its place, this "
-                "service takes it up without a restart."
+            warnings.append(
+                f"expires at {_time(first.not_valid_after_utc)}. Put a new one in its place; this "
+                "service starts using it without a restart."
             )
-        return found
+        return warnings
 
     def configuration(self) -> grpc.ServerCertificateConfiguration:
-        """For gRPC."""
+        """Returns them in gRPC's form."""
         return grpc.ssl_server_certificate_configuration(
             [(self.key, self.cert)], root_certificates=self.client_ca or None
         )
@@ -237,14 +239,14 @@ class Files:
 _Signature = tuple[tuple[int, int, int], ...]
 _BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----[^-]*-----END \1-----")
 _CUT = re.compile(rb"-----(?:BEGIN|END) |^-[-A-Z ]*\Z", re.MULTILINE)
-"""What is left of a block that has no end, behind the whole ones."""
+"""Finds the remains of an incomplete block, once the complete ones are removed."""
 
 
 def _certificates(pem: bytes) -> "list[x509.Certificate]":
-    """All certificates of a file, at least one; text around them is allowed. Raises ValueError.
+    """Returns all certificates of a file; text around them is allowed. Raises ValueError if none.
 
-    A file that is cut off within one of them is refused, although the libraries take those before it:
-    whoever needs the lost one would be locked out.
+    A file that is cut off within one of them is refused, although the libraries accept those before it:
+    clients that need the lost one would be locked out.
     """
     from cryptography import x509
 
@@ -261,7 +263,7 @@ def _certificates(pem: bytes) -> "list[x509.Certificate]":
 
 
 def _is_known(public: object) -> bool:
-    """Whether gRPC takes keys of this kind, on both sides (tried with 1.85)."""
+    """Whether gRPC accepts keys of this kind, on both sides (tried with 1.85)."""
     from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
     if isinstance(public, ec.EllipticCurvePublicKey):
@@ -285,7 +287,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def names_of(certificate: "x509.Certificate") -> list[str]:
-    """The names and addresses that a certificate is for; without any, clients take its common name."""
+    """Returns the names and addresses that a certificate is for, or else its common name."""
     from cryptography import x509
     from cryptography.x509.oid import NameOID
 
@@ -295,13 +297,13 @@ def names_of(certificate: "x509.Certificate") -> list[str]:
         raise ValueError(str(error)) from None
     except x509.ExtensionNotFound:
         common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        return [str(one.value) for one in common]
-    found = [*names.get_values_for_type(x509.DNSName), *names.get_values_for_type(x509.IPAddress)]
-    return list(map(str, found))
+        return [str(attribute.value) for attribute in common]
+    addresses = names.get_values_for_type(x509.IPAddress)
+    return [*names.get_values_for_type(x509.DNSName), *map(str, addresses)]
 
 
 def _is_for(name: str, host: str) -> bool:
-    """Whether a name in a certificate stands for this host; a leading * for one label of it."""
+    """Whether a name in a certificate stands for this host; a leading * stands for one label."""
     host = host.strip("[]").rstrip(".").lower()
     try:
         return ipaddress.ip_address(host) == ipaddress.ip_address(name)
@@ -318,7 +320,7 @@ def _time(moment: datetime) -> str:
 
 
 def context_without_checks() -> ssl.SSLContext:
-    """For looking at who answers somewhere, not for talking to it."""
+    """Returns a context for finding out which service answers somewhere, not for talking to it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

@@ -43,7 +43,7 @@ from collections.abc import Callable, Collection
 import grpc
 
 from teacher_server.errors import RequestRefused
-from teacher_server.monitoring.team_stats import Dispatched, Standing
+from teacher_server.monitoring.team_stats import Dispatched, TeamStats
 from teacher_server.scheduling.job import BULK, TRAINING, Job
 from teacher_server.scheduling.team_queue import _Line
 
@@ -69,7 +69,7 @@ class Scheduler:
         max_batch_reply_nbytes: int,
         max_queued_tokens: int,
         cost: Callable[[Job], float] = lambda job: job.bucket,
-        standing: Standing | None = None,
+        standing: TeamStats | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_batch_tokens = max_batch_tokens

@@ -119,7 +119,7 @@ def test_a_path_that_is_not_utf8_deafens_nobody(fleet: Fleet, shared: Shared, wa
         assert got == wanted
         assert teacher.counters.reconnects == 0
     assert "Traceback" not in served.output()
-    assert "opened anew" not in served.output()
+    assert "reopening it" not in served.output()
 
 
 def unhardened() -> None:
@@ -149,7 +149,7 @@ def test_a_server_that_died_is_opened_anew_and_streams_resume(serve, folder, wan
     with Fleet(serve, folder, 1, hook=hook, batch_s=0.1) as fleet:
 
         def opened() -> int:
-            return fleet.replicas[0].output().count("opened anew")
+            return fleet.replicas[0].output().count("reopening it")
 
         with connect(fleet.own[0]) as teacher:
             pairs = teacher.stream(SEQUENCES, ahead=8)
@@ -158,7 +158,7 @@ def test_a_server_that_died_is_opened_anew_and_streams_resume(serve, folder, wan
                 with Peer(fleet.own[0]) as peer:
                     peer.call(BAD_PATH)
                     # Five times what is promised. It answers still until it has read the path.
-                    wait_until(lambda n=number: opened() >= n, "opened anew", 25.0)
+                    wait_until(lambda n=number: opened() >= n, "reopening it", 25.0)
                     wait_until(lambda: answers(fleet.own[0]), "it answers again", 25.0)
             fleet.hurry()
             got += within(60, lambda: [digest(targets) for _, targets in pairs])
@@ -206,7 +206,7 @@ def test_a_server_that_accepts_and_says_nothing_is_replaced(serve, folder):
         assert answers(fleet.own[0])
         with Peer(fleet.own[0]) as peer:
             peer.call("/nobody/Nothing")
-            wait_until(lambda: "opened anew" in fleet.replicas[0].output(), "noticed", 60.0)
+            wait_until(lambda: "reopening it" in fleet.replicas[0].output(), "noticed", 60.0)
             wait_until(lambda: answers(fleet.own[0]), "it answers again", 25.0)
 
 
@@ -237,7 +237,7 @@ def test_a_port_that_cannot_be_opened_again_ends_its_replica_and_another_takes_o
             peer.call("/nobody/Nothing")
             wait_until(lambda: not fleet.replicas[0].process.is_alive(), "it ends", 30.0)
         assert fleet.replicas[0].process.exitcode == 1
-        assert "cannot be opened again" in fleet.replicas[0].output()
+        assert "cannot be reopened" in fleet.replicas[0].output()
         got += within(60, lambda: [digest(targets) for _, targets in pairs])
         assert got == wanted
 
@@ -293,7 +293,7 @@ def test_who_comes_anew_during_a_flood_of_calls_is_let_in(fleet: Fleet):
                 break
             except TeacherUnavailable:
                 assert tries_left
-    assert "opened anew" not in output(), "its own questions wait, too"
+    assert "reopening it" not in output(), "its own questions wait, too"
     with connect(fleet.own[0]) as teacher:
         assert len(within(60, lambda: list(teacher.stream(SEQUENCES[:20])))) == 20
 
@@ -556,7 +556,7 @@ def test_a_socket_is_told_from_another_that_took_its_descriptor():
         other, _ = listening.accept()
         with one, other:
             cookie = sockets.cookie_of(other.fileno())
-            assert (other.fileno(), cookie) in list(sockets.found())
+            assert (other.fileno(), cookie) in list(sockets.open_sockets())
             assert [sockets.is_listening(end.fileno()) for end in (listening, other)] == [
                 True,
                 False,

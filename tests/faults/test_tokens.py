@@ -593,7 +593,7 @@ def test_replicas_know_each_other_through_tls_and_strange_names_are_left_out(
     told = [one.wait_ready() for one in served]
     assert told == [addresses[0], f"localhost:{ports[1]}"]
     assert "is not for" not in served[0].output()
-    assert "is not for localhost, which clients are told" in served[1].output()
+    assert "is not for localhost, the address that clients are given" in served[1].output()
 
     def listed(address: str) -> set[str]:
         with connect(address, token=token, ca=ca) as teacher:

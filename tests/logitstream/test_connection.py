@@ -71,7 +71,7 @@ def test_pem_may_be_given_itself(ca):
         ({"address": "a:1", "cert": PEM}, "both: cert and key"),
         ({"address": "a:1", "cert": PEM, "key": PEM}, "needs TLS"),
         ({"address": "a:1", "ca": b"abc"}, "not PEM"),
-        ({"address": "a:1", "token": "two\nlines"}, "copied whole"),
+        ({"address": "a:1", "token": "two\nlines"}, "copied completely"),
     ],
 )
 def test_what_cannot_be_used_is_told(arguments: dict, words: str):
@@ -86,12 +86,12 @@ def test_a_connection_file_with_a_mistake_is_told(tmp_path: Path):
     for text, words in (
         ("address = ", "not TOML"),
         ("ca = 'x'", "address must be"),
-        ("address = 'a:1'\ntoken = 'secret'", "token is never in a file"),
+        ("address = 'a:1'\ntoken = 'secret'", "token never belongs in a file"),
         ("address = 'a:1'\nca = 'none.pem'", r"none\.pem"),
         ("address = " + "[" * 5000, "not TOML: it is nested too deep"),
         ("address = 'a:1'\nca = " + "9" * 5000, "not TOML"),
         ("address = 'a:" + "9" * 5000 + "'", "a port is 1 to 65535"),
-        ("address = 'a:1'\nca = 0x" + "f" * 5000, "the rest strings"),
+        ("address = 'a:1'\nca = 0x" + "f" * 5000, "all other values strings"),
         ('address = "a:1"\nca = "a\\u0000b"', "cannot read ca .*null byte"),
     ):
         file.write_text(text)

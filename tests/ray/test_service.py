@@ -177,7 +177,7 @@ def test_replicas_that_went_deaf_are_opened_anew_and_ray_hears_of_it(
         for address in before.values():
             wait_for(lambda address=address: address in members(address).values(), 25)
         wait_for(lambda: members(service.address), 25)
-    assert "opened anew" in service.log()
+    assert "reopening it" in service.log()
     assert members(service.address) == before, "no replica had to be replaced"
     assert service.stop() == 0
 

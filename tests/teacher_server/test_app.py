@@ -12,7 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from teacher_server import app
 from teacher_server.app import TeacherReplica, build, replicas_for_load
-from teacher_server.commands import launch
+from teacher_server.cluster.ray_address import check_ray_address
 from teacher_server.config import ServeConfig
 from teacher_server.errors import ServeError
 
@@ -93,9 +93,9 @@ def test_a_wrong_address_of_a_cluster_is_told_at_once():
     with pytest.raises(
         ServeError, match=r"no Ray answers at --ray-address 127\.0\.0\.1:1: .*refused"
     ):
-        launch._check_cluster("127.0.0.1:1")
+        check_ray_address("127.0.0.1:1")
     with pytest.raises(ServeError, match="It is auto, or the HOST:PORT of the cluster's GCS"):
-        launch._check_cluster("127.0.0.1")
+        check_ray_address("127.0.0.1")
 
 
 @pytest.mark.parametrize(

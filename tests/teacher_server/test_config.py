@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from logitstream.command_line import WrongUsage, parse
+from logitstream.connection import is_loopback
 from teacher_server.cli import COMMANDS, main
-from teacher_server.config import ServeConfig, TeamAdd, is_loopback
+from teacher_server.config import ServeConfig, TeamAdd
 
 
 def write(folder: Path, text: str) -> str:

@@ -1,6 +1,6 @@
 import pytest
 
-from teacher_server.monitoring.replica_stats import WorkloadCounter
+from teacher_server.monitoring.replica_stats import ReplicaStats
 
 
 class Clock:
@@ -12,7 +12,7 @@ class Clock:
 
 def test_means_and_rates_are_of_the_last_minute() -> None:
     clock = Clock()
-    counter = WorkloadCounter(clock)
+    counter = ReplicaStats(clock)
     nothing = counter.numbers()
     assert (nothing.busy, nothing.forward_s, nothing.encode_s, nothing.tokens_per_s) == (0, 0, 0, 0)
     counter.passed(100, 0.2, 0.1)
@@ -34,7 +34,7 @@ def test_means_and_rates_are_of_the_last_minute() -> None:
 
 def test_a_pass_longer_than_the_window_is_no_more_than_all_of_the_time() -> None:
     clock = Clock()
-    counter = WorkloadCounter(clock)
+    counter = ReplicaStats(clock)
     clock.now += 90
     counter.computed(90.0)
     assert counter.numbers().busy == 1.0

@@ -166,7 +166,10 @@ BAD = {
         lambda folder: (folder / "server.pem").unlink(),
         "cannot read --tls-cert",
     ),
-    "a key that gRPC does not take": (use_p521, "is of a kind that gRPC does not take"),
+    "a key that gRPC does not take": (
+        use_p521,
+        "gRPC does not accept keys of this certificate's kind",
+    ),
     "an empty key": (written("server-key.pem", lambda pem: b""), "the key is not PEM"),
     "a key that is cut off": (
         written("server-key.pem", lambda pem: pem[:60]),
@@ -202,7 +205,7 @@ def test_files_that_cannot_be_used_lock_nobody_out(
         (error,) = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
         assert why in error
         assert str(folder) in error
-        assert error.endswith(". The certificate stays as it was before.")
+        assert error.endswith(". The last usable certificate stays in use.")
         for path, content in kept.items():
             path.write_bytes(content)
         assert met(port, client) == before
@@ -238,7 +241,7 @@ def test_a_port_that_is_opened_again_gets_the_last_files_that_could_be_used(
         (folder / "ca.pem").write_bytes(b"")
         with opened(tls) as second:
             assert met(first, folder) == met(second, folder) == good
-            assert caplog.text.count("The certificate stays") == 1, (
+            assert caplog.text.count("The last usable certificate stays") == 1, (
                 "one problem, whatever the ports"
             )
             (folder / "ca.pem").write_bytes(ca)

@@ -1,12 +1,12 @@
-"""Lets fewer new connections in from addresses whose strangers misbehave, while they do.
+"""Throttles new connections from addresses whose strangers misbehave, for as long as they do.
 
-Whoever is shut down for what he did can connect again at once, and a new connection may begin many
-calls before anybody looks at it. So the kernel drops a part of the requests for a connection (SYN
-segments) from such addresses, before they cost this process anything. The other system sends them again
-after 1, 2, 4... s: an honest client at such an address connects late, and clients at other addresses
-notice nothing. Connections that exist are left alone.
+A client that was shut down can connect again at once, and a new connection may begin many calls before
+the next look at it. So the kernel drops a part of the SYN segments from such addresses, before they
+cost this process anything. The other system sends them again after 1, 2, 4... s: an honest client at
+such an address connects late, and clients at other addresses notice nothing. Established connections
+are left alone.
 
-A classic BPF program on the listening sockets does it, which needs no privileges; Linux only.
+A classic BPF program on the listening sockets drops them, which needs no privileges; Linux only.
 """
 
 import ipaddress
@@ -20,17 +20,17 @@ from teacher_server.rpc import sockets
 logger = logging.getLogger(__name__)
 
 SMALLEST_SHARE = 0.2
-"""Of new connections that is always let in: with less, honest ones come too late."""
+"""The least share of new connections that is accepted: with less, honest ones come too late."""
 ADJUST_S = 0.25
 ATTACK, TOLERATED = 4, 8
-"""Strangers shut down within `ADJUST_S`, from which the gate is narrowed, and narrowed further."""
+"""Strangers shut down within `ADJUST_S` from which throttling begins, and becomes stronger."""
 FASTER, SLOWER = 0.5, 1.19
-"""Factors of the share, each `ADJUST_S`: it falls in one second, and recovers in two to three."""
+"""Factors of the share every `ADJUST_S`: it falls in one second, and recovers in two to three."""
 FORGET_S = 30.0
 """How long an address is remembered after its last stranger was shut down."""
 MAX_ADDRESSES = 32
-"""If more misbehave, the share is everybody's."""
-TELL_S = 60.0
+"""If more misbehave, all addresses are throttled."""
+LOG_S = 60.0
 
 INSTRUCTION = struct.Struct("HBBI")
 """Of classic BPF (linux/filter.h): code, jumps if true and if false, constant."""
@@ -40,53 +40,57 @@ NETWORK_HEADER, RANDOM = 0xFFF00000, 0xFFFFF000 + 56
 """Offsets with a meaning of their own (SKF_NET_OFF, SKF_AD_OFF + SKF_AD_RANDOM)."""
 DROP, KEEP = (RETURN, 0, 0, 0), (RETURN, 0, 0, 0xFFFFFFFF)
 IS_REQUEST = ((LOAD_BYTE, 0, 0, 13), (AND, 0, 0, 0x12), (IF_EQUAL, 1, 0, 0x02), KEEP)
-"""Goes on for segments with SYN and without ACK; 13 is where TCP has its flags."""
+"""Keeps all segments except those with SYN and without ACK; 13 is where TCP has its flags."""
 
 
-class Gate:
-    """`report` whoever was shut down, and `adjust` regularly; both from one thread."""
+class SynThrottle:
+    """Decides which share of new connections from misbehaving addresses is accepted.
+
+    `report` every shutdown for misbehaviour and call `adjust` regularly, both from one thread.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._reported = 0
         self._seen_s: dict[str, float] = {}
-        """When an address was reported last."""
-        self._adjusted_s = self._told_s = -TELL_S
+        """When each address was reported last."""
+        self._adjusted_s = self._logged_s = -LOG_S
         self.share = 1.0
-        """Of new connections from such addresses that is let in."""
+        """Of new connections from such addresses that is accepted."""
 
     @property
-    def is_narrow(self) -> bool:
-        """Whether anybody may find that a new connection is not taken up at once."""
+    def is_active(self) -> bool:
+        """Whether a new connection may have to wait."""
         return self.share < 1.0
 
     def report(self, address: str) -> None:
-        """A stranger at this address was shut down for what it did."""
+        """Counts a stranger at this address that was shut down for misbehaviour."""
         self._reported += 1
         self._seen_s[address] = self._clock()
 
     def adjust(self, listeners: Iterable[int]) -> None:
-        """Narrows or widens the gate at these listening sockets, given by file descriptor."""
+        """Changes the share, and the filter of these listening sockets, given by file descriptor."""
         now = self._clock()
         if now - self._adjusted_s < ADJUST_S:
             return
         self._adjusted_s = now
-        was_narrow = self.is_narrow
-        too_many = self._reported >= (TOLERATED if was_narrow else ATTACK)
+        was_active = self.is_active
+        too_many = self._reported >= (TOLERATED if was_active else ATTACK)
         self.share = (
             max(SMALLEST_SHARE, self.share * FASTER) if too_many else min(1.0, self.share * SLOWER)
         )
         self._reported = 0
         self._seen_s = {a: seen_s for a, seen_s in self._seen_s.items() if now - seen_s < FORGET_S}
-        if self.is_narrow:
+        if self.is_active:
             program = filter_program(self.share, self._seen_s)
-            for file in listeners:  # each time: a port that was opened anew has a new socket
+            # Every time: a port that was reopened has a new socket, and the share has changed.
+            for file in listeners:
                 sockets.attach_filter(file, program)
-        elif was_narrow:
+        elif was_active:
             for file in listeners:
                 sockets.detach_filter(file)
-        if too_many and now - self._told_s > TELL_S:
-            self._told_s = now
+        if too_many and now - self._logged_s > LOG_S:
+            self._logged_s = now
             logger.warning(
                 "strangers at %s misbehave: fewer new connections from there are let in for a while",
                 ", ".join(list(self._seen_s)[:4]) + ("..." if len(self._seen_s) > 4 else ""),
@@ -94,12 +98,12 @@ class Gate:
 
 
 def filter_program(share: float, addresses: Iterable[str]) -> bytes:
-    """Drops requests for a connection from these addresses, except for this share of them."""
+    """Returns a program that drops SYN segments from these addresses, except this share of them."""
     known = {_as_sent(address) for address in addresses}
     program = [*IS_REQUEST, (LOAD_WORD, 0, 0, RANDOM)]
     program += [(IF_AT_LEAST, 1, 0, int(share * 2**32)), KEEP]
     if len(known) > MAX_ADDRESSES:
-        return b"".join(INSTRUCTION.pack(*one) for one in (*program, DROP))
+        return b"".join(INSTRUCTION.pack(*line) for line in (*program, DROP))
     fours = sorted(address.packed for address in known if address.version == 4)
     sixes = sorted(address.packed for address in known if address.version == 6)
     for_four = [(LOAD_WORD, 0, 0, NETWORK_HEADER + 12)]
@@ -116,10 +120,10 @@ def filter_program(share: float, addresses: Iterable[str]) -> bytes:
     for_six.append(KEEP)
     program += [(LOAD_BYTE, 0, 0, NETWORK_HEADER), (AND, 0, 0, 0xF0)]
     program += [(IF_EQUAL, 0, len(for_four), 0x40), *for_four, *for_six]
-    return b"".join(INSTRUCTION.pack(*one) for one in program)
+    return b"".join(INSTRUCTION.pack(*line) for line in program)
 
 
 def _as_sent(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """A socket of IPv6 says ::ffff:192.0.2.1 for a caller whose segments are of IPv4."""
-    found = ipaddress.ip_address(address)
-    return getattr(found, "ipv4_mapped", None) or found
+    """Returns the address in a caller's segments: IPv6 sockets write ::ffff:192.0.2.1 for IPv4."""
+    parsed = ipaddress.ip_address(address)
+    return getattr(parsed, "ipv4_mapped", None) or parsed

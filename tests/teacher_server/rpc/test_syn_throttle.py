@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from teacher_server.rpc.gate import (
+from teacher_server.rpc.sockets import attach_filter, detach_filter
+from teacher_server.rpc.syn_throttle import (
     ADJUST_S,
     ATTACK,
     FORGET_S,
     MAX_ADDRESSES,
     SMALLEST_SHARE,
-    Gate,
+    SynThrottle,
     filter_program,
 )
-from teacher_server.rpc.sockets import attach_filter, detach_filter
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="filters of Linux")
 LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
@@ -106,49 +106,49 @@ def test_a_socket_that_is_none_cannot():
 
 def test_the_share_falls_while_strangers_misbehave_and_recovers(caplog):
     now = [100.0]
-    gate = Gate(clock=lambda: now[0])
+    throttle = SynThrottle(clock=lambda: now[0])
     with listening(socket.AF_INET) as server:
 
         def adjust(reports: int) -> float:
             now[0] += ADJUST_S
             for _ in range(reports):
-                gate.report("127.0.0.1")
-            gate.adjust([server.fileno()])
-            return gate.share
+                throttle.report("127.0.0.1")
+            throttle.adjust([server.fileno()])
+            return throttle.share
 
         assert adjust(ATTACK - 1) == 1.0
-        assert not gate.is_narrow
+        assert not throttle.is_active
         assert adjust(ATTACK) < 1.0
         assert "strangers at 127.0.0.1 misbehave" in caplog.text
         for _ in range(10):
             adjust(100)
-        assert gate.share == SMALLEST_SHARE
+        assert throttle.share == SMALLEST_SHARE
         tries = [is_let_in(server, "127.0.0.1", socket.AF_INET) for _ in range(20)]
         assert 20 - sum(tries) > 0, "some have to wait"
         assert is_let_in(server, "127.0.0.2", socket.AF_INET)
-        while gate.is_narrow:
+        while throttle.is_active:
             assert adjust(0) > SMALLEST_SHARE
         assert all(is_let_in(server, "127.0.0.1", socket.AF_INET) for _ in range(20))
         now[0] += FORGET_S
         adjust(0)
         for address in MANY[:ATTACK]:
-            gate.report(address)
+            throttle.report(address)
         adjust(0)
-        assert gate.is_narrow
+        assert throttle.is_active
         assert is_let_in(server, "127.0.0.1", socket.AF_INET), "it was forgotten"
     assert caplog.text.count("misbehave") == 1
 
 
 def test_a_socket_of_a_port_that_was_opened_anew_has_the_filter_too():
     now = [100.0]
-    gate = Gate(clock=lambda: now[0])
+    throttle = SynThrottle(clock=lambda: now[0])
     for _ in range(ATTACK):
-        gate.report("127.0.0.1")
+        throttle.report("127.0.0.1")
     with listening(socket.AF_INET) as old:
-        gate.adjust([old.fileno()])
-    assert gate.share == 0.5
+        throttle.adjust([old.fileno()])
+    assert throttle.share == 0.5
     with listening(socket.AF_INET) as new:
         now[0] += ADJUST_S
-        gate.adjust([new.fileno()])
+        throttle.adjust([new.fileno()])
         tries = [is_let_in(new, "127.0.0.1", socket.AF_INET) for _ in range(30)]
     assert 0 < sum(tries) < 30
