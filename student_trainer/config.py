@@ -2,12 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-import tyro
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from logitstream.command_line import AtAddress
+from logitstream.command_line import AddressedService, Json, ServiceOptions, Settings
 from logitstream.connection import check_address
 
 
@@ -20,24 +19,7 @@ def parse_count(text: str) -> int:
     return round(float(match.group(1)) * scale)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class ServiceConfig(_Section):
-    """How to reach a service; the token comes from TEACHER_TOKEN, never as a flag."""
-
-    ca: Path | None = None
-    """PEM of the authority that signed the service's certificate: use TLS. By default TEACHER_CA."""
-    cert: Path | None = None
-    """Client certificate, PEM; by default TEACHER_CERT."""
-    key: Path | None = None
-    """Its key, PEM; by default TEACHER_KEY."""
-
-
-class CorpusConfig(ServiceConfig):
+class CorpusConfig(ServiceOptions):
     """What is asked of which teacher, about which text."""
 
     teacher: str = ""
@@ -51,7 +33,7 @@ class CorpusConfig(ServiceConfig):
     """Hugging Face folder: config and tokenizer, and weights if it is not to start from random ones."""
     data: list[str] = Field(min_length=1)
     """Text or .jsonl files to train on: paths, folders, glob patterns."""
-    held_out: list[str] = []
+    held_out: list[str] = Field(default=[])
     """Files to measure on; by default every 20th sequence of data, which is then not trained on."""
     held_out_sequences: int = Field(default=256, ge=1)
     """At most this many held-out sequences are measured on."""
@@ -86,7 +68,7 @@ class RecordConfig(CorpusConfig):
     """Hugging Face folder of the student that is to be trained: its tokenizer reads the text."""
     data: list[str] = Field(min_length=1)
     """Text or .jsonl files to record the targets of: paths, folders, glob patterns."""
-    held_out: list[str] = []
+    held_out: list[str] = Field(default=[])
     """Files that `train` will measure on, recorded too; by default it measures on a part of data."""
     held_out_sequences: int = Field(default=256, ge=1)
     """At most this many sequences of the held-out files are recorded."""
@@ -94,7 +76,7 @@ class RecordConfig(CorpusConfig):
     """Of the teacher's distributions; `train` is to be given the same."""
     seed: int = Field(default=0, ge=0)
     """Of the teacher's draws. `train` replays what is recorded, whatever its own seed is."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    as_json: Json = False
     """Print JSON."""
 
 
@@ -120,20 +102,20 @@ class TrainConfig(CorpusConfig):
     ahead: str = "30s"
     """Look-ahead: as many batches as are used up in this time, in at most 512 MiB ("30s,2048MiB": in
     at most that), or a number of batches."""
-    control: tyro.conf.FlagCreatePairsOff[bool] = False
+    control: bool = False
     """Also train a second student on labels alone: same seed, data order and steps."""
-    shuffled_control: tyro.conf.FlagCreatePairsOff[bool] = False
+    shuffled_control: bool = False
     """Also train a student on targets that are shuffled among the rows of each batch: same loss, same
     bytes, wrong places. It must be worse, or it was not the teacher's knowledge that helped."""
     log_every: int = Field(default=10, ge=1)
     """Steps that the progress bar, and each point of --tensorboard, is about."""
-    tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
+    tensorboard: bool = False
     """Write curves to output/tensorboard."""
     checkpoint_every: int = Field(default=0, ge=0)
     """Steps between two checkpoints in output/checkpoints; 0 writes none."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many of the newest to keep."""
-    start_over: tyro.conf.FlagCreatePairsOff[bool] = False
+    start_over: bool = False
     """Delete the checkpoints in output and begin at step 0, instead of going on from the newest."""
     device: str = "auto"
     """auto, cpu or cuda."""
@@ -164,32 +146,28 @@ class TrainConfig(CorpusConfig):
         return self
 
 
-class ReportConfig(_Section):
+class ReportConfig(Settings):
     """Did it help? One page of finished runs, and the same numbers as JSON."""
 
-    runs: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="FOLDER...")] = Field(
-        min_length=1
-    )
+    runs: list[Path] = Field(min_length=1, kw_only=False)
     """Folders that `train` wrote: one, several seeds of the same, or several settings."""
     output: Path | None = None
     """The page, FILE.html; the numbers go to FILE.json. Default: report.html in the folder of the run,
     or in the current one if there are several."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    as_json: Json = False
     """Print the numbers as JSON."""
 
 
-class CheckConfig(ServiceConfig):
+class CheckConfig(AddressedService):
     """Is this teacher the right one, are its targets in the right place, and how fast is it?"""
 
-    address: AtAddress
-    """HOST:PORT of the service, or a connection file (*.toml) of it."""
     student: Path | None = None
     """Folder of the student: its tokenizer is compared with the teacher's."""
     tokens: str | None = None
     """Estimate hours, bytes and disk for this many tokens, such as 1B or 300M."""
     targets: str = "sampled"
     """What to ask for."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    as_json: Json = False
     """Print JSON."""
 
     @field_validator("tokens")

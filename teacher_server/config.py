@@ -5,21 +5,15 @@ import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from cyclopts import Parameter
+from pydantic import Field, model_validator
 
-from logitstream.command_line import AtAddress
+from logitstream.command_line import AddressedService, Json, Settings
 from logitstream.connection import check_address
 from teacher_server.rpc.tls import Tls
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class BatchConfig(_Section):
+class BatchConfig(Settings):
     """How sequences are joined into batches."""
 
     max_tokens: int = Field(default=4096, ge=1)
@@ -30,7 +24,7 @@ class BatchConfig(_Section):
     teams together may have four times as many, each an equal part of them."""
 
 
-class TargetsConfig(_Section):
+class TargetsConfig(Settings):
     """What may be asked for."""
 
     max_top_k: int = Field(default=256, ge=1)
@@ -39,7 +33,7 @@ class TargetsConfig(_Section):
     """Largest answer to one request, in MiB, estimated before it is scored."""
 
 
-class AdmissionConfig(_Section):
+class AdmissionConfig(Settings):
     """Limits of one request and one stream."""
 
     max_sequence_tokens: int | None = Field(default=None, ge=2)
@@ -65,10 +59,10 @@ class AdmissionConfig(_Section):
     likewise; one takes about 16 KiB, with TLS 64 KiB."""
 
 
-class ServeConfig(_Section):
+class ServeConfig(Settings):
     """Serve a teacher: one line on stdout says when it is ready, Ctrl-C drains and stops it."""
 
-    model: str
+    model: str = Field(kw_only=False)
     """Folder written by save_pretrained (safetensors), or a hub id."""
     revision: str | None = None
     """Revision of a hub id."""
@@ -77,7 +71,7 @@ class ServeConfig(_Section):
     port: int = Field(default=50051, ge=0, le=65535)
     """Port to listen on; 0 takes a free one and prints it. On Ray all replicas of a host share it,
     and each has a port of its own beside it."""
-    standalone: tyro.conf.FlagCreatePairsOff[bool] = False
+    standalone: bool = False
     """One replica in this process, without Ray."""
     replicas: int | None = Field(default=None, ge=1)
     """Replicas of the teacher, one by default; with --max-replicas the least."""
@@ -87,7 +81,7 @@ class ServeConfig(_Section):
     ray_address: str | None = None
     """Ray cluster to serve on: auto for the one of this machine, or HOST:PORT of its GCS. By
     default a Ray of its own is started here, and stopped at the end."""
-    update: tyro.conf.FlagCreatePairsOff[bool] = False
+    update: bool = False
     """With --ray-address: replace the service of this name, one replica after the other, and exit
     when that is done; whoever started the service still owns it."""
     gpus_per_replica: float | None = Field(default=None, ge=0.0)
@@ -142,7 +136,7 @@ class ServeConfig(_Section):
     tls_client_ca: Path | None = None
     """Every client has to show a certificate that this CA signed; `certificates` of a team name
     those that stand for it."""
-    allow_public: tyro.conf.FlagCreatePairsOff[bool] = False
+    allow_public: bool = False
     """Listen on an address that is not loopback without TLS, or without teams: whoever can reach the
     port can use the teacher, or read what crosses the network."""
     batch: BatchConfig = BatchConfig()
@@ -245,7 +239,7 @@ class ServeConfig(_Section):
                 return socket.gethostname()
 
 
-class FitIdsConfig(_Section):
+class FitIdsConfig(Settings):
     """Fit an id table to a teacher and put it beside its weights: ids take fewer bytes with it.
 
     The fingerprint of the teacher changes with it: services are to be started anew, and what was
@@ -263,16 +257,16 @@ class FitIdsConfig(_Section):
     """Of the weights and the forward pass; auto is what the model was saved in."""
 
 
-class _TeamSection(_Section):
+class _OneTeam(Settings):
+    name: str = Field(kw_only=False)
+    """Name of the team: letters, digits, - and _."""
     teams: Path
     """The teams file."""
 
 
-class TeamAdd(_TeamSection):
+class TeamAdd(_OneTeam):
     """Add a team and show its token, once; makes the file if there is none."""
 
-    name: tyro.conf.Positional[str]
-    """Letters, digits, - and _."""
     weight: float = Field(default=1.0, gt=0.0, le=1e6)
     """Its share, compared with those of other teams that have work at the same time."""
     scopes: tuple[Literal["score", "generate", "hidden", "dense", "admin"], ...] = ("score",)
@@ -287,43 +281,41 @@ class TeamAdd(_TeamSection):
     """Authority of the service's certificate, PEM; goes into the connection file."""
     out: Path = Path()
     """Folder of the connection file."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    as_json: Json = False
     """Print JSON."""
 
 
-class TeamList(_TeamSection):
+class TeamList(Settings):
     """Show the teams."""
 
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    teams: Path
+    """The teams file."""
+    as_json: Json = False
     """Print JSON."""
 
 
-class TeamRotate(_TeamSection):
+class TeamRotate(_OneTeam):
     """Give a team a new token and let its old ones expire."""
 
-    name: tyro.conf.Positional[str]
-    """The team."""
     overlap: int = Field(default=7, ge=0)
     """Days for which the old tokens are still let in; 0: not at all, when one has leaked."""
     days: int = Field(default=365, ge=0)
     """How long the new token is valid; 0: without an end."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    as_json: Json = False
     """Print JSON."""
 
 
-class TeamDisable(_TeamSection):
+class TeamDisable(_OneTeam):
     """Let a team in no more; what it has open ends within seconds."""
 
-    name: tyro.conf.Positional[str]
-    """The team."""
-    undo: tyro.conf.FlagCreatePairsOff[bool] = False
+    undo: bool = False
     """Let it in again."""
 
 
 TeamAction = TeamAdd | TeamList | TeamRotate | TeamDisable
 
 
-class CertsConfig(_Section):
+class CertsConfig(Settings):
     """Make a private authority and certificates, for a trial: nothing is to be bought or asked for."""
 
     out: Path
@@ -331,33 +323,20 @@ class CertsConfig(_Section):
     the new certificates."""
     host: tuple[str, ...] = ()
     """Names and addresses by which clients reach the service, by default those of this machine."""
-    only_these: tyro.conf.FlagCreatePairsOff[bool] = False
+    only_these: bool = False
     """Leave out localhost, which is added otherwise: the near ends of tunnels are there."""
     client: tuple[str, ...] = ()
     """Names of clients to make certificates for, such as those of teams."""
     days: int = Field(default=365, ge=1, le=3650)
     """How long the certificates are valid; the authority is for ten years."""
-    force: tyro.conf.FlagCreatePairsOff[bool] = False
+    force: bool = False
     """Replace certificates that are there."""
 
 
-class ServiceConfig(_Section):
-    """A running service that a command asks; the token comes from TEACHER_TOKEN, never as a flag."""
-
-    address: AtAddress
-    """HOST:PORT of the service, or a connection file (*.toml) of it."""
-    ca: Path | None = None
-    """PEM of the authority that signed the service's certificate: use TLS. By default TEACHER_CA."""
-    cert: Path | None = None
-    """Client certificate, PEM; by default TEACHER_CERT."""
-    key: Path | None = None
-    """Its key, PEM; by default TEACHER_KEY."""
-
-
-class UsageConfig(ServiceConfig):
+class UsageConfig(AddressedService):
     """Print what teams have used, by day (UTC): of the own team, or of all with the scope admin."""
 
-    address: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="HOST:PORT")] = ""
+    address: str = Field(default="", kw_only=False)
     """HOST:PORT of the service, or a connection file (*.toml) of it."""
     team: str = ""
     """Of this team only."""
@@ -365,9 +344,9 @@ class UsageConfig(ServiceConfig):
     """First day, such as 2027-01-31; by default today."""
     ledger: Path | None = None
     """Read the ledger in this folder instead of asking a service."""
-    as_csv: Annotated[bool, tyro.conf.arg(name="csv"), tyro.conf.FlagCreatePairsOff] = False
+    as_csv: Annotated[bool, Parameter(name="csv")] = False
     """Print CSV."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    as_json: Json = False
     """Print JSON."""
 
     @model_validator(mode="after")
@@ -381,20 +360,20 @@ class UsageConfig(ServiceConfig):
         return self
 
 
-class DescribeConfig(ServiceConfig):
+class DescribeConfig(AddressedService):
     """Ask a running service who it is, and who the caller is to it."""
 
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    as_json: Json = False
     """Print JSON."""
 
 
-class StatusConfig(ServiceConfig):
+class StatusConfig(AddressedService):
     """Show how a running service is doing: of the own team, or of all teams and the replicas with the
     scope admin. Rates and times are of the last minute."""
 
-    watch: tyro.conf.FlagCreatePairsOff[bool] = False
+    watch: bool = False
     """Again every 2 s, until Ctrl-C."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    as_json: Json = False
     """Print JSON; with --watch one line each time."""
 
 
