@@ -34,8 +34,8 @@ FILES = (
     "file over an earlier one, and each of them over the default."
 )
 SERVICES = (
-    "The token of a service comes from --token-file, from the environment variable TEACHER_TOKEN, or "
-    "from the variable that a connection file names; it is never an option itself."
+    "The token of a service comes from --token-file, from the environment variable TEACHER_TOKEN, "
+    "or from the variable that a connection file names; it is never an option itself."
 )
 KINDS = {int: "an integer", float: "a number", bool: "true or false"}
 
@@ -68,8 +68,11 @@ class ServiceOptions(Settings):
     token_file: Path | None = None
     """File that holds the token, instead of TEACHER_TOKEN."""
 
-    def read_token(self) -> str | None:
-        """Returns the token in --token-file, if one was given. Raises ValueError, OSError."""
+    def credentials(self) -> dict[str, Any]:
+        """Returns what a connection takes: token, ca, cert and key. Raises ValueError."""
+        return {"token": self._read_token(), "ca": self.ca, "cert": self.cert, "key": self.key}
+
+    def _read_token(self) -> str | None:
         if self.token_file is None:
             return None
         try:
@@ -103,7 +106,8 @@ class Group:
     description: str
     commands: Mapping[str, "Command | Group"]
     files_of: Mapping[str, str] = field(default_factory=dict)
-    """Maps a command to another whose files it also takes; settings for only that one are ignored."""
+    """Maps a command to another whose files it also takes; settings for only that one are
+    ignored."""
 
 
 class WrongUsage(ValueError):
@@ -239,7 +243,8 @@ class _Reader:
     """Whether values of an unknown option were dropped: what is missing may be among them."""
 
     def read(self, tokens: list[str], *sources: Any) -> Settings:
-        """Returns the configuration. sources: what cyclopts is to read before files. Raises WrongUsage."""
+        """Returns the configuration. sources: what cyclopts is to read before files. Raises
+        WrongUsage."""
         app = _make_app(self.name, self.command, config=[*sources, self.read_files])
         self.arguments = app.assemble_argument_collection()
         tokens = self._drop_unknown(tokens)
@@ -253,7 +258,7 @@ class _Reader:
             if not is_missing and not isinstance(invalid, pydantic.ValidationError):
                 raise self._refuse(self._explain_usage(error)) from None
         if settings is None and invalid is None:
-            # Without any value cyclopts does not ask pydantic, and knows only the first that is missing.
+            # Without any value cyclopts does not ask pydantic, and names one missing option only.
             try:
                 settings = self.command.model_validate({})
             except pydantic.ValidationError as error:
@@ -274,7 +279,8 @@ class _Reader:
     # Sources.
 
     def read_files(self, app: App, commands: Any, arguments: ArgumentCollection) -> None:
-        """Fills in what neither the command line nor the environment gave: a source of cyclopts'."""
+        """Fills in what neither the command line nor the environment gave: a source of
+        cyclopts'."""
         self.arguments = arguments
         for argument in arguments:
             if [token.value for token in argument.tokens] == ["None"] and _allows_none(argument):
@@ -357,8 +363,8 @@ class _Reader:
         name = name.replace("_", "-")
         if name in ("token", "teacher-token"):
             return (
-                f"{label} is not an option: give --token-file FILE, or set the environment variable "
-                "TEACHER_TOKEN"
+                f"{label} is not an option: give --token-file FILE, or set the environment "
+                "variable TEACHER_TOKEN"
             )
         if takers := self._takers(name):
             return f"{label} is an option of {' and '.join(takers)}, not of {self.name}"
@@ -477,7 +483,8 @@ def _flatten(content: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, An
 
 
 def _is_plain(value: Any) -> bool:
-    """Tells whether some option can take a value of a file; Python prints no number that is huge."""
+    """Tells whether some option can take a value of a file; Python prints no number that is
+    huge."""
     is_huge = isinstance(value, int) and value.bit_length() > 64
     return not (value is None or is_huge or isinstance(value, dict | list))
 

@@ -71,7 +71,7 @@ def test_a_mistake_is_a_line_on_stderr_and_exit_code_2(tmp_path: Path, capsys):
         (("train", *given, "--control", "yes"), ["unexpected argument 'yes': --control takes no"]),
         (
             ("train", *given[2:]),
-            ["--student is missing: Hugging Face folder: config and tokenizer"],
+            ["--student is missing: Hugging Face folder or hub id: config and tok"],
         ),
         (("train", *given[:-2]), ["give --teacher HOST:PORT, --record FOLDER or both"]),
         (("train", *given[:-1], "nowhere"), ["--teacher: an address is host:port, such as"]),
@@ -105,7 +105,7 @@ def test_a_mistake_is_a_line_on_stderr_and_exit_code_2(tmp_path: Path, capsys):
         ("--device", "gpu", "--device must be auto, cpu, cuda"),
         ("--targets", "topk:64", "--targets: unknown kind of targets 'topk'"),
         ("--ahead", "3x", "ahead must be a number of batches"),
-        ("--output", "/proc/x", "--output /proc/x cannot be made"),
+        ("--output", "/proc/x", "--output /proc/x cannot be created"),
     ],
 )
 def test_what_can_be_known_at_once_is_refused_before_anything_is_read(
