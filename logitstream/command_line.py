@@ -1,46 +1,102 @@
-"""The command line of both sides: flags and @file.toml to a configuration, or a line per mistake.
+"""The command line of both programs: flags, environment and files become a checked configuration.
 
-A command is a pydantic class: its fields are the options, and their docstrings the help, which tyro
-draws. The arguments are read here, because tyro stops at the first mistake, says it in a box and
-cannot tell a value of a file from a flag; pydantic then checks all values at once.
+A command is a pydantic class: its fields are the options, and their docstrings the help. cyclopts
+reads the arguments and prints the help; pydantic checks all values at once. Whatever either of them
+refuses becomes one line per mistake, which says what was given and what is allowed.
 """
 
 import difflib
+import json
 import re
 import tomllib
 import types
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pydantic
-import tyro
-from pydantic.fields import FieldInfo
+from cyclopts import App, Parameter, Token
+from cyclopts.argument import Argument, ArgumentCollection
+from cyclopts.config import Env
+from cyclopts.exceptions import CycloptsError, MissingArgumentError
 
 from logitstream.connection import check_address
 
-Command = type[pydantic.BaseModel]
 HELP = ("-h", "--help")
+PREFIX = "LOGITSTREAM"
+"""Of the environment variables that stand for options: LOGITSTREAM_TRAIN_BATCH_SIZE."""
 FILES = (
-    "Options can also stand in a TOML file, given as @FILE.toml: `batch_size = 16` there is "
-    "--batch-size 16. What comes later on the command line wins."
+    "Options can also come from a TOML or YAML file, given as @FILE or --config FILE, and from the "
+    "environment: --some-option is some_option in a file and {prefix}_SOME_OPTION in the "
+    "environment. The command line wins over the environment, the environment over files, a later "
+    "file over an earlier one, and each of them over the default."
 )
 SERVICES = (
-    "The token of a service comes from the environment variable TEACHER_TOKEN, or the one that a "
-    "connection file names; never from an option."
+    "The token of a service comes from --token-file, from the environment variable TEACHER_TOKEN, "
+    "or from the variable that a connection file names; it is never an option itself."
 )
-OF_SIZE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
-"""Errors of pydantic about values that are numbers."""
-AtAddress = Annotated[
-    tyro.conf.Positional[str],
-    tyro.conf.arg(metavar="HOST:PORT"),
-    pydantic.AfterValidator(check_address),
-]
-"""The service that a command is about."""
-KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+KINDS = {int: "an integer", float: "a number", bool: "true or false"}
+
+
+class Settings(pydantic.BaseModel):
+    """Base of commands and of their sections. A field with kw_only=False is positional too."""
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for info in cls.model_fields.values():
+            # cyclopts also takes a field by position unless the field is keyword-only.
+            info.kw_only = info.kw_only is not False
+            info.description = " ".join((info.description or "").split())
+
+
+class ServiceOptions(Settings):
+    """How a command reaches a service, and proves who is calling."""
+
+    ca: Path | None = None
+    """PEM file of the authority that signed the service's certificate; turns on TLS. Default:
+    TEACHER_CA."""
+    cert: Path | None = None
+    """Client certificate, a PEM file. Default: TEACHER_CERT."""
+    key: Path | None = None
+    """Private key of the client certificate, a PEM file. Default: TEACHER_KEY."""
+    token_file: Path | None = None
+    """File that holds the token, instead of TEACHER_TOKEN."""
+
+    def credentials(self) -> dict[str, Any]:
+        """Returns what a connection takes: token, ca, cert and key. Raises ValueError."""
+        return {"token": self._read_token(), "ca": self.ca, "cert": self.cert, "key": self.key}
+
+    def _read_token(self) -> str | None:
+        if self.token_file is None:
+            return None
+        try:
+            token = self.token_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise ValueError(f"cannot read --token-file {self.token_file}: {why}") from None
+        if not token:
+            raise ValueError(f"--token-file {self.token_file} is empty")
+        return token
+
+
+class _Addressed(Settings):
+    address: Annotated[str, pydantic.AfterValidator(check_address)] = pydantic.Field(kw_only=False)
+    """HOST:PORT of the service, or a connection file (*.toml) of it."""
+
+
+class AddressedService(ServiceOptions, _Addressed):  # pydantic puts fields of the last base first
+    """The running service that a command calls."""
+
+
+Json = Annotated[bool, Parameter(name="json")]
+"""The option --json; a field called json would hide a method of pydantic's."""
+Command = type[Settings]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +106,8 @@ class Group:
     description: str
     commands: Mapping[str, "Command | Group"]
     files_of: Mapping[str, str] = field(default_factory=dict)
-    """A command, and the one whose files it takes too: what only that one knows is passed over."""
+    """Maps a command to another whose files it also takes; settings for only that one are
+    ignored."""
 
 
 class WrongUsage(ValueError):
@@ -62,405 +119,409 @@ class WrongUsage(ValueError):
 
 
 def parse(prog: str, group: Group, arguments: Sequence[str]) -> Any:
-    """The configuration of the command that was given.
+    """Returns the configuration of the command that was given.
 
-    Prints the help and raises SystemExit where it is asked for; raises WrongUsage.
+    Prints help, version or the resolved configuration and raises SystemExit where that is asked
+    for. Raises WrongUsage.
     """
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
-    if name in HELP:
-        print(_overview(prog, group))
+    tokens = [f"--config={one[1:]}" if one.startswith("@") else one for one in arguments]
+    path: list[str] = []
+    siblings, command = group, group
+    while isinstance(command, Group) and tokens and tokens[0] in command.commands:
+        path.append(tokens.pop(0))
+        siblings, command = command, command.commands[path[-1]]
+    if {*HELP} & {*tokens}:
+        print_help(prog, group, path)
         raise SystemExit(0)
-    if name == "--version":
+    if "--version" in tokens:
         print(f"{prog} {version('logitstream')}")
         raise SystemExit(0)
-    if name not in group.commands:
-        what = "a command is missing"
-        if name:
-            what = f"{name[:40]!r} is not a command{_near(name, group.commands)}"
-        raise WrongUsage([f"{what}: give {' or '.join(group.commands)}{_see(prog)}"])
-    command = group.commands[name]
     if isinstance(command, Group):
-        return parse(f"{prog} {name}", command, rest)
-    if set(HELP) & {*rest}:
-        print_help(f"{prog} {name}", command)
-        raise SystemExit(0)
-    return _Reader(prog, name, command, group).read(rest)
+        what = "a command is missing"
+        if tokens:
+            what = f"{tokens[0][:40]!r} is not a command{_suggest(tokens[0], command.commands)}"
+        see = f"; see {' '.join([prog, *path])} --help"
+        raise WrongUsage([f"{what}: give {' or '.join(command.commands)}{see}"])
+    return _Reader(" ".join([prog, *path]), path[-1], command, siblings).read(
+        tokens, Env(f"{_prefix(path)}_", command=False)
+    )
 
 
 def read_settings(
     prog: str, name: str, command: Command, settings: Mapping[str, Any], where: str
 ) -> Any:
-    """The configuration of a command that a table stands for, checked like a TOML file.
+    """Returns the configuration of a command from a table, checked like a file.
 
-    where: what the table is called in messages. Raises WrongUsage.
+    where: what messages call the table. Raises WrongUsage.
     """
-    reader = _Reader(prog, name, command, Group("", {name: command}))
-    for key, value in _flattened(settings):
-        reader.read_setting(where, key, value)
-    return reader.finished()
+    reader = _Reader(f"{prog} {name}", name, command, Group("", {name: command}))
+    reader.tables.append((where, _flatten(settings)))
+    return reader.read([])
 
 
-def print_help(prog: str, command: Command) -> None:
-    """The options of one command."""
-    notes = [FILES, SERVICES] if {"ca", "cert", "key"} <= {*command.model_fields} else [FILES]
-    description = "\n\n".join([" ".join((command.__doc__ or "").split()), *notes])
-    try:
-        tyro.cli(command, prog=prog, description=description, args=["--help"])
-    except SystemExit as ended:
-        if ended.code:
-            raise
+def print_help(prog: str, group: Group, path: Sequence[str]) -> None:
+    """Prints the options of a command, or the commands of a group."""
+    _make_app(prog, group).help_print([*path])
 
 
-@dataclass(frozen=True, slots=True)
-class _Option:
-    """A field of a command, or of a section of one."""
+def _make_app(name: str, command: Command | Group, path: Sequence[str] = (), **options: Any) -> App:
+    """Makes the cyclopts App of a command, or of a group with all its commands."""
+    app = App(
+        name,
+        help=_describe(command),
+        help_epilogue=_describe_sources(command, path),
+        help_format="plaintext",
+        version_flags=(),
+        default_parameter=Parameter(
+            negative=(), consume_multiple=True, allow_repeating=True, show_default=_show_default
+        ),
+        **options,
+    )
+    if isinstance(command, Group):
+        for index, (sub_name, sub_command) in enumerate(command.commands.items()):
+            app.command(_make_app(sub_name, sub_command, [*path, sub_name], sort_key=index))
+        return app
 
-    path: tuple[str, ...]
-    name: str
-    """As a flag, without the dashes in front: "batch.max-tokens"."""
-    field: FieldInfo
-    kinds: tuple[Any, ...]
-    """What its type is made of: (int, NoneType)."""
+    def collect(settings: Any = None, *, config: Any = (), print_config: bool = False) -> Any:
+        return settings, print_config
 
-    @property
-    def is_positional(self) -> bool:
-        return tyro.conf.Positional in self.field.metadata
-
-    @property
-    def is_flag(self) -> bool:
-        return self.kinds == (bool,)
-
-    @property
-    def is_list(self) -> bool:
-        return any(get_origin(kind) in (list, tuple) for kind in self.kinds)
-
-    @property
-    def label(self) -> str:
-        """How a person knows it."""
-        if self.is_positional:  # tyro.conf.arg(metavar=...)
-            metavars = [getattr(one, "metavar", None) for one in self.field.metadata]
-            return next(filter(None, metavars), self.name.upper())
-        return f"--{self.name}"
-
-    @property
-    def allowed(self) -> str:
-        """What it takes."""
-        if self.is_list:
-            return "one or more values"
-        for kind in self.kinds:
-            if get_origin(kind) is Literal:
-                return " or ".join(map(str, get_args(kind)))
-        return next((KINDS[kind] for kind in self.kinds if kind in KINDS), "a value")
-
-    @property
-    def meaning(self) -> str:
-        """The first sentence of its help."""
-        text = " ".join((self.field.description or "").split())
-        return re.split(r"(?<=\w)\. |[;.]$", text)[0]
+    collect.__annotations__ = {
+        "settings": Annotated[command, Parameter(name="*", required=True)],
+        "config": Annotated[
+            list[Path],
+            Parameter(consume_multiple=False, help="Read options from this TOML or YAML file."),
+        ],
+        "print_config": Annotated[
+            bool, Parameter(help="Print the resolved configuration as TOML and exit.")
+        ],
+    }
+    app.default(collect)
+    return app
 
 
-def _options(command: Command, path: tuple[str, ...] = ()) -> dict[str, _Option]:
-    """All of a command, by the name of the flag."""
-    found: dict[str, _Option] = {}
-    for name, info in command.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, pydantic.BaseModel):
-            found |= _options(info.annotation, (*path, name))
-            continue
-        # tyro.conf.arg(name=...) gives a field another name.
-        shown = next((one.name for one in info.metadata if getattr(one, "name", None)), name)
-        flag = ".".join((*path, shown)).replace("_", "-")
-        found[flag] = _Option((*path, name), flag, info, _kinds(info.annotation))
-    return found
+def _describe(command: Command | Group) -> str:
+    """Returns the text above the options; its first paragraph stands in the list of commands."""
+    if isinstance(command, Group):
+        return command.description
+    paragraphs = re.split(r"(?<=[.?])\s+", (command.__doc__ or "").strip(), maxsplit=1)
+    return "\n\n".join(" ".join(text.split()) for text in paragraphs)
 
 
-def _kinds(annotation: Any) -> tuple[Any, ...]:
-    if get_origin(annotation) is Annotated:
-        return _kinds(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return tuple(kind for one in get_args(annotation) for kind in _kinds(one))
-    return (annotation,)
+def _describe_sources(command: Command | Group, path: Sequence[str]) -> str:
+    """Returns the text below the options."""
+    is_group = isinstance(command, Group)
+    text = FILES.format(prefix=_prefix([*path, "COMMAND"] if is_group else path))
+    return f"{text}\n\n{SERVICES}" if is_group or issubclass(command, ServiceOptions) else text
+
+
+def _show_default(value: Any) -> str | None:
+    """Shows a default in the help, unless it is empty."""
+    if isinstance(value, list | tuple):
+        value = " ".join(map(str, value))
+    return None if value is None or value is False or value == "" else str(value)
 
 
 @dataclass(slots=True)
 class _Reader:
-    """Reads the arguments of one command, and collects what is wrong with them."""
+    """Reads one command from its sources, and collects what is wrong with them."""
 
     prog: str
+    """With the command, as the help is asked for."""
     name: str
     command: Command
     group: Group
-    options: dict[str, _Option] = field(init=False)
-    given: dict[tuple[str, ...], Any] = field(default_factory=dict)
-    """Texts, lists of them and booleans, by the path of the field."""
-    labels: dict[tuple[str, ...], str] = field(default_factory=dict)
-    """Where each was given, for a person."""
+    tables: list[tuple[str, list[tuple[str, Any]]]] = field(default_factory=list)
+    """Names of files and the settings in them; a later one wins."""
+    arguments: ArgumentCollection = field(init=False)
+    """All options, with the tokens that were given for them."""
     mistakes: list[str] = field(default_factory=list)
+    refused: set[tuple[str, ...]] = field(default_factory=set)
+    """Options that a file set to what cannot be read: they are not missing."""
     all_read: bool = True
     """Whether every file could be read: what is missing may be in another."""
-    passed_over: bool = False
-    """Whether values behind an unknown option were: what is missing may be among them."""
+    dropped_values: bool = False
+    """Whether values of an unknown option were dropped: what is missing may be among them."""
 
-    def __post_init__(self) -> None:
-        self.options = _options(self.command)
+    def read(self, tokens: list[str], *sources: Any) -> Settings:
+        """Returns the configuration. sources: what cyclopts is to read before files. Raises
+        WrongUsage."""
+        app = _make_app(self.name, self.command, config=[*sources, self.read_files])
+        self.arguments = app.assemble_argument_collection()
+        tokens = self._drop_unknown(tokens)
+        settings, print_config, invalid = None, False, None
+        try:
+            collect, bound, unused, _ = app.parse_known_args(tokens)
+            settings, print_config = collect(*bound.args, **bound.kwargs)
+        except CycloptsError as error:
+            unused, invalid = error.unused_tokens or [], error.__cause__
+            is_missing = isinstance(error, MissingArgumentError) and error.keyword is None
+            if not is_missing and not isinstance(invalid, pydantic.ValidationError):
+                raise self._refuse(self._explain_usage(error)) from None
+        if settings is None and invalid is None:
+            # Without any value cyclopts does not ask pydantic, and names one missing option only.
+            try:
+                settings = self.command.model_validate({})
+            except pydantic.ValidationError as error:
+                invalid = error
+        self.mistakes += [self._explain_unused(token, tokens) for token in unused]
+        if isinstance(invalid, pydantic.ValidationError):
+            self._explain_values(invalid)
+        if settings is None or self.mistakes:
+            raise self._refuse()
+        if print_config:
+            print(_format_toml(settings, self.arguments), end="")
+            raise SystemExit(0)
+        return settings
 
-    def _takers(self, name: str) -> list[str]:
-        """The commands that have an option."""
-        return [
-            one
-            for one, command in self.group.commands.items()
-            if not isinstance(command, Group) and name in _options(command)
-        ]
+    def _refuse(self, *mistakes: str) -> WrongUsage:
+        return WrongUsage([f"{one}; see {self.prog} --help" for one in [*self.mistakes, *mistakes]])
 
-    def read(self, arguments: Sequence[str]) -> pydantic.BaseModel:
-        """Raises WrongUsage."""
-        waiting = deque(arguments)
-        free: list[str] = []
-        """Values that no option took."""
-        before: _Option | None = None
-        while waiting:
-            argument = waiting.popleft()
-            if argument.startswith("@"):
-                self._read_file(Path(argument[1:]))
-            elif _is_option(argument):
-                before = self._read_option(argument, waiting)
-            elif any(option.is_positional for option in self.options.values()):
-                free.append(argument)
-            elif argument.endswith(".toml") and Path(argument).is_file():
-                self.all_read = False
-                self._wrong(f"{argument} is no option: give @{argument} to read options from it")
-            else:
-                self._wrong(f"{argument[:40]!r} belongs to no option{_taken(before)}")
-        self._read_positional(free)
-        return self.finished()
+    # Sources.
 
-    def finished(self) -> pydantic.BaseModel:
-        """What was read, checked. Raises WrongUsage."""
-        config = self._checked()
-        if config is None or self.mistakes:
-            see = _see(f"{self.prog} {self.name}")
-            raise WrongUsage([f"{one}{see}" for one in self.mistakes])
-        return config
-
-    def _wrong(self, mistake: str) -> None:
-        self.mistakes.append(mistake)
-
-    def _give(self, option: _Option, value: Any, label: str) -> None:
-        if value == "None" and types.NoneType in option.kinds:
-            value = None
-        self.given[option.path] = value
-        self.labels[option.path] = label
-
-    def _refused(self, option: _Option) -> None:
-        """It was given, so it is not missing; and what was wrong with it has been said."""
-        self.given[option.path] = None
-        self.labels.pop(option.path, None)
-
-    def _read_option(self, argument: str, waiting: deque[str]) -> _Option | None:
-        flag, equals, value = argument.partition("=")
-        option = self.options.get(flag.lstrip("-").replace("_", "-"))
-        if option is None or option.is_positional or not flag.startswith("--"):
-            while waiting and _is_value(waiting[0]):
-                waiting.popleft()  # of the option that there is not; never shown, it may be a secret
-                self.passed_over = True
-            self._wrong(self._unknown(flag, flag.lstrip("-"), "--"))
-            return None
-        if option.is_flag:
-            if equals:
-                self._wrong(f"{option.label} takes no value, got {value[:40]!r}")
-            self._give(option, True, option.label)
-            return option
-        values = [value] if equals else []
-        while waiting and _is_value(waiting[0]) and (option.is_list or not values):
-            values.append(waiting.popleft())
-        if values:
-            self._give(option, values if option.is_list else values[0], option.label)
-        else:
-            self._wrong(f"{option.label} needs {option.allowed}, got nothing")
-            self._refused(option)
-        return option
-
-    def _read_positional(self, free: list[str]) -> None:
-        for option in self.options.values():
-            if not (option.is_positional and free):
-                continue
-            taken = free[:] if option.is_list else free[:1]
-            del free[: len(taken)]
-            self._give(option, taken if option.is_list else taken[0], option.label)
-        for one in free:
-            self._wrong(f"{one[:40]!r} is one too many")
+    def read_files(self, app: App, commands: Any, arguments: ArgumentCollection) -> None:
+        """Fills in what neither the command line nor the environment gave: a source of
+        cyclopts'."""
+        self.arguments = arguments
+        for argument in arguments:
+            if [token.value for token in argument.tokens] == ["None"] and _allows_none(argument):
+                argument.tokens = [argument.tokens[0].evolve(value="", implicit_value=None)]
+        for token in arguments["--config"].tokens:
+            self._read_file(Path(token.value))
+        for where, settings in reversed(self.tables):
+            given = {id(argument) for argument in arguments if argument.tokens}
+            for key, value in settings:
+                self._read_setting(where, key, value, given)
 
     def _read_file(self, path: Path) -> None:
+        is_yaml = path.suffix in (".yaml", ".yml")
         try:
-            settings = _flattened(tomllib.loads(path.read_text()))
-        except OSError as error:
-            self.all_read = False
-            self._wrong(f"cannot read {path}: {error.strerror}")
-        except (ValueError, RecursionError) as error:
-            self.all_read = False
-            why = "it is nested too deep" if isinstance(error, RecursionError) else error
-            self._wrong(f"{path} is not TOML: {why}")
-        else:
-            for key, value in settings:
-                self.read_setting(str(path), key, value)
-
-    def read_setting(self, where: str, key: str, value: Any) -> None:
-        """One key of a table. Raises nothing: what is wrong is said in the end."""
-        name = key.replace("_", "-")
-        option, label = self.options.get(name), f"{key} in {where}"
-        if option is None:
-            if self.group.files_of.get(self.name) not in self._takers(name):
-                self._wrong(self._unknown(label, name, ""))
+            text = path.read_text()
+            content = _load_yaml(text) if is_yaml else tomllib.loads(text)
+            self.tables.append((str(path), _flatten(content)))
             return
-        values = value if isinstance(value, list) else [value]
-        are_flags = {isinstance(one, bool) for one in values}
-        if (
-            any(isinstance(one, dict | list) or _is_huge(one) for one in values)
-            or (isinstance(value, list) and not option.is_list)
-            or are_flags - {option.is_flag}
+        except OSError as error:
+            self.mistakes.append(f"cannot read {path}: {error.strerror}")
+        except (ValueError, RecursionError) as error:
+            why = "it is nested too deep" if isinstance(error, RecursionError) else error
+            self.mistakes.append(f"{path} is not {'YAML' if is_yaml else 'TOML'}: {why}")
+        self.all_read = False
+
+    def _read_setting(self, where: str, key: str, value: Any, given: set[int]) -> None:
+        name = key.replace("_", "-")
+        argument, label = _find(self.arguments, f"--{name}"), f"{key} in {where}"
+        if argument is None or name in ("config", "print-config"):
+            if self.group.files_of.get(self.name) not in self._takers(name):
+                self.mistakes.append(self._explain_unknown(label, name, ""))
+            return
+        is_flag = argument.hint is bool
+        is_flag = argument.hint is bool
+        values = value if isinstance(value, list) and _is_list(argument) else [value]
+        if not (value is None and _allows_none(argument)) and not all(
+            _is_plain(one) and isinstance(one, bool) is is_flag for one in values
         ):
-            allowed = KINDS[bool] if option.is_flag else option.allowed
-            self._wrong(f"{label} must be {allowed}, got {_toml(value)}")
-            self._refused(option)
-        elif option.is_flag:
-            self._give(option, value, label)
+            self.mistakes.append(f"{label} must be {_allowed(argument)}, got {_show(value)}")
+            self.refused.add(argument.keys)
+        elif id(argument) in given:
+            pass
+        elif is_flag or value in (None, []):
+            argument.append(Token(keyword=key, source=where, implicit_value=value))
         else:
-            texts = [str(one) for one in values]
-            self._give(option, texts if option.is_list else texts[0], label)
+            for index, one in enumerate(values):
+                argument.append(Token(keyword=key, source=where, index=index, value=str(one)))
 
-    def _unknown(self, label: str, name: str, dashes: str) -> str:
-        if name.replace("_", "-") in ("token", "teacher-token"):
-            return f"{label} is not an option: set the environment variable TEACHER_TOKEN instead"
-        own = self.options.get(name.replace("_", "-"))
-        if own is not None:
-            return f"{label} is not an option of {self.name}: give {own.label} without a name"
-        if takers := self._takers(name.replace("_", "-")):
+    def _drop_unknown(self, tokens: Sequence[str]) -> list[str]:
+        """Reports unknown options; drops them and their values, which may be secret, unseen."""
+        kept: list[str] = []
+        dropping = False
+        for index, token in enumerate(tokens):
+            if token == "--":
+                return [*kept, *tokens[index:]]
+            if re.match("--?[A-Za-z]", token):
+                flag = token.partition("=")[0]
+                dropping = _find(self.arguments, flag) is None
+                if dropping:
+                    self.mistakes.append(self._explain_unknown(flag, flag.lstrip("-"), "--"))
+            elif dropping:
+                self.dropped_values = True
+            if not dropping:
+                kept.append(token)
+        return kept
+
+    # Explanations.
+
+    def _takers(self, name: str) -> list[str]:
+        """Returns the other commands that have an option."""
+        return [
+            other
+            for other, command in self.group.commands.items()
+            if not isinstance(command, Group)
+            and command is not self.command
+            and _find(_make_app(other, command).assemble_argument_collection(), f"--{name}")
+        ]
+
+    def _explain_unknown(self, label: str, name: str, dashes: str) -> str:
+        name = name.replace("_", "-")
+        if name in ("token", "teacher-token"):
+            return (
+                f"{label} is not an option: give --token-file FILE, or set the environment "
+                "variable TEACHER_TOKEN"
+            )
+        if takers := self._takers(name):
             return f"{label} is an option of {' and '.join(takers)}, not of {self.name}"
-        near = _near(name, [one for one, o in self.options.items() if not o.is_positional], dashes)
-        return f"{label} is not an option of {self.name}{near}"
+        names = [argument.name.lstrip("-") for argument in self.arguments if argument.show]
+        return f"{label} is not an option of {self.name}{_suggest(name, names, dashes)}"
 
-    def _checked(self) -> pydantic.BaseModel | None:
-        """What pydantic makes of it; None after mistakes."""
-        tree: dict[str, Any] = {}
-        for path, value in self.given.items():
-            node = tree
-            for name in path[:-1]:
-                node = node.setdefault(name, {})
-            node[path[-1]] = value
-        known = {path for path in self.given if path not in self.labels}
-        """Wrong already."""
-        by_path = {option.path: option for option in self.options.values()}
-        try:
-            return self.command.model_validate(tree)
-        except pydantic.ValidationError as error:
-            for found in error.errors():
-                path = tuple(one for one in found["loc"] if isinstance(one, str))
-                if path in known:
-                    continue
-                option = by_path.get(path)
-                if option is None:
-                    self._wrong(_plain(found))
-                elif found["type"] == "missing":
-                    if self.all_read and not (option.is_positional and self.passed_over):
-                        self._wrong(f"{option.label} is missing: {option.meaning}")
-                elif found["type"] == "value_error":  # of a validator, which says it all
-                    self._wrong(f"{self.labels[path]}: {_plain(found)}")
-                else:
-                    got = found["input"] if found["type"] in OF_SIZE else repr(found["input"])
-                    self._wrong(f"{self.labels[path]} {_must(found, option)}, got {got}")
+    def _explain_usage(self, error: CycloptsError) -> str:
+        """Explains what cyclopts refused: an option without a value, or a flag with a wrong one."""
+        argument, token = error.argument, getattr(error, "token", None)
+        if argument is None:
+            return str(error)
+        if token is not None:
+            return f"{token.keyword} must be {_allowed(argument)}, got {token.value[:40]!r}"
+        keyword = getattr(error, "keyword", None) or argument.name
+        return f"{keyword} needs {_allowed(argument)}, got nothing"
+
+    def _explain_unused(self, token: str, tokens: list[str]) -> str:
+        """Explains a value that belongs to no option."""
+        text = f"unexpected argument {token[:40]!r}"
+        if token.endswith((".toml", ".yaml", ".yml")) and Path(token).is_file():
+            self.all_read = False
+            return f"{text}: give @{token} to read options from it"
+        before = [one for one in tokens[: tokens.index(token)] if one.startswith("--")]
+        argument = _find(self.arguments, before[-1].partition("=")[0]) if before else None
+        if argument is None or _is_list(argument):
+            return text
+        return f"{text}: {argument.name} takes {'no' if argument.hint is bool else 'one'} value"
+
+    def _explain_values(self, error: pydantic.ValidationError) -> None:
+        by_keys = {argument.keys: argument for argument in self.arguments if argument.keys}
+        for found in error.errors():
+            argument = by_keys.get(tuple(key for key in found["loc"] if isinstance(key, str)))
+            if argument is None:  # found by a validator of the whole
+                self.mistakes.append(_plain(found))
+            elif found["type"] == "missing":
+                may_be_dropped = self.dropped_values and argument.index is not None
+                if self.all_read and not may_be_dropped and argument.keys not in self.refused:
+                    self.mistakes.append(f"{_label(argument)} is missing: {_meaning(argument)}")
+            elif found["type"] == "value_error":  # of a validator, which says what is allowed
+                self.mistakes.append(f"{_label(argument)}: {_plain(found)}")
+            else:
+                got = found["input"] if "than" in found["type"] else repr(found["input"])
+                self.mistakes.append(f"{_label(argument)} {_plain(found)}, got {got}")
+
+
+def _load_yaml(text: str) -> dict[Any, Any]:
+    """Reads the settings in YAML. Raises ValueError."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if not isinstance(content, dict | None):
+        raise ValueError("it holds no settings, such as `steps: 100`")
+    return content or {}
+
+
+def _find(arguments: ArgumentCollection, flag: str) -> Argument | None:
+    """Returns the option of a flag, such as "--batch.max-tokens"."""
+    try:
+        argument, _, _ = arguments.match(flag.replace("_", "-"))
+    except ValueError:
         return None
+    return None if argument.children else argument
 
 
-def _must(found: Any, option: _Option) -> str:
-    """What pydantic wanted, in our words."""
-    limits = found.get("ctx", {})
-    match found["type"]:
-        case "greater_than_equal":
-            return f"must be at least {limits['ge']:g}"
-        case "greater_than":
-            return f"must be more than {limits['gt']:g}"
-        case "less_than_equal":
-            return f"must be at most {limits['le']:g}"
-        case "string_too_short":
-            return "must not be empty"
-        case "string_pattern_mismatch":
-            return f"must look like {limits['pattern']}"
-        case "literal_error":
-            return f"must be {limits['expected']}"
-        case "finite_number":
-            return "must be a finite number"
-        case "int_parsing" | "float_parsing" | "int_from_float" | "int_parsing_size":
-            return f"must be {option.allowed}"
-    return _plain(found)
+def _allows_none(argument: Argument) -> bool:
+    return types.NoneType in get_args(argument.hint)
+
+
+def _is_list(argument: Argument) -> bool:
+    return get_origin(argument.hint) in (list, tuple)
+
+
+def _label(argument: Argument) -> str:
+    """Names an option as it was given: as a flag, a variable or a setting in a file."""
+    token = argument.tokens[0] if argument.tokens else None
+    if token is None or token.keyword is None:
+        return argument.name if argument.index is None else argument.name.lstrip("-").upper()
+    in_file = token.source not in ("cli", "env")
+    return f"{token.keyword} in {token.source}" if in_file else token.keyword
+
+
+def _meaning(argument: Argument) -> str:
+    """Returns the first sentence of an option's help."""
+    return re.split(r"(?<=\w)\. |[;.]$", argument.parameter.help or "")[0]
+
+
+def _allowed(argument: Argument) -> str:
+    """Says what an option takes."""
+    if _is_list(argument):
+        return "one or more values"
+    kinds = [argument.hint, *get_args(argument.hint)]
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            return " or ".join(map(str, get_args(kind)))
+    return next((KINDS[kind] for kind in kinds if kind in KINDS), "a value")
 
 
 def _plain(found: Any) -> str:
-    return found["msg"].removeprefix("Value error, ")
+    """Says what pydantic wanted, in our words."""
+    text = found["msg"].removeprefix("Value error, ").partition(", unable to")[0]
+    return re.sub(r"^(Input|String|List|Tuple) should (\w+)", r"must \2", text)
 
 
-def _flattened(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """A table within a table has a dotted name."""
-    found = []
+def _flatten(content: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Lists all settings of a table; those of a table within it have dotted names."""
+    settings = []
     for key, value in content.items():
         if isinstance(value, dict) and value:
-            found += _flattened(value, f"{prefix}{key}.")
+            settings += _flatten(value, f"{prefix}{key}.")
         else:
-            found.append((f"{prefix}{key}", value))
-    return found
+            settings.append((f"{prefix}{key}", value))
+    return settings
 
 
-def _is_huge(value: Any) -> bool:
-    """A whole number that no option takes; of those with thousands of digits there is no text."""
-    return isinstance(value, int) and value.bit_length() > 64
+def _is_plain(value: Any) -> bool:
+    """Tells whether some option can take a value of a file; Python prints no number that is
+    huge."""
+    is_huge = isinstance(value, int) and value.bit_length() > 64
+    return not (value is None or is_huge or isinstance(value, dict | list))
 
 
-def _toml(value: Any) -> str:
-    """A value about as it stands in the file."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if _is_huge(value):
+def _show(value: Any) -> str:
+    """Shows a value about as it stands in the file."""
+    if isinstance(value, int) and not _is_plain(value):
         return "a number of more than 64 bits"
-    if isinstance(value, str):
-        return f'"{value[:40]}"'
     if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value[:3]))}{', ...' if len(value) > 3 else ''}]"
-    return "a table" if isinstance(value, dict) else str(value)
+        return f"[{', '.join(map(_show, value[:3]))}{', ...' if len(value) > 3 else ''}]"
+    if isinstance(value, dict):
+        return "a table"
+    return json.dumps(value[:40] if isinstance(value, str) else value, default=str)
 
 
-def _is_option(argument: str) -> bool:
-    return re.match(r"--?[A-Za-z]|--$", argument) is not None
-
-
-def _is_value(argument: str) -> bool:
-    return not _is_option(argument) and not argument.startswith("@")
-
-
-def _taken(before: _Option | None) -> str:
-    if before is None or before.is_list:
-        return ""
-    return f": {before.label} takes {'no' if before.is_flag else 'one'} value"
-
-
-def _near(name: str, names: Any, dashes: str = "") -> str:
-    near = difflib.get_close_matches(name.replace("_", "-"), list(names), 1)
-    return f" (did you mean {dashes}{near[0]}?)" if near else ""
-
-
-def _see(prog: str) -> str:
-    return f"; see {prog} --help"
-
-
-def _overview(prog: str, group: Group) -> str:
-    """The help of a program: its commands, each with the first sentence of what it does."""
-    width = max(map(len, group.commands))
-    lines = [f"  {name:{width}}  {_summary(one)}" for name, one in group.commands.items()]
-    last = [f"{prog} COMMAND --help lists the options of a command; {prog} --version."]
-    last += [FILES, SERVICES]
+def _format_toml(settings: Settings, arguments: ArgumentCollection) -> str:
+    """Writes a configuration as a TOML file that the same command reads."""
+    values = settings.model_dump(mode="json")
+    sections: dict[str, list[str]] = {"": []}
+    for argument in arguments:
+        value = values
+        for key in argument.keys:
+            value = value[key]
+        if argument.keys and not argument.children and value is not None:
+            section, _, name = argument.name.lstrip("-").replace("-", "_").rpartition(".")
+            text = json.dumps(value, ensure_ascii=False)
+            sections.setdefault(section, []).append(f"{name} = {text}\n")
     return "\n".join(
-        ["usage: " + prog + " COMMAND ...", "", group.description, "", *lines, "", *last]
+        (f"[{section}]\n" if section else "") + "".join(lines)
+        for section, lines in sections.items()
     )
 
 
-def _summary(command: "Command | Group") -> str:
-    if isinstance(command, Group):
-        return command.description
-    return re.split(r"(?<=\.)\s+", (command.__doc__ or "").strip())[0]
+def _suggest(name: str, names: Iterable[str], dashes: str = "") -> str:
+    near = difflib.get_close_matches(name.replace("_", "-"), [*names], 1)
+    return f" (did you mean {dashes}{near[0]}?)" if near else ""
+
+
+def _prefix(path: Sequence[str]) -> str:
+    return "_".join([PREFIX, *path]).upper().replace("-", "_")

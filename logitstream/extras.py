@@ -19,6 +19,7 @@ OTHER_MODULES = {
     "grpcio-health-checking": "grpc_health",
     "grpcio-reflection": "grpc_reflection",
     "protobuf": "google",
+    "pyyaml": "yaml",
 }
 """Modules of distributions whose module has another name."""
 

@@ -1,4 +1,4 @@
-"""`student-trainer train`, `report`, `record` and `check`: parse first, then import the rest.
+"""The command line of `student-trainer`: parses first, then imports what the command needs.
 
 Exit codes: 0 done, 1 something went wrong, 2 command line or configuration, 130 Ctrl-C.
 """
@@ -6,26 +6,29 @@ Exit codes: 0 done, 1 something went wrong, 2 command line or configuration, 130
 import logging
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from logitstream.command_line import Group, WrongUsage, parse
-from student_trainer.config import (
-    CheckConfig,
-    RecordConfig,
-    ReportConfig,
-    TrainConfig,
-)
+from student_trainer.config import CheckConfig, RecordConfig, ReportConfig, TrainConfig
 
 COMMANDS = Group(
     "Train students on a served teacher's distributions.",
     {"train": TrainConfig, "report": ReportConfig, "record": RecordConfig, "check": CheckConfig},
     files_of={"record": "train"},
 )
+RUNNERS = {
+    TrainConfig: "train.run_train",
+    ReportConfig: "report.run_report",
+    RecordConfig: "record.run_record",
+    CheckConfig: "check.run_check",
+}
+"""Modules and functions in `commands` that run a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     try:
-        command = parse("student-trainer", COMMANDS, sys.argv[1:] if argv is None else argv)
+        config = parse("student-trainer", COMMANDS, sys.argv[1:] if argv is None else argv)
     except WrongUsage as error:
         for mistake in error.mistakes:
             print(f"student-trainer: {mistake}", file=sys.stderr)
@@ -34,21 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from student_trainer.errors import TeacherError, TrainingFailed
 
     try:
-        if isinstance(command, TrainConfig):
-            from student_trainer.commands.train import run_train
-
-            return run_train(command)
-        if isinstance(command, ReportConfig):
-            from student_trainer.commands.report import run_report
-
-            return run_report(command)
-        if isinstance(command, RecordConfig):
-            from student_trainer.commands.record import run_record
-
-            return run_record(command)
-        from student_trainer.commands.check import run_check
-
-        return run_check(command)
+        module, _, function = RUNNERS[type(config)].partition(".")
+        return getattr(import_module(f"student_trainer.commands.{module}"), function)(config)
     except KeyboardInterrupt:
         print("student-trainer: interrupted", file=sys.stderr)
         return 130
@@ -58,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def log_above_bars() -> None:
-    """Logs to stderr, each line on one of its own while a progress bar is shown."""
+    """Logs to stderr, with each message on a line of its own while a progress bar is shown."""
     from tqdm import tqdm
 
     class AboveBars(logging.StreamHandler):

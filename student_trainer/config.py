@@ -1,14 +1,25 @@
-"""Everything a trainer can set: as flags, or in a TOML file given as @config.toml."""
+"""Declares every option of `student-trainer`, one class for each command."""
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-import tyro
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from logitstream.command_line import AtAddress
+from logitstream.command_line import AddressedService, Json, ServiceOptions, Settings
 from logitstream.connection import check_address
+
+
+class MayChange:
+    """Marks a setting that may change when a run is resumed; it does not decide the result.
+
+    Of the student and the data, the content must stay the same: it is compared by digest.
+    """
+
+
+class MayDiffer:
+    """Marks a setting in which two runs may differ and still repeat each other, as in their
+    seed."""
 
 
 def parse_count(text: str) -> int:
@@ -20,95 +31,83 @@ def parse_count(text: str) -> int:
     return round(float(match.group(1)) * scale)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+class CorpusConfig(ServiceOptions):
+    """Which teacher to ask for which targets of which text."""
 
-
-class ServiceConfig(_Section):
-    """How to reach a service; the token comes from TEACHER_TOKEN, never as a flag."""
-
-    ca: Path | None = None
-    """PEM of the authority that signed the service's certificate: use TLS. By default TEACHER_CA."""
-    cert: Path | None = None
-    """Client certificate, PEM; by default TEACHER_CERT."""
-    key: Path | None = None
-    """Its key, PEM; by default TEACHER_KEY."""
-
-
-class CorpusConfig(ServiceConfig):
-    """What is asked of which teacher, about which text."""
-
-    teacher: str = ""
-    """HOST:PORT of the service, or a connection file (*.toml) of it; may be left out if --record has all that is needed."""
-    record: str = ""
-    """Folder, or URL such as s3://bucket/targets, of recorded targets: they are replayed. With
-    --teacher, what is missing there is asked for, and recorded."""
-    draws: int = Field(default=1, ge=1)
-    """Of `sampled` targets, how many draws of a sequence to record before they are replayed."""
-    student: Path
-    """Hugging Face folder: config and tokenizer, and weights if it is not to start from random ones."""
-    data: list[str] = Field(min_length=1)
+    teacher: Annotated[str, MayChange] = ""
+    """HOST:PORT of the service, or a connection file (*.toml) of it; not needed if --record is
+    complete."""
+    record: Annotated[str, MayChange] = ""
+    """Folder, or URL such as s3://bucket/targets, of recorded targets to replay. With --teacher,
+    targets that are missing there are requested and added."""
+    draws: Annotated[int, MayChange] = Field(default=1, ge=1)
+    """With --record and `sampled` targets: draws of each sequence to record before replaying
+    them."""
+    student: Annotated[Path, MayChange]
+    """Hugging Face folder or hub id: config and tokenizer, and weights unless training starts from
+    random ones."""
+    data: Annotated[list[str], MayChange] = Field(min_length=1)
     """Text or .jsonl files to train on: paths, folders, glob patterns."""
-    held_out: list[str] = []
-    """Files to measure on; by default every 20th sequence of data, which is then not trained on."""
-    held_out_sequences: int = Field(default=256, ge=1)
-    """At most this many held-out sequences are measured on."""
+    held_out: Annotated[list[str], MayChange] = Field(default=[])
+    """Files to evaluate on; by default every 20th sequence of --data, which is then left out of
+    training."""
+    held_out_sequences: Annotated[int, MayDiffer] = Field(default=256, ge=1)
+    """Maximum number of held-out sequences to evaluate on."""
     sequence_length: int = Field(default=512, ge=2)
     """Tokens per sequence."""
     targets: str = "sampled"
-    """What to ask the teacher for."""
+    """Targets to request from the teacher, such as sampled, sampled:256, top_k:64 or dense:bf16."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of the teacher's and the student's distributions in the distillation loss."""
-    seed: int = Field(default=0, ge=0)
-    """Of the student's random weights, the order of the data and the teacher's draws."""
+    """Temperature of the teacher's and the student's distributions in the distillation loss."""
+    seed: Annotated[int, MayDiffer] = Field(default=0, ge=0)
+    """Seed of the student's random weights, the order of the data and the teacher's draws."""
 
     @field_validator("teacher")
     @classmethod
-    def _is_an_address(cls, teacher: str) -> str:
+    def _check_teacher(cls, teacher: str) -> str:
         return check_address(teacher) if teacher else teacher
 
 
 class RecordConfig(CorpusConfig):
-    """Write down a served teacher's targets of a text, to train on them later without it.
+    """Record a served teacher's targets, to train on them later without the teacher.
 
-    A file for `train` serves here too: what only `train` needs is passed over."""
+    A file for `train` also works here: settings that only `train` has are ignored."""
 
     teacher: str = Field(min_length=1)
     """HOST:PORT of the service, or a connection file (*.toml) of it."""
     record: str = Field(min_length=1)
-    """Folder, or URL such as s3://bucket/targets, to write to. What it has already is not asked for
-    again."""
+    """Folder, or URL such as s3://bucket/targets, to write to. Targets that it already has are not
+    requested again."""
     draws: int = Field(default=1, ge=1)
-    """Of `sampled` targets, how many draws to record of each sequence, for as many epochs."""
+    """With `sampled` targets: draws of each sequence to record, one for each epoch."""
     student: Path
-    """Hugging Face folder of the student that is to be trained: its tokenizer reads the text."""
+    """Hugging Face folder or hub id of the student to be trained: its tokenizer reads the text."""
     data: list[str] = Field(min_length=1)
-    """Text or .jsonl files to record the targets of: paths, folders, glob patterns."""
-    held_out: list[str] = []
-    """Files that `train` will measure on, recorded too; by default it measures on a part of data."""
+    """Text or .jsonl files whose targets to record: paths, folders, glob patterns."""
+    held_out: list[str] = Field(default=[])
+    """Files that `train` will evaluate on, recorded too; by default it evaluates on a part of
+    --data."""
     held_out_sequences: int = Field(default=256, ge=1)
-    """At most this many sequences of the held-out files are recorded."""
+    """Maximum number of sequences of the held-out files to record."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of the teacher's distributions; `train` is to be given the same."""
+    """Temperature of the teacher's distributions; give `train` the same."""
     seed: int = Field(default=0, ge=0)
-    """Of the teacher's draws. `train` replays what is recorded, whatever its own seed is."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Seed of the teacher's draws. `train` replays what is recorded, whatever its own seed."""
+    as_json: Json = False
     """Print JSON."""
 
 
 class TrainConfig(CorpusConfig):
     """Train a student on a served teacher's distributions."""
 
-    output: Path
+    output: Annotated[Path, MayChange]
     """Folder for the trained student and the report."""
     batch_size: int = Field(default=16, ge=1)
     """Sequences per step."""
     steps: int = Field(default=1000, ge=1)
     """Optimizer steps."""
     learning_rate: float = Field(default=3e-4, gt=0)
-    """Peak; linear warm-up, then linear decay to zero."""
+    """Peak learning rate; linear warm-up, then linear decay to zero."""
     warmup_steps: int = Field(default=10, ge=0)
     """Steps of warm-up."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -117,43 +116,42 @@ class TrainConfig(CorpusConfig):
     """Weight of the divergence from the teacher."""
     ce_weight: float = Field(default=0.0, ge=0)
     """Weight of the cross-entropy on the labels."""
-    ahead: str = "30s"
-    """Look-ahead: as many batches as are used up in this time, in at most 512 MiB ("30s,2048MiB": in
-    at most that), or a number of batches."""
-    control: tyro.conf.FlagCreatePairsOff[bool] = False
+    ahead: Annotated[str, MayChange] = "30s"
+    """How far to request targets ahead of training: for a time, using up to 512 MiB of memory
+    ("30s,2048MiB": up to that), or a number of batches."""
+    control: Annotated[bool, MayChange] = False
     """Also train a second student on labels alone: same seed, data order and steps."""
-    shuffled_control: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Also train a student on targets that are shuffled among the rows of each batch: same loss, same
-    bytes, wrong places. It must be worse, or it was not the teacher's knowledge that helped."""
-    log_every: int = Field(default=10, ge=1)
-    """Steps that the progress bar, and each point of --tensorboard, is about."""
-    tensorboard: tyro.conf.FlagCreatePairsOff[bool] = False
+    shuffled_control: Annotated[bool, MayChange] = False
+    """Also train a student on targets shuffled among the rows of each batch: same loss, same bytes,
+    wrong places. It must be worse, or it was not the teacher's knowledge that helped."""
+    log_every: Annotated[int, MayChange] = Field(default=10, ge=1)
+    """Steps between updates of the progress bar, and between points in --tensorboard."""
+    tensorboard: Annotated[bool, MayChange] = False
     """Write curves to output/tensorboard."""
-    checkpoint_every: int = Field(default=0, ge=0)
+    checkpoint_every: Annotated[int, MayChange] = Field(default=0, ge=0)
     """Steps between two checkpoints in output/checkpoints; 0 writes none."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """How many of the newest to keep."""
-    start_over: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Delete the checkpoints in output and begin at step 0, instead of going on from the newest."""
-    device: str = "auto"
+    keep_checkpoints: Annotated[int, MayChange] = Field(default=2, ge=1)
+    """How many of the newest checkpoints to keep."""
+    start_over: Annotated[bool, MayChange] = False
+    """Delete the checkpoints in the output folder and start at step 0, instead of resuming."""
+    device: Annotated[str, MayChange] = "auto"
     """auto, cpu or cuda."""
-    workers: int = Field(default=0, ge=0)
-    """Processes that train together with Ray Train, each on a share of every batch and with a stream
-    of its own; on GPUs, one for each. 0: this process, without Ray."""
-    ray_address: str = ""
-    """HOST:PORT, or auto: the Ray cluster whose machines the workers run on. Without it, they run on
-    this machine."""
-    max_failures: int = Field(default=3, ge=0)
-    """How often the workers are started again, from the newest checkpoint, when one of them failed."""
+    workers: Annotated[int, MayChange] = Field(default=0, ge=0)
+    """Processes that train together with Ray Train, each on a share of every batch, with a stream
+    of its own, and on GPUs with a GPU of its own. 0: this process, without Ray."""
+    ray_address: Annotated[str, MayChange] = ""
+    """Ray cluster to run the workers on: HOST:PORT or auto. By default they run on this machine."""
+    max_failures: Annotated[int, MayChange] = Field(default=3, ge=0)
+    """How often to restart the workers from the newest checkpoint after one of them failed."""
 
     @model_validator(mode="after")
-    def _has_targets(self) -> Self:
+    def _check_source(self) -> Self:
         if not (self.teacher or self.record):
             raise ValueError("give --teacher HOST:PORT, --record FOLDER or both")
         return self
 
     @model_validator(mode="after")
-    def _has_a_share_for_each(self) -> Self:
+    def _check_workers(self) -> Self:
         if self.workers > self.batch_size:
             raise ValueError(
                 f"--workers must be at most --batch-size {self.batch_size}, got {self.workers}: "
@@ -164,37 +162,46 @@ class TrainConfig(CorpusConfig):
         return self
 
 
-class ReportConfig(_Section):
-    """Did it help? One page of finished runs, and the same numbers as JSON."""
+def marked(*marks: type[Any]) -> set[str]:
+    """Returns the settings of a training run that have one of the marks.
 
-    runs: Annotated[tyro.conf.Positional[list[Path]], tyro.conf.arg(metavar="FOLDER...")] = Field(
-        min_length=1
-    )
-    """Folders that `train` wrote: one, several seeds of the same, or several settings."""
+    How a service is reached never decides a result, so those settings count as MayChange.
+    """
+    names = {*ServiceOptions.model_fields} if MayChange in marks else set()
+    return names | {
+        name for name, info in TrainConfig.model_fields.items() if {*marks} & {*info.metadata}
+    }
+
+
+class ReportConfig(Settings):
+    """Report whether the teacher helped: one page about finished runs, and the same numbers as
+    JSON."""
+
+    runs: list[Path] = Field(min_length=1, kw_only=False)
+    """Folders that `train` wrote: one, several seeds of the same settings, or several settings."""
     output: Path | None = None
-    """The page, FILE.html; the numbers go to FILE.json. Default: report.html in the folder of the run,
-    or in the current one if there are several."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """The page, FILE.html; the numbers go to FILE.json. Default: report.html in the folder of the
+    run, or in the current one if there are several."""
+    as_json: Json = False
     """Print the numbers as JSON."""
 
 
-class CheckConfig(ServiceConfig):
-    """Is this teacher the right one, are its targets in the right place, and how fast is it?"""
+class CheckConfig(AddressedService):
+    """Check that a teacher fits the student and its targets the text, and measure its speed."""
 
-    address: AtAddress
-    """HOST:PORT of the service, or a connection file (*.toml) of it."""
     student: Path | None = None
-    """Folder of the student: its tokenizer is compared with the teacher's."""
+    """Hugging Face folder or hub id of the student: its tokenizer is compared with the
+    teacher's."""
     tokens: str | None = None
     """Estimate hours, bytes and disk for this many tokens, such as 1B or 300M."""
     targets: str = "sampled"
-    """What to ask for."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Targets to request."""
+    as_json: Json = False
     """Print JSON."""
 
     @field_validator("tokens")
     @classmethod
-    def _is_a_count(cls, tokens: str | None) -> str | None:
+    def _check_tokens(cls, tokens: str | None) -> str | None:
         if tokens is not None:
             parse_count(tokens)
         return tokens

@@ -1,4 +1,4 @@
-"""The command line of `teacher-server`: parse first, then import the rest.
+"""The command line of `teacher-server`: parses first, then imports what the command needs.
 
 Exit codes: 0 done (also a drained serve), 1 something went wrong, 2 command line or configuration,
 130 Ctrl-C in a client.
@@ -7,6 +7,7 @@ Exit codes: 0 done (also a drained serve), 1 something went wrong, 2 command lin
 import logging
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from logitstream.command_line import Group, WrongUsage, parse
 from teacher_server.config import (
@@ -15,15 +16,12 @@ from teacher_server.config import (
     FitIdsConfig,
     ServeConfig,
     StatusConfig,
-    TeamAction,
     TeamAdd,
     TeamDisable,
     TeamList,
     TeamRotate,
     UsageConfig,
 )
-
-logger = logging.getLogger(__name__)
 
 TEAM = Group(
     "Edit the file that declares who may use a teacher.",
@@ -41,12 +39,22 @@ COMMANDS = Group(
         "certs": CertsConfig,
     },
 )
+RUNNERS = {
+    ServeConfig: "serve.serve",
+    DescribeConfig: "describe.describe",
+    FitIdsConfig: "fit_ids.fit_ids",
+    StatusConfig: "status.show_status",
+    UsageConfig: "usage.show_usage",
+    **dict.fromkeys((TeamAdd, TeamList, TeamRotate, TeamDisable), "team.team"),
+    CertsConfig: "certs.make_certificates",
+}
+"""Modules and functions in `commands` that run a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     try:
-        command = parse("teacher-server", COMMANDS, sys.argv[1:] if argv is None else argv)
+        config = parse("teacher-server", COMMANDS, sys.argv[1:] if argv is None else argv)
     except WrongUsage as error:
         for mistake in error.mistakes:
             print(f"teacher-server: {mistake}", file=sys.stderr)
@@ -54,34 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
-    # Each command imports what it needs: a mistake or a call for help loads nothing that takes seconds.
-    if isinstance(command, ServeConfig):
-        from teacher_server.commands.serve import serve
-
-        return serve(command)
-    if isinstance(command, FitIdsConfig):
-        from teacher_server.commands.fit_ids import fit_ids
-
-        return fit_ids(command)
-    if isinstance(command, StatusConfig):
-        from teacher_server.commands.status import show_status
-
-        return show_status(command)
-    if isinstance(command, UsageConfig):
-        from teacher_server.commands.usage import show_usage
-
-        return show_usage(command)
-    if isinstance(command, TeamAction):
-        from teacher_server.commands.team import team
-
-        return team(command)
-    if isinstance(command, CertsConfig):
-        from teacher_server.commands.certs import make_certificates
-
-        return make_certificates(command)
-    from teacher_server.commands.describe import describe
-
-    return describe(command)
+    module, _, function = RUNNERS[type(config)].partition(".")
+    return getattr(import_module(f"teacher_server.commands.{module}"), function)(config)
 
 
 if __name__ == "__main__":

@@ -1,73 +1,71 @@
-"""Everything an operator can set: as flags, or in a TOML file given as @teacher.toml."""
+"""Declares every option of `teacher-server`, one class for each command."""
 
 import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from cyclopts import Parameter
+from pydantic import Field, field_validator, model_validator
 
-from logitstream.command_line import AtAddress
+from logitstream.command_line import AddressedService, Json, Settings
 from logitstream.connection import check_address, is_loopback
 from teacher_server.rpc.tls import Tls
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class BatchConfig(_Section):
-    """How sequences are joined into batches."""
+class BatchConfig(Settings):
+    """Limits of a batch and of the queue."""
 
     max_tokens: int = Field(default=4096, ge=1)
-    """Padded tokens in one batch, unless one sequence is longer. Between two batches the teacher
-    goes over to whoever's turn it is."""
+    """Maximum number of padded tokens in one batch, unless one sequence is longer. The teacher may
+    switch to another team between two batches."""
     max_queued_tokens: int = Field(default=1 << 20, ge=1)
-    """Padded tokens that may wait, of one team; beyond that requests are told to come back. All
-    teams together may have four times as many, each an equal part of them."""
+    """Maximum number of padded tokens of one team that may wait; further requests are rejected with
+    a time to retry after. All teams together may have four times as many, in equal shares."""
 
 
-class TargetsConfig(_Section):
-    """What may be asked for."""
+class TargetsConfig(Settings):
+    """Limits of the targets that one request may ask for."""
 
     max_top_k: int = Field(default=256, ge=1)
     """Largest k of top_k."""
     max_reply_mib: int = Field(default=64, ge=1)
-    """Largest answer to one request, in MiB, estimated before it is scored."""
+    """Largest response to one request, in MiB, estimated before it is scored."""
 
 
-class AdmissionConfig(_Section):
-    """Limits of one request and one stream."""
+class AdmissionConfig(Settings):
+    """Limits of requests, streams and connections."""
 
     max_sequence_tokens: int | None = Field(default=None, ge=2)
     """Longest sequence; by default the model's context length."""
     max_request_tokens: int = Field(default=1 << 16, ge=2)
-    """Tokens of one request."""
+    """Maximum number of tokens in one request."""
     max_request_sequences: int = Field(default=1024, ge=1)
-    """Sequences of one request."""
+    """Maximum number of sequences in one request."""
     max_request_mib: int = Field(default=4, ge=1)
-    """Size of one serialised request, in MiB."""
+    """Largest serialised request, in MiB."""
     max_stream_mib: int = Field(default=16, ge=1)
-    """Unfinished answers of one stream, in MiB; further requests of it wait unread."""
+    """Maximum size of the unfinished responses of one stream, in MiB; its further requests wait
+    unread."""
     max_answers_mib: int = Field(default=1024, ge=1)
-    """Unfinished answers of all streams of a replica, in MiB, shared by the teams that have any;
-    a team may always have one."""
+    """Maximum size of the unfinished responses of all streams of a replica, in MiB, shared by the
+    teams that have any; a team may always have one."""
     max_connections: int = Field(default=16384, ge=1)
-    """Connections to a replica. Beyond it, those over which nobody was let in yet are shut down, the
-    oldest first."""
+    """Maximum number of connections to a replica. Beyond it, connections without an authenticated
+    caller are closed, the oldest first."""
     max_connections_per_address: int = Field(default=8192, ge=1)
-    """Connections from one address, likewise; proxies and NAT show many clients as one address."""
+    """The same for connections from one address; many clients behind a proxy or NAT have one
+    address."""
     max_strangers_mib: int = Field(default=64, ge=1)
-    """What connections over which nobody was let in yet may hold in memory together, in MiB,
-    likewise; one takes about 16 KiB, with TLS 64 KiB."""
+    """The same for the memory of all connections without an authenticated caller, in MiB; one takes
+    about 16 KiB, with TLS 64 KiB."""
 
 
-class ServeConfig(_Section):
-    """Serve a teacher: one line on stdout says when it is ready, Ctrl-C drains and stops it."""
+class ServeConfig(Settings):
+    """Serve a teacher.
 
-    model: str
+    One line on stdout says when it is ready; Ctrl-C finishes accepted requests and stops it."""
+
+    model: str = Field(kw_only=False)
     """Folder written by save_pretrained (safetensors), or a hub id."""
     revision: str | None = None
     """Revision of a hub id."""
@@ -75,78 +73,86 @@ class ServeConfig(_Section):
     """Address to listen on."""
     port: int = Field(default=50051, ge=0, le=65535)
     """Port to listen on; 0 takes a free one and prints it. On Ray all replicas of a host share it,
-    and each has a port of its own beside it."""
-    standalone: tyro.conf.FlagCreatePairsOff[bool] = False
-    """One replica in this process, without Ray."""
+    and each also has a port of its own."""
+    standalone: bool = False
+    """Run one replica in this process, without Ray."""
     replicas: int | None = Field(default=None, ge=1)
-    """Replicas of the teacher, one by default; with --max-replicas the least."""
+    """Number of replicas, one by default; with --max-replicas the minimum."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """What the service is called on its Ray cluster, "teacher" by default: one cluster can have
-    several."""
+    """Name of the service on its Ray cluster, "teacher" by default; one cluster can run several."""
     ray_address: str | None = None
-    """Ray cluster to serve on: auto for the one of this machine, or HOST:PORT of its GCS. By
-    default a Ray of its own is started here, and stopped at the end."""
-    update: tyro.conf.FlagCreatePairsOff[bool] = False
-    """With --ray-address: replace the service of this name, one replica after the other, and exit
-    when that is done; whoever started the service still owns it."""
+    """Ray cluster to serve on: auto for the one on this machine, or HOST:PORT of its GCS. By
+    default the command starts a Ray of its own here, and stops it at the end."""
+    update: bool = False
+    """With --ray-address: replace the replicas of the service of this name one by one, then exit;
+    the command that started the service still owns it."""
     gpus_per_replica: float | None = Field(default=None, ge=0.0)
-    """GPUs of one replica, parts of one too (0.5); by default 1 where the cluster has any and
+    """GPUs per replica, which may be a fraction (0.5); by default 1 if the cluster has any and
     --device allows it, else 0."""
     max_replicas: int | None = Field(default=None, ge=1)
-    """Replicas are added up to this number while requests wait, and taken away again."""
+    """Scale up to this number of replicas while requests wait, and down again."""
     target_queued_tokens: int = Field(default=1 << 14, ge=1)
-    """With --max-replicas: how many tokens may wait per replica before another one is started."""
+    """With --max-replicas: waiting tokens per replica above which another replica is started."""
     scale_up_after_s: float = Field(default=10.0, ge=0.0)
-    """With --max-replicas: how long too much has to wait before a replica is added."""
+    """With --max-replicas: seconds above that limit before a replica is added."""
     scale_down_after_s: float = Field(default=300.0, ge=0.0)
-    """With --max-replicas: how long too little has to wait before a replica is taken away."""
+    """With --max-replicas: seconds below that limit before a replica is removed."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights and the forward pass; auto is what the model was saved in."""
+    """Type of the weights and the forward pass; auto is the type that the model was saved in."""
     attention: str | None = None
     """Attention implementation of transformers; by default eager for models with an attention
-    softcap and sdpa for others."""
+    softcap and sdpa for all others."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of the forward pass; by default one per core, and on Ray an equal share of the
-    cores for each replica of a machine."""
+    """CPU threads of the forward pass; by default one per core, and on Ray each replica of a
+    machine gets an equal share of the cores."""
     head_chunk_mib: int = Field(default=128, ge=1)
     """Size of one chunk of logits in the model's dtype, in MiB."""
     drain_s: float = Field(default=10.0, ge=0.0)
-    """How long unfinished answers may take after Ctrl-C or SIGTERM, in seconds."""
+    """Seconds that unfinished responses may take after Ctrl-C or SIGTERM."""
     stuck_after_s: float = Field(default=120.0, gt=0.0)
-    """A forward that takes longer, and ten times as long as any before it, ends its process."""
+    """Seconds after which a forward pass ends its process, if it also takes ten times as long as
+    any before it."""
     peers: tuple[str, ...] = ()
-    """Standalone only: HOST:PORT of the other replicas of this service, or of a name that stands
-    for all of them, such as a headless Kubernetes Service. Needs --service-id."""
+    """With --standalone: HOST:PORT of the other replicas of this service, or of a name that
+    resolves to all of them, such as a headless Kubernetes Service. Needs --service-id."""
     service_id: str = ""
-    """Standalone only: what the replicas of one service have in common; by default random."""
+    """With --standalone: an id that all replicas of one service share; random by default."""
     advertise: str = ""
-    """Host name or address that clients are told for this replica; by default --host, or this
-    machine's address if that is a wildcard."""
+    """Host name or address of this replica as clients see it; by default --host, or this machine's
+    address if that is a wildcard."""
     ledger: Path | None = None
-    """Folder for what teams have used (SQLite) and what replicas have not reported yet; on a local
-    disk. By default beside the teams file (teams.ledger); without teams in memory, until the end."""
+    """Folder, on a local disk, for the usage of teams (SQLite) and for usage that replicas have not
+    reported yet. By default teams.ledger next to the teams file; without teams, memory."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    """Serve Prometheus metrics on this port of --host; 0 takes a free one and logs it. Replicas
-    that share a host take the next free ones."""
+    """Serve Prometheus metrics on this port of --host; 0 takes a free one and logs it. Further
+    replicas on a host take the next free ports."""
     teams: Path | None = None
     """TOML file that declares who may use the teacher, with which token or certificate, weight and
-    limits (`teacher-server team` edits it); read again when it changes. Without it, everybody who
-    reaches the port may. On Ray it has to be on every machine."""
+    limits (`teacher-server team` edits it); read again when it changes. Without it, anyone who can
+    reach the port may use the teacher. On Ray it must be on every machine."""
     tls_cert: Path | None = None
-    """Certificate of the service, PEM; read again when it changes, as the two below."""
+    """Certificate of the service, a PEM file. The three TLS files are read again when they
+    change."""
     tls_key: Path | None = None
-    """Its key, PEM."""
+    """Private key of that certificate, a PEM file."""
     tls_client_ca: Path | None = None
-    """Every client has to show a certificate that this CA signed; `certificates` of a team name
-    those that stand for it."""
-    allow_public: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Listen on an address that is not loopback without TLS, or without teams: whoever can reach the
-    port can use the teacher, or read what crosses the network."""
+    """Require a certificate signed by this CA from every client; `certificates` of a team name the
+    ones that identify it."""
+    allow_public: bool = False
+    """Allow a non-loopback address without TLS or without teams: anyone who can reach the port can
+    use the teacher, and anyone on the network can read along."""
     batch: BatchConfig = BatchConfig()
     targets: TargetsConfig = TargetsConfig()
     admission: AdmissionConfig = AdmissionConfig()
+
+    @field_validator("model")
+    @classmethod
+    def _check_model(cls, model: str) -> str:
+        if model.endswith((".toml", ".yaml", ".yml")) and Path(model).is_file():
+            raise ValueError(f"{model} is not a model: give @{model} to read options from it")
+        return model
 
     @model_validator(mode="after")
     def _check_modes(self) -> "ServeConfig":
@@ -191,32 +197,32 @@ class ServeConfig(_Section):
         return self
 
     def exposure(self) -> str | None:
-        """What is wrong with where this listens, if something is."""
+        """Explains what is unsafe about the address to listen on, if anything is."""
         missing = [] if self.tls_cert is not None else ["TLS"]
         missing += [] if self.teams is not None else ["teams with tokens"]
         if is_loopback(self.host) or self.allow_public or not missing:
             return None
         name = self.advertise or "NAME"
         return (
-            f"{self.host} can be reached from other machines, which needs TLS and teams with tokens; "
-            f"missing: {' and '.join(missing)}. For a trial:\n"
+            f"{self.host} can be reached from other machines, which needs TLS and teams with "
+            f"tokens; missing: {' and '.join(missing)}. For a trial:\n"
             f"  teacher-server certs --out certs --host {name}\n"
             f"  teacher-server team add FIRST --teams teams.toml --address {name}:{self.port} "
             "--ca certs/ca.pem\n"
             "  teacher-server serve ... --teams teams.toml --tls-cert certs/server.pem --tls-key "
             "certs/server-key.pem\n"
-            "Or listen on 127.0.0.1 and use a tunnel (ssh -L), or pass --allow-public if everyone who "
-            "can reach the port may use the teacher."
+            "Or listen on 127.0.0.1 and use a tunnel (ssh -L), or pass --allow-public if everyone "
+            "who can reach the port may use the teacher."
         )
 
     def tls(self) -> Tls | None:
-        """The files of TLS, if it is wanted."""
+        """Returns the TLS files, if TLS is on."""
         if self.tls_cert is None or self.tls_key is None:
             return None
         return Tls(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     def with_absolute_paths(self) -> "ServeConfig":
-        """The same for processes that work in another folder."""
+        """Returns the same configuration for processes that run in another folder."""
         paths = {
             name: getattr(self, name)
             for name in ("teams", "ledger", "tls_cert", "tls_key", "tls_client_ca")
@@ -226,13 +232,13 @@ class ServeConfig(_Section):
         )
 
     def ledger_folder(self) -> Path | None:
-        """Where usage is kept; None: in memory."""
+        """Returns the folder for usage; None: it is kept in memory."""
         if self.ledger is None and self.teams is not None:
             return self.teams.with_suffix(".ledger")
         return self.ledger
 
     def advertised_host(self) -> str:
-        """The host part of a replica's address, for clients."""
+        """Returns the host part of a replica's address, for clients."""
         if self.advertise or self.host not in ("0.0.0.0", "::", "[::]"):
             return self.advertise or self.host
         # No packet is sent: connecting a datagram socket only picks the outgoing address.
@@ -244,129 +250,114 @@ class ServeConfig(_Section):
                 return socket.gethostname()
 
 
-class FitIdsConfig(_Section):
-    """Fit an id table to a teacher and put it beside its weights: ids take fewer bytes with it.
+class FitIdsConfig(Settings):
+    """Fit an id table to a teacher and save it with the weights, so that ids take fewer bytes.
 
-    The fingerprint of the teacher changes with it: services are to be started anew, and what was
-    recorded before keeps its own table."""
+    The table changes the fingerprint of the teacher: restart its services to use it. Earlier
+    recordings keep their own table."""
 
     model: str
     """Folder written by save_pretrained (safetensors)."""
     text: Path
-    """Text like that which students are trained on; a few thousand tokens are enough."""
+    """Text like the students' training data; a few thousand tokens are enough."""
     max_tokens: int = Field(default=4096, ge=64)
-    """How much of the text is read; half of it is fitted on, the other half measures the gain."""
+    """Maximum number of tokens to read; one half is fitted, the other measures the gain."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights and the forward pass; auto is what the model was saved in."""
+    """Type of the weights and the forward pass; auto is the type that the model was saved in."""
 
 
-class _TeamSection(_Section):
+class _OneTeam(Settings):
+    name: str = Field(kw_only=False)
+    """Name of the team: letters, digits, - and _."""
     teams: Path
     """The teams file."""
 
 
-class TeamAdd(_TeamSection):
-    """Add a team and show its token, once; makes the file if there is none."""
+class TeamAdd(_OneTeam):
+    """Add a team and show its token, once. Creates the teams file if there is none."""
 
-    name: tyro.conf.Positional[str]
-    """Letters, digits, - and _."""
     weight: float = Field(default=1.0, gt=0.0, le=1e6)
-    """Its share, compared with those of other teams that have work at the same time."""
+    """Share of the teacher, relative to other teams that have work at the same time."""
     scopes: tuple[Literal["score", "generate", "hidden", "dense", "admin"], ...] = ("score",)
-    """What it may do: score; also ask for dense targets; admin sees all teams."""
+    """What the team may do: score text, also request dense targets, or (admin) see all teams."""
     days: int = Field(default=365, ge=0)
-    """How long the token is valid; 0: without an end."""
+    """Days for which the token is valid; 0: no expiry."""
     certificates: tuple[str, ...] = ()
-    """Names of client certificates that stand for the team, instead of a token."""
+    """Names of client certificates that identify the team, instead of a token."""
     address: str = ""
-    """HOST:PORT of the service: write a connection file for the team."""
+    """HOST:PORT of the service; also writes a connection file for the team."""
     ca: Path | None = None
-    """Authority of the service's certificate, PEM; goes into the connection file."""
+    """PEM file of the authority of the service's certificate; goes into the connection file."""
     out: Path = Path()
-    """Folder of the connection file."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Folder for the connection file."""
+    as_json: Json = False
     """Print JSON."""
 
 
-class TeamList(_TeamSection):
+class TeamList(Settings):
     """Show the teams."""
 
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    teams: Path
+    """The teams file."""
+    as_json: Json = False
     """Print JSON."""
 
 
-class TeamRotate(_TeamSection):
+class TeamRotate(_OneTeam):
     """Give a team a new token and let its old ones expire."""
 
-    name: tyro.conf.Positional[str]
-    """The team."""
     overlap: int = Field(default=7, ge=0)
-    """Days for which the old tokens are still let in; 0: not at all, when one has leaked."""
+    """Days for which the old tokens stay valid; 0: revoke them now, such as after a leak."""
     days: int = Field(default=365, ge=0)
-    """How long the new token is valid; 0: without an end."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    """Days for which the new token is valid; 0: no expiry."""
+    as_json: Json = False
     """Print JSON."""
 
 
-class TeamDisable(_TeamSection):
-    """Let a team in no more; what it has open ends within seconds."""
+class TeamDisable(_OneTeam):
+    """Disable a team; its open streams end within seconds."""
 
-    name: tyro.conf.Positional[str]
-    """The team."""
-    undo: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Let it in again."""
+    undo: bool = False
+    """Enable the team again."""
 
 
 TeamAction = TeamAdd | TeamList | TeamRotate | TeamDisable
 
 
-class CertsConfig(_Section):
-    """Make a private authority and certificates, for a trial: nothing is to be bought or asked for."""
+class CertsConfig(Settings):
+    """Create a private certificate authority and certificates, for a trial."""
 
     out: Path
-    """Folder for ca.pem, server.pem, client-NAME.pem and their keys. An authority that is there signs
-    the new certificates."""
+    """Folder for ca.pem, server.pem, client-NAME.pem and their keys. An existing authority there
+    signs the new certificates."""
     host: tuple[str, ...] = ()
-    """Names and addresses by which clients reach the service, by default those of this machine."""
-    only_these: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Leave out localhost, which is added otherwise: the near ends of tunnels are there."""
+    """Names and addresses by which clients reach the service; by default those of this machine."""
+    only_these: bool = False
+    """Leave out localhost, which is otherwise added for tunnels."""
     client: tuple[str, ...] = ()
-    """Names of clients to make certificates for, such as those of teams."""
+    """Names of clients, such as teams, to create certificates for."""
     days: int = Field(default=365, ge=1, le=3650)
-    """How long the certificates are valid; the authority is for ten years."""
-    force: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Replace certificates that are there."""
+    """Days for which the certificates are valid; the authority is valid for ten years."""
+    force: bool = False
+    """Replace existing certificates."""
 
 
-class ServiceConfig(_Section):
-    """A running service that a command asks; the token comes from TEACHER_TOKEN, never as a flag."""
+class UsageConfig(AddressedService):
+    """Print usage by day (UTC): of the caller's team, or of all teams with the scope admin."""
 
-    address: AtAddress
-    """HOST:PORT of the service, or a connection file (*.toml) of it."""
-    ca: Path | None = None
-    """PEM of the authority that signed the service's certificate: use TLS. By default TEACHER_CA."""
-    cert: Path | None = None
-    """Client certificate, PEM; by default TEACHER_CERT."""
-    key: Path | None = None
-    """Its key, PEM; by default TEACHER_KEY."""
-
-
-class UsageConfig(ServiceConfig):
-    """Print what teams have used, by day (UTC): of the own team, or of all with the scope admin."""
-
-    address: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="HOST:PORT")] = ""
+    address: str = Field(default="", kw_only=False)
     """HOST:PORT of the service, or a connection file (*.toml) of it."""
     team: str = ""
-    """Of this team only."""
+    """Print the usage of this team only."""
     since: str = ""
-    """First day, such as 2027-01-31; by default today."""
+    """First day, such as 2027-01-31; today by default."""
     ledger: Path | None = None
     """Read the ledger in this folder instead of asking a service."""
-    as_csv: Annotated[bool, tyro.conf.arg(name="csv"), tyro.conf.FlagCreatePairsOff] = False
+    as_csv: Annotated[bool, Parameter(name="csv")] = False
     """Print CSV."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    as_json: Json = False
     """Print JSON."""
 
     @model_validator(mode="after")
@@ -380,18 +371,20 @@ class UsageConfig(ServiceConfig):
         return self
 
 
-class DescribeConfig(ServiceConfig):
-    """Ask a running service who it is, and who the caller is to it."""
+class DescribeConfig(AddressedService):
+    """Describe a running service, and the caller as the service sees it."""
 
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    as_json: Json = False
     """Print JSON."""
 
 
-class StatusConfig(ServiceConfig):
-    """Show how a running service is doing: of the own team, or of all teams and the replicas with the
-    scope admin. Rates and times are of the last minute."""
+class StatusConfig(AddressedService):
+    """Show the state of a running service.
 
-    watch: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Again every 2 s, until Ctrl-C."""
-    as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False
+    It covers the caller's team, or with the scope admin all teams and replicas. Rates and times are
+    of the last minute."""
+
+    watch: bool = False
+    """Print it every 2 s until Ctrl-C."""
+    as_json: Json = False
     """Print JSON; with --watch one line each time."""

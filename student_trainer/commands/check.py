@@ -11,19 +11,16 @@ import torch
 from torch import Tensor
 
 from logit_codec import TopKTargets
-from logitstream.connection import Pem
 from student_trainer.client.remote import connect
 from student_trainer.commands.show import show
-from student_trainer.config import (
-    CheckConfig,
-    parse_count,
-)
+from student_trainer.commands.student import find_student
+from student_trainer.config import CheckConfig, parse_count
 from student_trainer.teachers.teacher import Teacher
 from student_trainer.training.alignment import nll_by_shift, shared_ids
 
 
 def run_check(config: CheckConfig) -> int:
-    """Prints what `check` found; 1 if the targets are not where they should be."""
+    """Prints what `check` found; returns 1 if the targets are not where they should be."""
     from logit_codec import parse_targets
 
     try:
@@ -34,7 +31,7 @@ def run_check(config: CheckConfig) -> int:
     if config.student is not None:
         from student_trainer.training.run import read_student
 
-        student = read_student(config.student)
+        student = read_student(find_student(config.student))
         tokenizer, student_ids = student.tokenizer, student.num_ids
     wanted = None if config.tokens is None else parse_count(config.tokens)
     result = check(
@@ -42,9 +39,7 @@ def run_check(config: CheckConfig) -> int:
         tokenizer=tokenizer,
         student_ids=student_ids,
         targets=config.targets,
-        ca=config.ca,
-        cert=config.cert,
-        key=config.key,
+        credentials=config.credentials(),
     )
     numbers = dataclasses.asdict(result)
     if wanted is not None:
@@ -57,7 +52,7 @@ def run_check(config: CheckConfig) -> int:
     if not result.aligned:
         print(
             "student-trainer: the teacher's NLL is not clearly lowest at shift 1: its targets do "
-            "not belong to the tokens that were sent, or it has learnt nothing yet",
+            "not belong to the tokens that were sent, or the teacher is untrained",
             file=sys.stderr,
         )
         return 1
@@ -66,7 +61,7 @@ def run_check(config: CheckConfig) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What `student-trainer check` prints."""
+    """Holds what `student-trainer check` prints."""
 
     address: str
     model: str
@@ -83,16 +78,16 @@ class CheckResult:
     nll_by_shift: dict[int, float]
     """Teacher's mean NLL of token i + shift at row i, in nats; clearly lowest at shift 1."""
     latency_ms: float
-    """Median of a short sequence, there and back, as somebody at a prompt sees it."""
+    """Median round trip of a short sequence, as a person at a prompt sees it."""
     tokens_per_s: float
     bytes_per_token: float
-    """Of targets, as they are sent and stored."""
+    """Size of targets as they are sent and stored."""
     wire_bytes_per_token: float
-    """Of requests and answers together, with token ids, digests and timings."""
+    """Size of requests and responses together, with token ids, digests and timings."""
 
 
-def written_by(teacher: Teacher, num_tokens: int = 24) -> Tensor:
-    """(L,) int64: a sequence that the teacher itself finds likely.
+def generate_sample(teacher: Teacher, num_tokens: int = 24) -> Tensor:
+    """Returns a sequence that the teacher itself finds likely, as (L,) int64.
 
     Random ids would have no best shift. Neighbours differ, or several shifts would be as good.
     """
@@ -101,12 +96,12 @@ def written_by(teacher: Teacher, num_tokens: int = 24) -> Tensor:
     ids = torch.randint(largest, (2,), generator=generator).tolist()
     width = min(4, teacher.info.limits.max_top_k, largest)
     while len(ids) < min(num_tokens, teacher.info.max_sequence_tokens - 1):
-        # L tokens have L-1 rows: one more, which may be anything, brings the row of what comes next.
+        # L tokens have L-1 rows: one more token, which may be anything, brings the next row.
         ((_, targets),) = teacher.stream([[*ids, 0]], targets=f"top_k:{width}", interactive=True)
         row = targets[len(ids) - 1 :]
         assert isinstance(row, TopKTargets)
         best = row.token_ids[row.logprobs.argsort(descending=True)].tolist()
-        ids.append(next((one for one in best if one not in ids[-2:]), best[0]))
+        ids.append(next((token for token in best if token not in ids[-2:]), best[0]))
     return torch.tensor(ids)
 
 
@@ -116,24 +111,20 @@ def check(
     tokenizer: Any = None,
     student_ids: int | None = None,
     targets: str = "sampled",
+    credentials: dict[str, Any],
     seconds: float = 5.0,
-    ca: Pem | None = None,
-    cert: Pem | None = None,
-    key: Pem | None = None,
 ) -> CheckResult:
-    """Connects, compares, measures for about `seconds`. Raises a TeacherError that says what is wrong.
+    """Connects, compares, measures for about `seconds`. Raises TeacherError.
 
-    student_ids: rows of the student's head; with the tokenizer, they are compared with the teacher's.
+    student_ids: rows of the student's head; compared, like the tokenizer, with the teacher's.
     """
-    with connect(
-        address, tokenizer=tokenizer, ca=ca, cert=cert, key=key, patience_s=10.0
-    ) as teacher:
+    with connect(address, tokenizer=tokenizer, patience_s=10.0, **credentials) as teacher:
         info = teacher.info
         vocabulary = f"teacher {info.vocab_size:,} ({info.effective_vocab_size:,} in use)"
         if tokenizer is not None and student_ids is not None:
             shared = shared_ids(info, tokenizer, student_ids)
             vocabulary += f", student {student_ids:,}: {shared:,} shared, the rest is padding"
-        ids = written_by(teacher)
+        ids = generate_sample(teacher)
         width = min(64, info.limits.max_top_k, info.effective_vocab_size)
         ((_, rows),) = teacher.stream([ids], targets=f"top_k:{width}", interactive=True)
         by_shift = nll_by_shift(ids, rows)

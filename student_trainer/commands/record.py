@@ -1,16 +1,15 @@
-"""`student-trainer record`: fills a record without training."""
+"""`student-trainer record`: records a teacher's targets without training."""
 
 import sys
 
 from student_trainer.commands.show import show
-from student_trainer.config import (
-    RecordConfig,
-)
+from student_trainer.commands.student import find_student
+from student_trainer.config import RecordConfig
 from student_trainer.training.corpus import check_ids, find_texts, read_corpus
 
 
 def run_record(config: RecordConfig) -> int:
-    """Asks for what the record has not yet, of the data and the held-out text; prints what it has."""
+    """Requests the targets that the record lacks, of data and held-out text; prints what it has."""
     import torch
     from tqdm import tqdm
 
@@ -18,7 +17,7 @@ def run_record(config: RecordConfig) -> int:
     from student_trainer.training import run as runs
 
     runs.check_settings(config)
-    student = runs.read_student(config.student)
+    student = runs.read_student(find_student(config.student))
     find_texts(config)
     record, sequences = None, torch.empty(0, 0)
     try:
@@ -29,9 +28,9 @@ def run_record(config: RecordConfig) -> int:
             check_ids(corpus, num_ids)
             sequences = torch.cat([corpus.sequences, corpus.held_out])
             for epoch in range(config.draws):
-                missing = [one for one in sequences if not record.has(one, config.seed, epoch)]
+                missing = [ids for ids in sequences if not record.has(ids, config.seed, epoch)]
                 pairs = record.stream_batches(
-                    ({"input_ids": one} for one in missing),
+                    ({"input_ids": ids} for ids in missing),
                     targets=config.targets,
                     temperature=config.temperature,
                     seed=config.seed,
@@ -47,11 +46,11 @@ def run_record(config: RecordConfig) -> int:
                     for _ in pairs:
                         progress.update(config.sequence_length)
     except KeyboardInterrupt:
-        kept = "nothing was asked for yet"
-        if isinstance(record, Recorded) and len(record):  # closed by now, what came is sealed
+        kept = "nothing was requested yet"
+        if isinstance(record, Recorded) and len(record):  # closed by now: what arrived is sealed
             kept = f"{len(record):,} sequences are recorded in {config.record}"
         print(
-            f"student-trainer: interrupted; {kept}: run the same command to go on",
+            f"student-trainer: interrupted; {kept}: run the same command to resume",
             file=sys.stderr,
         )
         return 130

@@ -3,23 +3,18 @@
 import json
 from pathlib import Path
 
-from student_trainer.config import (
-    ReportConfig,
-)
+from student_trainer.config import ReportConfig
 
 
 def run_report(config: ReportConfig) -> int:
-    """Makes the page of finished runs anew; prints what they say."""
+    """Writes the page of finished runs and prints its findings."""
     from student_trainer.report import numbers as report
     from student_trainer.training.results import Results
 
-    same = [
-        one
-        for one in config.runs
-        if [two.resolve() for two in config.runs].count(one.resolve()) > 1
-    ]
-    if same:
-        raise ValueError(f"{same[0]} is given twice: each run counts once")
+    folders = [folder.resolve() for folder in config.runs]
+    for folder in config.runs:
+        if folders.count(folder.resolve()) > 1:
+            raise ValueError(f"{folder} was given twice: each run counts once")
     found = report.make_report({str(folder): Results.load(folder) for folder in config.runs})
     folder = config.runs[0] if len(config.runs) == 1 else Path()
     page, beside = report.write_report(config.output or folder / "report.html", found)

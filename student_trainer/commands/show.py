@@ -6,27 +6,27 @@ from typing import Any
 
 
 def show(numbers: Mapping[str, Any], *, as_json: bool) -> None:
-    """Prints what a command found: for people, or all of it for scripts."""
+    """Prints what a command found: readable for people, or complete for scripts."""
     if as_json:
         print(json.dumps(numbers, indent=2))
         return
     for name, value in numbers.items():
         if name.endswith("_gib"):
-            print(f"{name.removesuffix('_gib'):20} {shown_size(value)}")
-        elif value is not None and name != "bytes":  # nothing was measured; the same as disk
-            print(f"{name:20} {shown(value)}")
+            print(f"{name.removesuffix('_gib'):20} {format_size(value)}")
+        elif value is not None and name != "bytes":  # not measured; the same as disk
+            print(f"{name:20} {format_value(value)}")
 
 
-def shown_size(gib: float) -> str:
-    """GiB in a unit that leaves a few digits."""
+def format_size(gib: float) -> str:
+    """Formats GiB in a unit that leaves a few digits."""
     for unit, size in (("TiB", 2.0**10), ("GiB", 1.0)):
         if gib >= size:
             return f"{gib / size:,.1f} {unit}"
     return f"{gib * 2**10:,.1f} MiB"
 
 
-def shown(value: Any) -> str:
-    """A value for people: thousands apart, in every number."""
+def format_value(value: Any) -> str:
+    """Formats a value for people, with separated thousands."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""`student-trainer train`: trains a student, with the controls that were asked for."""
+"""`student-trainer train`: trains a student and the requested controls."""
 
 import os
 import sys
@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from student_trainer import data, disk
+from student_trainer.commands.student import find_student
 from student_trainer.config import TrainConfig
 from student_trainer.ray_train.checkpoints import newest_step
 from student_trainer.ray_train.job import FOLDER
@@ -32,7 +33,7 @@ from student_trainer.training.students import has_weights
 
 
 def train(config: TrainConfig) -> Results:
-    """Trains the student, and the controls that were asked for, and saves the student.
+    """Trains the student and the requested controls, and saves the student.
 
     Raises ValueError, OSError, NotWritten, TrainingFailed, and what a teacher can raise.
     """
@@ -41,8 +42,10 @@ def train(config: TrainConfig) -> Results:
     else:
         train_them = train_students
     check_settings(config)
-    with _made(config.output), ExitStack() as ending:
-        # What is refused soon comes before what takes long, down to here from there.
+    settings = config.model_dump(mode="json")
+    config = config.model_copy(update={"student": find_student(config.student)})
+    with _make_output(config.output), ExitStack() as ending:
+        # What is refused soon comes before what takes long.
         read = read_student(config.student)
         find_texts(config)
         ending.callback(disk.give_room, config.output)
@@ -58,7 +61,7 @@ def train(config: TrainConfig) -> Results:
         info = teacher.info
     student = trained.student
     return Results(
-        settings=config.model_dump(mode="json"),
+        settings=settings,
         data_digest=data.digest(corpus.sequences),
         held_out_digest=data.digest(corpus.held_out),
         held_out_sequences=len(corpus.held_out),
@@ -84,26 +87,26 @@ def train(config: TrainConfig) -> Results:
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Makes a folder, before anything is computed for it; if nothing came of it, it is not left."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+def _make_output(folder: Path) -> Iterator[None]:
+    """Creates the output folder before anything is computed; removes it if it stays empty."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--output {folder} cannot be made: {error.strerror}") from None
+        raise ValueError(f"--output {folder} cannot be created: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output {folder} cannot be written to by this user")
+        raise ValueError(f"--output {folder} is not writable for this user")
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # something is in it
-            for one in missing:
-                one.rmdir()
+        with suppress(OSError):  # a folder that is not empty stays
+            for parent in missing:
+                parent.rmdir()
         raise
 
 
-def what_is_kept(config: TrainConfig) -> str:
-    """What is there of an interrupted run, and how it goes on."""
+def describe_checkpoints(config: TrainConfig) -> str:
+    """Says which checkpoints an interrupted run left, and how to resume from them."""
     folder, newest = config.output / "checkpoints", {}
     if config.workers:
         folder = config.output / FOLDER
@@ -116,35 +119,35 @@ def what_is_kept(config: TrainConfig) -> str:
     again = "the same command without --start-over" if config.start_over else "the same command"
     if not newest:
         how = "" if config.checkpoint_every else " (--checkpoint-every N writes them)"
-        return f"no checkpoint was written{how}: {again} begins at step 0"
+        return f"no checkpoint was written{how}: {again} starts at step 0"
     if {*newest} == {"distilled"}:
-        return f"checkpoint of step {newest['distilled']} kept in {folder}: run {again} to go on"
+        return f"checkpoint of step {newest['distilled']} kept in {folder}: run {again} to resume"
     listed = ", ".join(f"step {step} of student {name}" for name, step in newest.items())
-    return f"checkpoints kept in {folder}: {listed}: run {again} to go on"
+    return f"checkpoints kept in {folder}: {listed}: run {again} to resume"
 
 
 def run_train(config: TrainConfig) -> int:
-    """Trains the student, and the controls if asked for; prints and writes the report."""
+    """Trains the student and the requested controls; prints and writes the report."""
     from student_trainer.errors import Interrupted, NotWritten
     from student_trainer.report import model_card
     from student_trainer.report import numbers as report
 
-    whole = ""
+    saved = ""
     try:
         results = train(config)
-        whole = f"the student is whole in {config.output / 'student'}; "
+        saved = f"the student is saved in {config.output / 'student'}; "
         found = report.make_report({str(config.output): results})
         results.save(config.output)
         report.write_report(config.output / "report.html", found)
         report.draw_losses(config.output / "loss.png", found)
         model_card.write_model_card(config.output / "student", results, found)
     except KeyboardInterrupt as error:
-        where = f" {error}" if isinstance(error, Interrupted) else ""  # workers do not tell
-        kept = what_is_kept(config)
+        where = f" {error}" if isinstance(error, Interrupted) else ""  # workers do not say where
+        kept = describe_checkpoints(config)
         print(f"student-trainer: interrupted{where}; {kept}", file=sys.stderr)
         return 130
     except NotWritten as error:
-        kept = f"; {whole}{what_is_kept(config)}" if config.output.is_dir() else ""
+        kept = f"; {saved}{describe_checkpoints(config)}" if config.output.is_dir() else ""
         print(f"student-trainer: {error}{kept}", file=sys.stderr)
         return 1
     print(report.table(found))

@@ -142,7 +142,7 @@ def _with_whole_paths(config: TrainConfig) -> TrainConfig:
     """Workers have working directories of their own."""
     whole: dict[str, Any] = {
         name: path.absolute()
-        for name in ("student", "output", "ca", "cert", "key")
+        for name in ("student", "output", "ca", "cert", "key", "token_file")
         if (path := getattr(config, name)) is not None and str(path) != PUBLIC_AUTHORITIES
     }
     if config.record and "://" not in config.record:

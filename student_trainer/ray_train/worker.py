@@ -102,7 +102,7 @@ def _token_missed(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except AccessDenied as error:
-        seen = Connection.to(config.teacher, ca=config.ca, cert=config.cert, key=config.key)
+        seen = Connection.to(config.teacher, **config.credentials())
         if seen.token is not None or seen.cert is not None:
             raise
         raise AccessDenied(

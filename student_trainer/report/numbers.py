@@ -11,17 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from student_trainer.config import MayChange, MayDiffer, marked
 from student_trainer.disk import put
 from student_trainer.report import page, pictures
 from student_trainer.report.verdict import ERRORS, _compared, _verdict
 from student_trainer.training.results import FILE_NAME, Results, Scores, StudentResults
 
-NOT_A_SETTING = {
-    *("teacher", "record", "draws", "student", "output", "ahead", "control", "shuffled_control"),
-    *("device", "log_every", "tensorboard", "checkpoint_every", "keep_checkpoints", "start_over"),
-    *("ca", "cert", "key", "workers", "ray_address", "max_failures"),
-    *("data", "held_out", "held_out_sequences", "seed"),
-}
+NOT_A_SETTING = marked(MayChange, MayDiffer)
 """What two runs may set differently and still repeat each other; texts are compared by digest."""
 DIGESTS = ("teacher", "data", "held_out")
 """Settings of which a label shows the beginning."""

@@ -14,7 +14,7 @@ from logit_codec import parse_targets
 from logitstream.extras import check_installed
 from student_trainer import data
 from student_trainer.client.remote import RemoteTeacher, connect
-from student_trainer.config import CorpusConfig, TrainConfig
+from student_trainer.config import CorpusConfig, MayChange, TrainConfig, marked
 from student_trainer.ray_train.job import FOLDER
 from student_trainer.record.recorded import Recorded
 from student_trainer.teachers.look_ahead import parse_ahead
@@ -43,28 +43,6 @@ RESULTS_NBYTES = 1 << 20
 """Of what is written beside a student: its model card, results, report and picture."""
 NAMES = ("control", "distilled", "shuffled")
 """Of the students of a run, in the order in which they are trained."""
-MAY_CHANGE = {
-    # Their content may not: see `identity_of`.
-    *("student", "data", "held_out"),
-    *(
-        "teacher",
-        "ca",
-        "cert",
-        "key",
-        "record",
-        "draws",
-        "output",
-        "ahead",
-        "control",
-        "shuffled_control",
-        "device",
-        "log_every",
-        "tensorboard",
-    ),
-    *("checkpoint_every", "keep_checkpoints", "start_over"),
-    *("workers", "ray_address", "max_failures"),
-}
-"""What a run that goes on from a checkpoint may set otherwise."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,9 +128,7 @@ def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher
     with ExitStack() as ending:
         live = None
         if config.teacher:
-            teacher = connect(
-                config.teacher, tokenizer=tokenizer, ca=config.ca, cert=config.cert, key=config.key
-            )
+            teacher = connect(config.teacher, tokenizer=tokenizer, **config.credentials())
             live = ending.enter_context(teacher)
             longest = live.info.max_sequence_tokens
             if config.sequence_length > longest:
@@ -298,7 +274,7 @@ def identity_of(config: TrainConfig, corpus: Corpus | None, **more: str) -> dict
         texts["data_digest"] = data.digest(corpus.sequences)
         texts["held_out_digest"] = data.digest(corpus.held_out)
     return {
-        **config.model_dump(mode="json", exclude=MAY_CHANGE),
+        **config.model_dump(mode="json", exclude=marked(MayChange)),
         "student_digest": student_digest(config.student),
         **texts,
         **more,

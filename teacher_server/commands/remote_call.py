@@ -6,10 +6,10 @@ from typing import TypeVar
 
 import grpc
 
+from logitstream.command_line import AddressedService
 from logitstream.connection import Connection
 from logitstream.diagnosis import diagnose, in_short
 from protos import teacher_pb2_grpc
-from teacher_server.config import ServiceConfig
 
 Answer = TypeVar("Answer")
 ANSWER_S = 10.0
@@ -23,10 +23,10 @@ class NoAnswer(Exception):
         self.exit_code = exit_code
 
 
-def connection_of(config: ServiceConfig) -> Connection:
+def connection_of(config: AddressedService) -> Connection:
     """Returns how a command reaches its service. Raises NoAnswer for unusable settings."""
     try:
-        return Connection.to(config.address, ca=config.ca, cert=config.cert, key=config.key)
+        return Connection.to(config.address, **config.credentials())
     except (OSError, ValueError) as error:
         raise NoAnswer(str(error), 2) from None
 

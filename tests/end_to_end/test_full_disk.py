@@ -76,7 +76,7 @@ def test_a_checkpoint_without_room_leaves_the_one_before_and_the_run_goes_on_fro
         where = output / "checkpoints"
         said = re.fullmatch(
             rf"student-trainer: cannot write the checkpoint of step (\d) to {where}: No space left on "
-            rf"device; checkpoint of step (\d) kept in {where}: run the same command to go on",
+            rf"device; checkpoint of step (\d) kept in {where}: run the same command to resume",
             line,
         )
         assert said, line

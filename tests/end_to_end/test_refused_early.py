@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
 
+import teacher_server.cli
 from student_trainer.cli import main
 from student_trainer.training.students import make_student
 from tests.conftest import Serve, Served, one_torch_thread
@@ -202,16 +204,45 @@ def test_an_encoder_decoder_is_refused_in_one_line(arguments, capsys, caplog, tm
 # Commands and services.
 
 
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch) -> Path:
+    """The cache of the hub's client, empty, on a machine without a network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
 def test_a_hub_id_and_a_wrong_path_as_student_are_told_apart(
-    arguments, capsys, caplog, tmp_path: Path
+    hub_cache: Path, arguments, capsys, caplog, tmp_path: Path
 ):
-    line = refused(capsys, caplog, "train", *arguments(student="google/gemma-2-2b"))
-    assert "there is no folder google/gemma-2-2b, where the student should be" in line
-    assert "hf download google/gemma-2-2b --local-dir gemma-2-2b" in line
+    for command in (
+        ("train", *arguments(student="google/gemma-2-2b")),
+        ("check", "127.0.0.1:1", "--student", "google/gemma-2-2b"),
+    ):
+        line = refused(capsys, caplog, *command)
+        assert "there is no folder google/gemma-2-2b, where the student should be" in line
+        assert "no model of that name could be fetched from the hub (LocalEntryNotFound" in line
+        assert "hf download google/gemma-2-2b" in line
     line = refused(capsys, caplog, "train", *arguments(student=tmp_path / "nowhere"))
     assert line.endswith("should be. Give the path of a Hugging Face folder.")
     line = refused(capsys, caplog, "train", *arguments(student=tmp_path))
     assert line.endswith("is not a student folder: it has no config.json")
+
+
+def test_a_student_of_the_hub_is_trained_from_its_cache(
+    hub_cache: Path, student_folder: Path, arguments, tmp_path: Path
+):
+    model, commit = hub_cache / "models--our--student", "0123456789" * 4
+    shutil.copytree(student_folder, model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    assert main(["train", *arguments(student="our/student")]) == 0
+    assert main(["train", *arguments(student=student_folder, output=tmp_path / "same")]) == 0
+    of_hub, of_folder = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "same")
+    )
+    assert of_hub["settings"]["student"] == "our/student"
+    assert of_hub["students"]["distilled"]["scores"] == of_folder["students"]["distilled"]["scores"]
 
 
 def test_under_torchrun_nothing_is_trained(arguments, capsys, caplog, monkeypatch, tmp_path: Path):
@@ -253,6 +284,26 @@ def test_a_scope_that_is_missing_is_said_before_the_text_is_read(
     service = serve(teacher_folder, "--teams", str(teams))
     given = arguments(teacher=service.address, targets="dense:f32")
     assert "dense" in refused(capsys, caplog, "train", *given)
+    assert service.stop() == 0
+
+
+def test_a_token_comes_from_a_file_too(
+    serve: Serve, teacher_folder: Path, arguments, capsys, caplog, monkeypatch, tmp_path: Path
+):
+    teams, token = tmp_path / "teams.toml", tmp_path / "token"
+    monkeypatch.setenv("TEACHER_TOKEN", "lst_wrong")
+    token.write_text(add_team(teams, "search") + "\n")
+    service = serve(teacher_folder, "--teams", str(teams))
+    given = arguments(teacher=service.address)
+    assert "token" in refused(capsys, caplog, "train", *given)
+    assert main(["train", *given, "--token-file", str(token)]) == 0
+    assert teacher_server.cli.main(["describe", service.address, f"--token-file={token}"]) == 0
+    assert " team search" in " ".join(capsys.readouterr().out.split())
+    for content, said in (("", "is empty"), (None, "No such file or directory")):
+        token.unlink() if content is None else token.write_text(content)
+        line = refused(capsys, caplog, "train", *given, "--token-file", str(token))
+        assert f"--token-file {token}" in line
+        assert said in line
     assert service.stop() == 0
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from student_trainer import LocalTeacher
 from student_trainer.cli import main
-from student_trainer.commands.train import what_is_kept
+from student_trainer.commands.train import describe_checkpoints
 from student_trainer.config import TrainConfig
 from student_trainer.data import batches
 from student_trainer.training import loop as trainer
@@ -247,7 +247,7 @@ def test_ctrl_c_says_after_which_step_and_what_is_kept(
         saved = (output / "checkpoints").glob("step-*")
         newest = max(int(path.name.removeprefix("step-")) for path in saved)
         assert newest <= int(at[1]) <= newest + every
-        where = f"kept in {output / 'checkpoints'}: run the same command to go on"
+        where = f"kept in {output / 'checkpoints'}: run the same command to resume"
         assert rest == f"checkpoint of step {newest} {where}"
     else:
         assert rest.startswith("no checkpoint was written (--checkpoint-every N writes them): ")
@@ -258,12 +258,14 @@ def test_what_is_kept_of_several_students_is_named(tmp_path: Path):
     config = TrainConfig(
         student=tmp_path, data=["a"], output=tmp_path, teacher="x:1", start_over=True
     )
-    assert what_is_kept(config).endswith("the same command without --start-over begins at step 0")
+    assert describe_checkpoints(config).endswith(
+        "the same command without --start-over starts at step 0"
+    )
     for path in ("control/step-9", "step-4", "step-12", ".step-13.partial"):
         (tmp_path / "checkpoints" / path).mkdir(parents=True)
-    assert what_is_kept(config) == (
+    assert describe_checkpoints(config) == (
         f"checkpoints kept in {tmp_path}/checkpoints: step 9 of student control, step 12 of student "
-        "distilled: run the same command without --start-over to go on"
+        "distilled: run the same command without --start-over to resume"
     )
 
 

@@ -100,7 +100,7 @@ def test_ctrl_c_seals_what_came_and_the_next_run_goes_on(serve, tmp_path: Path):
         assert "Traceback" not in log.read_text()
         came = len(rows_in(record))
         assert 0 < came < 30
-        kept = f"{came} sequences are recorded in {record}: run the same command to go on"
+        kept = f"{came} sequences are recorded in {record}: run the same command to resume"
         assert log.read_text().splitlines()[-1] == f"student-trainer: interrupted; {kept}"
         fleet.hurry()
         again = FORKSERVER.Process(target=record_command, args=command)

@@ -39,11 +39,11 @@ def without(hidden: str, module: str, *arguments: str) -> subprocess.CompletedPr
 @pytest.mark.parametrize(
     ("module", "arguments", "hidden", "extra"),
     [
-        ("teacher_server", "--version", "tyro,pydantic", "server"),
-        ("teacher_server", "serve --model m --standalone", "tyro", "server"),
+        ("teacher_server", "--version", "cyclopts,pydantic", "server"),
+        ("teacher_server", "serve --model m --standalone", "cyclopts", "server"),
         ("teacher_server", "serve --model m --port 0", "ray", "server"),
         ("teacher_server", "certs --out {}/certs", "cryptography", "server"),
-        ("student_trainer", "--help", "tyro,pydantic", "train"),
+        ("student_trainer", "--help", "cyclopts,pydantic", "train"),
         ("student_trainer", "check 127.0.0.1:1", "tqdm", "train"),
     ],
 )

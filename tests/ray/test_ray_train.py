@@ -237,7 +237,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
         assert first.process.wait(120) == 130, first.log.read_text()
         last = first.log.read_text().splitlines()[-1]
         kept = f"checkpoint of step {first.saved()} kept in {output / FOLDER}: run the same command"
-        assert last == f"student-trainer: interrupted; {kept} to go on"
+        assert last == f"student-trainer: interrupted; {kept} to resume"
     with training(with_dropout, output, *flags, on=service) as second:
         second.wait_saved(first.saved() + 5)
     wait_for(lambda: not worker_pids(service), 60)

@@ -53,8 +53,8 @@ def test_what_only_train_takes_is_refused_by_record_as_a_flag(tmp_path: Path):
         parsed("record", f"@{path}", "--steps", "3", "--teacher", "x:1", "--record", "r")
     see = "; see student-trainer record --help"
     assert caught.value.mistakes == (
-        f"stepz in {path} is not an option of record{see}",
         f"--steps is an option of train, not of record{see}",
+        f"stepz in {path} is not an option of record{see}",
     )
 
 
@@ -67,26 +67,26 @@ def test_a_mistake_is_a_line_on_stderr_and_exit_code_2(tmp_path: Path, capsys):
             ("train", *given, "--stepz", "3"),
             ["--stepz is not an option of train (did you mean --s"],
         ),
-        (("train", *given, "--steps", "many"), ["--steps must be a whole number, got 'many'"]),
-        (("train", *given, "--control", "yes"), ["'yes' belongs to no option: --control takes no"]),
+        (("train", *given, "--steps", "many"), ["--steps must be a valid integer, got 'many'"]),
+        (("train", *given, "--control", "yes"), ["unexpected argument 'yes': --control takes no"]),
         (
             ("train", *given[2:]),
-            ["--student is missing: Hugging Face folder: config and tokenizer"],
+            ["--student is missing: Hugging Face folder or hub id: config and tok"],
         ),
         (("train", *given[:-2]), ["give --teacher HOST:PORT, --record FOLDER or both"]),
         (("train", *given[:-1], "nowhere"), ["--teacher: an address is host:port, such as"]),
         (
             ("train", *given, "--steps", "0", "--learning-rate", "-1", "--optimizer", "sgd"),
             [
-                "--steps must be at least 1, got 0",
-                "--learning-rate must be more than 0, got -1",
+                "--steps must be greater than or equal to 1, got 0",
+                "--learning-rate must be greater than 0, got -1",
                 "--optimizer must be 'adamw' or 'muon', got 'sgd'",
             ],
         ),
         (("record", *given[:4]), ["--teacher is missing: HOST:", "--record is missing: Folder"]),
-        (("check",), ["HOST:PORT is missing: HOST:PORT of the service, or a connection file"]),
+        (("check",), ["ADDRESS is missing: HOST:PORT of the service, or a connection file"]),
         (("check", "x:1", "--tokens", "many"), ["--tokens: a number of tokens is written like"]),
-        (("report",), ["FOLDER... is missing: Folders that `train` wrote"]),
+        (("report",), ["RUNS is missing: Folders that `train` wrote"]),
     ):
         assert main(arguments) == 2
         printed = capsys.readouterr()
@@ -105,7 +105,7 @@ def test_a_mistake_is_a_line_on_stderr_and_exit_code_2(tmp_path: Path, capsys):
         ("--device", "gpu", "--device must be auto, cpu, cuda"),
         ("--targets", "topk:64", "--targets: unknown kind of targets 'topk'"),
         ("--ahead", "3x", "ahead must be a number of batches"),
-        ("--output", "/proc/x", "--output /proc/x cannot be made"),
+        ("--output", "/proc/x", "--output /proc/x cannot be created"),
     ],
 )
 def test_what_can_be_known_at_once_is_refused_before_anything_is_read(
@@ -142,15 +142,16 @@ def helped(capsys, *arguments: str) -> str:
 def test_help_says_where_options_and_the_token_come_from(capsys):
     for arguments in ((), ("train",), ("record",), ("check",)):
         said = helped(capsys, *arguments)
-        assert "@FILE.toml" in said
+        assert "@FILE or --config FILE" in said
         assert "TEACHER_TOKEN" in said
+        assert "LOGITSTREAM_" in said
     assert "TEACHER_TOKEN" not in helped(capsys, "report")
 
 
 def test_the_help_of_record_is_about_recording(capsys):
     said = helped(capsys, "record")
     for option in ("--teacher", "--record"):
-        assert re.search(rf"{option} STR [^-]*\(required\)", said), said
+        assert re.search(rf"{option} STR [^-]*\[required\]", said), said
     assert "loss" not in said
     assert "random" not in said
     assert "batch-size INT" not in said

@@ -49,7 +49,7 @@ def test_flags_after_a_file_win(tmp_path: Path) -> None:
     file = write(tmp_path, 'model = "a"\nport = 1\n[batch]\nmax_tokens = 64')
     config = serve(file, "--port", "2", "--batch.max-tokens", "32")
     assert (config.model, config.port, config.batch.max_tokens) == ("a", 2, 32)
-    assert serve("--port", "2", file).port == 1
+    assert serve("--port", "2", file).port == 2
 
 
 def test_teams_have_commands_of_their_own() -> None:
