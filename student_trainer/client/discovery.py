@@ -142,11 +142,11 @@ class Discovery:
         """Asks a replica who it is; returns the answer and why it cannot be used now, if so."""
         metadata = self._connection.metadata
         info = await describe(channel, metadata, timeout_s)
-        refusal = self.refusal(info, address, may_be_new=required)
+        refusal = self.explain_refusal(info, address, may_be_new=required)
         ends_run = bool(refusal) and required and not self._linked
         if ends_run or (not refusal and self._is_new(info)):
             info = await confirm(info, address, channel, metadata, timeout_s)
-            refusal = self.refusal(info, address, may_be_new=required)
+            refusal = self.explain_refusal(info, address, may_be_new=required)
             if refusal and required and not self._linked:
                 raise IncompatibleTeacher(refusal)
         card = own_card(info)
@@ -163,11 +163,11 @@ class Discovery:
         async with self._connection.channel(address, CHANNEL_OPTIONS) as channel:
             try:
                 info = await describe(channel, metadata, TRY_S[0])
-                if self.refusal(info, address):
+                if self.explain_refusal(info, address):
                     info = await confirm(info, address, channel, metadata, TRY_S[0])
             except grpc.aio.AioRpcError:
                 return None  # it may come up later
-        if refusal := self.refusal(info, address):
+        if refusal := self.explain_refusal(info, address):
             raise IncompatibleTeacher(refusal)
         return info
 
@@ -175,7 +175,7 @@ class Discovery:
         """Whether this replaces what is known of the service."""
         return self.info is None or info.service_id != self.info.service_id
 
-    def refusal(
+    def explain_refusal(
         self, info: teacher_pb2.TeacherInfo, address: str, *, may_be_new: bool = False
     ) -> str:
         """Explains why this is not the teacher that the run began with; empty if it is."""
@@ -231,7 +231,7 @@ class Discovery:
 
         return await asyncio.gather(*map(look, self._given))
 
-    def unavailable(self, waited_s: float, diagnoses: Sequence[str]) -> TeacherUnavailable:
+    def make_unavailable(self, waited_s: float, diagnoses: Sequence[str]) -> TeacherUnavailable:
         """Makes the error for a service that does not answer. diagnoses: see `diagnose`."""
         known = zip(self._given, diagnoses, strict=False)
         reasons = [

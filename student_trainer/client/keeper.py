@@ -113,7 +113,7 @@ class Keeper:
             now = time.monotonic()
             quiet_s = now - self._quiet_since_s
             if quiet_s > self._patience_s:
-                raise self.discovery.unavailable(quiet_s, await self.discovery.diagnose())
+                raise self.discovery.make_unavailable(quiet_s, await self.discovery.diagnose())
             if now - logged_s > LOG_WAIT_S:
                 logged_s = now
                 logger.warning(
@@ -182,7 +182,7 @@ class Keeper:
             info = await link.describe()
         except grpc.aio.AioRpcError:
             return  # if the link is broken, its stream will end
-        if not self.discovery.refusal(info, link.address):
+        if not self.discovery.explain_refusal(info, link.address):
             self.learn(info)
 
     def _check(self, link: Link) -> None:
@@ -271,7 +271,7 @@ class Keeper:
         logger.warning("lost the teacher at %s: %s; %s", link.address, why, move)
         quiet_s = now - self._quiet_since_s
         if quiet_s > self._patience_s:
-            self._fail_all(self.discovery.unavailable(quiet_s, ()))
+            self._fail_all(self.discovery.make_unavailable(quiet_s, ()))
         self.wake.set()
 
     def _fail_all(self, error: Exception) -> None:

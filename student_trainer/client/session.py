@@ -91,7 +91,7 @@ class Session:
             is_hopeless = all(diagnoses)
             # Twice, with an attempt between: the service may have started between the two looks.
             if (was_hopeless and is_hopeless) or waited_s >= patience_s:
-                raise self._keeper.discovery.unavailable(waited_s, diagnoses)
+                raise self._keeper.discovery.make_unavailable(waited_s, diagnoses)
             was_hopeless = is_hopeless
             if not is_hopeless:
                 await asyncio.sleep(0.1)

@@ -125,7 +125,7 @@ class BatchTargets:
         if self._agree is not None:
             self._pull_to(count)
             wanted = self._look_ahead.size + self._num_untrained
-            self._pull_to(min(self._agree(wanted, len(self._waiting) + self._room())))
+            self._pull_to(min(self._agree(wanted, len(self._waiting) + self._estimate_room())))
         pairs: list[tuple[Taken, Targets | None]] = []
         while len(pairs) < count and (self._waiting or self._pull()):
             targets = self._next_targets() if self._waiting[0].is_trained else None
@@ -172,7 +172,7 @@ class BatchTargets:
             self._num_untrained += 1
         return True
 
-    def _room(self) -> int:
+    def _estimate_room(self) -> int:
         """Estimates how many more batches like the last one may be held."""
         return self._look_ahead.room_for(*self._last_size)
 
@@ -193,7 +193,7 @@ class BatchTargets:
             and self._in_flight < size
             and not self._unasked
             and self._num_untrained <= size
-            and (not self._waiting or self._room() >= 1)
+            and (not self._waiting or self._estimate_room() >= 1)
         ):
             if not self._pull():
                 break

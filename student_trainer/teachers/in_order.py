@@ -73,7 +73,7 @@ def answer_in_order(
             request = waiting[0]
             while not look_ahead.wait(request.futures.values()):
                 ask()
-            results = [_result(future, where) for where, future in request.futures.items()]
+            results = [_take_result(future, where) for where, future in request.futures.items()]
             waiting.popleft()
             look_ahead.hold(-request.nbytes)
             look_ahead.hand_out(sum(answer.nbytes for answer in results))
@@ -96,7 +96,7 @@ def nbytes_of(item: Any) -> int:
     return int(getattr(item, "nbytes", 8))
 
 
-def _result(future: "Future[Answer]", where: str) -> Answer:
+def _take_result(future: "Future[Answer]", where: str) -> Answer:
     """Returns an answer; an error gets the place of the request in front of its text."""
     try:
         return future.result()

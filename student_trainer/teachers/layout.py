@@ -113,7 +113,7 @@ class Layout:
                 f"batch {number}: attention_mask must be 1 for a token and 0 for padding, got {odd}"
             )
         _check_ids(ids[real], f"batch {number}")
-        document = _starts(batch, ids, number).cumsum(1)
+        document = _find_starts(batch, ids, number).cumsum(1)
         trained = torch.zeros_like(real)
         trained[:, :-1] = real[:, :-1] & real[:, 1:] & (document[:, :-1] == document[:, 1:])
         labels = optional("labels")
@@ -141,7 +141,7 @@ class Layout:
         return pieces
 
 
-def _starts(batch: Mapping[str, Any], ids: Tensor, number: int) -> Tensor:
+def _find_starts(batch: Mapping[str, Any], ids: Tensor, number: int) -> Tensor:
     """Returns (B, T) bool: where a document begins. Raises InvalidRequest."""
     starts = torch.zeros(ids.shape, dtype=torch.bool)
     # A position goes up by one within a document, and the index of a sequence stays.
