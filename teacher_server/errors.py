@@ -1,4 +1,4 @@
-"""What can go wrong on the server's side.
+"""Defines the errors of the server, and sends those of requests to their clients.
 
 TeacherServerError
 |-- ModelError            the model cannot be served; `serve` says why and exits with 1
@@ -18,13 +18,13 @@ from protos import teacher_pb2
 logger = logging.getLogger(__name__)
 
 QUOTED = 64
-"""Characters of what a caller sent that a message to it may repeat."""
+"""Characters of a caller's own text that a message to it may repeat."""
 ERROR_METADATA = "logitstream-error-bin"
-"""The trailing metadata entry with the RequestError of a call that is no stream of requests."""
+"""Trailing metadata key of the RequestError that ends a call."""
 
 
 class TeacherServerError(Exception):
-    """The root of this package's own errors."""
+    """The base of this package's errors."""
 
 
 class ModelError(TeacherServerError):
@@ -36,14 +36,15 @@ class ServeError(TeacherServerError):
 
 
 class TeamsError(TeacherServerError):
-    """The file that declares the teams cannot be read, is wrong, or cannot be written."""
+    """The teams file cannot be read or written, or declares something that is not allowed."""
 
 
 class RequestRefused(TeacherServerError):
     """One request cannot be answered.
 
-    `reason` is for programs, `field` names the field of the request at fault, `sequence` and `row`
-    the place in it; `retry_after_ms` is a hint, 0 for none.
+    code: the gRPC status that tells a client whether a retry can help. reason: a constant for
+    programs. field, sequence, row: the place of the fault in the request. retry_after_ms: when to send
+    the same request again; 0: no hint.
     """
 
     def __init__(
@@ -69,26 +70,26 @@ class RequestRefused(TeacherServerError):
 def invalid(
     reason: str, message: str, *, field: str, sequence: int | None = None
 ) -> RequestRefused:
-    """The request itself is wrong: INVALID_ARGUMENT, never worth a retry."""
+    """Refuses a request that is itself wrong (INVALID_ARGUMENT): a retry cannot help."""
     return RequestRefused(
         grpc.StatusCode.INVALID_ARGUMENT, reason, message, field=field, sequence=sequence
     )
 
 
 def incident(error: Exception) -> RequestRefused:
-    """A failure of ours: in the log as a whole, to the client as a number."""
+    """Refuses a request for a fault of ours: logs all of it, and sends the client its number only."""
     number = secrets.token_hex(4)
     logger.error("request failed incident=%s", number, exc_info=error)
     return RequestRefused(
         grpc.StatusCode.INTERNAL,
         "INTERNAL",
-        f"the teacher failed on this request, incident {number}: the operator finds it in the "
-        "service's log.",
+        f"the teacher failed on this request (incident {number}). Give the operator the number: the "
+        "service's log has the details under it.",
     )
 
 
 def request_error(refused: RequestRefused) -> teacher_pb2.RequestError:
-    """The message for a client."""
+    """Builds the message for a client."""
     return teacher_pb2.RequestError(
         code=refused.code.value[0],
         message=str(refused),
@@ -101,7 +102,7 @@ def request_error(refused: RequestRefused) -> teacher_pb2.RequestError:
 
 
 def quoted(text: str) -> str:
-    """What a caller sent, for a message: at most 64 characters of it, without line ends."""
+    """Quotes what a caller sent in a message: at most 64 characters, without line ends."""
     short = text[:QUOTED]
     return repr(short) + ("..." if len(text) > QUOTED else "")
 
@@ -109,8 +110,8 @@ def quoted(text: str) -> str:
 async def abort(
     context: grpc.aio.ServicerContext, refused: RequestRefused, *more: tuple[str, str]
 ) -> NoReturn:
-    """Ends a call with the status of a refusal and its RequestError; `more`: further metadata."""
+    """Ends a call with a refusal's status and RequestError; more: further trailing metadata."""
     error = request_error(refused)
     metadata = ((ERROR_METADATA, error.SerializeToString()), *more)
     await context.abort(refused.code, error.message, metadata)
-    raise AssertionError("abort returns never")
+    raise AssertionError("abort raises")

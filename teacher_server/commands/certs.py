@@ -1,4 +1,4 @@
-"""`teacher-server certs`: a private authority and certificates, for a trial or a closed network."""
+"""Makes a private authority and certificates (`teacher-server certs`), for a closed network."""
 
 import ipaddress
 import socket
@@ -13,16 +13,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from logitstream.files import write_atomically
-from teacher_server.config import (
-    CertsConfig,
-)
+from teacher_server.config import CertsConfig
 from teacher_server.errors import ServeError, TeacherServerError
 
 CA_DAYS = 3650
 BACKDATE = timedelta(minutes=5)
-"""For clocks that are a little behind."""
+"""Certificates are valid from a little before now, for clocks that are slow."""
 ALWAYS = ("localhost", "127.0.0.1", "::1")
-"""Names of every service's certificate: tunnels end there."""
+"""Names in every service's certificate, for clients that come through a tunnel."""
 CLIENT, SERVER = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH
 
 
@@ -35,41 +33,42 @@ def make(
     replace: bool,
     with_local: bool = True,
 ) -> list[Path]:
-    """Writes what is wanted into a folder; returns the paths. An authority that is there signs it.
+    """Writes certificates and keys into a folder, signed by its authority; returns their paths.
 
     Raises ServeError.
     """
     hosts, clients = list(hosts), list(clients)
-    wanted = ["server"] if hosts or not clients else []
-    wanted += [f"client-{name}" for name in clients]
+    names = ["server"] if hosts or not clients else []
+    names += [f"client-{client}" for client in clients]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        there = [name for name in wanted if (out / f"{name}.pem").exists()]
-        if there and not replace:
+        existing = [name for name in names if (out / f"{name}.pem").exists()]
+        if existing and not replace:
             raise ServeError(
-                f"{out / there[0]}.pem is there already. --force makes it anew, signed by the same "
-                "authority; a running service takes it up by itself."
+                f"{out / existing[0]}.pem exists already. --force replaces it with one that the same "
+                "authority signs; a running service reads it again by itself."
             )
-        ca, ca_key = _authority(out)
-        for name in wanted:
+        ca, ca_key = _open_authority(out)
+        for name in names:
             if name == "server":
-                names = dict.fromkeys([*(hosts or _own_names()), *(ALWAYS if with_local else ())])
-                certificate, key = _sign(ca, ca_key, next(iter(names)), list(names), days, SERVER)
+                own = list(
+                    dict.fromkeys([*(hosts or _own_names()), *(ALWAYS if with_local else ())])
+                )
+                certificate, key = _sign(ca, ca_key, own, days, SERVER)
             else:
-                client = name.removeprefix("client-")
-                certificate, key = _sign(ca, ca_key, client, [client], days, CLIENT)
-            # The key first: whoever sees the new certificate finds its key.
+                certificate, key = _sign(ca, ca_key, [name.removeprefix("client-")], days, CLIENT)
+            # The key first: a service that sees the new certificate finds its key.
             write_atomically(out / f"{name}-key.pem", _key_pem(key), 0o600)
             write_atomically(out / f"{name}.pem", _pem(certificate), 0o644)
     except OSError as error:
         raise ServeError(f"cannot write into {out}: {error.strerror}") from None
     except ValueError as error:
         raise ServeError(f"cannot use the authority in {out}: {error}") from None
-    return [out / "ca.pem", *(out / f"{name}.pem" for name in wanted)]
+    return [out / "ca.pem", *(out / f"{name}.pem" for name in names)]
 
 
-def _authority(out: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """The one in the folder, made if there is none."""
+def _open_authority(out: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """Reads the folder's authority, and makes one if there is none."""
     path, key_path = out / "ca.pem", out / "ca-key.pem"
     if path.exists() or key_path.exists():
         if not (path.exists() and key_path.exists()):
@@ -95,14 +94,14 @@ def _authority(out: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
 def _sign(
     ca: x509.Certificate,
     ca_key: ec.EllipticCurvePrivateKey,
-    common_name: str,
     names: list[str],
     days: int,
     purpose: x509.ObjectIdentifier,
 ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """Makes a key, and a certificate for these names; the first is its common name too."""
     key = ec.generate_private_key(ec.SECP256R1())
     public = key.public_key()
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:64])])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
     issuer_key = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
     alternatives = x509.SubjectAlternativeName([_general_name(name) for name in names])
     certificate = (
@@ -172,11 +171,9 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def make_certificates(config: CertsConfig) -> int:
-    """Makes certificates and prints where they are; returns the exit code."""
-    from teacher_server.commands import certs
-
+    """Makes certificates and prints their paths; returns the exit code."""
     try:
-        paths = certs.make(
+        paths = make(
             config.out,
             config.host,
             config.client,

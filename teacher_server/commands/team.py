@@ -1,24 +1,20 @@
-"""`teacher-server team add|list|rotate|disable`: edits the teams file, shows a new token once."""
+"""Edits the teams file (`teacher-server team`) and shows each new token once."""
 
 import json
 import secrets
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from tomlkit import TOMLDocument
 
 from logitstream.files import write_atomically
-from teacher_server.config import (
-    TeamAction,
-    TeamAdd,
-    TeamDisable,
-    TeamList,
-    TeamRotate,
-)
+from teacher_server.config import TeamAction, TeamAdd, TeamDisable, TeamList, TeamRotate
 from teacher_server.errors import TeacherServerError, TeamsError
 from teacher_server.teams.declaration import (
+    ALLOWED,
     NAME,
     TOKEN_PREFIX,
     Declared,
@@ -28,50 +24,48 @@ from teacher_server.teams.declaration import (
     read_teams,
     token_digest,
 )
-from teacher_server.teams.edit import (
-    add_team,
-    edit_file,
-    set_disabled,
-    set_tokens,
-)
+from teacher_server.teams.edit import add_team, edit_file, set_disabled, set_tokens
 
 TOKEN_NBYTES = 32
 
 
-def run(action: TeamAction) -> None:
-    """Does what the command says and prints what came of it. Raises TeamsError."""
-    if isinstance(action, TeamAdd):
-        _add(action)
-    elif isinstance(action, TeamList):
-        _list(action)
-    elif isinstance(action, TeamRotate):
-        _rotate(action)
-    else:
-        _disable(action)
+def team(action: TeamAction) -> int:
+    """Runs one of the team commands; returns the exit code."""
+    try:
+        if isinstance(action, TeamAdd):
+            _add(action)
+        elif isinstance(action, TeamList):
+            _list(action)
+        elif isinstance(action, TeamRotate):
+            _rotate(action)
+        else:
+            _disable(action)
+    except TeacherServerError as error:
+        print(f"teacher-server: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def new_token() -> str:
-    """256 random bits."""
+    """Makes a token of 256 random bits."""
     return TOKEN_PREFIX + secrets.token_urlsafe(TOKEN_NBYTES)
 
 
 def _add(config: TeamAdd) -> None:
     if not NAME.fullmatch(config.name):
-        raise TeamsError(
-            f"a team's name is 1 to 64 letters, digits, - and _, and begins with a letter or digit; "
-            f"got {config.name!r}"
-        )
-    connection = _connection(config)  # before anything is written: a wrong --ca changes nothing
+        raise TeamsError(f"a team's name must be {ALLOWED['name']}, got {config.name!r}")
+    connection = _connection_file(config)  # first: a wrong --ca must change nothing
     token = None if config.certificates else new_token()
-    tokens = () if token is None else (_token(token, config.days),)
-    team = Team(config.name, config.weight, frozenset(config.scopes))
-    declared = Declared(team, tokens, config.certificates)
+    tokens = () if token is None else (_hash(token, config.days),)
+    declared = Declared(
+        Team(config.name, config.weight, frozenset(config.scopes)), tokens, config.certificates
+    )
 
     def edit(document: TOMLDocument, teams: Teams | None) -> None:
         if teams is not None and config.name in teams.declared:
             raise TeamsError(
                 f"{config.teams} has a team {config.name} already. `teacher-server team rotate "
-                f"{config.name}` makes it a new token."
+                f"{config.name}` gives it a new token."
             )
         add_team(document, declared)
 
@@ -86,27 +80,20 @@ def _add(config: TeamAdd) -> None:
 
 def _rotate(config: TeamRotate) -> None:
     token = new_token()
-    added = _token(token, config.days)
+    added = _hash(token, config.days)
     now = datetime.now(UTC)
     last_day = (now + timedelta(days=config.overlap)).replace(microsecond=0)
 
     def edit(document: TOMLDocument, teams: Teams | None) -> None:
         declared = _find(teams, config.name, config.teams)
-        kept = [one for one in declared.tokens if one.expires is None or one.expires > now]
-        if config.overlap == 0:
-            kept = []
-        old = [
-            one
-            if one.expires is not None and one.expires < last_day
-            else replace(one, expires=last_day)
-            for one in kept
-        ]
-        set_tokens(document, declared, (added, *old))
+        valid = [old for old in declared.tokens if old.expires is None or old.expires > now]
+        kept = [replace(old, expires=min(old.expires or last_day, last_day)) for old in valid]
+        set_tokens(document, declared, (added, *(kept if config.overlap else ())))
 
     edit_file(config.teams, edit)
-    old = "no old token is let in any more"
+    old = "the old ones are refused"
     if config.overlap:
-        old = f"old ones are let in until {last_day:%Y-%m-%d %H:%M} UTC"
+        old = f"the old ones are accepted until {last_day:%Y-%m-%d %H:%M} UTC"
     _show(f"team {config.name} has a new token; {old}", config.name, token, (added,), config, None)
 
 
@@ -115,36 +102,35 @@ def _disable(config: TeamDisable) -> None:
         set_disabled(document, _find(teams, config.name, config.teams).team.name, not config.undo)
 
     edit_file(config.teams, edit)
-    print(f"team {config.name} is {'let in again' if config.undo else 'disabled'}")
+    print(f"team {config.name} is {'enabled again' if config.undo else 'disabled'}")
 
 
 def _list(config: TeamList) -> None:
     now = datetime.now(UTC)
     rows = []
-    for one in read_teams(config.teams).declared.values():
-        valid = [t for t in one.tokens if t.expires is None or t.expires > now]
+    for entry in read_teams(config.teams).declared.values():
+        valid = [t for t in entry.tokens if t.expires is None or t.expires > now]
         ends = [t.expires for t in valid if t.expires is not None]
-        limits = one.team.limits
         rows.append(
             {
-                "team": one.team.name,
-                "weight": one.team.weight,
-                "scopes": sorted(one.team.scopes),
+                "team": entry.team.name,
+                "weight": entry.team.weight,
+                "scopes": sorted(entry.team.scopes),
                 "tokens": len(valid),
-                "expired_tokens": len(one.tokens) - len(valid),
+                "expired_tokens": len(entry.tokens) - len(valid),
                 "next_expiry": min(ends).isoformat() if ends else None,
-                "certificates": list(one.certificates),
-                "limits": {
-                    name: getattr(limits, name)
-                    for name in limits.__slots__
-                    if getattr(limits, name) is not None
-                },
-                "disabled": one.disabled,
+                "certificates": list(entry.certificates),
+                "limits": {k: v for k, v in asdict(entry.team.limits).items() if v is not None},
+                "disabled": entry.disabled,
             }
         )
     if config.as_json:
         print(json.dumps(rows, indent=2))
-        return
+    else:
+        _print_table(rows)
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
     head = ("team", "weight", "scopes", "tokens", "next expiry", "certificates", "")
     lines = [
         (
@@ -170,7 +156,8 @@ def _find(teams: Teams | None, name: str, path: Path) -> Declared:
     return declared[name]
 
 
-def _token(token: str, days: int) -> Token:
+def _hash(token: str, days: int) -> Token:
+    """Returns what the file keeps of a token; it expires after `days` whole days, or never (0)."""
     expires = None
     if days:
         midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -178,12 +165,12 @@ def _token(token: str, days: int) -> Token:
     return Token(token_digest(token), expires)
 
 
-def _connection(config: TeamAdd) -> str | None:
-    """The text of the connection file, if an address is known."""
+def _connection_file(config: TeamAdd) -> str | None:
+    """Returns the text of the team's connection file, if an address is given."""
     if not config.address:
         return None
     lines = [
-        f"# How team {config.name} reaches its teacher. The token is not in here: it belongs into the",
+        f"# How team {config.name} reaches its teacher. The token is not in this file: put it into the",
         "# environment variable that token_env names.",
         f"address = {json.dumps(config.address)}",
         'token_env = "TEACHER_TOKEN"',
@@ -194,13 +181,15 @@ def _connection(config: TeamAdd) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise TeamsError(f"cannot read --ca {config.ca}: {error}") from None
         if "PRIVATE KEY" in ca or "-----BEGIN CERTIFICATE" not in ca:
-            raise TeamsError(f"--ca {config.ca} is not a certificate in PEM alone")
+            raise TeamsError(
+                f"--ca {config.ca} must be a certificate in PEM, without a private key"
+            )
         lines.append(f'ca = """\n{ca.strip()}\n"""')
     return "\n".join(lines) + "\n"
 
 
 def _show(
-    what: str,
+    summary: str,
     name: str,
     token: str | None,
     tokens: tuple[Token, ...],
@@ -217,28 +206,16 @@ def _show(
         }
         print(json.dumps(content, indent=2))
         return
-    print(f"{what}.")
+    print(f"{summary}.")
     if token is not None:
-        until = "without an end" if expires is None else f"until {expires:%Y-%m-%d}"
+        until = "without expiry" if expires is None else f"until {expires:%Y-%m-%d}"
         print(
-            f"Its token, valid {until}, is shown this once; only its SHA-256 is kept:\n\n  {token}\n"
+            f"Its token, valid {until}, is shown only now; the file keeps its SHA-256:\n\n  {token}\n"
         )
-        print("The team puts it into the environment variable TEACHER_TOKEN.")
+        print("The team sets the environment variable TEACHER_TOKEN to it.")
     if connection is not None:
         print(
-            f"{connection} has the rest of what it needs:\n"
+            f"The rest of what it needs is in {connection}:\n"
             f"  student-trainer check {connection}\n"
             f"  connect({str(connection)!r})"
         )
-
-
-def team(action: TeamAction) -> int:
-    """Edits a teams file; returns the exit code."""
-    from teacher_server.commands import team as team_commands
-
-    try:
-        team_commands.run(action)
-    except TeacherServerError as error:
-        print(f"teacher-server: {error}", file=sys.stderr)
-        return 1
-    return 0

@@ -1,4 +1,4 @@
-"""`teacher-server usage`: what teams have used, from a service or from the file of its ledger."""
+"""Shows what teams have used (`teacher-server usage`), from a service or its ledger's file."""
 
 import csv
 import json
@@ -20,12 +20,12 @@ COLUMNS = (
 
 
 def show_usage(config: UsageConfig) -> int:
-    """Prints it as a table, CSV or JSON; returns the exit code."""
+    """Prints usage as a table, CSV or JSON; returns the exit code."""
     try:
         since = first_day(config.since)
     except ValueError as error:
-        wrong = str(error).rstrip(".")
-        print(f"teacher-server: --{wrong}; see teacher-server usage --help", file=sys.stderr)
+        mistake = str(error).rstrip(".")
+        print(f"teacher-server: --{mistake}; see teacher-server usage --help", file=sys.stderr)
         return 2
     try:
         if config.ledger is not None:
@@ -58,7 +58,7 @@ def _from_file(folder: Path, team: str, since: int) -> Sequence[teacher_pb2.Usag
 
 
 def _print_table(lines: list[list[str | int]]) -> None:
-    """Columns as wide as needed, numbers to the right with their thousands apart."""
+    """Prints columns as wide as needed, with numbers to the right and separated thousands."""
     cells = [list(COLUMNS)] + [
         [f"{value:,}" if isinstance(value, int) else value for value in line] for line in lines
     ]

@@ -61,30 +61,30 @@ class Accounts:
         await account.turns.take(tokens)
         try:
             await account.rate.wait(team, tokens, account.share)
-            await self._take_quota(account, tokens)
+            await self._take_quota(account, team, tokens)
         except BaseException:  # a cancelled client too: the turn goes to the next request
             account.turns.leave(tokens)
             raise
 
-    async def _take_quota(self, account: TeamAccount, tokens: int) -> None:
-        """Takes tokens from the lease, after a round with the directory where they do not suffice."""
+    async def _take_quota(self, account: TeamAccount, team: Team, tokens: int) -> None:
+        """Takes tokens from the lease, after a round with the directory if it holds too few."""
         quota = account.quota
         for _ in range(2):  # other requests may take what the first round brought
-            if self._book.take(account, tokens):
+            if self._book.take(account, team, tokens):
                 return
             if self._sync.is_away:
-                break
+                break  # a round would only add the wait for its timeout
             quota.need += tokens
             try:
                 await self._sync.round()
             finally:
                 quota.need -= tokens
-        if self._book.take(account, tokens):
+        if self._book.take(account, team, tokens):
             return
         is_away = self._sync.is_away
         if is_away and self._book.overdraw(account, tokens):
             return
-        raise quota.refusal(account.team, tokens, is_away=is_away, day_left_s=self._book.day_left_s)
+        raise quota.refusal(team, tokens, is_away=is_away, day_left_s=self._book.day_left_s)
 
     def charge(self, sequences: Iterable[Reservation]) -> None:
         """Charges sequences that the scheduler gives to the model now. Any thread may call it."""

@@ -18,7 +18,7 @@ class Reservation(Protocol):
     bucket: int
     """Its padded tokens, which are charged."""
     held: int
-    """Those that are reserved for it: all of them, then none."""
+    """Its tokens that are still reserved: all, then none."""
 
 
 class Book:
@@ -61,13 +61,10 @@ class Book:
         account.update(team)
         return account
 
-    def take(self, account: TeamAccount, tokens: int) -> bool:
-        """Reserves tokens; returns whether the team's lease held them. No quota: always."""
+    def take(self, account: TeamAccount, team: Team, tokens: int) -> bool:
+        """Reserves tokens; returns whether the team's lease held enough. Without a quota: always."""
         with self._lock:
-            if account.team.limits.max_tokens_per_day is None:
-                account.quota.reserved += tokens
-                return True
-            return account.quota.take(tokens, self.today)
+            return account.quota.take(tokens, self.today, limited=_has_quota(team))
 
     def overdraw(self, account: TeamAccount, tokens: int) -> bool:
         """Reserves tokens beyond the lease; returns whether the overdraft allows it."""
@@ -79,13 +76,16 @@ class Book:
         today = self.today
         totals: dict[str, tuple[int, int]] = {}
         with self._lock:
-            for one in sequences:
-                number, tokens = totals.get(one.team.name, (0, 0))
-                totals[one.team.name] = number + 1, tokens + one.bucket
-                account = self._accounts.get(one.team.name)
+            for sequence in sequences:
+                team, tokens = sequence.team, sequence.bucket
+                count, total = totals.get(team.name, (0, 0))
+                totals[team.name] = count + 1, total + tokens
+                account = self._accounts.get(team.name)
                 if account is not None:
-                    account.quota.charge(one.bucket, one.held, limited=_has_quota(one.team))
-                    one.held = 0  # seen by `give_back`, which may be called at this moment
+                    account.quota.charge(tokens, sequence.held, limited=_has_quota(team))
+                    sequence.held = (
+                        0  # so that `give_back`, which may wait for the lock, frees none
+                    )
             self.journal.append(
                 b"".join(
                     to_bytes(Record(Kind.DISPATCHED, name, today, *counts))
@@ -100,7 +100,7 @@ class Book:
             return  # the book is closed
         with self._lock:
             account.quota.give_back(sequence.held, limited=_has_quota(sequence.team))
-            sequence.held = 0  # a charge that comes after this one takes from the balance
+            sequence.held = 0  # a charge after this takes from the balance instead
         account.used_s = time.monotonic()
         account.turns.leave(sequence.bucket)
 
@@ -123,7 +123,7 @@ class Book:
                 continue
             with self._lock:
                 account.quota.add(lease, requests[name].day)
-            account.update()  # another replica may have joined or left: the share is another
+            account.update()  # the share changes when a replica begins or ends to work for the team
 
     def close(self) -> None:
         """Closes all accounts; what they were charged is in the journal."""

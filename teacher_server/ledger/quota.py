@@ -78,7 +78,7 @@ class Turns:
             raise
 
     def leave(self, tokens: int) -> None:
-        """Ends the turn of a request, or of those of its sequences that have these tokens."""
+        """Ends a turn, or the part of it that one sequence of the request had."""
         self.in_flight -= tokens
         self._admit()
 
@@ -91,7 +91,7 @@ class Turns:
         while self._waiting and self._fits(self._waiting[0][0]):
             tokens, turn = self._waiting.popleft()
             if not turn.done():
-                # Counted here and not by the one that wakes: others may come in between.
+                # Counted here and not by the request when it wakes: others may ask in between.
                 self.in_flight += tokens
                 turn.set_result(None)
 
@@ -133,8 +133,8 @@ class Rate:
 class Quota:
     """Counts what this replica may still use of one team's daily quota, and what it has reserved.
 
-    Every method is called under the lock of the book (book.py): the scheduler's thread charges while
-    the event loop reserves, and both numbers go to the directory together.
+    Every method that changes a count is called under the lock of the book (book.py): the scheduler's
+    thread charges while the event loop reserves, and both counts go to the directory together.
     """
 
     day: int = 0
@@ -146,7 +146,7 @@ class Quota:
     overdrawn: int = 0
     """Used beyond the lease since the directory answered last."""
     need: int = 0
-    """What requests are waiting for."""
+    """What requests are waiting for; only the event loop changes it."""
     spent: int = 0
     """Charged since the last lease request."""
     pace: float = 0.0
@@ -154,12 +154,13 @@ class Quota:
     lease: Lease | None = None
     """The last one."""
 
-    def take(self, tokens: int, today: int) -> bool:
-        """Reserves tokens of the lease; returns whether it held enough."""
-        self._begin(today)
-        if self.balance < tokens:
-            return False
-        self.balance -= tokens
+    def take(self, tokens: int, today: int, *, limited: bool) -> bool:
+        """Reserves tokens; returns whether the lease, if the team needs one, held enough."""
+        if limited:
+            self._begin(today)
+            if self.balance < tokens:
+                return False
+            self.balance -= tokens
         self.reserved += tokens
         return True
 
@@ -253,7 +254,7 @@ class Quota:
 
 @dataclass(slots=True, eq=False)
 class TeamAccount:
-    """Keeps everything that this replica knows of one team's use."""
+    """Holds everything that this replica knows of one team's use."""
 
     team: Team
     """As it was declared when it last asked for anything."""
@@ -281,7 +282,7 @@ class TeamAccount:
         return any(limit is not None for limit in each)
 
     def is_idle(self, now: float) -> bool:
-        """Whether the team has not been heard of for FORGET_S."""
+        """Whether the team has asked for nothing here for FORGET_S."""
         return now - max(self.used_s, self.asked_s) >= FORGET_S
 
     def update(self, team: Team | None = None) -> None:

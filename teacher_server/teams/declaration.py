@@ -49,7 +49,7 @@ def _to_digest(value: object) -> bytes:
 
 
 def _to_moment(value: object) -> datetime:
-    """A date begins at midnight UTC; a time without an offset is UTC."""
+    """Takes a date as its midnight, and a time without an offset as one, in UTC."""
     if isinstance(value, datetime):
         if value.tzinfo is None:
             return value.replace(tzinfo=UTC)
@@ -169,7 +169,7 @@ def parse_teams(text: str, where: str) -> Teams:
         raise TeamsError(_explain(error, where)) from None
     if not tables:
         raise TeamsError(
-            f"{where}: it declares no team, so nobody would be let in. Add one with "
+            f"{where}: it declares no team, so no caller would be accepted. Add one with "
             f"`teacher-server team add NAME --teams {where}`."
         )
     declared = [table.declare(name) for name, table in tables.items()]
@@ -178,7 +178,7 @@ def parse_teams(text: str, where: str) -> Teams:
 
 
 class _Table(BaseModel):
-    """The table of one team."""
+    """Checks the table of one team."""
 
     model_config = TABLE
     weight: Annotated[float, Field(strict=True, gt=0, le=MAX_WEIGHT, allow_inf_nan=False)] = 1.0
@@ -194,16 +194,15 @@ class _Table(BaseModel):
 
 
 class _File(BaseModel):
-    """The whole file."""
+    """Checks the whole file."""
 
     model_config = TABLE
     teams: dict[Annotated[str, Field(pattern=f"^{NAME.pattern}$")], _Table] = {}
 
 
-A_TABLE = f"a table with {', '.join(sorted(_Table.model_fields))}"
 A_LIMIT = "a whole number of tokens above 0, or left out for no limit"
 ALLOWED = {
-    "": A_TABLE,
+    "": f"a table with {', '.join(sorted(_Table.model_fields))}",
     "name": "1 to 64 letters, digits, - and _, and begin with a letter or digit",
     "weight": f"a number above 0, at most {MAX_WEIGHT:.0f}",
     "scopes": f"a list of {', '.join(SCOPES)}",
@@ -241,7 +240,8 @@ def _explain(error: ValidationError, where: str) -> str:
     place = "name" if path == ["[key]"] else place.removeprefix(".")
     allowed = ALLOWED[re.sub(r"\[\d+\]", "[]", place)]
     subject = f"{place} must be" if place else "must be"
-    return f"{where}: team {str(name)[:64]}: {subject} {allowed}, got {got}"
+    team = name if NAME.fullmatch(str(name)) else _shown(name)
+    return f"{where}: team {team}: {subject} {allowed}, got {got}"
 
 
 def _shown(value: Any) -> str:
@@ -310,7 +310,7 @@ class TeamsFile:
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:
-    """Returns what changes with a file's content; None if the file is missing."""
+    """Returns numbers that change with a file's content; None if the file is missing."""
     try:
         status = os.stat(path)
     except OSError:

@@ -54,6 +54,7 @@ def test_a_file_declares_everything_about_a_team():
         ("a = " + "[" * 5000, ["not TOML"]),
         ("[team.a]", ["'team'", "teams"]),
         ("[teams.'a b']", ["a b", "letters"]),
+        ('[teams."a\\nb"]', ["letters"]),
         (f"[teams.{'a' * 65}]", ["64"]),
         ("teams.a = 1", ["team a", "table"]),
         ("[teams.a]\nwieght = 1", ["team a", "wieght", "weight"]),
@@ -108,6 +109,7 @@ def test_mistakes_are_told_with_the_file_the_team_and_the_key(text: str, words: 
         parse_teams(text, "some/teams.toml")
     for word in ("some/teams.toml", *words):
         assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_token_in_the_place_of_its_hash_is_not_repeated():
@@ -234,6 +236,14 @@ def test_an_edit_keeps_comments_and_everything_else(tmp_path: Path):
     assert listed["search"]["limits"] == {"max_request_tokens": 9}
     assert listed["other"]["disabled"] is False
     assert "search" in command("team", "list", "--teams", path)
+
+
+def test_a_comment_above_the_next_team_stays_there(tmp_path: Path):
+    path = tmp_path / "teams.toml"
+    path.write_text("[teams.search]\nweight = 3\n\n# The other one.\n[teams.other]\n")
+    command("team", "disable", "search", "--teams", path)
+    command("team", "rotate", "search", "--teams", path)
+    assert path.read_text().endswith("weight = 3\n\n# The other one.\n[teams.other]\n")
 
 
 def test_rotating_with_no_overlap_drops_the_lines_of_old_tokens(tmp_path: Path):
