@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from teacher_server.monitoring.metrics import NAMES, Named
+from teacher_server.monitoring.metrics import METRICS, MetricSpec
 
 ROOT = Path(__file__).parents[1]
 DASHBOARD = ROOT / "deploy" / "grafana.json"
@@ -25,11 +25,11 @@ def dashboard() -> dict[str, Any]:
     """One panel for each metric, in a row for each group."""
     panels: list[dict[str, Any]] = []
     top = 0
-    for group in dict.fromkeys(one.group for one in NAMES):
+    for group in dict.fromkeys(one.group for one in METRICS):
         where = {"h": 1, "w": COLUMNS * WIDTH, "x": 0, "y": top}
         panels.append({"type": "row", "title": group, "gridPos": where, "panels": []})
         top += 1
-        members = [one for one in NAMES if one.group == group]
+        members = [one for one in METRICS if one.group == group]
         for index, one in enumerate(members):
             place = {"x": index % COLUMNS * WIDTH, "y": top + index // COLUMNS * HEIGHT}
             panels.append(_panel(one, {"h": HEIGHT, "w": WIDTH, **place}))
@@ -65,7 +65,7 @@ def dashboard() -> dict[str, Any]:
 def table() -> str:
     """All metrics for people, in Markdown."""
     lines = ["| name | kind | is |", "|---|---|---|"]
-    for one in NAMES:
+    for one in METRICS:
         labels = f"{{{','.join(one.labels)}}}" if one.labels else ""
         lines.append(f"| `{one.name}{labels}` | {one.kind} | {one.text} |")
     return "\n".join(lines) + "\n"
@@ -83,7 +83,7 @@ def as_json() -> str:
     return json.dumps(dashboard(), indent=1) + "\n"
 
 
-def _panel(one: Named, place: dict[str, int]) -> dict[str, Any]:
+def _panel(one: MetricSpec, place: dict[str, int]) -> dict[str, Any]:
     stem = one.name.removesuffix("_total")
     unit = next((unit for word, unit in UNITS.items() if word in stem.split("_")), "short")
     by = list(one.labels) or ["instance"]
@@ -115,7 +115,7 @@ def _panel(one: Named, place: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _queries(one: Named, by: list[str]) -> list[tuple[str, str]]:
+def _queries(one: MetricSpec, by: list[str]) -> list[tuple[str, str]]:
     """What a panel asks, each with the end of its legend."""
     groups = ", ".join(by)
     if one.kind == "counter":

@@ -87,12 +87,12 @@ class TeacherReplica:
         return self._membership.addresses()
 
     async def check_health(self) -> None:
-        """Called by Serve every few seconds; waits for nothing."""
+        """Raises if this replica has to be replaced. Serve calls it often, so it waits for nothing."""
         if self._replica is not None and (trouble := self._replica.trouble):
             raise RuntimeError(f"{trouble}; this replica has to be replaced if that stays so")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve: returns how many replicas this one's queue would keep busy."""
+        """Returns, to Serve, how many replicas this one's queue would keep busy."""
         queued_tokens = self._replica.queued_tokens if self._replica is not None else 0
         return {"load": queued_tokens / self._config.target_queued_tokens}
 

@@ -31,10 +31,13 @@ Exchange = Callable[[Card, float], Awaitable[list[Card]]]
 class Membership:
     """The replicas whose cards arrived within the last MISSED_ROUNDS rounds."""
 
-    def __init__(self, machine: str, exchange: Exchange) -> None:
+    def __init__(
+        self, machine: str, exchange: Exchange, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """machine: the address of this one, as the other replicas see it."""
         self._machine = machine
         self._exchange = exchange
+        self._clock = clock
         self._cards: dict[str, tuple[float, teacher_pb2.Replica]] = {}
         """By id: when a card arrived last, and the card. The own one comes back with the others."""
         self._round_s = ROUND_S
@@ -68,7 +71,7 @@ class Membership:
         host = card.address.rpartition(":")[0]
         # A loopback address of another machine leads nowhere from here.
         if card.id and (machine == self._machine or not is_loopback(host)):
-            self._cards[card.id] = time.monotonic(), card
+            self._cards[card.id] = self._clock(), card
         self._update_replica()
 
     async def run(self) -> None:
@@ -91,7 +94,7 @@ class Membership:
 
     def _update_replica(self) -> None:
         """Drops replicas whose cards stopped coming, and tells the own replica of the rest."""
-        oldest = time.monotonic() - MISSED_ROUNDS * self._round_s
+        oldest = self._clock() - MISSED_ROUNDS * self._round_s
         self._cards = {id_: seen for id_, seen in self._cards.items() if seen[0] >= oldest}
         if self._replica is not None:
             self._replica.set_others(self.cards())

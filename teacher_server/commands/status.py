@@ -134,11 +134,7 @@ def look(connection: Connection) -> ServiceStatus:
     # Both calls over one connection reach one replica, also where the others cannot be reached.
     with connection.blocking_channel(address) as channel:
         info = ask_on(
-            channel,
-            connection,
-            address,
-            lambda stub: stub.Describe,
-            teacher_pb2.DescribeRequest(),
+            channel, connection, address, lambda stub: stub.Describe, teacher_pb2.DescribeRequest()
         )
         own = ask_on(
             channel, connection, address, lambda stub: stub.Status, teacher_pb2.StatusRequest()

@@ -1,8 +1,8 @@
-"""What a replica counts for Prometheus: one list of names, and their values.
+"""Defines the Prometheus metrics of a replica in one list, and holds their values.
 
 From the list come the metrics, the table in docs/operations.md and the Grafana dashboard
-(`python -m deploy.dashboard`). Labels are names of declared teams and reasons of refusals, nothing that a
-caller chooses.
+(`python -m deploy.dashboard`). Labels are names of declared teams and reasons of refusals, never
+anything that a caller chooses.
 """
 
 import socket
@@ -30,15 +30,15 @@ TEAM = ("team",)
 Kind = Literal["counter", "gauge", "histogram"]
 Group = Literal["Teams", "Replicas", "Ledger and access"]
 Value = float | Mapping[str, float] | None
-"""One number, one per team, or nothing that could be said."""
+"""One number, one per team, or None while it is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    """One metric."""
+class MetricSpec:
+    """The definition of one metric."""
 
     name: str
-    """As Prometheus shows it; of a histogram without _bucket, _sum and _count."""
+    """As Prometheus shows it; a histogram's without _bucket, _sum and _count."""
     kind: Kind
     text: str
     group: Group
@@ -46,36 +46,36 @@ class Named:
     buckets: tuple[float, ...] = ()
 
 
-NAMES = (
-    Named(
+METRICS = (
+    MetricSpec(
         "teacher_team_tokens_total",
         "counter",
         "Padded tokens dispatched to the teacher; they count towards quotas.",
         "Teams",
         TEAM,
     ),
-    Named(
+    MetricSpec(
         "teacher_team_cost_total",
         "counter",
         "Cost of what was dispatched; shares are shares of it.",
         "Teams",
         TEAM,
     ),
-    Named(
+    MetricSpec(
         "teacher_team_share_ratio",
         "gauge",
         "Share of the cost that the replica dispatched in the last minute.",
         "Teams",
         TEAM,
     ),
-    Named(
+    MetricSpec(
         "teacher_team_entitled_ratio",
         "gauge",
         "What that share would be by the weights of the teams that had work.",
         "Teams",
         TEAM,
     ),
-    Named(
+    MetricSpec(
         "teacher_team_waiting_seconds",
         "histogram",
         "How long a sequence of a team waited for its batch.",
@@ -83,65 +83,67 @@ NAMES = (
         TEAM,
         SECONDS,
     ),
-    Named(
+    MetricSpec(
         "teacher_team_in_flight_tokens",
         "gauge",
-        "Padded tokens of sequences that have room for their answer and are not answered.",
+        "Padded tokens of sequences that were admitted and are not answered yet.",
         "Teams",
         TEAM,
     ),
-    Named(
+    MetricSpec(
         "teacher_team_queued_tokens",
         "gauge",
-        "The part of them that waits for a batch.",
+        "Of these, padded tokens that wait for a batch.",
         "Teams",
         TEAM,
     ),
-    Named(
+    MetricSpec(
         "teacher_team_quota_left_tokens",
         "gauge",
-        "What is left of today's quota of the whole service, as the replica knows it; teams with a "
-        "quota that asked for something in the last minutes.",
+        "What is left of today's quota of the whole service, as far as the replica knows; teams with "
+        "a quota and requests in the last minutes.",
         "Teams",
         TEAM,
     ),
-    Named("teacher_bytes_sent_total", "counter", "Payload bytes written.", "Teams", TEAM),
-    Named(
+    MetricSpec("teacher_bytes_sent_total", "counter", "Payload bytes written.", "Teams", TEAM),
+    MetricSpec(
         "teacher_rejected_total",
         "counter",
-        "Requests answered by an error, and calls that were not let in (team empty).",
+        "Requests answered with an error, and calls that were refused (team empty).",
         "Teams",
         ("team", "reason"),
     ),
-    Named("teacher_queued_tokens", "gauge", "Padded tokens that wait.", "Replicas"),
-    Named("teacher_streams", "gauge", "Open Score streams.", "Replicas"),
-    Named("teacher_connections", "gauge", "Connections to the replica's ports.", "Replicas"),
-    Named(
+    MetricSpec(
+        "teacher_queued_tokens", "gauge", "Padded tokens that wait for a batch.", "Replicas"
+    ),
+    MetricSpec("teacher_streams", "gauge", "Open Score streams.", "Replicas"),
+    MetricSpec("teacher_connections", "gauge", "Connections to the replica's ports.", "Replicas"),
+    MetricSpec(
         "teacher_strangers",
         "gauge",
-        "Of these, connections over which nobody was let in yet.",
+        "Of these, connections over which no caller was let in yet.",
         "Replicas",
     ),
-    Named(
+    MetricSpec(
         "teacher_gate_share",
         "gauge",
-        "Of new connections from addresses that misbehave, the share that is let in; 1: all.",
+        "Share of new connections from misbehaving addresses that is accepted; 1: all.",
         "Replicas",
     ),
-    Named(
+    MetricSpec(
         "teacher_connections_shut_down_total",
         "counter",
-        "Connections that had to go, mostly those of strangers.",
+        "Connections that were shut down, mostly those of strangers.",
         "Replicas",
         ("reason",),
     ),
-    Named(
+    MetricSpec(
         "teacher_busy_seconds_total",
         "counter",
         "Time in which the teacher was computing.",
         "Replicas",
     ),
-    Named(
+    MetricSpec(
         "teacher_batch_tokens",
         "histogram",
         "Tokens of one forward pass, padding included; its count is that of forward passes.",
@@ -149,7 +151,7 @@ NAMES = (
         (),
         TOKENS,
     ),
-    Named(
+    MetricSpec(
         "teacher_queue_seconds",
         "histogram",
         "How long a sequence waited for its batch.",
@@ -157,104 +159,104 @@ NAMES = (
         (),
         SECONDS,
     ),
-    Named(
+    MetricSpec(
         "teacher_forward_seconds",
         "histogram",
-        "Base model, one forward pass.",
+        "Time in the base model, per forward pass.",
         "Replicas",
         (),
         SECONDS,
     ),
-    Named(
+    MetricSpec(
         "teacher_head_seconds",
         "histogram",
-        "Vocabulary head and selection, one forward pass.",
+        "Time in the vocabulary head and selection, per forward pass.",
         "Replicas",
         (),
         SECONDS,
     ),
-    Named(
+    MetricSpec(
         "teacher_encode_seconds",
         "histogram",
-        "Targets of one sequence to bytes, the wait for the encode thread included.",
+        "Time to encode the targets of one sequence, the wait for the encode thread included.",
         "Replicas",
         (),
         SECONDS,
     ),
-    Named(
+    MetricSpec(
         "teacher_unencoded_bytes",
         "gauge",
-        "Bytes, at most, of answers that are scored and not encoded; above --targets.max-reply-mib "
-        "the teacher waits.",
+        "Upper bound of the bytes of answers that are scored and not encoded; above "
+        "--targets.max-reply-mib the teacher waits.",
         "Replicas",
     ),
-    Named(
+    MetricSpec(
         "teacher_answer_bytes",
         "gauge",
-        "Bytes that unfinished answers may take, of all streams.",
+        "Upper bound of the bytes of unfinished answers, of all streams.",
         "Replicas",
     ),
-    Named(
+    MetricSpec(
         "teacher_stream_answer_bytes_max",
         "gauge",
-        "Bytes that unfinished answers may take, of the stream that has most.",
+        "Upper bound of the bytes of unfinished answers, of the stream that has most.",
         "Replicas",
     ),
-    Named("teacher_memory_bytes", "gauge", "Resident memory of the process.", "Replicas"),
-    Named(
+    MetricSpec("teacher_memory_bytes", "gauge", "Resident memory of the process.", "Replicas"),
+    MetricSpec(
         "teacher_device_memory_bytes",
         "gauge",
         "Memory of tensors on the accelerator; 0 on a CPU.",
         "Replicas",
     ),
-    Named(
+    MetricSpec(
         "teacher_directory_away",
         "gauge",
         "1 while quotas and usage cannot reach the directory.",
         "Ledger and access",
     ),
-    Named(
+    MetricSpec(
         "teacher_ledger_sync_age_seconds",
         "gauge",
-        "Since when the directory has not heard of the replica's use; about 1 s as a rule.",
+        "Time since the replica's use last reached the directory; usually about 1 s.",
         "Ledger and access",
     ),
-    Named(
+    MetricSpec(
         "teacher_journal_segments",
         "gauge",
-        "Pieces of the replica's journal that wait for the directory.",
+        "Segments of the replica's journal that wait for the directory.",
         "Ledger and access",
     ),
-    Named(
+    MetricSpec(
         "teacher_certificate_expires_timestamp_seconds",
         "gauge",
-        "When the certificate in --tls-cert ends, in seconds since 1970; nothing without TLS.",
+        "When the certificate in --tls-cert expires, in seconds since 1970; absent without TLS.",
         "Ledger and access",
     ),
 )
-"""Every metric there is."""
+"""All metrics."""
 
 
 class Metrics:
     """The metrics of one replica, in a registry of their own."""
 
     def __init__(self, why_not_serving: Callable[[], str] = str) -> None:
-        """why_not_serving: what /healthz says; empty where the replica serves."""
+        """why_not_serving: says why /healthz fails; empty while the replica serves."""
         self._why_not_serving = why_not_serving
-        disable_created_metrics()  # one more series per counter, which nobody asked for
+        disable_created_metrics()  # they double the number of series, and nothing here uses them
         self.registry = CollectorRegistry()
         self._metrics_page = make_wsgi_app(self.registry)
         counters = {
-            one.name: Counter(one.name, one.text, one.labels, registry=self.registry)
-            for one in NAMES
-            if one.kind == "counter"
+            spec.name: Counter(spec.name, spec.text, spec.labels, registry=self.registry)
+            for spec in METRICS
+            if spec.kind == "counter"
         }
         histograms = {
-            one.name: Histogram(
-                one.name, one.text, one.labels, buckets=one.buckets, registry=self.registry
+            spec.name: Histogram(
+                spec.name, spec.text, spec.labels, buckets=spec.buckets, registry=self.registry
             )
-            for one in NAMES
-            if one.kind == "histogram"
+            for spec in METRICS
+            if spec.kind == "histogram"
         }
         self.queue_s = histograms["teacher_queue_seconds"]
         self.forward_s = histograms["teacher_forward_seconds"]
@@ -272,26 +274,26 @@ class Metrics:
         self.registry.register(self._gauges)
 
     def dispatched(self, team: str, tokens: int, cost: float, waited_s: float) -> None:
-        """A sequence of so many padded tokens was given to the teacher."""
+        """Counts a sequence that was dispatched to the teacher. tokens: padded."""
         self._team_tokens.labels(team).inc(tokens)
         self._team_cost.labels(team).inc(cost)
         self._team_waiting_s.labels(team).observe(waited_s)
 
     def watch(self, name: str, value: Callable[[], Value]) -> None:
-        """Says where a gauge of NAMES is read whenever somebody asks, by any thread."""
+        """Sets the function that reads a gauge at every scrape, in any thread."""
         self._gauges.watch(name, value)
 
     def serve(self, host: str, port: int) -> int:
         """Serves /metrics and /healthz over HTTP; returns the port. Raises OSError if it is taken."""
         host = host.strip("[]")
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        made = type("_Server", (ThreadingWSGIServer,), {"address_family": family})
-        server = make_server(host, port, self._page, made, _SilentHandler)
+        server_class = type("_Server", (ThreadingWSGIServer,), {"address_family": family})
+        server = make_server(host, port, self._page, server_class, _SilentHandler)
         threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         return server.server_port
 
     def _page(self, request: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-        """One answer of the HTTP server, as WSGI has it."""
+        """Answers one HTTP request, as a WSGI application."""
         path = request["PATH_INFO"]
         if path == "/metrics":
             return self._metrics_page(request, start)
@@ -312,20 +314,20 @@ class _SilentHandler(WSGIRequestHandler):
 
 
 class _Gauges:
-    """All gauges; one without a value is there by name only."""
+    """Collects all gauges; those without a value appear by name only."""
 
     def __init__(self) -> None:
-        self._named = {one.name: one for one in NAMES if one.kind == "gauge"}
+        self._specs = {spec.name: spec for spec in METRICS if spec.kind == "gauge"}
         self._values: dict[str, Callable[[], Value]] = {}
 
     def watch(self, name: str, value: Callable[[], Value]) -> None:
-        assert name in self._named, name
+        assert name in self._specs, name
         self._values[name] = value
 
     def collect(self) -> Iterator[Metric]:
-        for one in self._named.values():
-            family = GaugeMetricFamily(one.name, one.text, labels=one.labels)
-            value = self._values[one.name]() if one.name in self._values else None
+        for spec in self._specs.values():
+            family = GaugeMetricFamily(spec.name, spec.text, labels=spec.labels)
+            value = self._values[spec.name]() if spec.name in self._values else None
             if isinstance(value, Mapping):
                 for team, number in value.items():
                     family.add_metric([team], number)

@@ -13,7 +13,7 @@ import torch
 from deploy import dashboard
 from protos import teacher_pb2, teacher_pb2_grpc
 from student_trainer import connect
-from teacher_server.monitoring.metrics import NAMES
+from teacher_server.monitoring.metrics import METRICS
 from tests.end_to_end.test_processes import free_port
 from tests.support.teams import add_team, make_certs
 
@@ -47,7 +47,7 @@ def test_a_scrape_has_every_documented_name_and_no_other(serve, model_folder, tm
     def names(text: str) -> dict[str, str]:
         return dict(re.findall(r"^# TYPE (\S+) (\w+)$", text, re.MULTILINE))
 
-    expected = {one.name: one.kind for one in NAMES}
+    expected = {one.name: one.kind for one in METRICS}
     assert names(page()) == expected  # before anybody came
     with connect(served.address, token=token, ca=ca) as teacher:
         assert len(list(teacher.stream([torch.tensor(IDS)] * 3))) == 3
@@ -120,6 +120,6 @@ def test_the_docs_and_the_dashboard_are_made_from_the_list():
     page = dashboard.PAGE.read_text()
     assert dashboard.with_table(page) == page, "run python -m deploy.dashboard"
     assert dashboard.DASHBOARD.read_text() == dashboard.as_json(), "run python -m deploy.dashboard"
-    assert documented() == {one.name: (one.kind, ",".join(one.labels)) for one in NAMES}
+    assert documented() == {one.name: (one.kind, ",".join(one.labels)) for one in METRICS}
     made = dashboard.as_json()
-    assert all(one.name in made for one in NAMES)
+    assert all(one.name in made for one in METRICS)
