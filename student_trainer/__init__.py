@@ -1,12 +1,13 @@
 """Used inside a trainer: targets from a served teacher, and the losses that take them."""
 
 import os
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-# gRPC's core writes a line for every handshake that fails; what they mean is said once, by us.
+from logitstream import lazy
+
+# gRPC's core logs a line for every failed handshake; we explain the failure once, ourselves.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-# A forked child must get ForkedClient: gRPC's own fork handlers crash one in ten of them instead.
+# A forked child must get ForkedClient: with gRPC's own fork handlers, one in ten crashes instead.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 if TYPE_CHECKING:
@@ -59,37 +60,18 @@ __all__ = [
     "prefetch",
 ]
 
-
 HOMES = {
-    "LocalTeacher": "teachers.local",
-    "Recorded": "record.recorded",
-    "RemoteTeacher": "client.remote",
-    "Teacher": "teachers.teacher",
-    "connect": "client.remote",
-    "distillation_loss": "losses.distillation",
-    "fused_distillation_loss": "losses.fused",
-    "prefetch": "teachers.prefetch",
+    "LocalTeacher": "student_trainer.teachers.local",
+    "Recorded": "student_trainer.record.recorded",
+    "RemoteTeacher": "student_trainer.client.remote",
+    "Teacher": "student_trainer.teachers.teacher",
+    "connect": "student_trainer.client.remote",
+    "distillation_loss": "student_trainer.losses.distillation",
+    "fused_distillation_loss": "student_trainer.losses.fused",
+    "prefetch": "student_trainer.teachers.prefetch",
 }
 """The modules of the public names; all others are errors."""
 
-
-def __getattr__(name: str) -> Any:
-    # Imported when they are used: torch takes seconds, and a command line that is wrong or asks for
-    # help needs none of it.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        found = getattr(import_module(f"{__name__}.{HOMES.get(name, 'errors')}"), name)
-    except ImportError as error:
-        from logitstream.extras import explain
-
-        line = explain(error, "train")  # such as Parquet, which those who only stream do without
-        if line is None:
-            raise
-        raise ImportError(f"{name}: {line}", name=error.name, path=error.path) from error
-    globals()[name] = found
-    return found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy.attach(
+    __name__, {name: HOMES.get(name, "student_trainer.errors") for name in __all__}
+)

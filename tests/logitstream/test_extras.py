@@ -5,9 +5,11 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import logitstream
 import student_trainer.__main__
 import teacher_server.__main__
 from logitstream.extras import install_command
@@ -113,7 +115,43 @@ def test_version_help_and_mistakes_load_nothing_that_takes_seconds(module: str, 
     assert f"{module.replace('_', '-')} {version('logitstream')}\n" in ended.stdout
 
 
-def test_every_public_name_is_found_and_listed():
+@pytest.mark.parametrize("package", [logitstream, student_trainer])
+def test_every_public_name_is_found_and_listed(package: ModuleType):
     importlib.import_module("student_trainer.teachers.prefetch")
-    assert {*student_trainer.__all__} <= {*dir(student_trainer)}
-    assert all(callable(getattr(student_trainer, name)) for name in student_trainer.__all__)
+    assert {*package.__all__} <= {*dir(package)}
+    assert all(callable(getattr(package, name)) for name in package.__all__)
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'"):
+        _ = package.nothing
+
+
+FRONT_DOOR = """
+import sys
+import logitstream, student_trainer
+heavy = {"torch", "numpy", "grpc", "pydantic", "transformers"} & {*sys.modules}
+assert not heavy, heavy
+from logitstream import connect, distillation_loss
+assert connect is student_trainer.connect
+assert "transformers" not in sys.modules
+sys.modules["accelerate"] = None
+try:
+    from logitstream import DistillationTrainer
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_the_front_door_is_light_and_says_what_a_name_misses():
+    ended = subprocess.run(
+        [sys.executable, "-c", FRONT_DOOR], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    said = "DistillationTrainer: accelerate is not installed; it comes with the extra [train]: "
+    assert ended.stdout.startswith(said)
+
+
+@pytest.mark.parametrize(
+    "package", ["protos", "logit_codec", "logitstream", "teacher_server", "student_trainer"]
+)
+def test_every_package_says_that_it_has_types(package: str):
+    (folder,) = importlib.import_module(package).__path__
+    assert (Path(folder) / "py.typed").is_file()
