@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from logitstream.command_line import AtAddress
 from logitstream.connection import check_address
-from teacher_server.rpc.tls import Tls
 
 
 class _Section(BaseModel):
@@ -209,12 +208,6 @@ class ServeConfig(_Section):
             "Or listen on 127.0.0.1 and use a tunnel (ssh -L), or pass --allow-public if everyone who "
             "can reach the port may use the teacher."
         )
-
-    def tls(self) -> Tls | None:
-        """The files of TLS, if it is wanted."""
-        if self.tls_cert is None or self.tls_key is None:
-            return None
-        return Tls(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     def with_absolute_paths(self) -> "ServeConfig":
         """The same for processes that work in another folder."""

@@ -70,7 +70,7 @@ class LocalTeacher(Teacher):
         """The model is its owner's; there is nothing to end."""
 
     def submit(self, token_ids: Tensor, rows: Tensor | None, wish: Wish) -> "Future[Answer]":
-        from teacher_server.engine.batch import WantedRows
+        from teacher_server.engine.batch import RowRequest
 
         future: Future[Answer] = Future()
         longest, largest = self._model.max_sequence_tokens, self._model.effective_vocab_size
@@ -83,9 +83,9 @@ class LocalTeacher(Teacher):
         draws = None
         if isinstance(wish.spec, SampledSpec):
             draws = uniforms(wish.seed, wish.epoch, ids_digest(token_ids), rows)
-        wanted = WantedRows(token_ids, rows, wish.spec, wish.temperature, draws)
+        request = RowRequest(token_ids, rows, wish.spec, wish.temperature, draws)
         try:
-            (scored,), _ = self._head.score([wanted])
+            (scored,), _ = self._head.score([request])
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
         parts = encode_parts(scored, wish.spec, max_nbytes=PART_NBYTES)

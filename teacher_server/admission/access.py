@@ -20,8 +20,7 @@ from typing import Any
 
 import grpc
 
-from protos import teacher_pb2
-from teacher_server.errors import RequestRefused, invalid
+from teacher_server.errors import RequestRefused
 from teacher_server.teams.declaration import DEFAULT_TEAM, Declared, Team, TeamsFile, token_digest
 
 logger = logging.getLogger(__name__)
@@ -86,21 +85,6 @@ def current_caller() -> Caller:
     return CURRENT.get()
 
 
-def check_request(team: Team, request: teacher_pb2.ScoreRequest) -> None:
-    """Raises RequestRefused if this team may not ask for this; reads nothing of the tokens."""
-    if request.targets.WhichOneof("kind") == "dense" and "dense" not in team.scopes:
-        raise _scope_missing(team, "dense", "targets of kind dense", field="targets")
-    limit = team.limits.max_request_tokens
-    num_tokens = len(request.token_ids) // 4
-    if limit is not None and num_tokens > limit:
-        raise invalid(
-            "TOO_MANY_TOKENS",
-            f"{num_tokens} tokens in one request; team {team.name} may send at most {limit}. Send "
-            "fewer sequences per request.",
-            field="lengths",
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class Credential:
     """How a caller showed who it is."""
@@ -128,7 +112,7 @@ class KnownCaller(Caller):
     def team(self) -> Team:
         team = self._access.team(self._credential)
         if self._rule.scope is not None and self._rule.scope not in team.scopes:
-            raise _scope_missing(team, self._rule.scope, self._method.rpartition("/")[2])
+            raise scope_missing(team, self._rule.scope, self._method.rpartition("/")[2])
         return team
 
     def check(self) -> None:
@@ -296,7 +280,7 @@ def _unauthenticated(reason: str, message: str) -> RequestRefused:
     )
 
 
-def _scope_missing(team: Team, scope: str, what: str, *, field: str = "") -> RequestRefused:
+def scope_missing(team: Team, scope: str, what: str, *, field: str = "") -> RequestRefused:
     have = ", ".join(sorted(team.scopes)) or "none"
     return RequestRefused(
         grpc.StatusCode.PERMISSION_DENIED,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from logit_codec import Targets, TargetSpec, select
-from teacher_server.engine.batch import StageTimes, WantedRows
+from teacher_server.engine.batch import RowRequest, StageTimes
 from teacher_server.engine.model import TeacherModel
 
 ROW_MULTIPLE = 32
@@ -81,7 +81,7 @@ class VocabularyHead:
         return Targets.cat(parts)
 
     @torch.inference_mode()
-    def score(self, batch: Sequence[WantedRows]) -> tuple[list[Targets], StageTimes]:
+    def score(self, batch: Sequence[RowRequest]) -> tuple[list[Targets], StageTimes]:
         """Targets of sequences that have one canonical length, in order.
 
         Rows of different sequences share chunks if they ask for the same targets.

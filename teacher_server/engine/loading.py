@@ -11,8 +11,9 @@ import transformers
 from torch import Tensor, nn
 
 from logit_codec import CodecError, IdTable, tokenizer_fingerprint
+from teacher_server.engine.batch import MIN_BUCKET
 from teacher_server.engine.fingerprints import _folder_fingerprint, _state_fingerprint
-from teacher_server.engine.model import MIN_BUCKET, TeacherModel
+from teacher_server.engine.model import TeacherModel
 from teacher_server.errors import ModelError
 
 logger = logging.getLogger(__name__)

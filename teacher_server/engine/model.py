@@ -10,7 +10,6 @@ depends on the sequence alone.
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,23 +21,11 @@ from torch import Tensor, nn
 
 from logit_codec import FORMAT_VERSION, IdTable
 from logit_codec.selection import ARITHMETIC as SELECTION_ARITHMETIC
+from teacher_server.engine.batch import bucket_length
 
-logger = logging.getLogger(__name__)
-
-MIN_BUCKET = 32
-"""Shortest padded length: products of fewer rows round differently."""
 HEAD_ARITHMETIC = "model-forward-1"
 """Name of how logits are made from hidden states; part of the fingerprint."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def bucket_length(num_tokens: int, max_tokens: int) -> int:
-    """The canonical padded length of a sequence of `num_tokens`: at most 1/8 longer from 256 on.
-
-    Multiples of 32 up to 256, then eighths of a power of two; never above `max_tokens`.
-    """
-    step = max(MIN_BUCKET, 1 << max(0, (num_tokens - 1).bit_length() - 4))
-    return min(-(-num_tokens // step) * step, max_tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

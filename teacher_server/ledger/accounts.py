@@ -29,7 +29,7 @@ from teacher_server.errors import RequestRefused, ServeError
 from teacher_server.ledger.directory import Directory, LocalDirectory
 from teacher_server.ledger.journal import Journal, Kind, Record, complain_once, orphans, to_bytes
 from teacher_server.ledger.lease import DirectoryAway, DirectoryLink, Grant, UsageRow, Wish
-from teacher_server.scheduling.job import Job
+from teacher_server.scheduling.job import SequenceJob
 from teacher_server.teams.declaration import Team
 
 logger = logging.getLogger(__name__)
@@ -261,7 +261,7 @@ class Accounts:
 
     # During and after work.
 
-    def dispatched(self, jobs: Iterable[Job]) -> None:
+    def dispatched(self, jobs: Iterable[SequenceJob]) -> None:
         """The scheduler has given these out: they are charged, whatever becomes of them."""
         today = self._today()
         sums: dict[str, tuple[int, int]] = {}
@@ -286,7 +286,7 @@ class Accounts:
                 )
             )
 
-    def settle(self, job: Job) -> None:
+    def settle(self, job: SequenceJob) -> None:
         """This job is over: answered, refused or departed. Exactly once for each reserved job."""
         account = self._accounts.get(job.team.name)
         if account is None:

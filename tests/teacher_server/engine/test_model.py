@@ -14,10 +14,9 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from logit_codec import DenseSpec, DenseTargets, TopKSpec, TopKTargets
-from teacher_server.engine.batch import WantedRows
+from teacher_server.engine.batch import MIN_BUCKET, RowRequest, bucket_length
 from teacher_server.engine.head import VocabularyHead
 from teacher_server.engine.loading import load, prepare
-from teacher_server.engine.model import MIN_BUCKET, bucket_length
 from teacher_server.errors import ModelError
 from tests.support import tiny
 
@@ -373,7 +372,7 @@ def test_padding_ids_have_probability_zero(folder: Path, temperature: float) -> 
     oracle = torch.log_softmax(logits[:, :900] / temperature, 1)
 
     batch = [
-        WantedRows(ids, rows, spec, temperature) for spec in (DenseSpec(bits=32), TopKSpec(k=900))
+        RowRequest(ids, rows, spec, temperature) for spec in (DenseSpec(bits=32), TopKSpec(k=900))
     ]
     (dense, top_k), _ = VocabularyHead(model).score(batch)
     assert isinstance(dense, DenseTargets)
