@@ -34,7 +34,7 @@ from teacher_server.ledger.accounts import Accounts, open_accounts
 from teacher_server.ledger.lease import DirectoryLink
 from teacher_server.monitoring.memory import device_nbytes, keep_freed_memory, resident_nbytes
 from teacher_server.monitoring.metrics import Metrics
-from teacher_server.monitoring.team_stats import Standing, TeamStanding
+from teacher_server.monitoring.team_stats import Standing
 from teacher_server.pipeline import Pipeline
 from teacher_server.rpc.connections import ConnectionLimits, Connections
 from teacher_server.rpc.description import Description
@@ -101,7 +101,7 @@ class Replica:
         self._ports = Ports(
             self._make_server, self._tls, is_gate_narrow=lambda: self._connections.gate.is_narrow
         )
-        self._team_stats = Standing()
+        team_stats = Standing()
         self._accounts = accounts
         head = VocabularyHead(model, chunk_nbytes=config.head_chunk_mib << 20)
         costs = CostModel.of(model.causal_lm)
@@ -110,7 +110,7 @@ class Replica:
             max_batch_reply_nbytes=limits.max_reply_nbytes,
             max_queued_tokens=limits.max_queued_tokens,
             cost=lambda job: costs.cost(job.bucket, len(job.request.rows), job.reply_nbytes),
-            standing=self._team_stats,
+            standing=team_stats,
         )
         self._pipeline = Pipeline(
             scheduler,
@@ -130,7 +130,7 @@ class Replica:
             pipeline=self._pipeline,
             accounts=accounts,
             metrics=self.metrics,
-            team_stats=self._team_stats,
+            team_stats=team_stats,
         )
 
     @classmethod
@@ -262,14 +262,8 @@ class Replica:
         self.description.set_others(cards)
 
     def _export_gauges(self) -> None:
-        """Connects the metrics that are read when they are asked for."""
-        watch, accounts, tls = self.metrics.watch, self._accounts, self._tls
-
-        def watch_teams(name: str, value: Callable[[TeamStanding], float]) -> None:
-            watch(name, lambda: {team.team: value(team) for team in self._list_teams()})
-
-        watch("teacher_queued_tokens", lambda: self.queued_tokens)
-        watch("teacher_unencoded_bytes", lambda: self._pipeline.unencoded_nbytes)
+        """Connects the gauges of what is wired here; the other stages export their own."""
+        watch, accounts = self.metrics.watch, self._accounts
         watch("teacher_connections", lambda: self._connections.count)
         watch("teacher_strangers", lambda: self._connections.strangers)
         watch("teacher_gate_share", lambda: self._connections.gate.share)
@@ -279,15 +273,8 @@ class Replica:
         watch("teacher_ledger_sync_age_seconds", lambda: accounts.sync_age_s)
         watch("teacher_journal_segments", lambda: accounts.num_segments)
         watch("teacher_team_quota_left_tokens", accounts.known_left_today)
-        if tls is not None:
-            watch("teacher_certificate_expires_timestamp_seconds", tls.expires_s)
-        watch_teams("teacher_team_share_ratio", lambda team: team.share)
-        watch_teams("teacher_team_entitled_ratio", lambda team: team.entitled)
-        watch_teams("teacher_team_in_flight_tokens", lambda team: team.tokens_in_flight)
-        watch_teams("teacher_team_queued_tokens", lambda team: team.queued_tokens)
-
-    def _list_teams(self) -> list[TeamStanding]:
-        return self._team_stats.teams(self._pipeline.queued_by_team())
+        if self._tls is not None:
+            watch("teacher_certificate_expires_timestamp_seconds", self._tls.expires_s)
 
     async def _watch_forwards(self) -> None:
         """Ends the process when a forward pass is stuck; clients move to other replicas."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from logit_codec import CodecError, IdTable, tokenizer_fingerprint
 from teacher_server.engine.batch import MIN_BUCKET
-from teacher_server.engine.fingerprints import _folder_fingerprint, _state_fingerprint
+from teacher_server.engine.fingerprints import fingerprint_folder, fingerprint_state
 from teacher_server.engine.model import TeacherModel
 from teacher_server.errors import ModelError
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 ID_TABLE_NAME = "id_table.bin"
-"""Beside the weights of a model, if it was fitted."""
+"""File of the fitted id table, beside the weights."""
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,18 +35,16 @@ def load(
     attention: str | None = None,
     max_sequence_tokens: int | None = None,
 ) -> TeacherModel:
-    """The teacher in a Hugging Face folder, or of a hub id that can be fetched.
+    """Loads the teacher from a Hugging Face folder or the hub.
 
-    Raises ModelError, saying what was looked for, if it cannot be served.
+    Raises ModelError, which says what was looked for, if it cannot be served.
     """
     folder, revision = _resolve(model, revision)
     _expect_safetensors(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(
-            f"device {device} was asked for, and torch finds no CUDA device. Use --device cpu."
-        )
+        raise ModelError(f"device is {device}, but torch finds no CUDA device. Use --device cpu.")
     wanted = "auto" if dtype == "auto" else DTYPES.get(dtype)
     if wanted is None:
         raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
@@ -88,14 +86,14 @@ def load(
         _load_tokenizer(folder),
         name=folder.name if Path(model).is_dir() else model,
         revision=revision,
-        weights_fingerprint=_folder_fingerprint(folder, revision),
+        weights_fingerprint=fingerprint_folder(folder, revision),
         max_sequence_tokens=max_sequence_tokens,
         id_table=load_id_table(folder),
     )
 
 
 def load_id_table(folder: Path) -> IdTable | None:
-    """The table beside a model, if there is one. Raises ModelError if it cannot be read."""
+    """Loads the table beside a model, if there is one. Raises ModelError if it is damaged."""
     path = folder / ID_TABLE_NAME
     if not path.is_file():
         return None
@@ -117,7 +115,7 @@ def prepare(
     max_sequence_tokens: int | None = None,
     id_table: IdTable | None = None,
 ) -> TeacherModel:
-    """A causal LM that is in memory, checked and ready to score.
+    """Checks a causal LM that is in memory and makes it ready to score.
 
     Raises ModelError if its logits cannot be computed from its base model's hidden states.
     """
@@ -134,7 +132,7 @@ def prepare(
     if max_sequence_tokens is not None:
         longest = min(longest, max_sequence_tokens)
     if weights_fingerprint is None:
-        weights_fingerprint = _state_fingerprint(causal_lm)
+        weights_fingerprint = fingerprint_state(causal_lm)
     model = TeacherModel(
         causal_lm=causal_lm,
         tokenizer=tokenizer,
@@ -145,8 +143,8 @@ def prepare(
         vocab_size=vocab_size,
         effective_vocab_size=effective,
         max_sequence_tokens=longest,
-        head=_headed(causal_lm),
-        # Where the targets are made, so that no answer copies it there.
+        head=_make_head(causal_lm),
+        # On the device where the targets are made, so that no answer has to copy it there.
         id_table=None if id_table is None else id_table.to(causal_lm.device),
     )
     if id_table is not None and id_table.vocab_size != vocab_size:
@@ -159,7 +157,7 @@ def prepare(
 
 
 class _Passed:
-    """What a base model returns, holding nothing but the hidden states it was given."""
+    """Imitates the output of a base model that returns the hidden states it was given."""
 
     def __init__(self, last_hidden_state: Tensor) -> None:
         self.last_hidden_state = last_hidden_state
@@ -172,7 +170,7 @@ class _Passed:
 
 
 class _PassThrough(nn.Module):
-    """Stands in for the base model, so that the model's own forward does only its head arithmetic.
+    """Stands in for the base model, so that the model's own forward runs only its head.
 
     Scales, softcaps and biases differ between architectures (Gemma 2, Cohere, Granite); their own
     code is the one place where they are right.
@@ -182,8 +180,8 @@ class _PassThrough(nn.Module):
         return _Passed(inputs_embeds)
 
 
-def _headed(causal_lm: Any) -> nn.Module:
-    """A shallow copy of the causal LM with the stand-in for its base model; weights are shared."""
+def _make_head(causal_lm: Any) -> nn.Module:
+    """Copies the causal LM with a stand-in for its base model; the weights are shared."""
     head = copy.copy(causal_lm)
     head._modules = dict(causal_lm._modules)
     head._modules[causal_lm.base_model_prefix] = _PassThrough()
@@ -192,7 +190,7 @@ def _headed(causal_lm: Any) -> nn.Module:
 
 @torch.inference_mode()
 def _check_head(model: TeacherModel) -> None:
-    """Compares base model + head with one full forward, and looks whether rows see later tokens.
+    """Compares base model and head with one full forward pass, and checks causality.
 
     Raises ModelError above tolerance.
     """
@@ -208,8 +206,8 @@ def _check_head(model: TeacherModel) -> None:
     tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
     if not worst <= tolerance:
         raise ModelError(
-            f"the logits of {model.architecture} are not those of its head applied to its base "
-            f"model's hidden states: off by {worst:.1e} of the largest, allowed {tolerance:.0e}. "
+            f"the logits of {model.architecture} differ from its head applied to its base "
+            f"model's hidden states by {worst:.1e} of the largest, allowed {tolerance:.0e}. "
             "This architecture cannot be served yet."
         )
     changed = ids.clone()

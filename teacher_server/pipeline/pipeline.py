@@ -52,6 +52,8 @@ class Pipeline:
             metrics=metrics,
             replica_stats=self._replica_stats,
         )
+        metrics.watch("teacher_queued_tokens", lambda: scheduler.queued_tokens)
+        metrics.watch("teacher_unencoded_bytes", lambda: self._backlog.nbytes)
 
     def start(self) -> None:
         """Begins to compute; call it in the event loop that will score."""
@@ -98,11 +100,6 @@ class Pipeline:
     def queued_by_team(self) -> dict[str, int]:
         """Returns the padded tokens that wait, for each team that has any."""
         return self._scheduler.queued_by_team()
-
-    @property
-    def unencoded_nbytes(self) -> int:
-        """Upper bound of the answers that are scored and not encoded."""
-        return self._backlog.nbytes
 
     @property
     def busy_s(self) -> float:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 
@@ -14,7 +14,7 @@ from teacher_server.ledger.accounts import Accounts
 from teacher_server.ledger.lease import DirectoryAway
 from teacher_server.monitoring.last_minute import WINDOW_S
 from teacher_server.monitoring.metrics import Metrics
-from teacher_server.monitoring.team_stats import Standing, idle
+from teacher_server.monitoring.team_stats import Standing, TeamStanding, idle
 from teacher_server.pipeline import Pipeline
 from teacher_server.rpc.answer_budget import ReplicaBudget
 from teacher_server.rpc.description import Description
@@ -56,10 +56,25 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self._budget = ReplicaBudget(
             limits.max_answers_nbytes - tensors_nbytes, copies_nbytes=2 * limits.max_part_nbytes
         )
-        metrics.watch("teacher_streams", lambda: self._budget.num_streams)
-        metrics.watch("teacher_answer_bytes", lambda: self._budget.taken_nbytes)
-        metrics.watch("teacher_stream_answer_bytes_max", lambda: self._budget.fullest_nbytes)
         self._draining = asyncio.Event()
+        self._export_gauges()
+
+    def _export_gauges(self) -> None:
+        watch = self._metrics.watch
+
+        def watch_teams(name: str, read: Callable[[TeamStanding], float]) -> None:
+            watch(name, lambda: {team.team: read(team) for team in self._list_teams()})
+
+        watch("teacher_streams", lambda: self._budget.num_streams)
+        watch("teacher_answer_bytes", lambda: self._budget.taken_nbytes)
+        watch("teacher_stream_answer_bytes_max", lambda: self._budget.fullest_nbytes)
+        watch_teams("teacher_team_share_ratio", lambda team: team.share)
+        watch_teams("teacher_team_entitled_ratio", lambda team: team.entitled)
+        watch_teams("teacher_team_in_flight_tokens", lambda team: team.tokens_in_flight)
+        watch_teams("teacher_team_queued_tokens", lambda team: team.queued_tokens)
+
+    def _list_teams(self) -> list[TeamStanding]:
+        return self._team_stats.teams(self._pipeline.queued_by_team())
 
     def drain(self) -> None:
         """Lets streams answer the requests that were read, then ends them with UNAVAILABLE."""
@@ -118,9 +133,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         self, request: teacher_pb2.StatusRequest, context: grpc.aio.ServicerContext
     ) -> teacher_pb2.StatusResponse:
         caller = current_caller().team()
-        stats = {
-            team.team: team for team in self._team_stats.teams(self._pipeline.queued_by_team())
-        }
+        stats = {team.team: team for team in self._list_teams()}
         cost = sum(team.cost for team in stats.values())
         replica = self._description.status()
         replica.streams = self._budget.num_streams

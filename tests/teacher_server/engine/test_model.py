@@ -315,7 +315,7 @@ class Untypical(transformers.LlamaForCausalLM):
 
 def test_a_model_whose_logits_are_not_made_from_its_hidden_states_is_refused() -> None:
     config = tiny.make_model("Llama", VOCAB).config
-    with pytest.raises(ModelError, match="Untypical are not those of its head"):
+    with pytest.raises(ModelError, match="Untypical differ from its head"):
         prepare(Untypical(config))
 
 
