@@ -45,42 +45,17 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device is {device}, but torch finds no CUDA device. Use --device cpu.")
-    wanted = "auto" if dtype == "auto" else DTYPES.get(dtype)
-    if wanted is None:
+    if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if attention is None and getattr(config, "attn_logit_softcapping", None):
-            attention = "eager"  # the only implementation that applies the softcap everywhere
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=wanted,
-            attn_implementation=attention,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        causal_lm, report = loaded
+        causal_lm, report = _load_causal_lm(folder, DTYPES.get(dtype, "auto"), attention)
         causal_lm = causal_lm.to(device)
     except Exception as error:  # a folder can be wrong in any way; all of them mean the same here
         raise ModelError(
             f"cannot load a causal LM from {model}: {_first_line(error)} "
             "Any AutoModelForCausalLM saved with save_pretrained (safetensors) works."
         ) from error
-    if report["mismatched_keys"]:
-        raise ModelError(
-            f"{model}: weight {_name(report['mismatched_keys'])} does not have the shape that its "
-            "config.json says. Save config and weights together with save_pretrained."
-        )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{model} lacks {len(missing)} weights of {type(causal_lm).__name__}, such as "
-            f"{missing[0]}: it was saved from another kind of model. Save the causal LM itself."
-        )
+    _check_weights(model, type(causal_lm).__name__, report)
     return prepare(
         causal_lm,
         _load_tokenizer(folder),
@@ -90,6 +65,40 @@ def load(
         max_sequence_tokens=max_sequence_tokens,
         id_table=load_id_table(folder),
     )
+
+
+def _load_causal_lm(folder: Path, dtype: Any, attention: str | None) -> tuple[Any, dict[str, Any]]:
+    """Returns the model and what transformers reports about its weights."""
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if attention is None and getattr(config, "attn_logit_softcapping", None):
+        attention = "eager"  # the only implementation that applies the softcap everywhere
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        ignore_mismatched_sizes=True,  # _check_weights refuses them by name
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    return loaded
+
+
+def _check_weights(model: str, architecture: str, report: dict[str, Any]) -> None:
+    """Raises ModelError if weights are missing or have another shape."""
+    if report["mismatched_keys"]:
+        raise ModelError(
+            f"{model}: weight {_name(report['mismatched_keys'])} does not have the shape that its "
+            "config.json says. Save config and weights together with save_pretrained."
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{model} lacks {len(missing)} weights of {architecture}, such as "
+            f"{missing[0]}: it was saved from another kind of model. Save the causal LM itself."
+        )
 
 
 def load_id_table(folder: Path) -> IdTable | None:
