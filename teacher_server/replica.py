@@ -2,8 +2,8 @@
 
 A request takes one way: rpc/service.py -> rpc/score.py -> pipeline/ -> logit_codec -> the stream.
 This module knows nothing of Ray. A replica has a port of its own, and may share an entry port with
-the other replicas of its service on this host. It is told about the others from outside
-(`set_others`): by Ray, or by cluster/peers.py.
+the other replicas of its service on this host. It learns of the others from outside
+(`set_others`): from Ray, or from cluster/peers.py.
 """
 
 import asyncio

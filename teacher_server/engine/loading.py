@@ -207,11 +207,11 @@ def _check_head(model: TeacherModel) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.effective_vocab_size, (length,), generator=generator)
     hidden = model.hidden_states([ids])[0]
-    ours = model.logits(hidden).float()
-    whole = model.causal_lm(input_ids=ids[None].to(model.device), use_cache=False).logits
-    theirs = whole[0].float()
-    scale = max(1.0, float(theirs.abs().max()))
-    worst = float((ours - theirs).abs().max()) / scale
+    logits = model.logits(hidden).float()
+    output = model.causal_lm(input_ids=ids[None].to(model.device), use_cache=False)
+    expected = output.logits[0].float()
+    scale = max(1.0, float(expected.abs().max()))
+    worst = float((logits - expected).abs().max()) / scale
     tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
     if not worst <= tolerance:
         raise ModelError(

@@ -151,7 +151,7 @@ class StreamBudget:
         self._replica._count(team, nbytes + self._count_copies(nbytes))
 
     async def _wait_for_replica(self, own_team: _TeamBudget, nbytes: int) -> None:
-        """Queues behind the other streams of the team until `nbytes` fit into the replica."""
+        """Queues after the other streams of the team until `nbytes` fit into the replica."""
         replica, turn = self._replica, self._released
         turn.clear()
         own_team.waiting.append(turn)
