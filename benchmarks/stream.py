@@ -154,7 +154,7 @@ def random_sequences(seed: int):
 def bare_loop(connection: Connection, folder: str, threads: int) -> None:
     """Forward, head and encode, one batch after the other, in the service's own functions."""
     from logit_codec import encode_parts, parse_targets
-    from teacher_server.engine.batch import WantedRows
+    from teacher_server.engine.batch import RowRequest
     from teacher_server.engine.head import VocabularyHead
     from teacher_server.engine.loading import load
 
@@ -166,7 +166,7 @@ def bare_loop(connection: Connection, folder: str, threads: int) -> None:
     rows = torch.arange(SEQUENCE - 1)
 
     def one_batch() -> None:
-        batch = [WantedRows(next(sequences), rows, spec) for _ in range(BATCH)]
+        batch = [RowRequest(next(sequences), rows, spec) for _ in range(BATCH)]
         for targets in head.score(batch)[0]:
             list(encode_parts(targets, spec, max_nbytes=1 << 20))
 

@@ -1,6 +1,6 @@
 """CPU-seconds per GB of `Score` beside a bare grpc.aio stream of messages of the same sizes.
 
-The service side is the real TeacherService with its admission, room, encoder and writer; only the
+The service side is the real TeacherService with its admission, pipeline and writer; only the
 teacher is replaced by targets that are there already, so that what is measured is what answers
 cost after they were computed: encoding, digests, messages, gRPC. Both directions' processes count.
 The bare stream writes ready bytes into messages of one `bytes` field. Rounds alternate.
@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
@@ -28,23 +28,25 @@ NUM_PARTS = 9
 
 
 def score_server(pipe: Connection) -> None:
-    """The real service over ready targets; answers "cpu" with its CPU seconds so far."""
+    """Serves ready targets with the real service; answers "cpu" with its CPU seconds so far."""
     import grpc
     import torch
 
-    from logit_codec import DenseSpec, select
+    from logit_codec import DenseSpec, Targets, select
     from protos import teacher_pb2, teacher_pb2_grpc
     from teacher_server.admission.limits import Limits
     from teacher_server.admission.requests import Admission
-    from teacher_server.encoding import Encoder
-    from teacher_server.engine.batch import StageTimes
+    from teacher_server.engine.batch import RowRequest, StageTimes
     from teacher_server.ledger.accounts import open_accounts
     from teacher_server.monitoring.memory import keep_freed_memory
     from teacher_server.monitoring.metrics import Metrics
-    from teacher_server.monitoring.replica_stats import ReplicaStats
     from teacher_server.monitoring.team_stats import TeamStats
-    from teacher_server.replica import server_options
-    from teacher_server.rpc.service import Scored, TeacherService
+    from teacher_server.pipeline import Pipeline
+    from teacher_server.rpc.description import Description
+    from teacher_server.rpc.score import PART_SLACK_NBYTES
+    from teacher_server.rpc.server import server_options
+    from teacher_server.rpc.service import TeacherService
+    from teacher_server.scheduling.scheduler import Scheduler
 
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -59,31 +61,41 @@ def score_server(pipe: Connection) -> None:
         max_queued_tokens=1 << 20,
     )
     teacher = SimpleNamespace(
-        vocab_size=VOCAB, effective_vocab_size=VOCAB, teacher_fingerprint="ab" * 32, id_table=None
+        vocab_size=VOCAB,
+        effective_vocab_size=VOCAB,
+        max_sequence_tokens=limits.max_sequence_tokens,
+        teacher_fingerprint="ab" * 32,
+        id_table=None,
     )
     logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(0))
-    spec = DenseSpec(realized=False, log_z=False)
-    scored = Scored(select(logits, spec), StageTimes(0.0, 0.0), 1, ROWS + 1, time.monotonic())
+    targets = select(logits, DenseSpec(realized=False, log_z=False))
 
-    async def ready(job: Any) -> Scored:
-        return scored
+    def score(batch: Sequence[RowRequest]) -> tuple[list[Targets], StageTimes]:
+        return [targets] * len(batch), StageTimes(0.0, 0.0)
 
     async def run() -> None:
+        accounts, metrics, team_stats = open_accounts(None), Metrics(), TeamStats()
+        scheduler = Scheduler(
+            max_batch_tokens=ROWS + 1,
+            max_batch_reply_nbytes=limits.max_reply_nbytes,
+            max_queued_tokens=limits.max_queued_tokens,
+        )
+        pipeline = Pipeline(
+            scheduler,
+            SimpleNamespace(score=score),  # type: ignore[arg-type]
+            accounts=accounts,
+            metrics=metrics,
+            max_unencoded_nbytes=limits.max_reply_nbytes,
+            max_payload_nbytes=limits.max_part_nbytes - PART_SLACK_NBYTES,
+        )
+        pipeline.start()
         service = TeacherService(
-            describe=teacher_pb2.TeacherInfo,
+            description=Description(teacher_pb2.TeacherInfo(), pipeline, torch.device("cpu")),
             admission=Admission(teacher, limits),  # type: ignore[arg-type]
-            bucket_length=lambda length: length,
-            score=ready,
-            encoded=lambda job: None,
-            accounts=open_accounts(None),
-            encoder=Encoder(ended=lambda job: None),
-            teacher_fingerprint=teacher.teacher_fingerprint,
-            id_table=None,
-            metrics=Metrics(),
-            standing=TeamStats(),
-            status=teacher_pb2.ReplicaStatus,
-            team_standings=list,
-            workload=ReplicaStats(),
+            pipeline=pipeline,
+            accounts=accounts,
+            metrics=metrics,
+            team_stats=team_stats,
         )
         server = grpc.aio.server(options=server_options(limits))
         teacher_pb2_grpc.add_TeacherServicer_to_server(service, server)

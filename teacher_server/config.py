@@ -9,7 +9,6 @@ from pydantic import Field, field_validator, model_validator
 
 from logitstream.command_line import AddressedService, Json, Settings
 from logitstream.connection import check_address, is_loopback
-from teacher_server.rpc.tls import Tls
 
 
 class BatchConfig(Settings):
@@ -214,12 +213,6 @@ class ServeConfig(Settings):
             "Or listen on 127.0.0.1 and use a tunnel (ssh -L), or pass --allow-public if everyone "
             "who can reach the port may use the teacher."
         )
-
-    def tls(self) -> Tls | None:
-        """Returns the TLS files, if TLS is on."""
-        if self.tls_cert is None or self.tls_key is None:
-            return None
-        return Tls(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     def with_absolute_paths(self) -> "ServeConfig":
         """Returns the same configuration for processes that run in another folder."""

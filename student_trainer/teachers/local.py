@@ -73,7 +73,7 @@ class LocalTeacher(Teacher):
         self, token_ids: Tensor, rows: Tensor | None, options: ScoreOptions
     ) -> "Future[Answer]":
         """Scores the sequence at once, in the caller's thread."""
-        from teacher_server.engine.batch import WantedRows
+        from teacher_server.engine.batch import RowRequest
 
         future: Future[Answer] = Future()
         longest, largest = self._model.max_sequence_tokens, self._model.effective_vocab_size
@@ -86,9 +86,9 @@ class LocalTeacher(Teacher):
         draws = None
         if isinstance(options.spec, SampledSpec):
             draws = uniforms(options.seed, options.epoch, ids_digest(token_ids), rows)
-        wanted = WantedRows(token_ids, rows, options.spec, options.temperature, draws)
+        request = RowRequest(token_ids, rows, options.spec, options.temperature, draws)
         try:
-            (scored,), _ = self._head.score([wanted])
+            (scored,), _ = self._head.score([request])
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
         parts = encode_parts(scored, options.spec, max_nbytes=PART_NBYTES)

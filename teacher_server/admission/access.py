@@ -1,10 +1,9 @@
-"""Who calls, and what that caller may do: one rule for every RPC, asked at each call.
+"""Identifies the caller of each RPC and checks what it may do: one rule per RPC, in one table.
 
-With teams declared, the interceptor has the caller's team found here, from the bearer token, or
-without one from the client certificate of the connection, and the call held against the one table below. The
-handlers then find their caller in a context variable. A stream is asked about again and again: when
-its caller is not let in any more, its requests end, what was read is answered, and the status says
-why.
+With teams declared, the interceptor asks here for the caller's team, which follows from the bearer
+token, or without one from the client certificate of the connection. The handlers then find their
+caller in a context variable. The caller of a stream is checked again and again: when it is no longer
+allowed, its requests end, those that were read are answered, and the status says why.
 """
 
 import asyncio
@@ -20,30 +19,30 @@ from typing import Any
 
 import grpc
 
-from protos import teacher_pb2
-from teacher_server.errors import RequestRefused, invalid
+from teacher_server.errors import RequestRefused
 from teacher_server.teams.declaration import DEFAULT_TEAM, Declared, Team, TeamsFile, token_digest
 
 logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
-"""How often the teams file is looked at, and the callers of open streams are asked about again."""
+"""How often the teams file is read, and the callers of open streams are checked again."""
 GRACE_S = 20.0
-"""How long a call may take to write its last answers when its caller is let in no more."""
+"""How long a call may take to write its last answers when its caller is no longer allowed."""
 SERVICE_METADATA = "logitstream-service"
-"""Trailing metadata of refusals: the service's id, so that replicas know each other without a token."""
+"""Trailing metadata of refusals: the service's id, by which replicas know each other without a
+token."""
 IDENTITIES = ("x509_subject_alternative_name", "x509_common_name")
-"""Of gRPC's authentication context: where the names of a client certificate are."""
+"""Keys of gRPC's authentication context that hold the names of a client certificate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Who may call one RPC."""
+    """Says who may call one RPC."""
 
     scope: str | None = None
-    """What the caller's team needs; None: nothing beyond being a team."""
+    """Scope that the caller's team needs; None: any team may call."""
     everybody: bool = False
-    """Also who shows no token: probes."""
+    """Whether callers without a token may call too, as probes do."""
 
 
 TEACHER = "/logitstream.v1.Teacher"
@@ -57,22 +56,22 @@ RULES: Mapping[str, Rule] = {
     "/grpc.health.v1.Health/Watch": Rule(everybody=True),
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Rule(),
 }
-"""Every RPC there is; one that is missing here is refused."""
+"""Lists every RPC; one that is missing here is refused."""
 
 
 class Caller:
-    """Whoever makes one call; asked again for each request of a stream."""
+    """Stands for the maker of one call; its team is asked for at each request of a stream."""
 
     def __init__(self) -> None:
         self.refused: RequestRefused | None = None
-        """Why it is not let in any more."""
+        """Why it is no longer allowed."""
         self.reader: asyncio.Task[Any] | None = None
         """The task that waits for the next request of its stream."""
 
     def team(self) -> Team:
-        """The caller's team as it is declared now.
+        """Returns the caller's team as it is declared now.
 
-        Raises RequestRefused if the caller is not let in any more: a token expired or was revoked.
+        Raises RequestRefused if the caller is no longer allowed: a token expired or was revoked.
         """
         return DEFAULT_TEAM
 
@@ -82,39 +81,24 @@ CURRENT: ContextVar[Caller] = ContextVar("caller", default=EVERYBODY)
 
 
 def current_caller() -> Caller:
-    """Of the RPC that this task answers."""
+    """Returns the caller of the RPC that this task answers."""
     return CURRENT.get()
-
-
-def check_request(team: Team, request: teacher_pb2.ScoreRequest) -> None:
-    """Raises RequestRefused if this team may not ask for this; reads nothing of the tokens."""
-    if request.targets.WhichOneof("kind") == "dense" and "dense" not in team.scopes:
-        raise _scope_missing(team, "dense", "targets of kind dense", field="targets")
-    limit = team.limits.max_request_tokens
-    num_tokens = len(request.token_ids) // 4
-    if limit is not None and num_tokens > limit:
-        raise invalid(
-            "TOO_MANY_TOKENS",
-            f"{num_tokens} tokens in one request; team {team.name} may send at most {limit}. Send "
-            "fewer sequences per request.",
-            field="lengths",
-        )
 
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """How a caller showed who it is."""
+    """Holds how a caller identified itself."""
 
     digest: bytes | None = None
     """SHA-256 of its token; None: its certificate counts."""
     names: tuple[str, ...] = ()
-    """Of its client certificate."""
+    """Names in its client certificate."""
     expires: datetime | None = None
-    """Of its client certificate."""
+    """End of its client certificate."""
 
 
 class KnownCaller(Caller):
-    """A caller with a token or a certificate that belonged to a team when the call began."""
+    """Stands for a caller whose token or certificate belonged to a team when the call began."""
 
     def __init__(self, access: "Access", credential: Credential, rule: Rule, method: str) -> None:
         super().__init__()
@@ -128,25 +112,25 @@ class KnownCaller(Caller):
     def team(self) -> Team:
         team = self._access.team(self._credential)
         if self._rule.scope is not None and self._rule.scope not in team.scopes:
-            raise _scope_missing(team, self._rule.scope, self._method.rpartition("/")[2])
+            raise scope_missing(team, self._rule.scope, self._method.rpartition("/")[2])
         return team
 
     def check(self) -> None:
-        """Ends its stream's requests if it is not let in any more, and later what is left of it."""
+        """Ends its stream's requests once it is no longer allowed, and later the call itself."""
         if self.refused is not None:
             if time.monotonic() - self._refused_s > GRACE_S and self._call is not None:
-                self._call.cancel()  # it does not read what it asked for
+                self._call.cancel()  # it does not read the answers that it is still given
             return
         try:
             self.team()
         except RequestRefused as refused:
             self.refused, self._refused_s = refused, time.monotonic()
             if self.reader is not None:
-                self.reader.cancel()
+                self.reader.cancel()  # the stream ends with `refused` after what was read
 
 
 class Access:
-    """Which team a caller belongs to, by a teams file that may change at any time."""
+    """Finds the team of a caller, by a teams file that may change at any time."""
 
     def __init__(
         self,
@@ -156,7 +140,7 @@ class Access:
         on_refusal: Callable[[str, str], None] = lambda team, reason: None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """on_refusal: told the reason of every call that is refused, for the metrics."""
+        """on_refusal: called with the team and the reason of every refused call."""
         self._file = file
         self._now = now
         self._on_refusal = on_refusal
@@ -164,10 +148,10 @@ class Access:
         self._calls: set[KnownCaller] = set()
 
     async def watch(self) -> None:
-        """Keeps the teams up to date and ends the streams of callers that are let in no more."""
+        """Keeps the teams up to date and ends the streams of callers no longer allowed."""
         while True:
             await asyncio.sleep(LOOK_S)
-            # In a thread: a file on a network may take its time.
+            # In a thread: reading a file on a network may take long.
             await asyncio.to_thread(self._file.look)
             for caller in list(self._calls):
                 caller.check()
@@ -175,11 +159,13 @@ class Access:
     def enter(
         self, context: grpc.aio.ServicerContext, rule: Rule | None, method: str
     ) -> KnownCaller:
-        """Who makes this call. Raises RequestRefused if that is nobody, or may not do this."""
+        """Returns the caller. Raises RequestRefused if it is unknown, or may not make this call."""
         try:
             if rule is None:
                 raise RequestRefused(
-                    grpc.StatusCode.PERMISSION_DENIED, "SCOPE_MISSING", f"{method} is for nobody"
+                    grpc.StatusCode.PERMISSION_DENIED,
+                    "SCOPE_MISSING",
+                    f"{method} may not be called",
                 )
             caller = KnownCaller(self, self._credential(context), rule, method)
             caller.team()
@@ -214,29 +200,34 @@ class Access:
         return Credential(digest=known)
 
     def team(self, credential: Credential) -> Team:
-        """The team as it is declared now. Raises RequestRefused."""
+        """Returns the team as it is declared now. Raises RequestRefused."""
         now = datetime.fromtimestamp(self._now(), UTC)
-        teams = self._file.teams
         if credential.digest is not None:
-            found = teams.by_digest.get(credential.digest)
-            if found is None:
-                raise _unauthenticated("TOKEN_UNKNOWN", "this token was revoked")
-            declared, token = found
-            if token.expires is not None and now >= token.expires:
-                raise _unauthenticated(
-                    "TOKEN_EXPIRED",
-                    f"this token of team {declared.team.name} expired at "
-                    f"{token.expires:%Y-%m-%d %H:%M} UTC",
-                )
-            return _enabled(declared)
+            return self._team_of_token(credential.digest, now)
+        return self._team_of_certificate(credential, now)
+
+    def _team_of_token(self, digest: bytes, now: datetime) -> Team:
+        known = self._file.teams.by_digest.get(digest)
+        if known is None:
+            raise _unauthenticated("TOKEN_UNKNOWN", "this token was revoked")
+        declared, token = known
+        if token.expires is not None and now >= token.expires:
+            raise _unauthenticated(
+                "TOKEN_EXPIRED",
+                f"this token of team {declared.team.name} expired at "
+                f"{token.expires:%Y-%m-%d %H:%M} UTC",
+            )
+        return _check_enabled(declared)
+
+    def _team_of_certificate(self, credential: Credential, now: datetime) -> Team:
         if credential.expires is not None and now >= credential.expires:
             raise _unauthenticated(
                 "TOKEN_EXPIRED",
                 f"this client certificate expired at {credential.expires:%Y-%m-%d %H:%M} UTC",
             )
         for name in credential.names:
-            if name in teams.by_certificate:
-                return _enabled(teams.by_certificate[name])
+            if (declared := self._file.teams.by_certificate.get(name)) is not None:
+                return _check_enabled(declared)
         if credential.names:
             raise _unauthenticated(
                 "TOKEN_UNKNOWN",
@@ -247,7 +238,7 @@ class Access:
 
     @contextlib.contextmanager
     def watched(self, caller: Caller) -> Iterator[None]:
-        """Meanwhile the caller is asked about regularly, if it is one that may be let in no more."""
+        """Checks the caller regularly in the meantime, if its permission can end."""
         if not isinstance(caller, KnownCaller):
             yield
             return
@@ -259,7 +250,7 @@ class Access:
 
 
 def _certificate(context: Mapping[str, Iterable[bytes]]) -> Credential:
-    """The client certificate of a connection, which TLS has verified; empty without one."""
+    """Returns the client certificate, which TLS has verified; without one it is empty."""
     names = tuple(
         dict.fromkeys(
             name.decode(errors="replace") for key in IDENTITIES for name in context.get(key, ())
@@ -275,19 +266,19 @@ def _certificate(context: Mapping[str, Iterable[bytes]]) -> Credential:
     )
 
 
-def _enabled(declared: Declared) -> Team:
+def _check_enabled(declared: Declared) -> Team:
     if declared.disabled:
         raise RequestRefused(
             grpc.StatusCode.UNAUTHENTICATED,
             "TEAM_DISABLED",
-            f"team {declared.team.name} is disabled. The operator lets it in again with "
+            f"team {declared.team.name} is disabled. The operator can enable it with "
             "teacher-server team disable --undo.",
         )
     return declared.team
 
 
 def _unauthenticated(reason: str, message: str) -> RequestRefused:
-    """Who calls is not known; says to the reader, who may be let in, what to do."""
+    """Builds the refusal of an unknown caller; it says how to get a token."""
     return RequestRefused(
         grpc.StatusCode.UNAUTHENTICATED,
         reason,
@@ -296,7 +287,7 @@ def _unauthenticated(reason: str, message: str) -> RequestRefused:
     )
 
 
-def _scope_missing(team: Team, scope: str, what: str, *, field: str = "") -> RequestRefused:
+def scope_missing(team: Team, scope: str, what: str, *, field: str = "") -> RequestRefused:
     have = ", ".join(sorted(team.scopes)) or "none"
     return RequestRefused(
         grpc.StatusCode.PERMISSION_DENIED,

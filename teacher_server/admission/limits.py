@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request and one stream may ask for; sizes in tokens and bytes."""
+    """Bounds what one request and one stream may ask for, in tokens and bytes."""
 
     max_sequence_tokens: int
     max_request_tokens: int
@@ -16,5 +16,5 @@ class Limits:
     max_stream_nbytes: int
     max_queued_tokens: int
     max_answers_nbytes: int = 1 << 30
-    """Of unfinished answers of all streams of a replica."""
+    """Bound of the unfinished answers of all streams of a replica."""
     max_part_nbytes: int = 1 << 20

@@ -1,10 +1,11 @@
-"""What may enter: a ScoreRequest is checked here, once, and becomes the rows to score.
+"""Checks each ScoreRequest once, where it enters, and turns it into jobs.
 
-Every refusal says what was got, what is allowed and what to do.
+Every refusal says what was sent, what is allowed and what to do.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Protocol
 
 import grpc
 import numpy as np
@@ -15,127 +16,152 @@ from torch import Tensor
 from logit_codec import DenseSpec, IdTable, SampledSpec, TargetSpec, TopKSpec, uniforms
 from logit_codec.spec import KINDS
 from protos import teacher_pb2
+from teacher_server.admission.access import scope_missing
 from teacher_server.admission.limits import Limits
-from teacher_server.engine.batch import WantedRows
-from teacher_server.engine.model import TeacherModel
+from teacher_server.engine.batch import RowRequest, bucket_length
 from teacher_server.errors import RequestRefused, invalid, quoted
+from teacher_server.scheduling.job import BULK, INTERACTIVE, TRAINING, SequenceJob
+from teacher_server.teams.declaration import DEFAULT_TEAM, Team
 
 SESSION_ID_NBYTES = 16
 ANSWER_NBYTES = 1024
-"""Bytes of an answer that do not depend on its rows, at most."""
+"""Upper bound of the bytes of an answer that do not depend on its rows."""
+LEVELS = {
+    teacher_pb2.LEVEL_UNSPECIFIED: TRAINING,
+    teacher_pb2.LEVEL_INTERACTIVE: INTERACTIVE,
+    teacher_pb2.LEVEL_TRAINING: TRAINING,
+    teacher_pb2.LEVEL_BULK: BULK,
+}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Admitted:
-    """One sequence of an admitted request."""
+class Teacher(Protocol):
+    """Lists what admission has to know of a teacher."""
 
-    wanted: WantedRows
-    ids_bytes: bytes
-    """The sequence's own bytes of `token_ids`."""
-    reply_nbytes: int
-    """Upper bound of its answer."""
-    id_table: IdTable | None = None
-    """What its ids may be coded with."""
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def effective_vocab_size(self) -> int: ...
+    @property
+    def max_sequence_tokens(self) -> int: ...
+    @property
+    def teacher_fingerprint(self) -> str: ...
+    @property
+    def id_table(self) -> IdTable | None: ...
+
+
+def check_request(team: Team, request: teacher_pb2.ScoreRequest) -> None:
+    """Raises RequestRefused if the team may not ask for this; does not read the tokens."""
+    if request.targets.WhichOneof("kind") == "dense" and "dense" not in team.scopes:
+        raise scope_missing(team, "dense", "targets of kind dense", field="targets")
+    limit = team.limits.max_request_tokens
+    num_tokens = len(request.token_ids) // 4
+    if limit is not None and num_tokens > limit:
+        raise invalid(
+            "TOO_MANY_TOKENS",
+            f"{num_tokens} tokens in one request; team {team.name} may send at most {limit}. Send "
+            "fewer sequences per request.",
+            field="lengths",
+        )
 
 
 class Admission:
     """Checks requests against the teacher and the limits."""
 
-    def __init__(self, model: TeacherModel, limits: Limits) -> None:
+    def __init__(self, teacher: Teacher, limits: Limits) -> None:
         self.limits = limits
-        self._vocab_size = model.vocab_size
-        self._effective = model.effective_vocab_size
-        self._fingerprint = model.teacher_fingerprint
-        self._id_table = model.id_table
+        self.fingerprint = teacher.teacher_fingerprint
+        self.id_table = teacher.id_table
+        self._vocab_size = teacher.vocab_size
+        self._effective = teacher.effective_vocab_size
+        self._max_bucket = teacher.max_sequence_tokens
 
-    def admit(self, request: teacher_pb2.ScoreRequest) -> list[Admitted]:
-        """The sequences to score, in order. Raises RequestRefused."""
-        limits = self.limits
-        if request.ByteSize() > limits.max_request_nbytes:
+    def admit(
+        self, request: teacher_pb2.ScoreRequest, team: Team = DEFAULT_TEAM
+    ) -> list[SequenceJob]:
+        """Returns one job per sequence, in order; some may have no rows to score.
+
+        Raises RequestRefused.
+        """
+        self._check_envelope(request)
+        spec = self._spec(request)
+        id_table = self._table(request.targets.id_table)
+        temperature = _read_temperature(request)
+        lengths = self._read_lengths(request)
+        ids = self._read_ids(request, lengths)
+        rows = _read_rows(request, lengths)
+        sizes = self._bound_replies(spec, rows)
+        jobs = []
+        first = 0
+        for index, (length, wanted) in enumerate(zip(lengths, rows, strict=True)):
+            # A sequence without rows keeps its place, so that the others keep their numbers.
+            part = ids[first : first + length] if len(wanted) else ids[:0]
+            first += length
+            ids_bytes = part.tobytes()
+            draws = None
+            if isinstance(spec, SampledSpec) and len(wanted):
+                digest = xxhash.xxh3_128_digest(ids_bytes)
+                draws = uniforms(request.seed, request.epoch, digest, wanted)
+            token_ids = torch.from_numpy(part.astype(np.int64))
+            bucket = bucket_length(len(part), self._max_bucket)
+            jobs.append(
+                SequenceJob(
+                    RowRequest(token_ids, wanted, spec, temperature, draws),
+                    bucket,
+                    sizes[index],
+                    level=LEVELS[request.level],
+                    team=team,
+                    held=bucket,
+                    index=index,
+                    ids_bytes=ids_bytes,
+                    id_table=id_table,
+                )
+            )
+        return jobs
+
+    def _check_envelope(self, request: teacher_pb2.ScoreRequest) -> None:
+        """Checks everything but the targets and the sequences."""
+        nbytes, limit = request.ByteSize(), self.limits.max_request_nbytes
+        if nbytes > limit:
             raise invalid(
                 "REQUEST_TOO_LARGE",
-                f"a request may have {limits.max_request_nbytes} bytes, got {request.ByteSize()}. "
-                "Send fewer sequences at once.",
+                f"a request may have {limit} bytes, got {nbytes}. Send fewer sequences at once.",
                 field="token_ids",
             )
-        if request.teacher_fingerprint not in ("", self._fingerprint):
+        if request.teacher_fingerprint not in ("", self.fingerprint):
             raise RequestRefused(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "OTHER_TEACHER",
                 f"the request is for teacher {quoted(request.teacher_fingerprint)}, this is "
-                f"{self._fingerprint}: the service was changed. Connect again to use it.",
+                f"{self.fingerprint}: the service was changed. Connect again to use it.",
                 field="teacher_fingerprint",
             )
         if len(request.session_id) not in (0, SESSION_ID_NBYTES):
             raise invalid(
                 "BAD_SESSION_ID",
-                f"session_id has {SESSION_ID_NBYTES} random bytes or none, got "
-                f"{len(request.session_id)}.",
+                f"session_id must be {SESSION_ID_NBYTES} random bytes or empty, got "
+                f"{len(request.session_id)} bytes.",
                 field="session_id",
             )
-        if request.level not in teacher_pb2.Level.values():
+        if request.level not in LEVELS:
             raise invalid(
                 "BAD_LEVEL",
                 f"level must be one of {', '.join(teacher_pb2.Level.keys())}, got {request.level}.",
                 field="level",
             )
-        spec = self._spec(request)
-        id_table = self._table(request.targets.id_table)
-        temperature = request.temperature or 1.0
-        if not (math.isfinite(temperature) and 1e-3 <= temperature <= 1e3):
-            raise invalid(
-                "TEMPERATURE_OUT_OF_RANGE",
-                f"temperature must be between 0.001 and 1000, got {request.temperature}.",
-                field="temperature",
-            )
-        ids, lengths = self._ids(request)
-        rows = self._rows(request, lengths)
-
-        row_nbytes = spec.max_row_nbytes(self._vocab_size)
-        sizes = [
-            math.ceil(len(wanted) * row_nbytes) + ANSWER_NBYTES if len(wanted) else 0
-            for wanted in rows
-        ]
-        if sum(sizes) > limits.max_reply_nbytes:
-            fitting = int(limits.max_reply_nbytes / row_nbytes)
-            raise invalid(
-                "REPLY_TOO_LARGE",
-                f"the answer to one request may have {limits.max_reply_nbytes} bytes, this one "
-                f"could have {sum(sizes)}. Ask for at most {fitting} rows of {spec} at once, or "
-                "keep fewer entries per row. The operator sets the limit with "
-                "--targets.max-reply-mib.",
-                field="targets",
-            )
-        admitted = []
-        first = 0
-        for length, wanted, size in zip(lengths, rows, sizes, strict=True):
-            part = ids[first : first + length]
-            first += length
-            if len(wanted):
-                token_ids = torch.from_numpy(part.astype(np.int64))
-                draws = None
-                if isinstance(spec, SampledSpec):
-                    digest = xxhash.xxh3_128_digest(part.tobytes())
-                    draws = uniforms(request.seed, request.epoch, digest, wanted)
-                item = WantedRows(token_ids, wanted, spec, temperature, draws)
-                admitted.append(Admitted(item, part.tobytes(), size, id_table))
-            else:  # its place keeps the numbers of the others right
-                item = WantedRows(torch.empty(0, dtype=torch.int64), wanted, spec, temperature)
-                admitted.append(Admitted(item, b"", 0))
-        return admitted
 
     def _table(self, digest: bytes) -> IdTable | None:
+        """Finds the id table that the request names; None is the built-in one."""
         if not digest:
             return None
-        if self._id_table is None or digest != self._id_table.digest:
-            have = "none" if self._id_table is None else self._id_table.digest.hex()
+        if self.id_table is None or digest != self.id_table.digest:
+            have = "none" if self.id_table is None else self.id_table.digest.hex()
             raise invalid(
                 "UNKNOWN_ID_TABLE",
-                f"this teacher has no id table {quoted(digest.hex())}; it has {have}. Leave the field "
-                "empty for the built-in one.",
+                f"this teacher has no id table {quoted(digest.hex())}; it has {have}. Leave the "
+                "field empty for the built-in one.",
                 field="targets.id_table",
             )
-        return self._id_table
+        return self.id_table
 
     def _spec(self, request: teacher_pb2.ScoreRequest) -> TargetSpec:
         message = request.targets
@@ -169,10 +195,11 @@ class Admission:
         except ValueError as error:
             raise invalid("BAD_TARGETS", f"{error}.", field=f"targets.{kind}") from None
 
-    def _ids(self, request: teacher_pb2.ScoreRequest) -> tuple[np.ndarray, list[int]]:
-        """All ids as (tokens,) int32, and the length of each sequence."""
+    def _read_lengths(self, request: teacher_pb2.ScoreRequest) -> list[int]:
+        """Reads and checks the length of each sequence."""
         limits = self.limits
         lengths = list(request.lengths)
+        total = sum(lengths)
         if not lengths:
             raise invalid(
                 "EMPTY_REQUEST",
@@ -186,7 +213,6 @@ class Admission:
                 f"{len(lengths)}. Send several requests.",
                 field="lengths",
             )
-        total = sum(lengths)
         if len(request.token_ids) != 4 * total:
             raise invalid(
                 "LENGTHS_DO_NOT_FIT",
@@ -195,21 +221,7 @@ class Admission:
                 field="lengths",
             )
         for index, length in enumerate(lengths):
-            if length < 2:
-                raise invalid(
-                    "SEQUENCE_TOO_SHORT",
-                    f"sequence {index} has {length} tokens; at least 2 are needed for one row.",
-                    field="lengths",
-                    sequence=index,
-                )
-            if length > limits.max_sequence_tokens:
-                raise invalid(
-                    "SEQUENCE_TOO_LONG",
-                    f"sequence {index} has {length} tokens, this teacher reads at most "
-                    f"{limits.max_sequence_tokens}. Cut it into shorter ones.",
-                    field="lengths",
-                    sequence=index,
-                )
+            self._check_length(index, length)
         if total > limits.max_request_tokens:
             raise invalid(
                 "TOO_MANY_TOKENS",
@@ -217,6 +229,28 @@ class Admission:
                 "several requests.",
                 field="lengths",
             )
+        return lengths
+
+    def _check_length(self, index: int, length: int) -> None:
+        """Checks that a sequence has a row and fits into the teacher's context."""
+        if length < 2:
+            raise invalid(
+                "SEQUENCE_TOO_SHORT",
+                f"sequence {index} has {length} tokens; at least 2 are needed for one row.",
+                field="lengths",
+                sequence=index,
+            )
+        if length > self.limits.max_sequence_tokens:
+            raise invalid(
+                "SEQUENCE_TOO_LONG",
+                f"sequence {index} has {length} tokens, this teacher reads at most "
+                f"{self.limits.max_sequence_tokens}. Cut it into shorter ones.",
+                field="lengths",
+                sequence=index,
+            )
+
+    def _read_ids(self, request: teacher_pb2.ScoreRequest, lengths: list[int]) -> np.ndarray:
+        """Reads the ids of all sequences as (tokens,) int32 and checks their range."""
         ids = np.frombuffer(request.token_ids, dtype="<i4")
         wrong = (ids < 0) | (ids >= self._effective)
         if wrong.any():
@@ -231,45 +265,84 @@ class Admission:
                 field="token_ids",
                 sequence=sequence,
             )
-        return ids, lengths
+        return ids
 
-    def _rows(self, request: teacher_pb2.ScoreRequest, lengths: list[int]) -> list[Tensor]:
-        """The wanted rows of each sequence, ascending."""
-        if request.first_rows and request.row_mask:
-            raise invalid("ROWS_TWICE", "give first_rows or row_mask, not both.", field="row_mask")
-        if request.first_rows:
-            if len(request.first_rows) != len(lengths):
-                raise invalid(
-                    "FIRST_ROWS_DO_NOT_FIT",
-                    f"first_rows needs one number per sequence ({len(lengths)}), got "
-                    f"{len(request.first_rows)}.",
-                    field="first_rows",
-                )
-            for index, (row, length) in enumerate(zip(request.first_rows, lengths, strict=True)):
-                if row > length - 2:
-                    raise invalid(
-                        "FIRST_ROW_OUT_OF_RANGE",
-                        f"sequence {index} has rows 0 to {length - 2}, got first row {row}.",
-                        field="first_rows",
-                        sequence=index,
-                    )
-            starts = request.first_rows
-            return [torch.arange(s, n - 1) for s, n in zip(starts, lengths, strict=True)]
-        if request.row_mask:
-            counts = [length - 1 for length in lengths]
-            total = sum(counts)
-            packed = np.frombuffer(request.row_mask, dtype=np.uint8)
-            bits = np.unpackbits(packed, bitorder="little")
-            if len(packed) != (total + 7) // 8 or bits[total:].any():
-                raise invalid(
-                    "ROW_MASK_DOES_NOT_FIT",
-                    f"row_mask needs {(total + 7) // 8} bytes for {total} rows, with the unused "
-                    f"bits 0; got {len(packed)} bytes with "
-                    f"{int(bits[total:].sum())} bits set after the last row.",
-                    field="row_mask",
-                )
-            if not bits.any():
-                raise invalid("EMPTY_REQUEST", "row_mask asks for no row at all.", field="row_mask")
-            parts = torch.from_numpy(bits[:total]).split(counts)
-            return [part.nonzero()[:, 0] for part in parts]
-        return [torch.arange(length - 1) for length in lengths]
+    def _bound_replies(self, spec: TargetSpec, rows: list[Tensor]) -> list[int]:
+        """Returns an upper bound of the bytes of each sequence's answer and checks their sum."""
+        limit = self.limits.max_reply_nbytes
+        row_nbytes = spec.max_row_nbytes(self._vocab_size)
+        sizes = [
+            math.ceil(len(wanted) * row_nbytes) + ANSWER_NBYTES if len(wanted) else 0
+            for wanted in rows
+        ]
+        if sum(sizes) > limit:
+            raise invalid(
+                "REPLY_TOO_LARGE",
+                f"the answer to one request may have {limit} bytes, this one could have "
+                f"{sum(sizes)}. Ask for at most {int(limit / row_nbytes)} rows of {spec} at once, "
+                "or keep fewer entries per row. The operator sets the limit with "
+                "--targets.max-reply-mib.",
+                field="targets",
+            )
+        return sizes
+
+
+def _read_temperature(request: teacher_pb2.ScoreRequest) -> float:
+    temperature = request.temperature or 1.0
+    if not (math.isfinite(temperature) and 1e-3 <= temperature <= 1e3):
+        raise invalid(
+            "TEMPERATURE_OUT_OF_RANGE",
+            f"temperature must be between 0.001 and 1000, got {request.temperature}.",
+            field="temperature",
+        )
+    return temperature
+
+
+def _read_rows(request: teacher_pb2.ScoreRequest, lengths: list[int]) -> list[Tensor]:
+    """Returns the requested rows of each sequence, ascending."""
+    if request.first_rows and request.row_mask:
+        raise invalid("ROWS_TWICE", "give first_rows or row_mask, not both.", field="row_mask")
+    if request.first_rows:
+        return _read_first_rows(request.first_rows, lengths)
+    if request.row_mask:
+        return _read_row_mask(request.row_mask, lengths)
+    return [torch.arange(length - 1) for length in lengths]
+
+
+def _read_first_rows(first_rows: Sequence[int], lengths: list[int]) -> list[Tensor]:
+    """Returns the rows of each sequence from its first one on."""
+    if len(first_rows) != len(lengths):
+        raise invalid(
+            "FIRST_ROWS_DO_NOT_FIT",
+            f"first_rows needs one number per sequence ({len(lengths)}), got {len(first_rows)}.",
+            field="first_rows",
+        )
+    for index, (row, length) in enumerate(zip(first_rows, lengths, strict=True)):
+        if row > length - 2:
+            raise invalid(
+                "FIRST_ROW_OUT_OF_RANGE",
+                f"sequence {index} has rows 0 to {length - 2}, got first row {row}.",
+                field="first_rows",
+                sequence=index,
+            )
+    return [torch.arange(row, n - 1) for row, n in zip(first_rows, lengths, strict=True)]
+
+
+def _read_row_mask(row_mask: bytes, lengths: list[int]) -> list[Tensor]:
+    """Returns the rows whose bits are set; the bits of all sequences follow each other."""
+    counts = [length - 1 for length in lengths]
+    total = sum(counts)
+    packed = np.frombuffer(row_mask, dtype=np.uint8)
+    bits = np.unpackbits(packed, bitorder="little")
+    if len(packed) != (total + 7) // 8 or bits[total:].any():
+        raise invalid(
+            "ROW_MASK_DOES_NOT_FIT",
+            f"row_mask needs {(total + 7) // 8} bytes for {total} rows, with the unused "
+            f"bits 0; got {len(packed)} bytes with "
+            f"{int(bits[total:].sum())} bits set after the last row.",
+            field="row_mask",
+        )
+    if not bits.any():
+        raise invalid("EMPTY_REQUEST", "row_mask asks for no row at all.", field="row_mask")
+    parts = torch.from_numpy(bits[:total]).split(counts)
+    return [part.nonzero()[:, 0] for part in parts]

@@ -11,6 +11,7 @@ from logitstream.connection import Connection
 from logitstream.local_ray import TOKEN_VARIABLES, set_ray_environment
 from teacher_server.config import ServeConfig
 from teacher_server.errors import ServeError, TeacherServerError
+from teacher_server.rpc.tls import Tls
 from teacher_server.teams.declaration import read_teams
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ def serve(config: ServeConfig) -> int:
     try:
         if config.teams is not None:
             read_teams(config.teams)
-        if tls := config.tls():
-            tls.read()
+        if config.tls_cert is not None and config.tls_key is not None:
+            Tls(config.tls_cert, config.tls_key, config.tls_client_ca).read()
         if config.peers:
             Connection.to(config.peers)  # what replicas need to ask each other
     except (TeacherServerError, OSError, ValueError) as error:

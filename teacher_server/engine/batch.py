@@ -1,4 +1,4 @@
-"""Defines what a forward pass is asked for, and how long its stages took."""
+"""Defines what the engine is asked for, the shape it computes in, and how long its stages took."""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,22 @@ from torch import Tensor
 
 from logit_codec import TargetSpec
 
+MIN_BUCKET = 32
+"""Shortest padded length: products of fewer rows round differently."""
+
+
+def bucket_length(num_tokens: int, max_tokens: int) -> int:
+    """Returns the canonical padded length of a sequence: at most 1/8 longer from 256 tokens on.
+
+    Multiples of 32 up to 256, then eighths of a power of two; never above `max_tokens`.
+    """
+    step = max(MIN_BUCKET, 1 << max(0, (num_tokens - 1).bit_length() - 4))
+    return min(-(-num_tokens // step) * step, max_tokens)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WantedRows:
-    """One sequence, the rows of it that are wanted, and what to keep of them."""
+class RowRequest:
+    """Asks the engine for the targets of some rows of one sequence."""
 
     token_ids: Tensor
     """(L,) int64."""

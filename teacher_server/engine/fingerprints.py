@@ -1,8 +1,9 @@
-"""Computes the fingerprint of a teacher's weights."""
+"""Computes the fingerprint of a teacher's weights, on disk or in memory."""
 
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,16 +11,17 @@ import torch
 from torch import nn
 
 from logitstream.files import cache_folder, write_atomically
-from teacher_server.engine.model import SHA256
 
 logger = logging.getLogger(__name__)
 
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
-def _folder_fingerprint(folder: Path, revision: str) -> str:
-    """SHA-256 over the revision and the name, size and content hash of every safetensors file.
 
-    A file's header is part of its content. The hash of a file is kept under its path, size,
-    inode and time of change, so that a restart does not read a large teacher twice.
+def fingerprint_folder(folder: Path, revision: str) -> str:
+    """Hashes the revision and the name, size and content of every safetensors file (SHA-256).
+
+    A file's header is part of its content. The hash of a file is cached by its path, size, inode
+    and modification time, so that a restart does not read a large teacher again.
     """
     digest = hashlib.sha256(revision.encode())
     cache_file = cache_folder() / "weights.json"
@@ -27,8 +29,8 @@ def _folder_fingerprint(folder: Path, revision: str) -> str:
         cache = json.loads(cache_file.read_text())
     except (OSError, ValueError, RecursionError):
         cache = None
-    kept = cache.items() if isinstance(cache, dict) else ()
-    known = {one: sha for one, sha in kept if isinstance(sha, str) and SHA256.fullmatch(sha)}
+    cached = cache.items() if isinstance(cache, dict) else ()
+    known = {file: sha for file, sha in cached if isinstance(sha, str) and SHA256.fullmatch(sha)}
     for path in sorted(folder.glob("*.safetensors")):
         status = path.stat()
         identity = f"{path.resolve()}:{status.st_size}:{status.st_ino}:{status.st_mtime_ns}"
@@ -41,12 +43,12 @@ def _folder_fingerprint(folder: Path, revision: str) -> str:
             cache_file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(cache_file, json.dumps(known))
         except OSError as error:
-            logger.warning("cannot keep the hash of the weights: %s", error)
+            logger.warning("cannot cache the hash of the weights: %s", error)
     return digest.hexdigest()
 
 
-def _state_fingerprint(causal_lm: nn.Module) -> str:
-    """SHA-256 over names, shapes and contents of a model in memory."""
+def fingerprint_state(causal_lm: nn.Module) -> str:
+    """Hashes names, shapes and contents of a model in memory (SHA-256)."""
     digest = hashlib.sha256()
     for name, content in _state_bytes(causal_lm):
         digest.update(name.encode())

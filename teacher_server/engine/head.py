@@ -1,6 +1,6 @@
-"""Hidden states to targets, through the vocabulary head in chunks of rows.
+"""Turns hidden states into targets, through the vocabulary head in chunks of rows.
 
-Letters: N wanted rows of a batch, C rows of one chunk, D hidden size, V vocabulary.
+Letters: N requested rows of a batch, C rows of one chunk, D hidden size, V vocabulary.
 
 The (N, V) matrix of logits never exists: a chunk is projected, selected from and dropped. Chunks
 are padded to a multiple of 32 rows because products and sums of fewer rows round differently.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from logit_codec import Targets, TargetSpec, select
-from teacher_server.engine.batch import StageTimes, WantedRows
+from teacher_server.engine.batch import RowRequest, StageTimes
 from teacher_server.engine.model import TeacherModel
 
 ROW_MULTIPLE = 32
@@ -25,7 +25,7 @@ class VocabularyHead:
 
     Extra memory is at most 2.5 * chunk_rows * V * 4 bytes: the logits, one buffer beside them, and
     the candidates of the top-k. chunk_nbytes is the size of a chunk in the model's dtype; above
-    32 MiB glibc gives a buffer back at once, smaller ones pile up between the targets that are kept.
+    32 MiB glibc returns a buffer at once, smaller ones pile up between the targets that are kept.
     """
 
     def __init__(self, model: TeacherModel, *, chunk_nbytes: int = 128 << 20) -> None:
@@ -36,7 +36,7 @@ class VocabularyHead:
 
     @torch.inference_mode()
     def logits(self, hidden_CD: Tensor) -> Tensor:
-        """(C, D) hidden states -> (C, V) float32 logits; -inf for ids that are padding."""
+        """Projects (C, D) -> (C, V) float32 logits; -inf for ids that are padding."""
         logits_CV = self.model.logits(hidden_CD).float()
         logits_CV[:, self.model.effective_vocab_size :] = -torch.inf
         return logits_CV
@@ -51,7 +51,7 @@ class VocabularyHead:
         realized_ids: Tensor,
         uniforms: Tensor | None = None,
     ) -> Targets:
-        """(N, D) hidden states and the (N,) tokens that came next -> targets of N rows.
+        """Selects the targets of N rows from (N, D) hidden states and the (N,) next tokens.
 
         uniforms: (N,) float64, for a spec that draws.
         """
@@ -76,13 +76,13 @@ class VocabularyHead:
                 realized_ids=realized_C,
                 overwrite=True,
             )
-            del logits_CV
+            del logits_CV  # before the next chunk's are made: two would not fit
             parts.append(targets[:num_rows])
         return Targets.cat(parts)
 
     @torch.inference_mode()
-    def score(self, batch: Sequence[WantedRows]) -> tuple[list[Targets], StageTimes]:
-        """Targets of sequences that have one canonical length, in order.
+    def score(self, batch: Sequence[RowRequest]) -> tuple[list[Targets], StageTimes]:
+        """Returns the targets of sequences of one canonical length, in order, and the times.
 
         Rows of different sequences share chunks if they ask for the same targets.
         """
@@ -90,7 +90,7 @@ class VocabularyHead:
         started = time.perf_counter()
         hidden_BLD = self.model.hidden_states([item.token_ids for item in batch])
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            torch.cuda.synchronize(device)  # else the time of the forward pass is counted below
         forwarded = time.perf_counter()
 
         groups: dict[tuple[TargetSpec, float], list[int]] = {}
@@ -118,7 +118,7 @@ class VocabularyHead:
         return [results[index] for index in range(len(batch))], times
 
     def is_exact(self) -> bool:
-        """Whether a sequence gives the same bits alone and among neighbours, tried on a few."""
+        """Tries whether a sequence gives the same bits alone and among neighbours."""
         if self.model.has_experts:
             return False  # which tokens share an expert's product depends on the neighbours
         longest = self.model.max_sequence_tokens

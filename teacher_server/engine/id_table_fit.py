@@ -1,4 +1,4 @@
-"""Fits an id table to a teacher: ids that it often keeps get short codes.
+"""Fits an id table to a teacher, so that ids that it often keeps get short codes.
 
 The table is fitted on half of the text's pieces and its gain is measured on the other half, in the
 bytes of real containers. It is never fitted from what trainers send.
@@ -18,14 +18,14 @@ from teacher_server.engine.model import TeacherModel
 from teacher_server.errors import ModelError
 
 SPEC = SampledSpec(n=64, realized=False)
-"""What the table is fitted for; it serves top_k, whose ids are much the same, as well."""
+"""What the table is fitted for; it suits top_k too, whose ids are much the same."""
 PIECE_TOKENS = 512
 CHUNK_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A table and what it gained on text that it was not fitted on."""
+    """Holds a table and what it gains on text that it was not fitted on."""
 
     table: IdTable
     fitted_rows: int
@@ -36,7 +36,7 @@ class Fit:
 
 
 def fit_ids(model: TeacherModel, text: str, *, max_tokens: int) -> Fit:
-    """A table for `model`, from the first `max_tokens` tokens of `text`.
+    """Fits a table for `model` to the first `max_tokens` tokens of `text`.
 
     Raises ModelError if the model has no tokenizer or the text is too short to fit and measure.
     """
@@ -71,7 +71,7 @@ def save(table: IdTable, path: Path) -> None:
 
 @torch.inference_mode()
 def _logits(model: TeacherModel, pieces: list[Tensor]) -> Iterator[Tensor]:
-    """(C, V) float32 logits of the pieces' rows, a chunk at a time."""
+    """Yields the (C, V) float32 logits of the pieces' rows, a chunk at a time."""
     head = VocabularyHead(model)
     for piece in pieces:
         hidden = model.hidden_states([piece])[0, : len(piece) - 1]

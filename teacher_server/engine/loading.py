@@ -11,15 +11,16 @@ import transformers
 from torch import Tensor, nn
 
 from logit_codec import CodecError, IdTable, tokenizer_fingerprint
-from teacher_server.engine.fingerprints import _folder_fingerprint, _state_fingerprint
-from teacher_server.engine.model import MIN_BUCKET, TeacherModel
+from teacher_server.engine.batch import MIN_BUCKET
+from teacher_server.engine.fingerprints import fingerprint_folder, fingerprint_state
+from teacher_server.engine.model import TeacherModel
 from teacher_server.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
 
 ID_TABLE_NAME = "id_table.bin"
-"""Beside the weights of a model, if it was fitted."""
+"""File of the fitted id table, beside the weights."""
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,43 +35,59 @@ def load(
     attention: str | None = None,
     max_sequence_tokens: int | None = None,
 ) -> TeacherModel:
-    """The teacher in a Hugging Face folder, or of a hub id that can be fetched.
+    """Loads the teacher from a Hugging Face folder or the hub.
 
-    Raises ModelError, saying what was looked for, if it cannot be served.
+    Raises ModelError, which says what was looked for, if it cannot be served.
     """
     folder, revision = _resolve(model, revision)
     _expect_safetensors(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(
-            f"device {device} was asked for, and torch finds no CUDA device. Use --device cpu."
-        )
-    wanted = "auto" if dtype == "auto" else DTYPES.get(dtype)
-    if wanted is None:
+        raise ModelError(f"device is {device}, but torch finds no CUDA device. Use --device cpu.")
+    if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if attention is None and getattr(config, "attn_logit_softcapping", None):
-            attention = "eager"  # the only implementation that applies the softcap everywhere
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=wanted,
-            attn_implementation=attention,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        causal_lm, report = loaded
+        causal_lm, report = _load_causal_lm(folder, DTYPES.get(dtype, "auto"), attention)
         causal_lm = causal_lm.to(device)
     except Exception as error:  # a folder can be wrong in any way; all of them mean the same here
         raise ModelError(
             f"cannot load a causal LM from {model}: {_first_line(error)} "
             "Any AutoModelForCausalLM saved with save_pretrained (safetensors) works."
         ) from error
+    _check_weights(model, type(causal_lm).__name__, report)
+    return prepare(
+        causal_lm,
+        _load_tokenizer(folder),
+        name=folder.name if Path(model).is_dir() else model,
+        revision=revision,
+        weights_fingerprint=fingerprint_folder(folder, revision),
+        max_sequence_tokens=max_sequence_tokens,
+        id_table=load_id_table(folder),
+    )
+
+
+def _load_causal_lm(folder: Path, dtype: Any, attention: str | None) -> tuple[Any, dict[str, Any]]:
+    """Returns the model and what transformers reports about its weights."""
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if attention is None and getattr(config, "attn_logit_softcapping", None):
+        attention = "eager"  # the only implementation that applies the softcap everywhere
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+        ignore_mismatched_sizes=True,  # _check_weights refuses them by name
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    return loaded
+
+
+def _check_weights(model: str, architecture: str, report: dict[str, Any]) -> None:
+    """Raises ModelError if weights are missing or have another shape."""
     if report["mismatched_keys"]:
         raise ModelError(
             f"{model}: weight {_name(report['mismatched_keys'])} does not have the shape that its "
@@ -79,22 +96,13 @@ def load(
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
-            f"{model} lacks {len(missing)} weights of {type(causal_lm).__name__}, such as "
+            f"{model} lacks {len(missing)} weights of {architecture}, such as "
             f"{missing[0]}: it was saved from another kind of model. Save the causal LM itself."
         )
-    return prepare(
-        causal_lm,
-        _load_tokenizer(folder),
-        name=folder.name if Path(model).is_dir() else model,
-        revision=revision,
-        weights_fingerprint=_folder_fingerprint(folder, revision),
-        max_sequence_tokens=max_sequence_tokens,
-        id_table=load_id_table(folder),
-    )
 
 
 def load_id_table(folder: Path) -> IdTable | None:
-    """The table beside a model, if there is one. Raises ModelError if it cannot be read."""
+    """Loads the table beside a model, if there is one. Raises ModelError if it is damaged."""
     path = folder / ID_TABLE_NAME
     if not path.is_file():
         return None
@@ -116,7 +124,7 @@ def prepare(
     max_sequence_tokens: int | None = None,
     id_table: IdTable | None = None,
 ) -> TeacherModel:
-    """A causal LM that is in memory, checked and ready to score.
+    """Checks a causal LM that is in memory and makes it ready to score.
 
     Raises ModelError if its logits cannot be computed from its base model's hidden states.
     """
@@ -133,7 +141,7 @@ def prepare(
     if max_sequence_tokens is not None:
         longest = min(longest, max_sequence_tokens)
     if weights_fingerprint is None:
-        weights_fingerprint = _state_fingerprint(causal_lm)
+        weights_fingerprint = fingerprint_state(causal_lm)
     model = TeacherModel(
         causal_lm=causal_lm,
         tokenizer=tokenizer,
@@ -144,8 +152,8 @@ def prepare(
         vocab_size=vocab_size,
         effective_vocab_size=effective,
         max_sequence_tokens=longest,
-        head=_headed(causal_lm),
-        # Where the targets are made, so that no answer copies it there.
+        head=_make_head(causal_lm),
+        # On the device where the targets are made, so that no answer has to copy it there.
         id_table=None if id_table is None else id_table.to(causal_lm.device),
     )
     if id_table is not None and id_table.vocab_size != vocab_size:
@@ -158,7 +166,7 @@ def prepare(
 
 
 class _Passed:
-    """What a base model returns, holding nothing but the hidden states it was given."""
+    """Imitates the output of a base model that returns the hidden states it was given."""
 
     def __init__(self, last_hidden_state: Tensor) -> None:
         self.last_hidden_state = last_hidden_state
@@ -171,7 +179,7 @@ class _Passed:
 
 
 class _PassThrough(nn.Module):
-    """Stands in for the base model, so that the model's own forward does only its head arithmetic.
+    """Stands in for the base model, so that the model's own forward runs only its head.
 
     Scales, softcaps and biases differ between architectures (Gemma 2, Cohere, Granite); their own
     code is the one place where they are right.
@@ -181,8 +189,8 @@ class _PassThrough(nn.Module):
         return _Passed(inputs_embeds)
 
 
-def _headed(causal_lm: Any) -> nn.Module:
-    """A shallow copy of the causal LM with the stand-in for its base model; weights are shared."""
+def _make_head(causal_lm: Any) -> nn.Module:
+    """Copies the causal LM with a stand-in for its base model; the weights are shared."""
     head = copy.copy(causal_lm)
     head._modules = dict(causal_lm._modules)
     head._modules[causal_lm.base_model_prefix] = _PassThrough()
@@ -191,7 +199,7 @@ def _headed(causal_lm: Any) -> nn.Module:
 
 @torch.inference_mode()
 def _check_head(model: TeacherModel) -> None:
-    """Compares base model + head with one full forward, and looks whether rows see later tokens.
+    """Compares base model and head with one full forward pass, and checks causality.
 
     Raises ModelError above tolerance.
     """
@@ -199,16 +207,16 @@ def _check_head(model: TeacherModel) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.effective_vocab_size, (length,), generator=generator)
     hidden = model.hidden_states([ids])[0]
-    ours = model.logits(hidden).float()
-    whole = model.causal_lm(input_ids=ids[None].to(model.device), use_cache=False).logits
-    theirs = whole[0].float()
-    scale = max(1.0, float(theirs.abs().max()))
-    worst = float((ours - theirs).abs().max()) / scale
+    logits = model.logits(hidden).float()
+    output = model.causal_lm(input_ids=ids[None].to(model.device), use_cache=False)
+    expected = output.logits[0].float()
+    scale = max(1.0, float(expected.abs().max()))
+    worst = float((logits - expected).abs().max()) / scale
     tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
     if not worst <= tolerance:
         raise ModelError(
-            f"the logits of {model.architecture} are not those of its head applied to its base "
-            f"model's hidden states: off by {worst:.1e} of the largest, allowed {tolerance:.0e}. "
+            f"the logits of {model.architecture} differ from its head applied to its base "
+            f"model's hidden states by {worst:.1e} of the largest, allowed {tolerance:.0e}. "
             "This architecture cannot be served yet."
         )
     changed = ids.clone()

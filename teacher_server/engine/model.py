@@ -1,17 +1,15 @@
-"""Loads a teacher and turns tokens into final hidden states.
+"""Turns tokens into final hidden states, and identifies the teacher that did.
 
 Letters: B sequences, L tokens of a padded sequence, D hidden size, V vocabulary.
 
-Any causal LM of transformers, from safetensors only. Each sequence is padded on the right to its
-own canonical length, never to its neighbours', and no attention mask is passed: causal attention
-keeps the padding out of every real row, and the shape of the computation, and so its rounding,
-depends on the sequence alone.
+Any causal LM of transformers works. Each sequence is padded on the right to its own canonical
+length, never to its neighbours', and no attention mask is passed: causal attention keeps the
+padding out of every real row, and the shape of the computation, and so its rounding, depends on the
+sequence alone.
 """
 
 import hashlib
 import json
-import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,28 +20,15 @@ from torch import Tensor, nn
 
 from logit_codec import FORMAT_VERSION, IdTable
 from logit_codec.selection import ARITHMETIC as SELECTION_ARITHMETIC
+from teacher_server.engine.batch import bucket_length
 
-logger = logging.getLogger(__name__)
-
-MIN_BUCKET = 32
-"""Shortest padded length: products of fewer rows round differently."""
 HEAD_ARITHMETIC = "model-forward-1"
-"""Name of how logits are made from hidden states; part of the fingerprint."""
-SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def bucket_length(num_tokens: int, max_tokens: int) -> int:
-    """The canonical padded length of a sequence of `num_tokens`: at most 1/8 longer from 256 on.
-
-    Multiples of 32 up to 256, then eighths of a power of two; never above `max_tokens`.
-    """
-    step = max(MIN_BUCKET, 1 << max(0, (num_tokens - 1).bit_length() - 4))
-    return min(-(-num_tokens // step) * step, max_tokens)
+"""Names how logits are made from hidden states; part of the fingerprint."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TeacherModel:
-    """A causal LM that is ready to score, and what identifies it."""
+    """Holds a causal LM that is ready to score, and what identifies it."""
 
     causal_lm: Any
     tokenizer: Any | None
@@ -52,7 +37,7 @@ class TeacherModel:
     weights_fingerprint: str
     tokenizer_fingerprint: str
     vocab_size: int
-    """V: rows of the head."""
+    """V, the rows of the head."""
     effective_vocab_size: int
     """Ids from here on are padding rows of the head, with probability 0."""
     max_sequence_tokens: int
@@ -85,14 +70,14 @@ class TeacherModel:
 
     @property
     def _config(self) -> dict[str, Any]:
-        """What decides the arithmetic: softcaps, windows, scales; not names and versions."""
+        """What decides the arithmetic: softcaps, windows, scales, but no names or versions."""
         volatile = {"_name_or_path", "transformers_version", "architectures", "use_cache"}
         content = self.causal_lm.config.to_dict()
         return {name: value for name, value in content.items() if name not in volatile}
 
     @property
     def teacher_fingerprint(self) -> str:
-        """SHA-256 (hex) of everything that decides the bytes of an answer."""
+        """The SHA-256 (hex) of everything that decides the bytes of an answer."""
         parts = {
             "weights": self.weights_fingerprint,
             "tokenizer": self.tokenizer_fingerprint,
@@ -118,7 +103,7 @@ class TeacherModel:
 
     @torch.inference_mode()
     def hidden_states(self, sequences: Sequence[Tensor]) -> Tensor:
-        """Sequences of one canonical length, (l,) int64 each -> (B, L, D) final hidden states.
+        """Runs sequences of one canonical length, (l,) int64 each -> (B, L, D) hidden states.
 
         Rows from a sequence's own length on are padding and mean nothing.
         """
@@ -131,5 +116,5 @@ class TeacherModel:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """(C, D) hidden states -> (C, V) logits, by the model's own head arithmetic and dtype."""
+        """Projects (C, D) -> (C, V) logits, in the model's own head arithmetic and dtype."""
         return self.head(inputs_embeds=hidden[None], use_cache=False).logits[0]

@@ -1,11 +1,11 @@
-"""Bytes of unfinished answers, bounded per stream and per process, and fair among teams.
+"""Bounds the bytes of unfinished answers, per stream and per replica, fairly among teams.
 
-A request waits here before it is scored, so that what a slow reader does not read is never made.
-When the process is full, a team may still take up to its equal part of the room: readers that
-stopped, however many streams they have, can fill the room for their own team and for nobody else.
-A team that holds nothing may always take one answer, larger than its room or not; its streams share
-that one. Where readers that stopped keep others of their own team waiting, the one that stopped first
-loses its stream after a while, and can ask again on another one.
+A sequence waits here before it is queued, so that an answer that a slow reader would not read is
+never made. When the replica's budget is used up, a team may still take up to its equal part of it:
+readers that stopped, however many streams they have, can use up the budget of their own team and of
+no other. A team that holds nothing may always take one answer, even one above its part; its streams
+share that one. Where readers that stopped keep other streams of their own team waiting, the stream
+that stopped first is ended after a while; its client can send the requests again on another one.
 """
 
 import asyncio
@@ -18,15 +18,15 @@ from typing import Self
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 5.0
-"""How long a stream waits for room in the process before somebody of its team may have to go."""
+"""How long a stream waits for the replica's budget before a stream of its team may be ended."""
 STOPPED_S = 30.0
-"""A stream that has not been read for so long may have to go."""
+"""A stream that has not been read for this long may be ended."""
 
 
-class ProcessRoom:
-    """What all streams of a replica may hold together; use one `stream` of it per stream.
+class ReplicaBudget:
+    """Counts what all streams of a replica hold together; give each stream a `stream` of it.
 
-    copies_nbytes: what a stream holds beside its answers, at most, while one of their parts is
+    copies_nbytes: upper bound of what a stream holds beside its answers while one of their parts is
     written: the message and its bytes, in Python and in gRPC.
     """
 
@@ -37,13 +37,13 @@ class ProcessRoom:
         self.empty = asyncio.Event()
         """Set while there is no stream."""
         self.empty.set()
-        self._streams: set[StreamRoom] = set()
-        self._teams: dict[str, _TeamRoom] = {}
-        """Of the teams that hold or want something."""
+        self._streams: set[StreamBudget] = set()
+        self._teams: dict[str, _TeamBudget] = {}
+        """The teams that hold or wait for bytes."""
 
-    def stream(self, nbytes: int) -> "StreamRoom":
-        """The room of a new stream, which may hold `nbytes`; a context manager."""
-        return StreamRoom(self, nbytes)
+    def stream(self, nbytes: int) -> "StreamBudget":
+        """Returns the budget of a new stream, which may hold `nbytes`; a context manager."""
+        return StreamBudget(self, nbytes)
 
     @property
     def num_streams(self) -> int:
@@ -51,52 +51,54 @@ class ProcessRoom:
 
     @property
     def fullest_nbytes(self) -> int:
-        """What the stream holds that holds most."""
-        return max((room.taken_nbytes for room in tuple(self._streams)), default=0)
+        """What the stream with the most bytes holds."""
+        return max((stream.taken_nbytes for stream in tuple(self._streams)), default=0)
 
-    def _team(self, name: str) -> "_TeamRoom":
-        return self._teams.setdefault(name, _TeamRoom())
+    def _team(self, name: str) -> "_TeamBudget":
+        return self._teams.setdefault(name, _TeamBudget())
 
-    def _fits(self, team: "_TeamRoom", nbytes: int) -> bool:
+    def _fits(self, team: "_TeamBudget", nbytes: int) -> bool:
         return (
             not team.taken_nbytes
             or self.taken_nbytes + nbytes <= self.nbytes
             or team.taken_nbytes + nbytes <= self.nbytes // len(self._teams)
         )
 
-    def _move(self, name: str, nbytes: int) -> None:
-        """Counts what a team took, or with a minus gave back, and wakes who may go on."""
+    def _count(self, name: str, nbytes: int) -> None:
+        """Counts bytes that a team took, or below 0 released, and wakes streams that may fit now."""
         team = self._team(name)
         team.taken_nbytes += nbytes
         self.taken_nbytes += nbytes
         self._forget(name)
         if nbytes < 0:
-            # One of each team looks whether it fits now; if so, it wakes the next of its team.
+            # One stream of each team looks whether it fits; if so, it wakes the next of its team.
             for other in self._teams.values():
                 other.wake()
 
-    def _send_one_away(self, name: str) -> None:
-        """Ends the stream of a team that has been waiting longest to be read, if it stopped."""
-        streams = [room for room in self._streams if room.team == name and room.blocked_s]
-        first = min(streams, key=lambda room: room.blocked_s, default=None)
+    def _end_stopped_stream(self, name: str) -> None:
+        """Ends the stream of a team that has not been read for longest, if it stopped."""
+        blocked = [stream for stream in self._streams if stream.team == name and stream.blocked_s]
+        first = min(blocked, key=lambda stream: stream.blocked_s, default=None)
         if first is None or time.monotonic() - first.blocked_s < STOPPED_S:
             return
-        first.blocked_s = time.monotonic()  # it ends in a moment; not twice
+        first.blocked_s = time.monotonic()  # it ends in a moment; do not end it twice
         logger.warning(
-            "a stream of team %s was not read for %.0f s while others of the team had no room; it "
-            "was ended",
-            *(name, STOPPED_S),
+            "a stream of team %s was not read for %.0f s while other streams of the team waited "
+            "for its bytes; it was ended",
+            name,
+            STOPPED_S,
         )
         first.end()
 
     def _forget(self, name: str) -> None:
+        """Drops a team that neither holds nor waits: the others' equal parts grow."""
         team = self._teams[name]
         if not team.taken_nbytes and not team.waiting:
             del self._teams[name]
 
 
-class _TeamRoom:
-    """What the streams of one team hold, and which of them wait for the process to have room."""
+class _TeamBudget:
+    """Counts what the streams of one team hold, and queues those that wait for the replica."""
 
     def __init__(self) -> None:
         self.taken_nbytes = 0
@@ -107,69 +109,79 @@ class _TeamRoom:
             self.waiting[0].set()
 
 
-class StreamRoom:
-    """What one stream may hold. One task takes, any may give."""
+class StreamBudget:
+    """Counts what one stream holds. One task acquires, any may release."""
 
-    def __init__(self, process: ProcessRoom, nbytes: int) -> None:
+    def __init__(self, replica: ReplicaBudget, nbytes: int) -> None:
         self.nbytes = nbytes
         self.taken_nbytes = 0
         self.team = ""
-        """Whose answer it took last."""
+        """The team that acquired last."""
         self.blocked_s = 0.0
-        """Since when a part waits to be read, as of time.monotonic(); 0: none does."""
+        """time.monotonic() since when a part waits to be read; 0: none does."""
         self.end: Callable[[], object] = lambda: None
-        """Called where the stream has to go."""
+        """Called when the stream has to end."""
         self._copies_nbytes = 0
-        self._process = process
-        self._given = asyncio.Event()
+        self._replica = replica
+        self._released = asyncio.Event()
 
     def __enter__(self) -> Self:
-        self._process._streams.add(self)
-        self._process.empty.clear()
+        self._replica._streams.add(self)
+        self._replica.empty.clear()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process._streams.discard(self)
-        if not self._process._streams:
-            self._process.empty.set()
+        self._replica._streams.discard(self)
+        if not self._replica._streams:
+            self._replica.empty.set()
 
-    async def take(self, nbytes: int, team: str) -> None:
-        """Waits until `nbytes` fit, or until this stream, and in the process its team, holds nothing."""
-        process, self.team = self._process, team
+    async def acquire(self, nbytes: int, team: str) -> None:
+        """Waits until `nbytes` fit into the stream's and the replica's budget, and takes them.
+
+        They also fit if the stream, and in the replica its team, holds nothing.
+        """
+        self.team = team
         while self.taken_nbytes and self.taken_nbytes + nbytes > self.nbytes:
-            self._given.clear()
-            await self._given.wait()
-        mine = process._team(team)
-        if mine.waiting or not process._fits(mine, nbytes):
-            self._given.clear()
-            mine.waiting.append(self._given)
-            try:
-                while not (mine.waiting[0] is self._given and process._fits(mine, nbytes)):
-                    self._given.clear()
-                    try:
-                        async with asyncio.timeout(PATIENCE_S):
-                            await self._given.wait()
-                    except TimeoutError:
-                        if mine.waiting[0] is self._given:
-                            process._send_one_away(team)
-            finally:
-                mine.waiting.remove(self._given)
-                mine.wake()
-                process._forget(team)
+            self._released.clear()
+            await self._released.wait()
+        own_team = self._replica._team(team)
+        if own_team.waiting or not self._replica._fits(own_team, nbytes):
+            await self._wait_for_replica(own_team, nbytes)
         self.taken_nbytes += nbytes
-        process._move(team, nbytes + self._count_copies(nbytes))
+        self._replica._count(team, nbytes + self._count_copies(nbytes))
 
-    def give(self, nbytes: int, team: str) -> None:
-        """Gives back what was taken."""
+    async def _wait_for_replica(self, own_team: _TeamBudget, nbytes: int) -> None:
+        """Queues after the other streams of the team until `nbytes` fit into the replica."""
+        replica, turn = self._replica, self._released
+        turn.clear()
+        own_team.waiting.append(turn)
+        try:
+            while not (own_team.waiting[0] is turn and replica._fits(own_team, nbytes)):
+                turn.clear()
+                try:
+                    async with asyncio.timeout(PATIENCE_S):
+                        await turn.wait()
+                except TimeoutError:
+                    if own_team.waiting[0] is turn:
+                        replica._end_stopped_stream(self.team)
+        finally:
+            own_team.waiting.remove(turn)
+            # Cancelled or not: the next stream must not miss the release that woke this one.
+            own_team.wake()
+            replica._forget(self.team)
+
+    def release(self, nbytes: int, team: str) -> None:
+        """Gives back what was acquired."""
         self.taken_nbytes -= nbytes
-        self._given.set()
+        self._released.set()
         copies, self._copies_nbytes = self._copies_nbytes, 0
         if self.taken_nbytes:
+            # Other answers of this stream may still be written: their copies stay counted.
             copies, self._copies_nbytes = 0, copies
-        self._process._move(team, -nbytes - copies)
+        self._replica._count(team, -nbytes - copies)
 
     def _count_copies(self, nbytes: int) -> int:
-        """How much more the copies may take, now that an answer of so many bytes is there."""
+        """Returns how much the bound of the copies grows with an answer of `nbytes`."""
         before = self._copies_nbytes
-        self._copies_nbytes = max(before, min(2 * nbytes, self._process.copies_nbytes))
+        self._copies_nbytes = max(before, min(2 * nbytes, self._replica.copies_nbytes))
         return self._copies_nbytes - before

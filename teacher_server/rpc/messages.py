@@ -10,11 +10,55 @@ from protos import teacher_pb2
 from teacher_server.errors import RequestRefused, incident, request_error
 from teacher_server.ledger.lease import UsageRow
 from teacher_server.monitoring.team_stats import TeamSnapshot
+from teacher_server.pipeline import SequenceJob
 from teacher_server.teams.declaration import Team
 
+EPOCH = datetime.date(1970, 1, 1)
 
-def _whose_usage(team: Team, name: str) -> str | None:
-    """The team whose usage is told, None for all. Raises RequestRefused."""
+
+def timing_message(job: SequenceJob) -> teacher_pb2.Timing:
+    """Reports how long a scored job waited and computed; each part adds its `encode_us`."""
+    forward_pass = job.forward_pass
+    assert forward_pass is not None
+    return teacher_pb2.Timing(
+        queue_us=int(1e6 * job.waited_s),
+        forward_us=int(1e6 * forward_pass.times.forward_s),
+        head_us=int(1e6 * forward_pass.times.head_s),
+        batch_sequences=forward_pass.num_sequences,
+        batch_tokens=forward_pass.num_tokens,
+    )
+
+
+def error_message(
+    error: Exception, *, sequence: int | None = None, rows: Tensor | None = None
+) -> teacher_pb2.RequestError:
+    """Reports an error to the client, without a path, a pid or a traceback.
+
+    sequence, rows: of the sequence at fault; a row of its targets is reported as a row of it.
+    """
+    if isinstance(error, CodecError):
+        row = None
+        if error.row is not None and rows is not None:
+            row = int(rows[error.row])
+        error = RequestRefused(
+            grpc.StatusCode.DATA_LOSS,
+            "BAD_ROW",
+            f"the teacher's output for sequence {sequence} is not a distribution at row {row} "
+            f"({error}). It was not sent; send the request again, and check the teacher if this "
+            "happens again.",
+            sequence=sequence,
+            row=row,
+        )
+    if not isinstance(error, RequestRefused):
+        error = incident(error)
+    message = request_error(error)
+    if error.sequence is None and sequence is not None:
+        message.sequence = sequence
+    return message
+
+
+def select_usage(team: Team, name: str) -> str | None:
+    """Returns the team whose usage the caller may read, or None for all. Raises RequestRefused."""
     if "admin" in team.scopes:
         return name or None
     if name not in ("", team.name):
@@ -27,32 +71,8 @@ def _whose_usage(team: Team, name: str) -> str | None:
     return team.name
 
 
-def _error_message(
-    error: Exception, sequence: int | None, rows: Tensor | None
-) -> teacher_pb2.RequestError:
-    """What a client may know of an error: never a path, a pid or a traceback."""
-    if isinstance(error, CodecError):
-        row = None
-        if error.row is not None and rows is not None:
-            row = int(rows[error.row])
-        error = RequestRefused(
-            grpc.StatusCode.DATA_LOSS,
-            "BAD_ROW",
-            f"the teacher's output for sequence {sequence} is not a distribution at row {row} "
-            f"({error}). It was not sent; ask again, and check the teacher if it stays.",
-            sequence=sequence,
-            row=row,
-        )
-    if not isinstance(error, RequestRefused):
-        error = incident(error)
-    message = request_error(error)
-    if error.sequence is None and sequence is not None:
-        message.sequence = sequence
-    return message
-
-
-def _caller_message(team: Team) -> teacher_pb2.Caller:
-    """What a caller is told of its team."""
+def caller_message(team: Team) -> teacher_pb2.Caller:
+    """Describes the caller's team to the caller."""
     limits = team.limits
     return teacher_pb2.Caller(
         team=team.name,
@@ -65,10 +85,10 @@ def _caller_message(team: Team) -> teacher_pb2.Caller:
     )
 
 
-def _team_status(
+def team_status(
     standing: TeamSnapshot, team: Team, tokens_left_today: int | None
 ) -> teacher_pb2.TeamStatus:
-    """How this replica serves a team."""
+    """Reports how this replica serves a team."""
     return teacher_pb2.TeamStatus(
         team=team.name,
         weight=team.weight,
@@ -83,11 +103,8 @@ def _team_status(
     )
 
 
-EPOCH = datetime.date(1970, 1, 1)
-
-
 def usage_row(row: UsageRow) -> teacher_pb2.UsageRow:
-    """A row of the ledger as a message."""
+    """Builds the message of a row of the ledger."""
     return teacher_pb2.UsageRow(
         day=(EPOCH + datetime.timedelta(days=row.day)).isoformat(),
         team=row.team,
@@ -100,7 +117,7 @@ def usage_row(row: UsageRow) -> teacher_pb2.UsageRow:
 
 
 def first_day(since: str) -> int:
-    """Days since 1970-01-01 (UTC) of a date, or of today. Raises ValueError."""
+    """Parses a date, or takes today's (UTC), as days since 1970-01-01. Raises ValueError."""
     try:
         first = (
             datetime.date.fromisoformat(since)

@@ -1,31 +1,68 @@
-"""Defines the unit of scheduling: one sequence that waits to be scored."""
+"""Defines the unit of scheduling: one sequence, from its admission until its answer is encoded."""
 
+import asyncio
 from dataclasses import dataclass, field
 
-from teacher_server.engine.batch import WantedRows
+from logit_codec import IdTable, Targets
+from teacher_server.engine.batch import RowRequest, StageTimes
 from teacher_server.teams.declaration import DEFAULT_TEAM, Team
 
 NUM_LEVELS = 3
 INTERACTIVE, TRAINING, BULK = range(NUM_LEVELS)
-"""A lower level goes first among the jobs of its team; scheduler.py says what it does beyond."""
+"""A lower level goes first among the jobs of its team; fairness.py says what else it decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """Records the forward pass that scored some jobs, which share this record."""
+
+    started_s: float
+    """time.monotonic() when its batch was taken."""
+    times: StageTimes
+    num_sequences: int
+    num_tokens: int
+    """Padded."""
 
 
 @dataclass(slots=True, eq=False)
-class Job:
-    """One sequence waiting to be scored."""
+class SequenceJob:
+    """Follows one sequence of a request on its way through the server.
 
-    wanted: WantedRows
+    Admission makes it, the scheduler orders it, the compute thread scores it, the encoder and the
+    stream answer it.
+    """
+
+    request: RowRequest
     bucket: int
-    """Its canonical padded length, in tokens."""
+    """The sequence's canonical padded length, in tokens."""
     reply_nbytes: int
     """Upper bound of its answer."""
     level: int = TRAINING
     team: Team = DEFAULT_TEAM
     held: int = 0
-    """Tokens that the ledger has reserved for it."""
+    """Tokens of its team's quota that are reserved for it and not charged yet."""
+    index: int = 0
+    """Its place in the request."""
+    ids_bytes: bytes = b""
+    """Its part of the request's `token_ids`; the answer carries their digest."""
+    id_table: IdTable | None = None
+    """What the ids of its answer may be coded with."""
+
     cost: float = field(default=0.0, init=False)
-    """What its team is charged, known when it is submitted; see `cost.CostModel`."""
+    """What its team is charged, set when it is queued; see `cost.CostModel`."""
     waiting: bool = field(default=False, init=False)
-    """Queued and not departed: it counts towards the queue's tokens."""
+    """Whether it is queued, so that it counts towards the queue's tokens."""
     order: int = field(default=0, init=False)
     submitted_s: float = field(default=0.0, init=False)
+    """time.monotonic() when it was queued."""
+
+    scored: "asyncio.Future[Targets] | None" = field(default=None, init=False)
+    """Resolved in the event loop once the compute thread has its targets, or has failed."""
+    forward_pass: ForwardPass | None = field(default=None, init=False)
+    """The pass that scored it."""
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds from queueing until its batch was taken; known once it is scored."""
+        assert self.forward_pass is not None
+        return max(0.0, self.forward_pass.started_s - self.submitted_s)

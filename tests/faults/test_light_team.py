@@ -26,12 +26,16 @@ NUM_ASKED = 25
 
 def write_down(path: Path) -> None:
     """Runs in the service: each step of each job is a line of the file, in the order of time."""
-    from teacher_server.replica import Replica
-    from teacher_server.rpc import service
+    from teacher_server.pipeline import pipeline
+    from teacher_server.pipeline.compute import ComputeThread
     from teacher_server.scheduling.scheduler import Scheduler
 
     file, lock = path.open("a", buffering=1), threading.Lock()
-    submit, score_group, encode_parts = Scheduler.submit, Replica._score_group, service.encode_parts
+    submit, score_group, encode_parts = (
+        Scheduler.submit,
+        ComputeThread._score_group,
+        pipeline.encode_parts,
+    )
 
     def note(*words: str) -> None:
         with lock:
@@ -51,7 +55,7 @@ def write_down(path: Path) -> None:
             note("part", "flood" if spec.kind == "dense" else "light")
             yield part
 
-    Scheduler.submit, Replica._score_group, service.encode_parts = submitted, scored, encoded
+    Scheduler.submit, ComputeThread._score_group, pipeline.encode_parts = submitted, scored, encoded
 
 
 def before_answers(lines: list[str]) -> list[tuple[int, int]]:

@@ -223,7 +223,7 @@ def _prepare(
 
     async def started(self: Replica, *arguments, **options) -> int:
         port = await start(self, *arguments, **options)
-        self._address = address
+        self.description.address = address
         return port
 
     def slowed(self: TeacherModel, sequences):

@@ -18,14 +18,14 @@ from typing import Protocol
 import torch
 
 from logit_codec import TopKSpec
-from teacher_server.engine.batch import WantedRows
+from teacher_server.engine.batch import RowRequest
 from teacher_server.errors import RequestRefused
-from teacher_server.scheduling.job import NUM_LEVELS, Job
+from teacher_server.scheduling.job import NUM_LEVELS, SequenceJob
 from teacher_server.scheduling.scheduler import Scheduler
 from teacher_server.teams.declaration import Team
 
 NOTHING = torch.empty(0, dtype=torch.int64)
-WANTED = WantedRows(NOTHING, NOTHING, TopKSpec(k=1))
+WANTED = RowRequest(NOTHING, NOTHING, TopKSpec(k=1))
 BATCH_TOKENS = 4096
 COST_S = 1 / 50_000
 """Seconds of the machine per unit of cost."""
@@ -35,7 +35,7 @@ the arithmetic of a larger pass, so it is no addition to its time."""
 REPLY_NBYTES_PER_TOKEN = 150
 
 
-def cost(job: Job) -> float:
+def cost(job: SequenceJob) -> float:
     """Tokens, a square term and reply bytes, as for a model of 2 * 10^9 weights."""
     return job.bucket + job.bucket**2 / 50_000 + job.reply_nbytes / 5000
 
@@ -45,9 +45,9 @@ class Queue(Protocol):
 
     @property
     def queued_tokens(self) -> int: ...
-    def submit(self, job: Job) -> None: ...
-    def cancel(self, job: Job) -> None: ...
-    def next_batch(self) -> list[Job]: ...
+    def submit(self, job: SequenceJob) -> None: ...
+    def cancel(self, job: SequenceJob) -> None: ...
+    def next_batch(self) -> list[SequenceJob]: ...
     def record_speed(self, tokens: int, seconds: float, cost: float) -> None: ...
 
 
@@ -59,17 +59,17 @@ class Fifo:
 
     def __init__(self, *, max_batch_tokens: int, **_: object) -> None:
         self._max_batch_tokens = max_batch_tokens
-        self._queues: dict[tuple[int, int], deque[Job]] = {}
+        self._queues: dict[tuple[int, int], deque[SequenceJob]] = {}
         self._order = itertools.count()
         self.queued_tokens = 0
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: SequenceJob) -> None:
         job.order = next(self._order)
         job.waiting = True
         self.queued_tokens += job.bucket
         self._queues.setdefault((job.level, job.bucket), deque()).append(job)
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: SequenceJob) -> None:
         if job.waiting:
             job.waiting = False
             self.queued_tokens -= job.bucket
@@ -78,9 +78,9 @@ class Fifo:
             if not queue:
                 del self._queues[job.level, job.bucket]
 
-    def next_batch(self) -> list[Job]:
+    def next_batch(self) -> list[SequenceJob]:
         first = min(self._queues, key=lambda key: (key[0], self._queues[key][0].order))
-        batch: list[Job] = []
+        batch: list[SequenceJob] = []
         room = self._max_batch_tokens
         for level in range(NUM_LEVELS):
             queue = self._queues.get((level, first[1]), deque())
@@ -109,7 +109,7 @@ class Entry:
     weight: float = 1.0
 
 
-Answered = Callable[[Job], None]
+Answered = Callable[[SequenceJob], None]
 Identify = Callable[[Team, int], Team]
 
 
@@ -155,7 +155,7 @@ class Simulation:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._tickets = itertools.count()
         self._busy = False
-        self._answered: dict[Job, tuple[Team, float, Answered]] = {}
+        self._answered: dict[SequenceJob, tuple[Team, float, Answered]] = {}
 
     def at(self, time: float, call: Callable[[], None]) -> None:
         """Plans a call."""
@@ -169,9 +169,9 @@ class Simulation:
         answered: Answered = lambda job: None,
         credential: int = 0,
         level: int = 1,
-    ) -> Job | None:
+    ) -> SequenceJob | None:
         """One job of a team now; None if it was refused. answered: called when it is scored."""
-        job = Job(
+        job = SequenceJob(
             WANTED,
             bucket,
             REPLY_NBYTES_PER_TOKEN * bucket,
@@ -190,7 +190,7 @@ class Simulation:
             self.at(self.now, self._take)
         return job
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: SequenceJob) -> None:
         """The client goes; what was taken is computed all the same."""
         if job.waiting:
             team, _, _ = self._answered.pop(job)
@@ -213,7 +213,7 @@ class Simulation:
             self._busy = False
             return
         batch = self.queue.next_batch()
-        passes: dict[int, list[Job]] = {}
+        passes: dict[int, list[SequenceJob]] = {}
         for job in batch:
             team, since, _ = self._answered[job]
             self.waits[team.name].append(self.now - since)
@@ -228,7 +228,7 @@ class Simulation:
         self.longest_batch_s = max(self.longest_batch_s, end - began)
         self.at(end, self._take)
 
-    def _answer(self, jobs: list[Job], seconds: float) -> None:
+    def _answer(self, jobs: list[SequenceJob], seconds: float) -> None:
         tokens = sum(job.bucket for job in jobs)
         self.queue.record_speed(tokens, seconds, sum(map(cost, jobs)))
         for job in jobs:
@@ -394,7 +394,7 @@ class Quitter:
     def __init__(
         self, simulation: Simulation, team: Team, lengths: Iterator[int], *, count: int = 100
     ) -> None:
-        jobs: list[Job | None] = []
+        jobs: list[SequenceJob | None] = []
 
         def look() -> None:
             for job in jobs:

@@ -13,11 +13,12 @@ from logit_codec import DenseSpec, TopKSpec, encode_parts
 from logit_codec.wire import OVERHEAD_NBYTES
 from protos import teacher_pb2
 from teacher_server.admission.limits import Limits
-from teacher_server.admission.requests import Admission, Admitted
+from teacher_server.admission.requests import Admission
 from teacher_server.engine.head import VocabularyHead
 from teacher_server.engine.loading import prepare
 from teacher_server.engine.model import TeacherModel
 from teacher_server.errors import RequestRefused
+from teacher_server.scheduling.job import SequenceJob
 from tests.support import tiny
 
 VOCAB, EFFECTIVE = 1001, 990
@@ -63,7 +64,7 @@ def refusal(admission: Admission, request: teacher_pb2.ScoreRequest) -> RequestR
 
 def outcome(
     admission: Admission, request: teacher_pb2.ScoreRequest
-) -> list[Admitted] | RequestRefused:
+) -> list[SequenceJob] | RequestRefused:
     """What came of a request; anything but a refusal is a bug."""
     try:
         return admission.admit(request)
@@ -71,8 +72,8 @@ def outcome(
         return error
 
 
-def wanted_rows(admitted: Sequence[Admitted]) -> list[list[int]]:
-    return [item.wanted.rows.tolist() for item in admitted]
+def wanted_rows(admitted: Sequence[SequenceJob]) -> list[list[int]]:
+    return [item.request.rows.tolist() for item in admitted]
 
 
 # What is admitted.
@@ -81,12 +82,12 @@ def wanted_rows(admitted: Sequence[Admitted]) -> list[list[int]]:
 def test_a_plain_request_asks_for_every_row_of_every_sequence(admission: Admission) -> None:
     admitted = admission.admit(make_request(3, 2, 5))
     assert wanted_rows(admitted) == [[0, 1], [0], [0, 1, 2, 3]]
-    assert [item.wanted.token_ids.tolist() for item in admitted] == [
+    assert [item.request.token_ids.tolist() for item in admitted] == [
         [0, 1, 2],
         [3, 4],
         [5, 6, 7, 8, 9],
     ]
-    assert all(item.wanted.token_ids.dtype == torch.int64 for item in admitted)
+    assert all(item.request.token_ids.dtype == torch.int64 for item in admitted)
 
 
 def test_the_bytes_of_the_digest_are_the_sequences_own(admission: Admission) -> None:
@@ -100,19 +101,19 @@ def test_numbers_are_read_little_endian(admission: Admission) -> None:
     request = make_request(2)
     request.token_ids = bytes([1, 2, 0, 0, 3, 0, 0, 0])
     (item,) = admission.admit(request)
-    assert item.wanted.token_ids.tolist() == [1 + 2 * 256, 3]
+    assert item.request.token_ids.tolist() == [1 + 2 * 256, 3]
 
 
 def test_a_temperature_of_zero_is_read_as_one(admission: Admission) -> None:
-    assert admission.admit(make_request(2))[0].wanted.temperature == 1.0
-    assert admission.admit(make_request(2, temperature=-0.0))[0].wanted.temperature == 1.0
-    assert admission.admit(make_request(2, temperature=2.5))[0].wanted.temperature == 2.5
+    assert admission.admit(make_request(2))[0].request.temperature == 1.0
+    assert admission.admit(make_request(2, temperature=-0.0))[0].request.temperature == 1.0
+    assert admission.admit(make_request(2, temperature=2.5))[0].request.temperature == 2.5
 
 
 def test_targets_become_a_spec(admission: Admission) -> None:
     def spec_of(**fields: object) -> object:
         targets = teacher_pb2.TargetSpec(**fields)
-        return admission.admit(make_request(2, targets=targets))[0].wanted.spec
+        return admission.admit(make_request(2, targets=targets))[0].request.spec
 
     top_k = teacher_pb2.TopK(k=5, min_p=0.25, bits=16)
     assert spec_of(top_k=top_k) == TopKSpec(k=5, min_p=0.25, bits=16)
@@ -149,8 +150,8 @@ def test_the_estimate_of_an_answer_bounds_it_but_for_the_containers_fixed_parts(
     for length in (2, 3, 20):
         request = make_request(length, targets=targets, temperature=temperature)
         (item,) = admission.admit(request)
-        (kept,), _ = head.score([item.wanted])
-        parts = list(encode_parts(kept, item.wanted.spec, max_nbytes=1 << 20))
+        (kept,), _ = head.score([item.request])
+        parts = list(encode_parts(kept, item.request.spec, max_nbytes=1 << 20))
         fixed = len(parts) * (OVERHEAD_NBYTES + 4 * 8)  # each plane ends in a whole word
         assert sum(len(payload) for _, _, payload in parts) <= item.reply_nbytes + fixed
 
@@ -199,9 +200,9 @@ def test_row_masks_are_read_as_the_contract_says(
             if mask[bit // 8] >> (bit % 8) & 1:
                 expected.append(row)
             bit += 1
-        assert item.wanted.rows.tolist() == expected
+        assert item.request.rows.tolist() == expected
         if expected:
-            assert len(item.wanted.token_ids) == length
+            assert len(item.request.token_ids) == length
 
 
 @given(st.data())
@@ -529,14 +530,14 @@ def test_garbage_is_refused_with_a_reason_or_admitted_with_rows_in_range(
         assert error.sequence is None or error.sequence < len(request.lengths)
         return
     assert len(admitted) == len(request.lengths)
-    assert any(len(item.wanted.rows) for item in admitted)
+    assert any(len(item.request.rows) for item in admitted)
     for length, item in zip(request.lengths, admitted, strict=True):
-        rows = item.wanted.rows.tolist()
+        rows = item.request.rows.tolist()
         assert rows == sorted(set(rows))
         assert all(0 <= row < length - 1 for row in rows)
         if rows:
-            assert len(item.wanted.token_ids) == length
-            assert 0 <= item.wanted.token_ids.min() <= item.wanted.token_ids.max() < EFFECTIVE
+            assert len(item.request.token_ids) == length
+            assert 0 <= item.request.token_ids.min() <= item.request.token_ids.max() < EFFECTIVE
 
 
 @settings(deadline=None)

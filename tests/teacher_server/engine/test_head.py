@@ -24,7 +24,7 @@ from logit_codec import (
     encode_parts,
     parse_targets,
 )
-from teacher_server.engine.batch import WantedRows
+from teacher_server.engine.batch import RowRequest
 from teacher_server.engine.head import MAX_CHUNK_ROWS, ROW_MULTIPLE, VocabularyHead
 from teacher_server.engine.loading import prepare
 from teacher_server.engine.model import TeacherModel
@@ -40,8 +40,8 @@ def teacher(name: str, vocab_size: int) -> TeacherModel:
     return prepare(tiny.make_model(name, vocab_size))
 
 
-def every_row(ids: Tensor, spec: TargetSpec, temperature: float = 1.0) -> WantedRows:
-    return WantedRows(ids, torch.arange(len(ids) - 1), spec, temperature)
+def every_row(ids: Tensor, spec: TargetSpec, temperature: float = 1.0) -> RowRequest:
+    return RowRequest(ids, torch.arange(len(ids) - 1), spec, temperature)
 
 
 def sequences_of_one_bucket(vocab_size: int) -> list[Tensor]:
@@ -55,7 +55,7 @@ def encoded(targets: Targets, spec: TargetSpec) -> list[bytes]:
     return [payload for _, _, payload in encode_parts(targets, spec, max_nbytes=1 << 20)]
 
 
-def scored_bytes(head: VocabularyHead, batch: Sequence[WantedRows]) -> list[list[bytes]]:
+def scored_bytes(head: VocabularyHead, batch: Sequence[RowRequest]) -> list[list[bytes]]:
     results, _ = head.score(batch)
     return [encoded(kept, item.spec) for kept, item in zip(results, batch, strict=True)]
 
@@ -190,7 +190,7 @@ def test_only_the_wanted_rows_come_back() -> None:
     logits = tiny.dense_logits(model.causal_lm, ids)
     spec = replace(TOP_64, k=8)
     (some, one), _ = VocabularyHead(model).score(
-        [WantedRows(ids, rows, spec), WantedRows(ids, rows[3:4], spec)]
+        [RowRequest(ids, rows, spec), RowRequest(ids, rows[3:4], spec)]
     )
     assert (some.num_rows, one.num_rows) == (5, 1)
     assert_top_k_is_the_oracle(some, logits[rows], ids[rows + 1], 8, 1.0)
@@ -202,7 +202,7 @@ def test_a_row_is_the_same_whichever_other_rows_are_wanted() -> None:
     (ids,) = tiny.random_sequences(1, 1001, seed=5)
     rows = torch.tensor([0, 3, 4, 11, len(ids) - 2])
     (some, whole), _ = VocabularyHead(model).score(
-        [WantedRows(ids, rows, DENSE), every_row(ids, DENSE)]
+        [RowRequest(ids, rows, DENSE), every_row(ids, DENSE)]
     )
     assert isinstance(some, DenseTargets)
     assert isinstance(whole, DenseTargets)

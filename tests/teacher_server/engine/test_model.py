@@ -14,10 +14,9 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from logit_codec import DenseSpec, DenseTargets, TopKSpec, TopKTargets
-from teacher_server.engine.batch import WantedRows
+from teacher_server.engine.batch import MIN_BUCKET, RowRequest, bucket_length
 from teacher_server.engine.head import VocabularyHead
 from teacher_server.engine.loading import load, prepare
-from teacher_server.engine.model import MIN_BUCKET, bucket_length
 from teacher_server.errors import ModelError
 from tests.support import tiny
 
@@ -317,7 +316,7 @@ class Untypical(transformers.LlamaForCausalLM):
 
 def test_a_model_whose_logits_are_not_made_from_its_hidden_states_is_refused() -> None:
     config = tiny.make_model("Llama", VOCAB).config
-    with pytest.raises(ModelError, match="Untypical are not those of its head"):
+    with pytest.raises(ModelError, match="Untypical differ from its head"):
         prepare(Untypical(config))
 
 
@@ -374,7 +373,7 @@ def test_padding_ids_have_probability_zero(folder: Path, temperature: float) -> 
     oracle = torch.log_softmax(logits[:, :900] / temperature, 1)
 
     batch = [
-        WantedRows(ids, rows, spec, temperature) for spec in (DenseSpec(bits=32), TopKSpec(k=900))
+        RowRequest(ids, rows, spec, temperature) for spec in (DenseSpec(bits=32), TopKSpec(k=900))
     ]
     (dense, top_k), _ = VocabularyHead(model).score(batch)
     assert isinstance(dense, DenseTargets)

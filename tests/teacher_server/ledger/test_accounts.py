@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from logit_codec import TopKSpec
-from teacher_server.engine.batch import WantedRows
+from teacher_server.engine.batch import RowRequest
 from teacher_server.errors import RequestRefused, ServeError
 from teacher_server.ledger import quota, sync
 from teacher_server.ledger.accounts import Accounts, open_accounts, origin
 from teacher_server.ledger.directory import Directory, LocalDirectory
 from teacher_server.ledger.lease import DirectoryAway, Lease, LeaseRequest, UsageRow
-from teacher_server.scheduling.job import Job
+from teacher_server.scheduling.job import SequenceJob
 from teacher_server.teams.declaration import Team, TeamLimits
 
 NOTHING = torch.empty(0, dtype=torch.int64)
@@ -28,8 +28,8 @@ def team(**limits: int) -> Team:
     return Team("search", limits=TeamLimits(**limits))
 
 
-def make_job(team: Team, tokens: int = 32) -> Job:
-    return Job(WantedRows(NOTHING, NOTHING, TopKSpec(k=1)), tokens, 0, 1, team, held=tokens)
+def make_job(team: Team, tokens: int = 32) -> SequenceJob:
+    return SequenceJob(RowRequest(NOTHING, NOTHING, TopKSpec(k=1)), tokens, 0, 1, team, held=tokens)
 
 
 class Link(LocalDirectory):

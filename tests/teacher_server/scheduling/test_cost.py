@@ -8,7 +8,7 @@ from tests.support import tiny
 
 @pytest.fixture(scope="module")
 def prices() -> CostModel:
-    return CostModel.of(prepare(tiny.make_model("Gemma2", 1001)))
+    return CostModel.of(prepare(tiny.make_model("Gemma2", 1001)).causal_lm)
 
 
 def test_prices_follow_the_shapes_of_the_model(prices: CostModel) -> None:
@@ -33,7 +33,7 @@ def test_a_cost_grows_with_everything_and_with_length_more_than_in_proportion(
 
 def test_only_the_experts_that_a_token_uses_are_counted() -> None:
     model = tiny.make_model("Mixtral", 1001)
-    prices = CostModel.of(prepare(model))
+    prices = CostModel.of(prepare(model).causal_lm)
     config = model.config
     experts = sum(
         weight.numel() for name, weight in model.model.named_parameters() if ".experts." in name
@@ -51,7 +51,7 @@ def test_only_the_experts_that_a_token_uses_are_counted() -> None:
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_every_architecture_has_prices(name: str) -> None:
     with torch.inference_mode():
-        prices = CostModel.of(prepare(tiny.make_model(name, 1001)))
+        prices = CostModel.of(prepare(tiny.make_model(name, 1001)).causal_lm)
     assert 0 < prices.per_token_pair < 0.1
     assert 0.1 < prices.per_row < 10
     assert 0 < prices.per_reply_byte < 0.1

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_server.scheduling.job import BULK, INTERACTIVE, TRAINING, Job
+from teacher_server.scheduling.fairness import FairQueue
+from teacher_server.scheduling.job import BULK, INTERACTIVE, NUM_LEVELS, TRAINING, SequenceJob
 from teacher_server.scheduling.scheduler import SHARED_BATCH_S, Scheduler
-from teacher_server.scheduling.team_queue import NUM_LEVELS, _Line
+from teacher_server.scheduling.team_queue import TeamQueue
 from teacher_server.teams.declaration import Team
 from tests.support import simulator
 from tests.support.simulator import (
@@ -20,6 +21,7 @@ from tests.support.simulator import (
     Closed,
     Fifo,
     Open,
+    Queue,
     Quitter,
     Simulation,
     by_credential,
@@ -160,7 +162,7 @@ def test_every_two_teams_stay_within_a_largest_job_and_a_budget_of_each(
 class AllBulk(Scheduler):
     """Whatever a job says, it is bulk, which never goes ahead."""
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: SequenceJob) -> None:
         job.level = BULK
         super().submit(job)
 
@@ -404,84 +406,96 @@ def test_a_new_weight_holds_from_then_on() -> None:
     assert after == pytest.approx(3.0, rel=0.02)
 
 
-def _sort(scheduler: Scheduler) -> None:
-    """Tags went down, which they never do unless somebody planted it."""
-    heap = [(line.start, number, line) for number, (_, _, line) in enumerate(scheduler._heap)]
-    scheduler._heap = sorted(heap)
+def _sort(fair: FairQueue) -> None:
+    """Sorts the heap after tags went down, which they never do unless a test planted it."""
+    heap = [(team.start, number, team) for number, (_, _, team) in enumerate(fair._heap)]
+    fair._heap = sorted(heap)
+
+
+def planted(fair: type[FairQueue]) -> Callable[..., Scheduler]:
+    """Makes schedulers that follow another rule."""
+
+    def make(**options) -> Scheduler:
+        scheduler = Scheduler(**options)
+        names = ("max_batch_tokens", "max_batch_reply_nbytes")
+        scheduler._fair = fair(**{name: options[name] for name in names})
+        return scheduler
+
+    return make
 
 
 class Refunds(Scheduler):
     """Planted: cancelling gives back what was charged."""
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: SequenceJob) -> None:
         if not job.waiting:
-            line = self._lines[job.team.name]
-            line.start -= job.cost / line.weight
-            _sort(self)
+            team = self._fair._teams[job.team.name]
+            team.start -= job.cost / team.weight
+            _sort(self._fair)
         super().cancel(job)
 
 
-class NeverLifts(Scheduler):
+class NeverLifts(FairQueue):
     """Planted: who was away comes back with the tag it left with."""
 
-    def _return_from_idle(self, line: _Line) -> None:
-        start = line.start
-        super()._return_from_idle(line)
-        line.start = start
+    def _return_from_idle(self, team: TeamQueue) -> None:
+        start = team.start
+        super()._return_from_idle(team)
+        team.start = start
         _sort(self)
 
 
-class Unweighted(Scheduler):
+class Unweighted(FairQueue):
     """Planted: weights are ignored."""
 
-    def _charge(self, line: _Line, job: Job) -> None:
-        self._virtual_time = line.start
-        line.start += job.cost
+    def _charge(self, team: TeamQueue, job: SequenceJob) -> None:
+        self._virtual_time = team.start
+        team.start += job.cost
 
 
-class CountsJobs(Scheduler):
+class CountsJobs(FairQueue):
     """Planted: a turn is a turn, whatever it costs."""
 
-    def _charge(self, line: _Line, job: Job) -> None:
-        self._virtual_time = line.start
-        line.start += 1 / line.weight
+    def _charge(self, team: TeamQueue, job: SequenceJob) -> None:
+        self._virtual_time = team.start
+        team.start += 1 / team.weight
 
 
-class NoBudget(Scheduler):
+class NoBudget(FairQueue):
     """Planted: who marks its jobs as interactive always goes ahead."""
 
-    def _review(self, line: _Line) -> None:
-        line.budget = self._max_budget
-        super()._review(line)
+    def _review(self, team: TeamQueue) -> None:
+        team.budget = self._max_budget
+        super()._review(team)
 
 
-class NoCap(Scheduler):
+class NoCap(FairQueue):
     """Planted: whatever was left unused may be spent at once."""
 
-    def _budget_on_return(self, line: _Line) -> float:
-        return line.budget + max(0.0, line.weight * (self._virtual_time - line.start))
+    def _budget_on_return(self, team: TeamQueue) -> float:
+        return team.budget + max(0.0, team.weight * (self._virtual_time - team.start))
 
 
-class NotCharged(Scheduler):
+class NotCharged(FairQueue):
     """Planted: going ahead costs budget, and nothing of the share."""
 
-    def _charge_ahead(self, line: _Line, job: Job) -> None:
-        start = line.start
-        super()._charge_ahead(line, job)
-        line.start = start
+    def _charge_ahead(self, team: TeamQueue, job: SequenceJob) -> None:
+        start = team.start
+        super()._charge_ahead(team, job)
+        team.start = start
 
 
-class NotSpent(Scheduler):
+class NotSpent(FairQueue):
     """Planted: going ahead is charged, and may go on for ever."""
 
-    def _charge_ahead(self, line: _Line, job: Job) -> None:
-        budget = line.budget
-        super()._charge_ahead(line, job)
-        line.budget = budget
+    def _charge_ahead(self, team: TeamQueue, job: SequenceJob) -> None:
+        budget = team.budget
+        super()._charge_ahead(team, job)
+        team.budget = budget
 
 
 def test_a_scheduler_that_does_not_charge_who_goes_ahead_is_caught() -> None:
-    assert gain_of_returning(NotCharged) > 3000
+    assert gain_of_returning(planted(NotCharged)) > 3000
 
 
 def test_a_budget_of_every_credential_is_caught() -> None:
@@ -493,9 +507,9 @@ def test_a_budget_of_every_credential_is_caught() -> None:
     assert max(gaps(run.run(15.0)).values()) > 1.5
 
 
-@pytest.mark.parametrize("planted", [NoBudget, NoCap, NotSpent])
-def test_a_scheduler_that_lets_a_team_go_ahead_too_far_is_caught(planted: type) -> None:
-    run = Simulation(planted)
+@pytest.mark.parametrize("fair", [NoBudget, NoCap, NotSpent])
+def test_a_scheduler_that_lets_a_team_go_ahead_too_far_is_caught(fair: type[FairQueue]) -> None:
+    run = Simulation(planted(fair))
     good(run)
     Closed(run, team("guest"), sizes(512), window=400, start=5.0, end=5.3, level=INTERACTIVE)
     urgent(run)
@@ -504,17 +518,17 @@ def test_a_scheduler_that_lets_a_team_go_ahead_too_far_is_caught(planted: type) 
 
 
 @pytest.mark.parametrize(
-    ("planted", "hostile"),
+    ("make", "hostile"),
     [
         (Refunds, quitter),
-        (NeverLifts, joins_and_leaves),
-        (Unweighted, on_off),
-        (CountsJobs, huge),
+        (planted(NeverLifts), joins_and_leaves),
+        (planted(Unweighted), on_off),
+        (planted(CountsJobs), huge),
         (Fifo, flood),
     ],
 )
-def test_a_scheduler_that_is_not_fair_is_caught(planted: type, hostile: Setup) -> None:
-    run = Simulation(planted)
+def test_a_scheduler_that_is_not_fair_is_caught(make: Callable[..., Queue], hostile: Setup) -> None:
+    run = Simulation(make)
     good(run)
     hostile(run)
     assert max(gaps(run.run(8.0)).values()) > 1.5
@@ -529,8 +543,10 @@ def test_fairness_among_credentials_is_caught() -> None:
     assert run.dispatched("one") / run.total() < 0.1
 
 
-def queued(scheduler: Scheduler, one: Team, bucket: int, count: int, level: int = 1) -> list[Job]:
-    jobs = [Job(WANTED, bucket, 0, level, one) for _ in range(count)]
+def queued(
+    scheduler: Scheduler, one: Team, bucket: int, count: int, level: int = 1
+) -> list[SequenceJob]:
+    jobs = [SequenceJob(WANTED, bucket, 0, level, one) for _ in range(count)]
     for job in jobs:
         scheduler.submit(job)
     return jobs
@@ -577,7 +593,7 @@ def test_storms_and_strangers_leave_nothing_behind() -> None:
     for _ in range(200):
         (job,) = queued(scheduler, team("storm"), 32, 1)
         scheduler.cancel(job)
-    assert len(scheduler._heap) <= len(scheduler._lines) <= 1100
+    assert len(scheduler._fair._heap) <= len(scheduler._fair._teams) <= 1100
     while scheduler.queued_tokens:
         scheduler.next_batch()
     queued(scheduler, team("steady"), 32, 300)
@@ -587,7 +603,7 @@ def test_storms_and_strangers_leave_nothing_behind() -> None:
         if number % 50 == 0:
             queued(scheduler, team("steady"), 32, 1)
             scheduler.next_batch()
-    assert len(scheduler._lines) < 400
+    assert len(scheduler._fair._teams) < 400
 
 
 def test_a_flood_fills_its_own_part_of_the_queue() -> None:

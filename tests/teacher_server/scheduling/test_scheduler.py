@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
 from logit_codec import TopKSpec
-from teacher_server.engine.batch import WantedRows
+from teacher_server.engine.batch import RowRequest
 from teacher_server.errors import RequestRefused
-from teacher_server.scheduling.job import BULK, INTERACTIVE, NUM_LEVELS, TRAINING, Job
+from teacher_server.scheduling.job import BULK, INTERACTIVE, NUM_LEVELS, TRAINING, SequenceJob
 from teacher_server.scheduling.scheduler import Scheduler
 from teacher_server.teams.declaration import Team
 
 NOTHING = torch.empty(0, dtype=torch.int64)
 
 
-def make_job(bucket: int = 32, *, level: int = TRAINING, reply_nbytes: int = 0) -> Job:
-    wanted = WantedRows(NOTHING, NOTHING, TopKSpec(k=1))
-    return Job(wanted, bucket, reply_nbytes, level)
+def make_job(bucket: int = 32, *, level: int = TRAINING, reply_nbytes: int = 0) -> SequenceJob:
+    wanted = RowRequest(NOTHING, NOTHING, TopKSpec(k=1))
+    return SequenceJob(wanted, bucket, reply_nbytes, level)
 
 
 def make_scheduler(
@@ -31,7 +31,7 @@ def make_scheduler(
     return Scheduler(max_batch_tokens=batch, max_batch_reply_nbytes=reply, max_queued_tokens=queued)
 
 
-def submit(scheduler: Scheduler, *jobs: Job) -> list[Job]:
+def submit(scheduler: Scheduler, *jobs: SequenceJob) -> list[SequenceJob]:
     for job in jobs:
         scheduler.submit(job)
     return list(jobs)
@@ -239,7 +239,7 @@ def test_submission_is_stamped_with_the_clock() -> None:
 
 def test_close_wakes_a_waiting_thread_with_an_empty_batch() -> None:
     scheduler = make_scheduler()
-    batches: list[list[Job]] = []
+    batches: list[list[SequenceJob]] = []
     thread = threading.Thread(target=lambda: batches.append(scheduler.next_batch()))
     thread.start()
     time.sleep(0.05)  # it is most likely waiting by now; the claim holds if it is not
@@ -250,7 +250,7 @@ def test_close_wakes_a_waiting_thread_with_an_empty_batch() -> None:
 
 def test_a_job_wakes_a_waiting_thread() -> None:
     scheduler = make_scheduler()
-    batches: list[list[Job]] = []
+    batches: list[list[SequenceJob]] = []
     thread = threading.Thread(target=lambda: batches.append(scheduler.next_batch()))
     thread.start()
     time.sleep(0.05)  # as above
@@ -278,7 +278,7 @@ def test_a_job_that_departs_after_close_gives_nothing_back_twice() -> None:
     assert scheduler.queued_tokens == 0
 
 
-def of(team: str, job: Job) -> Job:
+def of(team: str, job: SequenceJob) -> SequenceJob:
     job.team = Team(team)
     return job
 
@@ -403,7 +403,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = make_scheduler(batch=160, reply=100, queued=640)
-        self.waiting: list[Job] = []
+        self.waiting: list[SequenceJob] = []
 
     @rule(
         target=jobs,
@@ -411,7 +411,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         level=st.sampled_from([INTERACTIVE, TRAINING, BULK]),
         reply_nbytes=st.sampled_from([0, 30, 60, 120]),
     )
-    def submit(self, bucket: int, level: int, reply_nbytes: int) -> Job:
+    def submit(self, bucket: int, level: int, reply_nbytes: int) -> SequenceJob:
         job = make_job(bucket, level=level, reply_nbytes=reply_nbytes)
         full = self.waiting and sum(j.bucket for j in self.waiting) + bucket > 640
         try:
@@ -424,7 +424,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return job
 
     @rule(job=jobs)
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: SequenceJob) -> None:
         self.scheduler.cancel(job)
         if job in self.waiting:
             self.waiting.remove(job)
@@ -433,7 +433,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def take(self) -> None:
         by_urgency = sorted(self.waiting, key=lambda job: job.level)  # stable: oldest first
-        expected: list[Job] = []
+        expected: list[SequenceJob] = []
         for job in by_urgency:
             if job.bucket != by_urgency[0].bucket:
                 continue
@@ -458,9 +458,9 @@ TestTheSchedulerFollowsAPlainReading.settings = settings(
 
 def test_many_threads_lose_and_duplicate_nothing() -> None:
     scheduler = make_scheduler(batch=128, queued=32 * 40)
-    submitted: list[list[Job]] = [[] for _ in range(4)]
-    cancelled: list[set[Job]] = [set() for _ in range(4)]
-    taken: list[list[Job]] = [[] for _ in range(2)]
+    submitted: list[list[SequenceJob]] = [[] for _ in range(4)]
+    cancelled: list[set[SequenceJob]] = [set() for _ in range(4)]
+    taken: list[list[SequenceJob]] = [[] for _ in range(2)]
 
     def client(index: int) -> None:
         draw = random.Random(index)

@@ -3,14 +3,14 @@ import threading
 import torch
 
 from logit_codec import TopKSpec
-from teacher_server.backlog import EncodeBacklog
-from teacher_server.engine.batch import WantedRows
-from teacher_server.scheduling.job import Job
+from teacher_server.engine.batch import RowRequest
+from teacher_server.pipeline.backlog import EncodeBacklog
+from teacher_server.scheduling.job import SequenceJob
 
 
-def answer(nbytes: int) -> Job:
-    wanted = WantedRows(torch.arange(4), torch.arange(3), TopKSpec(k=2))
-    return Job(wanted, bucket=32, reply_nbytes=nbytes)
+def answer(nbytes: int) -> SequenceJob:
+    wanted = RowRequest(torch.arange(4), torch.arange(3), TopKSpec(k=2))
+    return SequenceJob(wanted, bucket=32, reply_nbytes=nbytes)
 
 
 def waits(backlog: EncodeBacklog) -> threading.Thread:

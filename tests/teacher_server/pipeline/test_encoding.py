@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from logit_codec import TopKSpec
-from teacher_server.encoding import Encoder, Encoding, Parts
-from teacher_server.engine.batch import WantedRows
-from teacher_server.scheduling.job import INTERACTIVE, TRAINING, Job
+from teacher_server.engine.batch import RowRequest
+from teacher_server.pipeline.encoding import Encoder, Encoding, Parts
+from teacher_server.scheduling.job import INTERACTIVE, TRAINING, SequenceJob
 from teacher_server.teams.declaration import Team
 
 NBYTES = 1000
@@ -21,8 +21,8 @@ class Desk:
     """An encoder whose thread writes down what it does, and waits before that until it is let go."""
 
     def __init__(self) -> None:
-        self.ended: list[Job] = []
-        self.encoder = Encoder(ended=self.ended.append)
+        self.ended: list[SequenceJob] = []
+        self.encoder = Encoder(on_end=self.ended.append)
         self.done: list[str] = []
         self.go = threading.Event()
         self._begun = threading.Event()
@@ -38,8 +38,8 @@ class Desk:
         error: Exception | None = None,
     ) -> Encoding:
         """An answer of so many parts; the thread writes down its team for each."""
-        wanted = WantedRows(torch.arange(4), torch.arange(3), TopKSpec(k=2))
-        job = Job(wanted, 32, 0, level, Team(team, weight=weight))
+        wanted = RowRequest(torch.arange(4), torch.arange(3), TopKSpec(k=2))
+        job = SequenceJob(wanted, 32, 0, level, Team(team, weight=weight))
 
         def make() -> Parts:
             for number in range(parts):
@@ -173,7 +173,7 @@ def test_parts_come_in_order_and_each_as_soon_as_it_is_encoded() -> None:
                 gate.acquire()
                 yield number, 1, bytes([number])
 
-        job = Job(WantedRows(torch.arange(4), torch.arange(3), TopKSpec(k=2)), 32, 0)
+        job = SequenceJob(RowRequest(torch.arange(4), torch.arange(3), TopKSpec(k=2)), 32, 0)
         encoding = desk.encoder.encode(job, make)
         for number in range(3):
             gate.release()  # the next part cannot be made before this one has come
@@ -249,7 +249,7 @@ def test_teams_that_were_there_once_are_forgotten() -> None:
 
     async def counted(desk: Desk) -> None:
         await test(desk)
-        assert len(desk.encoder._lines) < 5
+        assert len(desk.encoder._teams) < 5
 
     run(counted)
 
