@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from logitstream import files
+from logitstream.files import write_atomically
 from student_trainer.errors import NotWritten
 
 ROOM = ".room"
@@ -55,18 +55,8 @@ def _reason(path: Path, error: Exception) -> str:
 def put(path: Path, content: bytes | str) -> Path:
     """Makes or replaces a file. Raises NotWritten if that fails; then nothing has changed."""
     with writing(path):
-        files.write_atomically(path, content)
+        write_atomically(path, content)
     return path
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder to fill; it replaces `path` when the block ends without an error.
-
-    Raises NotWritten if it cannot be written; then nothing has changed.
-    """
-    with writing(path), files.whole_folder(path) as partial:
-        yield partial
 
 
 def keep_room(folder: Path, nbytes: int, what: str) -> None:

@@ -8,6 +8,7 @@ import torch
 import xxhash
 from torch import nn
 
+from logitstream.files import whole_folder
 from student_trainer import disk
 from student_trainer.config import TrainConfig
 from student_trainer.losses.causal import check_causal, refuse_encoder_decoder
@@ -96,7 +97,7 @@ def find_device(config: TrainConfig) -> str:
 def save_student(student: Any, corpus: Corpus, folder: Path) -> None:
     """Writes a Hugging Face folder, whole or not at all. Raises NotWritten."""
     disk.give_room(folder.parent)
-    with disk.whole_folder(folder) as partial:
+    with disk.writing(folder), whole_folder(folder) as partial:
         student.save_pretrained(partial)
         corpus.tokenizer.save_pretrained(partial)
         for weights in partial.glob("*.safetensors"):  # which safetensors writes for the owner only
