@@ -25,7 +25,6 @@ from tqdm import tqdm
 from logit_codec import (
     CodecError,
     IdTable,
-    SampledSpec,
     Targets,
     TargetSpec,
     decode,
@@ -451,7 +450,7 @@ class Recorded(Teacher):
 
     def _num_draws(self, spec: TargetSpec) -> int:
         """Of each sequence; a record that was made with more of them keeps its number."""
-        if not isinstance(spec, SampledSpec):
+        if not spec.needs_uniforms:
             return 1
         return max(self._draws, self._index.num_draws)
 

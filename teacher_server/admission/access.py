@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 
+from logitstream.messages import scope_of
 from protos import teacher_pb2
 from teacher_server.errors import RequestRefused, invalid
 from teacher_server.teams.declaration import DEFAULT_TEAM, Declared, Team, TeamsFile, token_digest
@@ -88,8 +89,10 @@ def current_caller() -> Caller:
 
 def check_request(team: Team, request: teacher_pb2.ScoreRequest) -> None:
     """Raises RequestRefused if this team may not ask for this; reads nothing of the tokens."""
-    if request.targets.WhichOneof("kind") == "dense" and "dense" not in team.scopes:
-        raise _scope_missing(team, "dense", "targets of kind dense", field="targets")
+    scope = scope_of(request.targets)
+    if scope != "score" and scope not in team.scopes:
+        kind = request.targets.WhichOneof("kind")
+        raise _scope_missing(team, scope, f"targets of kind {kind}", field="targets")
     limit = team.limits.max_request_tokens
     num_tokens = len(request.token_ids) // 4
     if limit is not None and num_tokens > limit:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from logit_codec import Targets, TopKTargets, parse_targets
-from logit_codec.targets import max_row_nbytes
 from protos import teacher_pb2
 from student_trainer import InvalidRequest
 from student_trainer.teachers.look_ahead import MAX_UNMEASURED, Clock, TimedWindow, make_window
@@ -93,7 +92,7 @@ def batches(*num_tokens: int) -> Iterator[dict[str, torch.Tensor]]:
 
 def window_of(teacher: Teacher, seconds: float = 30.0, **limits) -> TimedWindow:
     return TimedWindow(
-        seconds, max_row_nbytes=max_row_nbytes(WISH.spec, VOCAB), clock=teacher, **limits
+        seconds, max_row_nbytes=WISH.spec.max_decoded_row_nbytes(VOCAB), clock=teacher, **limits
     )
 
 
@@ -280,5 +279,5 @@ def test_no_decoded_row_is_larger_than_its_bound(spec):
         logits, wanted, uniforms=torch.full((1,), 0.5).double(), realized_ids=torch.zeros(1).long()
     )
     decoded = decode(encode(targets))
-    bound = max_row_nbytes(wanted, VOCAB)
+    bound = wanted.max_decoded_row_nbytes(VOCAB)
     assert 0.5 * bound < decoded.nbytes <= bound
