@@ -159,8 +159,8 @@ class Targets:
             for name in first._tensors()
             if name != "row_splits"
         }
-        if isinstance(first, SparseTargets):
-            sizes = [part.row_splits.diff() for part in parts if isinstance(part, SparseTargets)]
+        if "row_splits" in first._tensors():
+            sizes = [part._tensors()["row_splits"].diff() for part in parts]
             joined["row_splits"] = row_splits_of(torch.cat(sizes))
         return replace(first, **joined)
 
