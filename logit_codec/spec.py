@@ -60,13 +60,18 @@ class TargetSpec:
         raise NotImplementedError
 
     def fill(self, message: Any) -> None:
-        """Sets the fields of the kind's protobuf message, by name."""
-        raise NotImplementedError
+        """Sets the fields of the kind's protobuf message, which have the names of its own options."""
+        for name in self._own_fields():
+            setattr(message, name, getattr(self, name))
 
     @classmethod
     def read(cls, message: Any, **common: bool) -> Self:
         """Makes a spec from the kind's protobuf message. Raises ValueError for bad values."""
-        raise NotImplementedError
+        return cls(**{name: getattr(message, name) for name in cls._own_fields()}, **common)
+
+    @classmethod
+    def _own_fields(cls) -> list[str]:
+        return [option.name for option in fields(cls) if option.name not in COMMON_OPTIONS]
 
     def _changed_options(self) -> list[str]:
         """Lists the common options that differ from their default, as text."""

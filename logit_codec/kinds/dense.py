@@ -4,7 +4,7 @@ Letters: R rows, V vocabulary.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -61,13 +61,6 @@ class DenseSpec(TargetSpec):
         if text.first not in widths:
             raise ValueError(f"dense is f32 or bf16, got {text.first!r} in {text.text!r}")
         return cls(bits=widths[text.first], **text.common)
-
-    def fill(self, message: Any) -> None:
-        message.bits = self.bits
-
-    @classmethod
-    def read(cls, message: Any, **common: bool) -> "DenseSpec":
-        return cls(bits=message.bits, **common)
 
     def __str__(self) -> str:
         dtype = "f32" if self.bits == 32 else "bf16"

@@ -11,7 +11,7 @@ E entries of all rows, K entries per row at most, S counts that are stated.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -90,13 +90,6 @@ class SampledSpec(TargetSpec):
     @classmethod
     def parse(cls, text: OptionText) -> "SampledSpec":
         return cls(n=text.integer("n", text.first or "64"), **text.common)
-
-    def fill(self, message: Any) -> None:
-        message.n = self.n
-
-    @classmethod
-    def read(cls, message: Any, **common: bool) -> "SampledSpec":
-        return cls(n=message.n, **common)
 
     def __str__(self) -> str:
         return "sampled:" + ",".join([str(self.n), *self._changed_options()])

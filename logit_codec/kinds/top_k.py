@@ -6,7 +6,7 @@ entries of all rows, K entries per row at most. Ties go to the lowest id.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -114,13 +114,6 @@ class TopKSpec(TargetSpec):
             raise ValueError(f"min_p must be greater than 0, got {min_p} in {text.text!r}")
         max_k = text.take_integer("max_k", "128")
         return cls(k=max_k, min_p=min_p, bits=bits, **text.common)
-
-    def fill(self, message: Any) -> None:
-        message.k, message.min_p, message.bits = self.k, self.min_p, self.bits
-
-    @classmethod
-    def read(cls, message: Any, **common: bool) -> "TopKSpec":
-        return cls(k=message.k, min_p=message.min_p, bits=message.bits, **common)
 
     def __str__(self) -> str:
         head = [f"min_p={self.min_p!r}", f"max_k={self.k}"] if self.min_p else [str(self.k)]
