@@ -71,8 +71,8 @@ def pack_ones(positions: Tensor, num_bits: int) -> Tensor:
 class BitString:
     """Reads a plane of bits from its start. Raises CodecError at its end.
 
-    raw: uint8, of which the plane is the bytes from number `first` to `stop`; there are SPARE_NBYTES
-    or more after them.
+    raw: uint8, of which the plane is the bytes from number `first` to `stop`; SPARE_NBYTES or more
+    follow them.
     """
 
     def __init__(self, raw: np.ndarray, first: int, stop: int, name: str) -> None:
@@ -132,7 +132,7 @@ class BitString:
         return self._raw[self._first >> 3 : self._stop >> 3].copy()
 
     def end(self, least_words: int = 0) -> None:
-        """Raises CodecError if anything but zeros follows, up to the end of a word or `least_words`."""
+        """Raises CodecError unless zeros follow, up to the end of a word or `least_words`."""
         used = self._at - self._first
         words = max((used + 31) // 32, least_words)
         if self.num_bits != 32 * words:

@@ -18,9 +18,9 @@ BLOCK = 64
 faster and everything after them 2 to 3 times slower at V = 32,768."""
 
 SCRATCH_NBYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
-"""Size of the scratch buffer: on a CPU it should stay in a core's own cache (1 MiB: 64 rows of 262,144
-columns take 17 ms, 21 ms in 2 MiB, 37 ms and more in a fresh buffer of all rows); on a GPU it should
-be a few launches."""
+"""Size of the scratch buffer: on a CPU it should stay in a core's own cache (1 MiB: 64 rows of
+262,144 columns take 17 ms, 21 ms in 2 MiB, 37 ms and more in a fresh buffer of all rows); on a GPU
+it should be a few launches."""
 
 PEAK_COLUMNS = 1024
 """Columns whose largest logit stands in for the row's: a pass over all of them to find it costs a
@@ -36,7 +36,7 @@ NO_MASS = 1.1e-36
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowMasses:
-    """R rows of logits, and where the mass of their softmax lies: what a selection reads."""
+    """Holds R rows of logits, and where the mass of their softmax lies; a selection reads it."""
 
     logits: Tensor
     """(R, V) of a floating dtype."""
@@ -93,7 +93,7 @@ def block_masses(
 
 
 def _weights(logits: Tensor, temperature: float, out: Tensor, peak_columns: int) -> Tensor:
-    """Computes exp(logits / temperature) times a number per row: float32, at least exp(-87) on a CPU.
+    """Computes exp(logits / temperature) times a number per row, at least exp(-87) on a CPU.
 
     The largest of the first `peak_columns` becomes exp(0), so a row may overflow.
     """
@@ -124,7 +124,7 @@ def block_logits(logits: Tensor, rows: Tensor, blocks: Tensor, size: int = BLOCK
 
 
 def log_partition(logits: Tensor, shares_RB: Tensor, temperature: float) -> Tensor:
-    """Computes (R,) float64 logsumexp(logits / temperature) from the heaviest block and its share."""
+    """Computes (R,) float64 logsumexp(logits / temperature) from the heaviest block's share."""
     share_R, heaviest_R = shares_RB.max(1)
     rows = torch.arange(len(logits), device=logits.device)
     heaviest_RW = block_logits(logits, rows, heaviest_R).double() / temperature

@@ -22,7 +22,7 @@ HAS_REALIZED, HAS_ENTROPY, HAS_LOG_Z = 1, 2, 4
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The fixed part of a container; FORMAT.md explains each field."""
+    """Holds the fixed part of a container; FORMAT.md explains each field."""
 
     kind: int
     id_coding: int

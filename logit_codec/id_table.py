@@ -1,4 +1,4 @@
-"""Ranks the ids of a vocabulary, so that likely ids take few bits, and fits such tables to a teacher.
+"""Ranks the ids of a vocabulary so that likely ids take few bits; fits such tables to a teacher.
 
 Letters: R rows, V vocabulary, E entries of all rows together, B buckets of a table.
 
@@ -30,7 +30,7 @@ MAX_SHIFT = 31
 
 @dataclass(frozen=True, eq=False, repr=False)
 class IdTable:
-    """Ranks of all ids of a vocabulary, and buckets of ranks.
+    """Ranks all ids of a vocabulary, and cuts the ranks into buckets.
 
     Both sides must hold the same table: a container names it by its digest. Raises ValueError if
     the ids are no permutation or the buckets do not cover the ranks exactly (the last one may
@@ -39,7 +39,7 @@ class IdTable:
 
     vocab_size: int
     shifts: Tensor
-    """(B,) int64, 0 to 31: bucket b holds 2**shifts[b] ranks, starting where the bucket before it ends."""
+    """(B,) int64, 0 to 31: bucket b holds 2**shifts[b] ranks, from where the one before ends."""
     ids: Tensor | None
     """(V,) int64: the id of each rank; None if the rank is the id."""
 
@@ -191,7 +191,7 @@ def fit_id_table(inclusions: Tensor, num_rows: int) -> IdTable:
 
 
 def expected_inclusions(logits: Tensor, *, num_draws: int = 64, temperature: float = 1.0) -> Tensor:
-    """Computes (V,) float64, on the CPU: in how many of the (R, V) rows each id is drawn on average.
+    """Computes (V,) float64 on the CPU: in how many of the rows each id is drawn on average.
 
     An id of probability p is among the systematic draws of a row with probability min(1, N * p).
     Rows that are not finite count as nothing.

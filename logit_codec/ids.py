@@ -32,7 +32,7 @@ from logit_codec.targets import SparseTargets
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CodedIds:
-    """The ids of R rows, ready to be written as two Elias-Fano planes."""
+    """Holds the ids of R rows, ready to be written as two Elias-Fano planes."""
 
     ones: Tensor
     """(E,) int64: where the ones of the occupancy plane are."""
@@ -75,7 +75,7 @@ def code_ids(table: IdTable, rows: Tensor, token_ids: Tensor, num_rows: int) -> 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Entries:
-    """The ids of R rows, as they were read."""
+    """Holds the ids of R rows, as they were read."""
 
     rows: np.ndarray
     """(E,) int64: the row of each entry."""
@@ -96,7 +96,7 @@ class Entries:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WrittenIds:
-    """The planes of the ids in the shorter of the two codings, and what the header says of them."""
+    """Holds the planes of the ids in the shorter coding, and the header's fields about them."""
 
     coding: int = NO_IDS
     table_digest: bytes = IDENTITY_DIGEST

@@ -32,7 +32,7 @@ def ids_from(masses: RowMasses, min_p: float) -> tuple[Tensor, Tensor]:
 
 
 def likeliest_ids(masses: RowMasses, k: int) -> tuple[Tensor, Tensor]:
-    """Finds rows and ids (E,), ascending: the k largest logits of each row, equal ones by lowest id.
+    """Finds rows and ids (E,), ascending: the k largest logits of each row, ties to the lowest id.
 
     There may be a few more. Each of the k blocks of largest shares holds a logit that is no smaller
     than the least of their maxima, so no smaller one is among the k largest of the row, and a block
@@ -83,7 +83,7 @@ def _likeliest_by_maxima(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def rank_in_row(rows_E: Tensor, values_E: Tensor) -> Tensor:
-    """Counts (E,): how many entries of its row, which are adjacent, precede each by value, then id."""
+    """Counts (E,) how many entries of its row precede each by value, then id; rows are adjacent."""
     # + 0.0 makes -0.0 equal to 0.0.
     by_value = (values_E + 0.0).sort(descending=True, stable=True).indices
     order = by_value[rows_E[by_value].sort(stable=True).indices]

@@ -86,7 +86,7 @@ class RowCheck:
         self.refuse((mass_R - 1).abs() > tolerance, "its probabilities do not add up to 1")
 
     def refuse_row_fields(self, targets: Targets) -> None:
-        """Raises CodecError for the first row with a number that every kind may carry and is bad."""
+        """Raises CodecError for the first row in which a field of every kind is not a number."""
         for name, is_good in (
             ("log_z", torch.isfinite),
             ("entropy", torch.isfinite),
@@ -140,7 +140,7 @@ def read_row_fields(reader: PlaneReader, num_rows: int) -> dict[str, Tensor]:
 
 
 def least_words(num_entries: int, id_words: int) -> int:
-    """Returns what `id_words` words of ids leave of a byte per entry; above 0 for a tiny vocabulary.
+    """Returns what `id_words` words of ids leave of a byte per entry; tiny vocabularies need it.
 
     It bounds a reader's memory by a multiple of the bytes that it is sent.
     """

@@ -17,7 +17,7 @@ COMMON_OPTIONS = ("realized", "entropy", "log_z")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetSpec:
-    """What every kind can carry per row, in addition to its own content."""
+    """Says what every kind can carry per row, in addition to its own content."""
 
     kind: ClassVar[str]
     option_names: ClassVar[tuple[str, ...]] = ()
@@ -38,7 +38,7 @@ class TargetSpec:
         return 7
 
     def max_row_nbytes(self, vocab_size: int) -> float:
-        """Returns an upper bound of the bytes of one row in a container, without its fixed parts."""
+        """Returns an upper bound of the bytes of a row in a container, without its fixed parts."""
         return 2.0 * self.realized + 2.0 * self.entropy + 4.0 * self.log_z
 
     def max_decoded_row_nbytes(self, vocab_size: int) -> float:
@@ -60,7 +60,7 @@ class TargetSpec:
         raise NotImplementedError
 
     def fill(self, message: Any) -> None:
-        """Sets the fields of the kind's protobuf message, which have the names of its own options."""
+        """Sets the fields of the kind's protobuf message, named like its own options."""
         for name in self._own_fields():
             setattr(message, name, getattr(self, name))
 
@@ -84,7 +84,7 @@ class TargetSpec:
 
 @dataclass(slots=True)
 class OptionText:
-    """The text after the name of a kind, cut into its options; a kind takes its own ones."""
+    """Holds the text after the name of a kind, cut into options; a kind takes its own ones."""
 
     text: str
     """The whole text, for error messages."""

@@ -19,7 +19,7 @@ UNKNOWN = -1
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
 class Targets:
-    """R rows of the teacher's distribution over V ids, at a temperature that is part of the value.
+    """Holds R rows of the teacher's distribution over V ids, at one temperature.
 
     Raises ValueError if shapes or dtypes do not fit together.
     """
@@ -85,7 +85,7 @@ class Targets:
         raise NotImplementedError
 
     def most_likely(self) -> Tensor:
-        """Returns (R,) int64: the likeliest id of each row as far as the targets tell, lowest first."""
+        """Returns (R,) int64: the likeliest id of each row as far as known, ties to the lowest."""
         raise NotImplementedError
 
     def mode(self) -> tuple[Tensor, Tensor] | None:
@@ -167,7 +167,7 @@ class Targets:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
 class SparseTargets(Targets):
-    """Targets that keep a few ids of each row, its entries."""
+    """Holds a few ids of each row, its entries."""
 
     entry_fields: ClassVar[dict[str, torch.dtype]] = {"token_ids": torch.int64}
     """Tensors with one element per entry, and their types."""

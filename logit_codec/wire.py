@@ -1,9 +1,9 @@
 """Encodes targets as containers and decodes them, in the order of FORMAT.md.
 
 The planes that only one kind has are in its file in `logit_codec/kinds/`, ids in `ids.py`, and what
-all kinds share in `planes.py`. The decoder checks every size against the bytes that are there before
-it allocates anything, so its memory is at most 72 times the input; whatever is malformed raises
-CodecError.
+all kinds share in `planes.py`. The decoder checks every size against the bytes that are there
+before it allocates anything, so its memory is at most 72 times the input; whatever is malformed
+raises CodecError.
 """
 
 from collections.abc import Iterator, Sequence

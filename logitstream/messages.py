@@ -1,4 +1,4 @@
-"""Turns specs into messages and back, and describes a model in a message: the same on both sides."""
+"""Turns specs into messages and back, and describes a model in a message, for both sides."""
 
 from typing import Any, Protocol
 

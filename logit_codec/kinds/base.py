@@ -31,7 +31,7 @@ Cell = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Content:
-    """A kind's own planes of a container, and the fields of the header that go with them."""
+    """Holds a kind's own planes of a container, and the header's fields that go with them."""
 
     planes: list[Tensor]
     value_bits: int
@@ -41,9 +41,9 @@ class Content:
 
 
 class LossCells(ABC, Generic[TargetsT]):
-    """The cells of some targets: the parts of a row between which a loss compares p and q.
+    """Divides the rows of some targets into cells, in which a loss compares p and q.
 
-    p is the teacher, q the student. A divergence is a sum over cells of a function of p and q there.
+    p is the teacher, q the student. A divergence is a sum over cells of a function of p and q.
     """
 
     is_estimate: ClassVar[bool] = False
@@ -79,7 +79,7 @@ class LossCells(ABC, Generic[TargetsT]):
 
 
 class FullCells(LossCells[TargetsT]):
-    """The cells of targets that tell p of every id: each id."""
+    """Makes every id a cell, for targets that tell p of every id."""
 
     @abstractmethod
     def logp(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,7 +88,7 @@ class FullCells(LossCells[TargetsT]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PaddedEntries:
-    """The entries of some rows as a rectangle; what is too much repeats the first of its row."""
+    """Lays out the entries of some rows as a rectangle; a shorter row repeats its first entry."""
 
     rows: slice | Tensor
     """Which rows of the targets."""
@@ -103,7 +103,7 @@ class PaddedEntries:
 
 
 class SparseCells(LossCells[SparseT]):
-    """The cells of targets that keep a few ids: each kept id, and all other ids together."""
+    """Makes each kept id a cell, and all other ids together one more."""
 
     def pad(self, rows: slice | Tensor, most: int) -> PaddedEntries:
         """Lays out the entries of some rows, at most `most` in each, as a rectangle."""
@@ -140,7 +140,7 @@ class SparseCells(LossCells[SparseT]):
 
 
 class Kind(ABC, Generic[TargetsT]):
-    """One kind of target: its classes, and how it lies in a container.
+    """Defines one kind of target: its classes, and how it lies in a container.
 
     What every kind carries per row is read and written by `logit_codec/planes.py`.
     """
@@ -197,7 +197,7 @@ class Kind(ABC, Generic[TargetsT]):
 
 
 class SparseKind(Kind[SparseT]):
-    """A kind that keeps a few ids of each row: its first planes are those of the ids."""
+    """Defines a kind that keeps a few ids of each row: its first planes are those of the ids."""
 
     id_codings = (FIXED_WIDTH_IDS, ELIAS_FANO_IDS)
 

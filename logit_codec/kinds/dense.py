@@ -23,7 +23,7 @@ from logit_codec.targets import Targets, expect_tensor, first_dimension
 
 @dataclass(frozen=True, slots=True)
 class DenseSpec(TargetSpec):
-    """The logprob of every id. Raises ValueError for values out of range."""
+    """Asks for the logprob of every id. Raises ValueError for values out of range."""
 
     kind: ClassVar[str] = "dense"
 
@@ -69,7 +69,7 @@ class DenseSpec(TargetSpec):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
 class DenseTargets(Targets):
-    """The logprob of every id."""
+    """Holds the logprob of every id."""
 
     kind: ClassVar[str] = "dense"
 
@@ -114,7 +114,7 @@ class DenseTargets(Targets):
 
 
 class DenseCells(FullCells[DenseTargets]):
-    """Every id is a cell: the divergence is exact."""
+    """Makes every id a cell, so that the divergence is exact."""
 
     def within(self, width: int) -> tuple[DenseTargets, Tensor]:
         targets = self.targets
@@ -134,7 +134,7 @@ class DenseCells(FullCells[DenseTargets]):
 
 
 class Dense(Kind[DenseTargets]):
-    """Every logprob is written as it is."""
+    """Writes every logprob as it is."""
 
     number = 1
     spec, targets, cells = DenseSpec, DenseTargets, DenseCells

@@ -41,7 +41,7 @@ MAX_DRAWS = 65_536
 
 @dataclass(frozen=True, slots=True)
 class SampledSpec(TargetSpec):
-    """Systematic counts of n draws: unbiased for forward KL, and no floats to send.
+    """Asks for systematic counts of n draws: unbiased for forward KL, and no floats to send.
 
     `log_z` is off unless asked for: the one loss that takes sampled targets has no use for it.
     Raises ValueError for values out of range.
@@ -62,7 +62,7 @@ class SampledSpec(TargetSpec):
     def max_row_nbytes(self, vocab_size: int) -> float:
         most = min(self.n, vocab_size)
         id_bits = most.bit_length() + most * max(1, (vocab_size - 1).bit_length())
-        # Of m counts above 1, each takes at most 2 * log2(n / m) bits on average; m = n / e is worst.
+        # m counts above 1 take at most 2 * log2(n / m) bits each on average; m = n / e is worst.
         several = min(vocab_size, self.n / math.e)
         row_bits = id_bits + most + 2 * several * math.log2(self.n / several)
         row_bits = max(row_bits, 8 * most)
@@ -97,7 +97,7 @@ class SampledSpec(TargetSpec):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
 class SampledTargets(SparseTargets):
-    """How often each id was drawn; counts / num_draws is an unbiased estimate of the row.
+    """Counts how often each id was drawn; counts / num_draws is an unbiased estimate of the row.
 
     The draws are systematic, so an id of probability p has a count within 1 of num_draws * p.
     """
@@ -129,7 +129,7 @@ class SampledTargets(SparseTargets):
 
 
 class SampledCells(SparseCells[SampledTargets]):
-    """Each drawn id is a cell, with its share of the draws as p; ids that were not drawn count 0."""
+    """Makes each drawn id a cell with its share of the draws as p; p of other ids is 0."""
 
     is_estimate = True
 
@@ -181,7 +181,7 @@ class SampledCells(SparseCells[SampledTargets]):
 
 
 class Sampled(SparseKind[SampledTargets]):
-    """Ids, and then their counts as Elias gamma codes."""
+    """Writes ids, and then their counts as Elias gamma codes."""
 
     number = 3
     spec, targets, cells = SampledSpec, SampledTargets, SampledCells
@@ -289,8 +289,8 @@ def _pack_draws(counts: Tensor, rows: Tensor, num_draws: int, id_words: int) -> 
 
     Elias gamma codes, level by level instead of count by count: whether each count is at least 2;
     of those, whether it is at least 4, 8 and so on; then the bits below the leading one. The first
-    count of a row that is not 1 is left out after its first level: it follows from N. `least_words` may make
-    the plane longer.
+    count of a row that is not 1 is left out after its first level: it follows from N. `least_words`
+    may make the plane longer.
     """
     several = counts > 1
     values, widths = [several.long()], [torch.ones_like(counts)]

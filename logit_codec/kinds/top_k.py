@@ -38,7 +38,7 @@ SMALLEST_MIN_P = 1 / 1024
 
 @dataclass(frozen=True, slots=True)
 class TopKSpec(TargetSpec):
-    """The most likely ids with quantised logprobs, and the exact mass of all the others.
+    """Asks for the most likely ids with quantised logprobs, and the exact mass of the others.
 
     Raises ValueError for values out of range.
     """
@@ -49,7 +49,8 @@ class TopKSpec(TargetSpec):
     k: int
     """Entries per row; with `min_p`, at most this many."""
     min_p: float = 0.0
-    """0: k entries (fewer only if fewer ids have a probability above 0); else every id with p >= min_p, at least one, at most k."""
+    """0: k entries (fewer only if fewer ids have a probability above 0); else every id with
+    p >= min_p, at least one, at most k."""
     bits: int = 7
     """Bits per logprob: one of CODE_BITS."""
 
@@ -122,7 +123,7 @@ class TopKSpec(TargetSpec):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
 class TopKTargets(SparseTargets):
-    """The most likely ids of each row, their logprobs, and the exact mass of all the others."""
+    """Holds the most likely ids of each row, their logprobs, and the exact mass of the others."""
 
     kind: ClassVar[str] = "top_k"
     row_fields: ClassVar[tuple[str, ...]] = (*SparseTargets.row_fields, "tail_logprob")
@@ -159,7 +160,7 @@ class TopKTargets(SparseTargets):
 
 
 class TopKCells(SparseCells[TopKTargets]):
-    """Each kept id is a cell, and all other ids together are one more: the tail bucket."""
+    """Makes each kept id a cell, and all other ids together one more: the tail bucket."""
 
     has_tail = True
 
@@ -217,7 +218,7 @@ class TopKCells(SparseCells[TopKTargets]):
 
 
 class TopK(SparseKind[TopKTargets]):
-    """Ids, and then their logprobs as quantised codes, and the tail as float32."""
+    """Writes ids, then their logprobs as quantised codes, and the tail as float32."""
 
     number = 2
     spec, targets, cells = TopKSpec, TopKTargets, TopKCells

@@ -1,7 +1,7 @@
 """Checks that a student predicts the next token from earlier ones only.
 
-Row i of the targets is the teacher's distribution of token i+1 given tokens 0..i. A student that sees
-later tokens, or has an encoder, would learn something else, with losses that look fine.
+Row i of the targets is the teacher's distribution of token i+1 given tokens 0..i. A student that
+sees later tokens, or has an encoder, would learn something else, with losses that look fine.
 
 Letters: T tokens, V vocabulary.
 """
@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 
 NUM_TOKENS = 8
 TOLERANCE = 1e-4
-"""Allowed change, as a share of the logits' spread, or 4 times the rounding of their dtype if that is
-more: a mixture of experts adds up in another order when other tokens are in the batch."""
+"""Allowed change, as a share of the logits' spread, or 4 times the rounding of their dtype if that
+is more: a mixture of experts adds up in another order when other tokens are in the batch."""
 
 
 def refuse_encoder_decoder(config: Any, name: str) -> None:
     """Raises ValueError for a transformers config whose models have an encoder."""
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{name} is an encoder-decoder ({type(config).__name__}): it predicts a text that follows "
-            "its input, but the teacher's targets are for the input itself. Use a decoder-only "
-            "causal LM, as AutoModelForCausalLM loads."
+            f"{name} is an encoder-decoder ({type(config).__name__}): it predicts a text that "
+            "follows its input, but the teacher's targets are for the input itself. Use a "
+            "decoder-only causal LM, as AutoModelForCausalLM loads."
         )
 
 
@@ -69,8 +69,8 @@ def check_causal(student: nn.Module) -> None:
     if change > tolerance * float(earlier_2TV[0].std()):
         raise ValueError(
             f"{name} looks ahead: changing a later token moves its earlier logits by {change:.2g}. "
-            "Targets are for the next token given earlier ones: use a causal LM (for models like BERT, "
-            "config.is_decoder=True)."
+            "Targets are for the next token given earlier ones: use a causal LM (for models like "
+            "BERT, config.is_decoder=True)."
         )
 
 

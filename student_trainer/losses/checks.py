@@ -26,8 +26,8 @@ def check_divergence(targets: Targets, divergence: str, beta: float, renormalize
         )
     if cells.is_estimate and divergence != "forward_kl":
         raise UnsuitableTargets(
-            f"{divergence} cannot be estimated from {targets.kind} targets: it is not linear in the "
-            "teacher's probabilities. Use divergence='forward_kl', or ask the teacher for "
+            f"{divergence} cannot be estimated from {targets.kind} targets: it is not linear in "
+            "the teacher's probabilities. Use divergence='forward_kl', or ask the teacher for "
             "targets='top_k:min_p=1/256,max_k=128'."
         )
     if divergence == "jsd" and not 0 < beta < 1:

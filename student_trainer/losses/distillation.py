@@ -29,7 +29,7 @@ from student_trainer.losses.divergences import compute_cells, compute_pulls
 
 @dataclass(frozen=True, slots=True)
 class LossOptions:
-    """The arguments of a loss that are no tensors; `distillation_loss` explains each."""
+    """Holds the arguments of a loss that are not tensors; `distillation_loss` explains each."""
 
     divergence: str
     beta: float
@@ -96,9 +96,8 @@ def distillation_loss(
     `dense` targets give the exact divergence. `top_k` targets give the one over their entries and
     one bucket for everything else on both sides, a lower bound. `sampled` targets take forward_kl
     only: an unbiased estimate of value and gradient if they carry the teacher's entropy; without it
-    the entropy is left out, and the value is the cross-entropy of the draws: larger by what does not
-    depend on the student, with the same gradient. (The entropy of the draws themselves would be a
-    biased one.)
+    the value is the cross-entropy of the draws, which has the same gradient and is larger by what
+    does not depend on the student. (The entropy of the draws themselves would be biased.)
 
     labels: (R,) int64, -100 to leave the cross-entropy of a row out. mask: (R,) bool, rows that
     count; others may hold anything. temperature_scaling multiplies the divergence by T^2 (Hinton et
@@ -106,16 +105,17 @@ def distillation_loss(
     renormalize: the kept entries of top_k are made to sum to 1 and everything else counts as 0,
     instead of the tail bucket. That is biased: the student is taught that the tail is impossible.
     A student's head and a teacher's vocabulary of different size are padded differently: both
-    distributions are taken over the ids that they share, cross-entropy included, and ids that one of
-    them lacks have no probability and no gradient. effective_vocab_size: ids from here on are padding
-    of both (`teacher.info.effective_vocab_size`); without it, those from the smaller size on.
+    distributions are taken over the ids that they share, cross-entropy included, and ids that one
+    of them lacks have no probability and no gradient. effective_vocab_size: ids from here on are
+    padding of both (`teacher.info.effective_vocab_size`); without it, those from the smaller size
+    on.
     reduction: "mean" divides by the counted rows, or by `num_items` if given (trained tokens of the
     whole accumulation window over all ranks); "sum"; "none" gives (R,).
 
     Raises ValueError for shapes that do not fit, for an unknown divergence and for a teacher that
-    uses ids that are not shared, and UnsuitableTargets (also a ValueError) for a divergence that the
-    kind of targets cannot express. The temperature is that of the targets; for another one, ask the
-    teacher for it.
+    uses ids that are not shared, and UnsuitableTargets (also a ValueError) for a divergence that
+    the kind of targets cannot express. The temperature is that of the targets; for another one, ask
+    the teacher for it.
     """
     if logits.dim() != 2 or logits.shape[0] != targets.num_rows:
         raise ValueError(
@@ -182,14 +182,14 @@ def within(targets: Targets, width: int) -> Targets:
     lost = float(lost_R.sum())
     if lost > max(MOST_PADDING * targets.num_rows, cells.stray_mass):
         raise ValueError(
-            f"the teacher gives {lost / targets.num_rows:.1%} of its probability to ids from {width} "
-            f"on, of {targets.vocab_size}, which student and teacher do not share; padding may have "
-            f"{MOST_PADDING:.0%}. Use a student whose head has every id of the teacher's tokenizer "
-            "(student.resize_token_embeddings), or leave effective_vocab_size out if it was given."
+            f"the teacher gives {lost / targets.num_rows:.1%} of its probability to ids from "
+            f"{width} on, of {targets.vocab_size}, which student and teacher do not share; padding "
+            f"may have {MOST_PADDING:.0%}. Use a student whose head has every id of the "
+            "teacher's tokenizer (student.resize_token_embeddings), or leave effective_vocab_size out if it was given."
         )
     return shared
 
 
 def prepare(targets: Targets, renormalize: bool) -> Targets:
-    """Returns the targets; with `renormalize` the kept entries of each row sum to 1, with no tail."""
+    """Returns the targets; with `renormalize` kept entries sum to 1 in each row, without a tail."""
     return cells_of(targets).renormalized() if renormalize else targets

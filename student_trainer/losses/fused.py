@@ -62,9 +62,9 @@ def fused_distillation_loss(
     the device of hidden, to be filled in; with it labels are looked at even if ce_weight is 0.
     max_entries: of the row of the targets that has most; without it, a GPU's is waited for.
 
-    head_weight and head_bias may be DTensors, as FSDP2's fully_shard leaves them: they are gathered,
-    and their gradients averaged over the ranks of their mesh and sharded again, as FSDP2 does. Every
-    rank of the mesh must then make this call, with rows of its own.
+    head_weight and head_bias may be DTensors, as FSDP2's fully_shard leaves them: they are
+    gathered, and their gradients averaged over the ranks of their mesh and sharded again, as FSDP2
+    does. Every rank of the mesh must then make this call, with rows of its own.
 
     Extra memory is the head's gradient, which is float32 at least, and these buffers. No gradients
     are computed under torch.no_grad(), and there are no second derivatives. backward repeats the

@@ -16,7 +16,7 @@ from student_trainer.losses.distillation import LossOptions
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowStatistics:
-    """Numbers that fused_distillation_loss fills in for each row that counts."""
+    """Holds the numbers that fused_distillation_loss fills in for each row that counts."""
 
     divergence: Tensor
     """(R,) float32: D(p, q), without weight and T^2; 0 if kd_weight is 0."""
@@ -37,7 +37,7 @@ class RowStatistics:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Problem:
-    """Everything about a loss that has no gradient."""
+    """Holds everything about a loss that has no gradient."""
 
     cells: SparseCells | FullCells
     options: LossOptions
@@ -78,7 +78,7 @@ class Problem:
 
 
 class Buffers:
-    """Scratch memory by name: allocated on first use, by the largest chunk."""
+    """Keeps scratch memory by name: allocated on first use, by the largest chunk."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -93,7 +93,7 @@ class Buffers:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Labels:
-    """The labels of a chunk."""
+    """Holds the labels of a chunk."""
 
     ids_C1: Tensor
     """int64; 0 where there is none."""
@@ -119,7 +119,7 @@ class Labels:
 
 
 class Chunk:
-    """The loss of some rows, and its gradient on their logits before the softcap."""
+    """Computes the loss of some rows, and its gradient on their logits before the softcap."""
 
     def __init__(
         self,
@@ -223,7 +223,7 @@ class Chunk:
 
 
 class KeptCells:
-    """The cells of a chunk of sparse targets: K kept ids of each row, and all other ids together."""
+    """Compares p and q in K kept ids of each row of a chunk, and in all other ids together."""
 
     def __init__(
         self,
@@ -246,7 +246,7 @@ class KeptCells:
         self._rest_CV = logits_CV.sub_(top_C1).exp_()
         self._rest_C1 = self._rest_CV.sum(1, keepdim=True)
         kept_CK = kept_CK.masked_fill(~entries.real_CK, -torch.inf)
-        # Relative to the largest logit: float32 is finer near 0, where a certain student's logprob is.
+        # Relative to the largest logit: float32 is finer near 0, where a sure student's logprob is.
         self._largest_C1 = torch.cat([kept_CK, top_C1], 1).amax(1, keepdim=True)
         kept_CK = kept_CK - self._largest_C1
         tail_C1 = top_C1 - self._largest_C1 + self._rest_C1.log()

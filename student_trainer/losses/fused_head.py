@@ -6,10 +6,10 @@ While `loss` runs, the head's forward is a function that takes the hidden states
 from them and the head's weight, and gives the model a few logits to continue with. So everything
 before the head is the model's own code, and the loss is computed where wrappers expect the head to
 be used: DDP finds the weight in the graph of what is returned, FSDP has it gathered. DeepSpeed's
-ZeRO-3 frees the head's weight after its forward, and the graph that leads to it, so it needs logits.
+ZeRO-3 frees the head's weight and the graph that leads to it after forward, so it needs logits.
 
-What the model does to its logits is read from its config and verified: `FusedHead.of` runs the model
-once with known numbers in place of the head's output and compares the result.
+What the model does to its logits is read from its config and verified: `FusedHead.of` runs the
+model once with known numbers in place of the head's output and compares the result.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +35,7 @@ class Unfusable(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FusedHead:
-    """A head that is a plain matrix product, and what the model does to its output.
+    """Describes a head that is a plain matrix product, and what the model does to its output.
 
     logits = softcap * tanh(logit_scale * head(hidden) / softcap); without softcap, they are
     logit_scale * head(hidden).
@@ -49,7 +49,7 @@ class FusedHead:
 
     @classmethod
     def of(cls, model: nn.Module, student: nn.Module, inputs: Mapping[str, Any]) -> "FusedHead":
-        """Finds the head of `student`, which `model` is or wraps, and tries it on a batch's `inputs`.
+        """Finds the head of `student`, which `model` is or wraps; tries it on a batch's `inputs`.
 
         Raises Unfusable, with the reason.
         """

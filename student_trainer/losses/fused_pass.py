@@ -20,7 +20,7 @@ CHUNK_BYTES_ELSEWHERE = 512 << 20
 
 
 class FusedPass:
-    """One walk over all chunks: the losses of the rows, and the gradients of their sum."""
+    """Walks over all chunks once: the losses of the rows, and the gradients of their sum."""
 
     def __init__(
         self,
