@@ -185,7 +185,8 @@ def within(targets: Targets, width: int) -> Targets:
             f"the teacher gives {lost / targets.num_rows:.1%} of its probability to ids from "
             f"{width} on, of {targets.vocab_size}, which student and teacher do not share; padding "
             f"may have {MOST_PADDING:.0%}. Use a student whose head has every id of the "
-            "teacher's tokenizer (student.resize_token_embeddings), or leave effective_vocab_size out if it was given."
+            "teacher's tokenizer (student.resize_token_embeddings), or leave effective_vocab_size "
+            "out if it was given."
         )
     return shared
 
