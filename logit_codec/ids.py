@@ -1,4 +1,4 @@
-"""The byte layout of ids: writes the ids of kept entries as planes of bits, and reads them.
+"""Writes and reads the byte layout of ids: those of kept entries, as planes of bits.
 
 Letters: R rows, V vocabulary, E entries of all rows together, B buckets of a table.
 

@@ -1,4 +1,4 @@
-"""The registry of the kinds of target: everything about a kind is found from here.
+"""Registers the kinds of target: everything about a kind is found from here.
 
 To add a kind, write its file beside the others and add its KIND to the table below.
 """

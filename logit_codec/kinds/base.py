@@ -112,6 +112,7 @@ class SparseCells(LossCells[SparseT]):
         size_C1 = targets.row_splits[1:][rows][:, None] - first_C1
         slot_K = torch.arange(most, device=targets.device)
         real_CK = slot_K < size_C1
+        # The clamp is for rows without entries after the last entry of all.
         entry_CK = (first_C1 + slot_K.where(real_CK, 0)).clamp(max=len(targets.token_ids) - 1)
         return PaddedEntries(rows, entry_CK, targets.token_ids[entry_CK], real_CK, size_C1)
 
@@ -203,6 +204,7 @@ class SparseKind(Kind[SparseT]):
 
     def check_header(self, header: Header) -> None:
         super().check_header(header)
+        # Bounds the sizes of the id planes before anything is computed from num_entries.
         if not header.num_rows <= header.num_entries <= header.num_rows * header.most_entries:
             raise CodecError(
                 f"num_entries {header.num_entries} does not fit {header.num_rows} rows of 1 to "

@@ -1,4 +1,4 @@
-"""The kind `dense`: the logprob of every id.
+"""Defines the kind `dense`: the logprob of every id.
 
 Letters: R rows, V vocabulary.
 """

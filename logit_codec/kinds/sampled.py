@@ -1,4 +1,4 @@
-"""The kind `sampled`: how often each id was drawn in N draws from a row.
+"""Defines the kind `sampled`: how often each id was drawn in N draws from a row.
 
 The draws are systematic: unbiased, and steadier than independent draws. One number u in [0, 1)
 decides all draws of a row: draw i is the id where the running sum of the probabilities passes

@@ -149,7 +149,7 @@ class Chunk:
                 self._distil_kept(problem.cells)
             else:
                 self._distil_all(problem.cells)
-        if labels and not self._joint_labels:
+        if labels and not self._joint_labels:  # needs logits at T = 1, which it overwrites
             self._add_cross_entropy(labels)
         loss_C1 = problem.kd_weight * self._divergence_C1
         if labels and problem.options.ce_weight:
