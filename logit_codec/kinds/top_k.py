@@ -1,4 +1,4 @@
-"""Defines the kind `top_k`: the likeliest ids of each row, and the exact mass of the rest, the tail.
+"""Defines the kind `top_k`: the likeliest ids of each row, and the exact mass of all others.
 
 Letters: R rows, C rows of a chunk, V vocabulary, H blocks of columns that hold entries, E kept
 entries of all rows, K entries per row at most. Ties go to the lowest id.
