@@ -33,7 +33,6 @@ from logit_codec import (
     IdTable,
     SparseTargets,
     Targets,
-    TopKSpec,
     TopKTargets,
     decode,
     encode,
@@ -189,9 +188,8 @@ def ours(text: str) -> Callable[[Chunk, Tensor, Tensor], tuple[Tensor, float]]:
 
 
 def code_bits(text: str) -> int:
-    """Of the logprobs of top_k; other kinds have none, and encode looks at none."""
-    spec = parse_targets(text)
-    return spec.bits if isinstance(spec, TopKSpec) else 7
+    """Returns the bits of each logprob of top_k; encode ignores them for other kinds."""
+    return parse_targets(text).code_bits
 
 
 def kept(chunk: Chunk, text: str, u: Tensor) -> Targets:

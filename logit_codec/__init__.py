@@ -1,13 +1,17 @@
-"""What is kept of a teacher's distributions, and its bytes. Imports torch, numpy and xxhash only."""
+"""A compact encoding of a teacher's distributions. Imports torch, numpy and xxhash only."""
 
 from logit_codec.errors import CodecError
 from logit_codec.fingerprints import ids_digest, tokenizer_fingerprint
 from logit_codec.header import FORMAT_VERSION
-from logit_codec.ids import IdTable, expected_inclusions, fit_id_table
+from logit_codec.id_table import IdTable, expected_inclusions, fit_id_table
+from logit_codec.kinds.dense import DenseSpec, DenseTargets
+from logit_codec.kinds.sampled import SampledSpec, SampledTargets
+from logit_codec.kinds.top_k import TopKSpec, TopKTargets
+from logit_codec.parsing import parse_targets
 from logit_codec.sampling import uniforms
 from logit_codec.selection import select
-from logit_codec.spec import DenseSpec, SampledSpec, TargetSpec, TopKSpec, parse_targets
-from logit_codec.targets import DenseTargets, SampledTargets, SparseTargets, Targets, TopKTargets
+from logit_codec.spec import TargetSpec
+from logit_codec.targets import SparseTargets, Targets
 from logit_codec.wire import decode, encode, encode_parts
 
 __all__ = [

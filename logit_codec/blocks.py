@@ -1,4 +1,4 @@
-"""Where the mass of a row lies: softmax, summed over blocks of 64 columns.
+"""Finds where the mass of a row lies: sums its softmax over blocks of 64 columns.
 
 Letters: R rows, V columns of the logits, B blocks of a row, H blocks picked from all rows together.
 
@@ -8,6 +8,8 @@ the sums of blocks and the logits of the few blocks that they point to. A row's 
 depend on the rows beside it.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,9 @@ BLOCK = 64
 faster and everything after them 2 to 3 times slower at V = 32,768."""
 
 SCRATCH_NBYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
-"""Size of the scratch buffer: on a CPU it should stay in a core's own cache (1 MiB: 64 rows of 262,144
-columns take 17 ms, 21 ms in 2 MiB, 37 ms and more in a fresh buffer of all rows); on a GPU it should
-be a few launches."""
+"""Size of the scratch buffer: on a CPU it should stay in a core's own cache (1 MiB: 64 rows of
+262,144 columns take 17 ms, 21 ms in 2 MiB, 37 ms and more in a fresh buffer of all rows); on a GPU
+it should be a few launches."""
 
 PEAK_COLUMNS = 1024
 """Columns whose largest logit stands in for the row's: a pass over all of them to find it costs a
@@ -32,10 +34,32 @@ NO_MASS = 1.1e-36
 """A bit more than the sum of a block of exp(SMALLEST_EXPONENT)."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowMasses:
+    """Holds R rows of logits, and where the mass of their softmax lies; a selection reads it."""
+
+    logits: Tensor
+    """(R, V) of a floating dtype."""
+    temperature: float
+    shares_RB: Tensor
+    """(R, B) float64: the share of each block in its row. A selection may overwrite them."""
+    log_z_R: Tensor
+    """(R,) float64: logsumexp(logits / temperature)."""
+
+    @classmethod
+    def of(
+        cls, logits: Tensor, temperature: float, *, entropy: bool = False
+    ) -> tuple["RowMasses", Tensor | None]:
+        """Sums up the rows; also returns their (R,) float64 entropies if asked for."""
+        shares_RB, entropy_R = block_masses(logits, temperature, entropy=entropy)
+        log_z_R = log_partition(logits, shares_RB, temperature)
+        return cls(logits, temperature, shares_RB, log_z_R), entropy_R
+
+
 def block_masses(
     logits: Tensor, temperature: float, *, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(R, V) logits -> (R, B) float64 shares of softmax(logits / temperature), and the entropies.
+    """Computes (R, B) float64 shares of softmax(logits / temperature), and the entropies.
 
     The shares of a row sum to 1; the (R,) float64 entropies, in nats, are None unless asked for. A
     row whose softmax is not finite has NaN shares.
@@ -69,7 +93,7 @@ def block_masses(
 
 
 def _weights(logits: Tensor, temperature: float, out: Tensor, peak_columns: int) -> Tensor:
-    """exp(logits / temperature) times a number per row, in float32; at least exp(-87) on a CPU.
+    """Computes exp(logits / temperature) times a number per row, at least exp(-87) on a CPU.
 
     The largest of the first `peak_columns` becomes exp(0), so a row may overflow.
     """
@@ -84,7 +108,7 @@ def _weights(logits: Tensor, temperature: float, out: Tensor, peak_columns: int)
 
 
 def block_logits(logits: Tensor, rows: Tensor, blocks: Tensor, size: int = BLOCK) -> Tensor:
-    """(H,) rows and block numbers -> (H, size) float32 logits, -inf beyond the last column."""
+    """Gathers (H,) blocks of rows as (H, size) float32 logits, -inf beyond the last column."""
     whole = logits.shape[1] // size
     if whole * size == logits.shape[1] and logits.is_contiguous():
         return logits.view(-1, size).index_select(0, rows * whole + blocks).float()
@@ -100,7 +124,7 @@ def block_logits(logits: Tensor, rows: Tensor, blocks: Tensor, size: int = BLOCK
 
 
 def log_partition(logits: Tensor, shares_RB: Tensor, temperature: float) -> Tensor:
-    """(R,) float64 logsumexp(logits / temperature), from the heaviest block and its share."""
+    """Computes (R,) float64 logsumexp(logits / temperature) from the heaviest block's share."""
     share_R, heaviest_R = shares_RB.max(1)
     rows = torch.arange(len(logits), device=logits.device)
     heaviest_RW = block_logits(logits, rows, heaviest_R).double() / temperature
@@ -108,11 +132,12 @@ def log_partition(logits: Tensor, shares_RB: Tensor, temperature: float) -> Tens
 
 
 def num_blocks(num_columns: int) -> int:
+    """Returns how many blocks cover the columns."""
     return (num_columns + BLOCK - 1) // BLOCK
 
 
 def _block_sums(weights: Tensor) -> Tensor:
-    """(R, V) float32 -> (R, B) float32."""
+    """Sums (R, V) float32 over blocks to (R, B)."""
     whole = weights.shape[1] // BLOCK * BLOCK
     sums = weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(2) if whole else weights[:, :0]
     if whole == weights.shape[1]:

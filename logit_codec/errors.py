@@ -2,9 +2,9 @@
 
 
 class CodecError(ValueError):
-    """The bytes are not a container that this version can read, or the targets cannot be encoded.
+    """Raised for bytes that are not a container of this version, and for targets with bad rows.
 
-    `row` is the first row at fault where one row is.
+    `row` is the first bad row, if the error is about a row.
     """
 
     def __init__(self, message: str = "", row: int | None = None) -> None:

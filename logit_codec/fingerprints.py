@@ -1,4 +1,4 @@
-"""Hashes that both sides compute alike, so that a wrong pairing is refused, and draws agree."""
+"""Computes hashes alike on both sides, so that wrong pairings are refused and draws agree."""
 
 import hashlib
 import json
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def ids_digest(token_ids: Tensor) -> bytes:
-    """XXH3-128 (canonical form) of a sequence's ids as little-endian int32, for `uniforms`."""
+    """Hashes a sequence's ids as little-endian int32, for `uniforms`: XXH3-128, canonical form."""
     return xxhash.xxh3_128_digest(token_ids.cpu().numpy().astype("<i4").tobytes())
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 (hex) over a tokenizer's sorted (id, token) pairs and its special ids.
+    """Hashes a tokenizer's sorted (id, token) pairs and its special ids: SHA-256, in hex.
 
-    Special are the added tokens marked so and the ones with a name such as bos_token.
+    Special tokens are added tokens marked as special, and those with a name such as bos_token.
     `tokenizer` is one of transformers (`get_vocab`, `added_tokens_decoder`) or of tokenizers
     (`get_vocab`, `get_added_tokens_decoder`). Raises ValueError for anything else.
     """

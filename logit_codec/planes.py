@@ -1,10 +1,9 @@
-"""What the planes of a container hold, beside ids: logprob codes, counts, numbers per row.
+"""Reads and writes the planes that all kinds share, and checks the rows that go into them.
 
-Letters: R rows, E entries of all rows together, N draws per row, S counts that are stated.
+A plane is one array of a container; what a kind writes on its own is in `logit_codec/kinds/`.
+
+Letters: R rows, E entries of all rows together.
 """
-
-import math
-from functools import cache
 
 import numpy as np
 import torch
@@ -12,229 +11,155 @@ from torch import Tensor
 
 from logit_codec import bits as bitpack
 from logit_codec.errors import CodecError
-from logit_codec.ids import Entries
-from logit_codec.spec import LEVEL_BITS, RANGE_BITS
+from logit_codec.header import (
+    HAS_ENTROPY,
+    HAS_LOG_Z,
+    HAS_REALIZED,
+    HEADER,
+    OVERHEAD_NBYTES,
+    Header,
+)
+from logit_codec.targets import Targets
 
 CODES_PER_NAT = 2048
 """Scale of the 16-bit codes of realized logprob and entropy: steps of 1/2048 up to 31.9995."""
-RANGES_PER_OCTAVE, RANGE_OF_1_NAT = 16, 127
-"""Range r > 0 of a row's logprobs is 2^((r - 127) / 16) nats: 0.0043 to 256, in steps of 4.4 %."""
-LEVELS = (1 << LEVEL_BITS) - 1
-"""Of a code's upper bits, which are written as flags: most entries are near the low end."""
 
 
-def quantise(
-    logprobs: Tensor, rows: Tensor, num_rows: int, bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(R,) ranges and (E,) codes of `bits` bits; see `dequantise` for what they mean.
+class PlaneReader:
+    """Hands out the planes of a container in order, and none beyond its end."""
 
-    And the (R,) numbers of the best entries: the first of the largest of each row.
-    """
-    logprobs = logprobs.double()
-    empty_R = logprobs.new_empty(num_rows)
-    high_R = empty_R.scatter_reduce(0, rows, logprobs, "amax", include_self=False)
-    low_R = empty_R.scatter_reduce(0, rows, logprobs, "amin", include_self=False)
-    ranges = (high_R - low_R).log2_().mul_(RANGES_PER_OCTAVE).add_(RANGE_OF_1_NAT)
-    ranges = ranges.ceil_().clamp_(1, (1 << RANGE_BITS) - 1)
-    ranges = ranges.masked_fill_(high_R == low_R, 0).long()
-    # A row whose entries are all equal has no range; 1 stands in, for a division.
-    below = (high_R[rows] - logprobs).div_(_range_nats(ranges).masked_fill_(ranges == 0, 1.0)[rows])
-    most = (1 << bits) - 1
-    codes = below.sub_(1).neg_().exp_().sub_(1).mul_(most / (math.e - 1))
-    codes = codes.round_().clamp_(0, most).masked_fill_(ranges[rows] == 0, 0.0)
-    largest = (logprobs == high_R[rows]).nonzero()[:, 0]
-    best = ranges.scatter_reduce(0, rows[largest], largest, "amin", include_self=False)
-    return ranges, codes.long(), best
+    def __init__(self, raw: np.ndarray, sizes: dict[str, int | None]) -> None:
+        self._raw = raw  # ends in the digest: a BitString may read some bits after its plane
+        self._at = HEADER.size
+        self._sizes = sizes
+        num_words = (len(raw) - OVERHEAD_NBYTES) // 4
+        self.spare = num_words - sum(size or 0 for size in sizes.values())
+        """Words that no plane of known size needs."""
 
+    @property
+    def taken(self) -> int:
+        """Words handed out so far."""
+        return (self._at - HEADER.size) // 4
 
-def dequantise(
-    codes: np.ndarray, ranges: np.ndarray, entries: Entries, tail: np.ndarray, bits: int
-) -> Tensor:
-    """(E,) codes -> (E,) logprobs.
+    def take(self, name: str, num_words: int | None = None) -> bitpack.BitString:
+        """Returns the next plane; `num_words` is for one whose size the header does not give."""
+        size = self._sizes[name]
+        if size is None:
+            assert num_words is not None
+            if num_words > self.spare:
+                raise CodecError(f"the container ends in its {name} plane")
+            self.spare -= num_words
+            size = num_words
+        first = self._at
+        self._at += 4 * size
+        return bitpack.BitString(self._raw, first, self._at, name)
 
-    A code says how far above the low end of its row's range an entry is, in steps that are e times
-    finer at the top, where an error costs more. How high the best one stands follows from the tail:
-    the entries of a row hold exactly 1 - tail.
-    """
-    below = _shares_below(bits).take(codes)
-    below *= np.repeat(_nats_of_ranges().take(ranges), entries.counts)
-    # The functions are torch's, as in the writer; numpy's may differ in the last bit.
-    weights = torch.from_numpy(below).neg().exp_().numpy()
-    mass_R = np.bincount(entries.rows, weights, len(ranges))  # added up in the order of the entries
-    high_R = torch.log(-torch.expm1(torch.from_numpy(tail).double()))
-    high_R -= torch.from_numpy(mass_R).double().log_()  # (without entries it is of whole numbers)
-    logprobs = np.repeat(high_R.numpy(), entries.counts)
-    logprobs -= below
-    return torch.from_numpy(logprobs.astype(np.float32))
+    def take_numbers(self, name: str, count: int, width: int) -> np.ndarray:
+        """Reads a plane of (count,) int64 numbers of one width and nothing else."""
+        plane = self.take(name)
+        numbers = plane.numbers(count, width)
+        plane.end()
+        return numbers
 
+    def take_floats(self, name: str) -> np.ndarray:
+        """Reads a plane of (n,) float32 and nothing else."""
+        return self.take(name).raw_bytes().view(np.float32)
 
-@cache
-def _shares_below(bits: int) -> np.ndarray:
-    """(2**bits,) float64: how far below the best entry each code is, of the row's range."""
-    codes = torch.arange(1 << bits, dtype=torch.float64)
-    above = codes.mul_((math.e - 1) / ((1 << bits) - 1)).log1p_()
-    return above.neg_().add_(1).numpy()
+    def __contains__(self, name: str) -> bool:
+        return name in self._sizes
 
 
-@cache
-def _nats_of_ranges() -> np.ndarray:
-    """(256,) float64: the nats of each range."""
-    return _range_nats(torch.arange(1 << RANGE_BITS)).numpy()
+class RowCheck:
+    """Refuses rows that cannot be encoded, by the number that they have in the caller's targets."""
+
+    def __init__(self, first_row: int) -> None:
+        self._first_row = first_row
+
+    def refuse(self, bad: Tensor, why: str, rows: Tensor | None = None) -> None:
+        """Raises CodecError for the first bad row; `rows` says which row each element is of."""
+        if bool(bad.any()):
+            rows_of = None if rows is None else rows.cpu().numpy()
+            refuse_rows(bad.cpu().numpy(), why, rows_of, self._first_row)
+
+    def refuse_mass(self, mass_R: Tensor, tolerance: float = 1e-3) -> None:
+        """Raises CodecError for the first row whose probabilities do not add up to 1."""
+        self.refuse((mass_R - 1).abs() > tolerance, "its probabilities do not add up to 1")
+
+    def refuse_row_fields(self, targets: Targets) -> None:
+        """Raises CodecError for the first row in which a field of every kind is not a number."""
+        for name, is_good in (
+            ("log_z", torch.isfinite),
+            ("entropy", torch.isfinite),
+            ("realized_logprob", lambda values: ~torch.isnan(values)),
+        ):
+            values = getattr(targets, name)
+            if values is not None:
+                self.refuse(~is_good(values), f"its {name} is not a finite number")
 
 
-def _range_nats(ranges: Tensor) -> Tensor:
-    nats = torch.exp2((ranges.double() - RANGE_OF_1_NAT) / RANGES_PER_OCTAVE)
-    return nats.masked_fill_(ranges == 0, 0.0)
+def row_plane_sizes(header: Header) -> dict[str, int | None]:
+    """Returns the words of the planes that every kind may end with, in order."""
+    half_words = bitpack.num_words(header.num_rows, 16)
+    planes: dict[str, int | None] = {}
+    if header.flags & HAS_REALIZED:
+        planes["realized"] = half_words
+    if header.flags & HAS_ENTROPY:
+        planes["entropy"] = half_words
+    if header.flags & HAS_LOG_Z:
+        planes["log_z"] = header.num_rows
+    return planes
 
 
-def pack_codes(codes: Tensor, best: Tensor, counts: Tensor, bits: int, id_words: int) -> Tensor:
-    """(E,) codes of `bits` bits, (R,) best entries and counts of entries -> the words of the plane.
-
-    The place of each row's best entry, whose code is then known; of the others the upper LEVEL_BITS
-    in unary, level by level, and then the lower bits. A Golomb-Rice code: most of a row's entries
-    are near its low end. It is as long as `_least_words` says at least.
-    """
-    num_entries = len(codes)
-    others = torch.ones_like(codes, dtype=torch.bool)
-    others[best] = False
-    codes = codes[others]
-    low_bits = bits - LEVEL_BITS
-    level = codes >> low_bits
-    values, widths = [best - _first_entries(counts)], [_place_bits(counts)]
-    for number in range(1, LEVELS + 1):
-        flags = level >= number
-        values.append(flags.long())
-        widths.append(torch.ones_like(level))
-        level = level[flags]
-    values.append(codes & ((1 << low_bits) - 1))
-    widths.append(torch.full_like(codes, low_bits))
-    words = bitpack.pack_varying(torch.cat(values), torch.cat(widths))
-    return _filled(words, _least_words(num_entries, id_words))
+def pack_row_fields(targets: Targets) -> tuple[int, list[Tensor]]:
+    """Returns the header's flags and the planes that every kind may end with."""
+    flags, planes = 0, []
+    if targets.realized_logprob is not None:
+        flags |= HAS_REALIZED
+        planes.append(pack_codes16(-targets.realized_logprob))
+    if targets.entropy is not None:
+        flags |= HAS_ENTROPY
+        planes.append(pack_codes16(targets.entropy))
+    if targets.log_z is not None:
+        flags |= HAS_LOG_Z
+        planes.append(raw_words(targets.log_z))
+    return flags, planes
 
 
-def unpack_codes(
-    string: bitpack.BitString, entries: Entries, bits: int, id_words: int
-) -> np.ndarray:
-    """(E,) int64: the inverse of `pack_codes`. Raises CodecError unless it would write just these
-    words."""
-    counts, first_entries = entries.counts, entries.splits[:-1]
-    num_entries = len(entries.ids)
-    num_others = num_entries - len(counts)
-    places = string.varying(np.frexp(counts - 1)[1].astype(np.int64))
-    if (places >= counts).any():
-        raise CodecError("the best entry of a row is beyond its last")
-    alive = np.flatnonzero(string.flags(num_others))
-    level = np.zeros(num_others, np.int64)
-    level[alive] = 1
-    for number in range(2, LEVELS + 1):
-        alive = alive.compress(string.flags(len(alive)))
-        level[alive] = number
-    low_bits = bits - LEVEL_BITS
-    level <<= low_bits
-    level |= string.numbers(num_others, low_bits)
-    string.end(_least_words(num_entries, id_words))
-    is_other = np.ones(num_entries, np.bool_)
-    is_other[places + first_entries] = False
-    codes = np.full(num_entries, (1 << bits) - 1)
-    codes[is_other] = level
-    return codes
+def read_row_fields(reader: PlaneReader, num_rows: int) -> dict[str, Tensor]:
+    """Reads the planes that every kind may end with. Raises CodecError."""
+    fields = {}
+    if "realized" in reader:
+        fields["realized_logprob"] = unpack_codes16(reader.take("realized"), num_rows).neg_()
+    if "entropy" in reader:
+        fields["entropy"] = unpack_codes16(reader.take("entropy"), num_rows)
+    if "log_z" in reader:
+        log_z = reader.take_floats("log_z")
+        refuse_rows(~np.isfinite(log_z), "its log_z is not a finite number")
+        fields["log_z"] = torch.from_numpy(log_z)
+    return fields
 
 
-def _first_entries(counts: Tensor) -> Tensor:
-    return counts.cumsum(0).sub_(counts)
+def least_words(num_entries: int, id_words: int) -> int:
+    """Returns what `id_words` words of ids leave of a byte per entry; tiny vocabularies need it.
 
-
-def _place_bits(counts: Tensor) -> Tensor:
-    """(R,) bits that tell the entries of a row apart: of count - 1, written in binary."""
-    return torch.frexp((counts - 1).double()).exponent.long()
-
-
-def pack_draws(counts: Tensor, rows: Tensor, num_draws: int, id_words: int) -> Tensor:
-    """(E,) counts of the draws of each row, which add up to N -> the words of the draws plane.
-
-    Elias gamma codes, level by level instead of count by count: whether each count is at least 2;
-    of those, whether it is at least 4, 8 and so on; then the bits below the leading one. The first
-    count of a row that is not 1 is left out after its first level: it follows from N. It is as long
-    as `_least_words` says at least.
-    """
-    several = counts > 1
-    values, widths = [several.long()], [torch.ones_like(counts)]
-    stated = counts[_stated(several, rows)]
-    log2 = torch.ones_like(stated)
-    alive = stated
-    for level in range(2, num_draws.bit_length()):
-        higher = alive >= 1 << level
-        values.append(higher.long())
-        widths.append(torch.ones_like(alive))
-        log2 += stated >= 1 << level
-        alive = alive[higher]
-    values.append(stated - (1 << log2))
-    widths.append(log2)
-    words = bitpack.pack_varying(torch.cat(values), torch.cat(widths))
-    return _filled(words, _least_words(len(rows), id_words))
-
-
-def unpack_draws(
-    string: bitpack.BitString, entries: Entries, num_draws: int, id_words: int
-) -> np.ndarray:
-    """(E,) int64: the inverse of `pack_draws`. Raises CodecError unless it would write just these
-    words."""
-    rows, num_entries = entries.rows, len(entries.ids)
-    several = np.flatnonzero(string.flags(num_entries))
-    rows_of_several = rows.take(several)
-    is_first = np.ones(len(several), np.bool_)
-    np.not_equal(rows_of_several[1:], rows_of_several[:-1], out=is_first[1:])
-    implied, rows_of_implied = several.compress(is_first), rows_of_several.compress(is_first)
-    stated = several.compress(~is_first)
-    log2 = np.ones(len(stated), np.int64)
-    alive = np.arange(len(stated))
-    for level in range(2, num_draws.bit_length()):
-        alive = alive.compress(string.flags(len(alive)))
-        log2[alive] = level
-    low = string.varying(log2)
-    string.end(_least_words(num_entries, id_words))
-    counts = np.ones(num_entries, np.int64)
-    counts[stated] = low + (1 << log2)
-    draws_R = np.add.reduceat(counts, entries.splits[:-1]) if num_entries else counts
-    missing = num_draws - draws_R.take(rows_of_implied)  # beside the 1 that they count as
-    if (missing < 1).any():
-        raise CodecError(f"the counts of a row add up to more than its {num_draws} draws")
-    counts[implied] += missing
-    draws_R[rows_of_implied] = num_draws
-    refuse_rows(draws_R != num_draws, f"its counts do not add up to the {num_draws} draws")
-    return counts
-
-
-def _least_words(num_entries: int, id_words: int) -> int:
-    """What `id_words` words of ids leave of a byte per entry. (Only tiny vocabularies need it.)
-
-    It bounds a reader's memory by a multiple of what it is sent.
+    It bounds a reader's memory by a multiple of the bytes that it is sent.
     """
     return (num_entries + 3) // 4 - id_words
 
 
-def _filled(words: Tensor, least_words: int) -> Tensor:
-    return torch.nn.functional.pad(words, (0, max(0, least_words - len(words))))
-
-
-def _stated(several: Tensor, rows: Tensor) -> Tensor:
-    """(E,) bool: which counts are written in full: above 1 and not the first such of their row."""
-    index = several.nonzero()[:, 0]
-    first = torch.ones_like(index, dtype=torch.bool)
-    torch.ne(rows[index[1:]], rows[index[:-1]], out=first[1:])
-    stated = several.clone()
-    stated[index[first]] = False
-    return stated
+def pad_words(words: Tensor, least: int) -> Tensor:
+    """Appends words of 0 until there are at least `least`."""
+    return torch.nn.functional.pad(words, (0, max(0, least - len(words))))
 
 
 def pack_codes16(nats: Tensor) -> Tensor:
-    """(R,) nats >= 0, +inf allowed -> packed 16-bit codes; the largest code means 'or more'."""
+    """Packs (R,) nats >= 0, +inf allowed, as 16-bit codes; the largest code means 'or more'."""
     codes = (nats.double() * CODES_PER_NAT).round_().clamp_(0, 0xFFFF)
     return bitpack.pack(codes.long(), 16)
 
 
 def unpack_codes16(string: bitpack.BitString, count: int) -> Tensor:
-    """The inverse of `pack_codes16`: (count,) float32."""
+    """Inverts `pack_codes16`: reads (count,) float32."""
     nats = string.numbers(count, 16).astype(np.float32)
     string.end()
     nats /= CODES_PER_NAT
@@ -244,7 +169,7 @@ def unpack_codes16(string: bitpack.BitString, count: int) -> Tensor:
 def refuse_rows(
     bad: np.ndarray, why: str, rows: np.ndarray | None = None, first_row: int = 0
 ) -> None:
-    """Raises CodecError for the first row that is bad; `rows` says which row each element is of."""
+    """Raises CodecError for the first bad row; `rows` says which row each element is of."""
     if bad.any():
         index = int(bad.argmax())
         row = first_row + (index if rows is None else int(rows[index]))
@@ -252,6 +177,6 @@ def refuse_rows(
 
 
 def raw_words(values: Tensor) -> Tensor:
-    """A contiguous float tensor as int32 words, padded with zero bytes."""
+    """Views a contiguous float tensor as int32 words, padded with zero bytes."""
     raw = values.contiguous().view(torch.uint8)
     return torch.nn.functional.pad(raw, (0, -len(raw) % 4)).view(torch.int32)

@@ -1,4 +1,6 @@
-"""What is kept of the teacher's distributions, one frozen dataclass per kind.
+"""Defines what all targets have in common: rows of a teacher's distribution, compactly encoded.
+
+The dataclass of each kind is in its own file in `logit_codec/kinds/`.
 
 Letters: R rows, V vocabulary, E kept entries of all rows together.
 """
@@ -6,17 +8,18 @@ Letters: R rows, V vocabulary, E kept entries of all rows together.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from logit_codec.spec import MAX_DRAWS, DenseSpec, SampledSpec, TargetSpec, TopKSpec
+UNKNOWN = -1
+"""Stands for an id that the targets do not tell."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
 class Targets:
-    """R rows of the teacher's distribution over V ids, at a temperature that is part of the value.
+    """Holds R rows of the teacher's distribution over V ids, at one temperature.
 
     Raises ValueError if shapes or dtypes do not fit together.
     """
@@ -43,14 +46,16 @@ class Targets:
         for name in self.row_fields:
             value = getattr(self, name)
             if value is not None:
-                _expect(name, value, torch.float32, (self.num_rows,))
+                expect_tensor(name, value, torch.float32, (self.num_rows,))
 
     @property
     def num_rows(self) -> int:
+        """R, also `len()`."""
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
+        """The device of all tensors."""
         raise NotImplementedError
 
     @property
@@ -68,7 +73,7 @@ class Targets:
         return f"{type(self).__name__}({', '.join(parts)}, temperature={self.temperature})"
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The same targets with every tensor on `device`."""
+        """Returns the same targets with every tensor on `device`."""
         moved = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in self._tensors().items()
@@ -76,11 +81,22 @@ class Targets:
         return replace(self, **moved)
 
     def to_dense(self) -> Tensor:
-        """(R, V) float32 probabilities as the losses read them; for tests and a small V."""
+        """Returns (R, V) float32 probabilities as the losses read them; for tests and a small V."""
         raise NotImplementedError
 
+    def most_likely(self) -> Tensor:
+        """Returns (R,) int64: the likeliest id of each row as far as known, ties to the lowest."""
+        raise NotImplementedError
+
+    def mode(self) -> tuple[Tensor, Tensor] | None:
+        """Returns the likeliest id of each row for certain, or None if this kind never tells.
+
+        (R,) int64 ids, UNKNOWN where the targets do not tell, and their (R,) probabilities.
+        """
+        return None
+
     def __getitem__(self, rows: "slice | Tensor") -> Self:
-        """Some consecutive rows, without copying; or those of (N,) int64 row numbers."""
+        """Returns consecutive rows without copying, or the rows of (N,) int64 row numbers."""
         if isinstance(rows, Tensor) and rows.dtype == torch.int64 and rows.dim() == 1:
             return self._take(rows)
         if not isinstance(rows, slice):
@@ -97,7 +113,7 @@ class Targets:
         raise NotImplementedError
 
     def _take(self, rows: Tensor) -> Self:
-        """As tensors are indexed: in this order, and as often as a row is named."""
+        """Indexes rows as tensors are indexed: in this order, as often as a row is named."""
         raise NotImplementedError
 
     def _row_tensors(self, rows: slice | Tensor) -> dict[str, Tensor]:
@@ -113,7 +129,7 @@ class Targets:
 
     @staticmethod
     def cat(parts: Sequence["Targets"]) -> "Targets":
-        """The rows of all parts, one after the other.
+        """Joins the rows of all parts, one part after the other.
 
         Raises ValueError if there is no part, or if parts differ in kind, vocabulary, temperature
         or in which fields they carry.
@@ -123,33 +139,40 @@ class Targets:
         first = parts[0]
         if len(parts) == 1:
             return first
+        constants = [
+            field.name
+            for field in fields(first)
+            if isinstance(getattr(first, field.name), int | float | str)
+        ]
         for other in parts[1:]:
-            for name, mine, theirs in (
+            for name, mine, other_value in (
                 ("kind", first.kind, other.kind),
-                ("vocab_size", first.vocab_size, other.vocab_size),
-                ("temperature", first.temperature, other.temperature),
-                ("num_draws", *(getattr(part, "num_draws", None) for part in (first, other))),
+                *((name, getattr(first, name), getattr(other, name, None)) for name in constants),
                 ("fields", _dtypes(first), _dtypes(other)),
             ):
-                if mine != theirs:
-                    raise ValueError(f"cannot join targets of different {name}: {mine}, {theirs}")
+                if mine != other_value:
+                    raise ValueError(
+                        f"cannot join targets of different {name}: {mine}, {other_value}"
+                    )
         joined = {
             name: torch.cat([getattr(part, name) for part in parts])
             for name in first._tensors()
             if name != "row_splits"
         }
-        if isinstance(first, SparseTargets):
-            sizes = [part.row_splits.diff() for part in parts if isinstance(part, SparseTargets)]
-            joined["row_splits"] = _splits(torch.cat(sizes))
+        if "row_splits" in first._tensors():
+            sizes = [part._tensors()["row_splits"].diff() for part in parts]
+            joined["row_splits"] = row_splits_of(torch.cat(sizes))
         return replace(first, **joined)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
 class SparseTargets(Targets):
-    """Targets that keep a few entries of each row."""
+    """Holds a few ids of each row, its entries."""
 
     entry_fields: ClassVar[dict[str, torch.dtype]] = {"token_ids": torch.int64}
     """Tensors with one element per entry, and their types."""
+    ranked_by: ClassVar[str]
+    """The field of which a likelier id has more."""
 
     row_splits: Tensor
     """(R+1,) int64: the entries of row r are row_splits[r] : row_splits[r+1]."""
@@ -157,11 +180,11 @@ class SparseTargets(Targets):
     """(E,) int64, ascending within a row."""
 
     def __post_init__(self) -> None:
-        _expect("row_splits", self.row_splits, torch.int64, _row(self.row_splits))
+        expect_tensor("row_splits", self.row_splits, torch.int64, first_dimension(self.row_splits))
         if len(self.row_splits) == 0:
             raise ValueError("row_splits needs R+1 elements, got none")
         for name, dtype in self.entry_fields.items():
-            _expect(name, getattr(self, name), dtype, _row(self.token_ids))
+            expect_tensor(name, getattr(self, name), dtype, first_dimension(self.token_ids))
         Targets.__post_init__(self)
 
     @property
@@ -173,14 +196,36 @@ class SparseTargets(Targets):
         return self.token_ids.device
 
     def entry_rows(self) -> Tensor:
-        """(E,) int64: the row that each entry belongs to."""
+        """Returns (E,) int64: the row that each entry belongs to."""
         rows = torch.arange(self.num_rows, device=self.device)
         return torch.repeat_interleave(
             rows, self.row_splits.diff(), output_size=len(self.token_ids)
         )
 
-    def _dense_of(self, values: Tensor) -> Tensor:
-        """(E,) float32 -> (R, V), 0 where there is no entry."""
+    def entry_logprobs(self) -> tuple[Tensor, Tensor]:
+        """Returns (E,) logprobs, and the logprob of all other ids together: (R,), or () for all."""
+        raise NotImplementedError
+
+    def most_likely(self) -> Tensor:
+        """Returns (R,) int64: the id of each row's largest entry, the lowest of equal ones."""
+        rows_E = self.entry_rows()
+        values_E = getattr(self, self.ranked_by).float()
+        best_R = values_E.new_full((self.num_rows,), -torch.inf)
+        best_R = best_R.scatter_reduce(0, rows_E, values_E, "amax")
+        # A boolean mask would have to wait for the device to learn how many entries it keeps.
+        ids_E = self.token_ids.where(values_E == best_R[rows_E], self.vocab_size)
+        ids_R = torch.full_like(best_R, self.vocab_size, dtype=torch.int64)
+        return ids_R.scatter_reduce(0, rows_E, ids_E, "amin")
+
+    def keep(self, keep_E: Tensor, **changed: Any) -> Self:
+        """Returns the targets with only some of the entries; `changed` replaces other fields."""
+        entries = {name: getattr(self, name)[keep_E] for name in self.entry_fields}
+        sizes_R = torch.zeros_like(self.row_splits[1:])
+        sizes_R = sizes_R.index_add(0, self.entry_rows(), keep_E.long())
+        return replace(self, **{**entries, "row_splits": row_splits_of(sizes_R), **changed})
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Spreads (E,) float32 values over (R, V), with 0 where there is no entry."""
         dense = torch.zeros(self.num_rows, self.vocab_size, device=self.device)
         dense[self.entry_rows(), self.token_ids] = values
         return dense
@@ -195,104 +240,16 @@ class SparseTargets(Targets):
 
     def _take(self, rows: Tensor) -> Self:
         sizes = self.row_splits.diff()[rows]
-        splits = _splits(sizes)
-        # Entry e of the result lies as far behind its row's first as it did.
+        splits = row_splits_of(sizes)
+        # Entry e of the result is as far after the first of its row as before.
         shifts = torch.repeat_interleave(self.row_splits[:-1][rows] - splits[:-1], sizes)
         places = torch.arange(len(shifts), device=self.device) + shifts
         taken = {name: getattr(self, name)[places] for name in self.entry_fields}
         return replace(self, row_splits=splits, **taken, **self._row_tensors(rows))
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
-class SampledTargets(SparseTargets):
-    """How often each id was drawn; counts / num_draws is an unbiased estimate of the row.
-
-    The draws are systematic (logit_codec/sampling.py), so an id of probability p has a count within
-    1 of num_draws * p.
-    """
-
-    kind: ClassVar[str] = "sampled"
-    entry_fields: ClassVar[dict[str, torch.dtype]] = {
-        "token_ids": torch.int64,
-        "counts": torch.int64,
-    }
-
-    counts: Tensor
-    """(E,) int64, at least 1; those of a row add up to num_draws."""
-    num_draws: int
-    """Draws per row, N."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.num_draws <= MAX_DRAWS:
-            raise ValueError(f"num_draws must be 1 to {MAX_DRAWS}, got {self.num_draws}")
-        SparseTargets.__post_init__(self)
-
-    def to_dense(self) -> Tensor:
-        """(R, V) float32 probabilities: counts / num_draws."""
-        return self._dense_of(self.counts.float() / self.num_draws)
-
-
-@dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
-class TopKTargets(SparseTargets):
-    """The most likely ids of each row, their logprobs, and the exact mass of all the others."""
-
-    kind: ClassVar[str] = "top_k"
-    row_fields: ClassVar[tuple[str, ...]] = (*Targets.row_fields, "tail_logprob")
-    entry_fields: ClassVar[dict[str, torch.dtype]] = {
-        "token_ids": torch.int64,
-        "logprobs": torch.float32,
-    }
-
-    logprobs: Tensor
-    """(E,) float32."""
-    tail_logprob: Tensor
-    """(R,) float32: log of 1 - kept mass; -inf if every id is kept."""
-
-    def to_dense(self) -> Tensor:
-        """(R, V) float32 probabilities: the kept entries; the tail is not spread over other ids."""
-        return self._dense_of(self.logprobs.exp())
-
-
-@dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
-class DenseTargets(Targets):
-    """The logprob of every id."""
-
-    kind: ClassVar[str] = "dense"
-
-    logprobs: Tensor
-    """(R, V) float32 or bfloat16; -inf where the teacher has a padding row."""
-
-    def __post_init__(self) -> None:
-        if self.logprobs.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"logprobs must be float32 or bfloat16, got {self.logprobs.dtype} for dense"
-            )
-        _expect("logprobs", self.logprobs, None, (*_row(self.logprobs), self.vocab_size))
-        Targets.__post_init__(self)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.logprobs)
-
-    @property
-    def device(self) -> torch.device:
-        return self.logprobs.device
-
-    def to_dense(self) -> Tensor:
-        """(R, V) float32 probabilities."""
-        return self.logprobs.float().exp()
-
-    def _slice(self, start: int, stop: int) -> "DenseTargets":
-        return replace(
-            self, logprobs=self.logprobs[start:stop], **self._row_tensors(slice(start, stop))
-        )
-
-    def _take(self, rows: Tensor) -> "DenseTargets":
-        return replace(self, logprobs=self.logprobs[rows], **self._row_tensors(rows))
-
-
-def _row(value: Tensor) -> tuple[int, ...]:
-    """The shape of a row as long as `value`; of length 1 if it has no dimension at all."""
+def first_dimension(value: Tensor) -> tuple[int, ...]:
+    """Returns the first dimension of a tensor as a shape, (1,) for a tensor without dimensions."""
     return tuple(value.shape[:1]) or (1,)
 
 
@@ -302,7 +259,10 @@ def _dtypes(targets: Targets) -> dict[str, str]:
     }
 
 
-def _expect(name: str, value: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...]) -> None:
+def expect_tensor(
+    name: str, value: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...]
+) -> None:
+    """Raises ValueError unless the tensor has this dtype, if one is given, and this shape."""
     if (dtype is not None and value.dtype != dtype) or tuple(value.shape) != shape:
         raise ValueError(
             f"{name} must be {dtype or value.dtype} of shape {shape}, "
@@ -310,35 +270,6 @@ def _expect(name: str, value: Tensor, dtype: torch.dtype | None, shape: tuple[in
         )
 
 
-def _splits(sizes: Tensor) -> Tensor:
-    """(R,) sizes -> (R+1,) where each row begins, and the end."""
+def row_splits_of(sizes: Tensor) -> Tensor:
+    """Turns (R,) sizes into (R+1,) positions: where each row begins, and the end."""
     return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-
-
-def most_likely(targets: Targets) -> Tensor:
-    """(R,) int64: the teacher's likeliest id of each row, the lowest of equals, as far as the
-    targets tell."""
-    if isinstance(targets, DenseTargets):
-        return targets.logprobs.argmax(1)
-    assert isinstance(targets, SampledTargets | TopKTargets)
-    rows_E = targets.entry_rows()
-    values_E = targets.counts if isinstance(targets, SampledTargets) else targets.logprobs
-    values_E = values_E.float()
-    best_R = values_E.new_full((targets.num_rows,), -torch.inf)
-    best_R = best_R.scatter_reduce(0, rows_E, values_E, "amax")
-    # Not chosen by a mask: how many are chosen would have to be known here, and waited for.
-    ids_E = targets.token_ids.where(values_E == best_R[rows_E], targets.vocab_size)
-    ids_R = torch.full_like(best_R, targets.vocab_size, dtype=torch.int64)
-    return ids_R.scatter_reduce(0, rows_E, ids_E, "amin")
-
-
-def max_row_nbytes(spec: TargetSpec, vocab_size: int) -> float:
-    """Upper bound of the memory that one decoded row of the spec takes, in bytes."""
-    nbytes = 4 * (spec.realized + spec.entropy + spec.log_z)
-    if isinstance(spec, DenseSpec):
-        return nbytes + vocab_size * spec.bits // 8
-    nbytes += 16  # two elements of row_splits, if the row is alone
-    if isinstance(spec, SampledSpec):
-        return nbytes + 16 * min(spec.n, vocab_size)
-    assert isinstance(spec, TopKSpec)
-    return nbytes + 4 + 12 * min(spec.k, vocab_size)

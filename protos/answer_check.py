@@ -1,4 +1,7 @@
-"""`ScoreResponse.check` and `full_check`: bind an answer to its request; see teacher.proto."""
+"""Computes `ScoreResponse.check` and `full_check`, which bind an answer to its request.
+
+teacher.proto defines them.
+"""
 
 import struct
 
@@ -16,12 +19,12 @@ CONTAINER_DIGEST_NBYTES = 16
 
 
 def request_digest(request: teacher_pb2.ScoreRequest) -> bytes:
-    """XXH3-128 of all that a request says."""
+    """Hashes all fields of a request: XXH3-128 of its canonical bytes."""
     return xxhash.xxh3_128_digest(request.SerializeToString(deterministic=True))
 
 
 def answer_check(digest: bytes, response: teacher_pb2.ScoreResponse) -> bytes:
-    """What `check` must be in an answer to the request with this digest."""
+    """Computes `check` of an answer to the request with this digest."""
     state = xxhash.xxh3_128(digest)
     if response.HasField("error"):
         error = response.error
@@ -36,15 +39,19 @@ def answer_check(digest: bytes, response: teacher_pb2.ScoreResponse) -> bytes:
 
 
 def full_answer_check(digest: bytes, response: teacher_pb2.ScoreResponse) -> bytes:
-    """What `full_check` must be in an answer to the request with this digest."""
+    """Computes `full_check` of an answer to the request with this digest."""
     state = xxhash.xxh3_128(digest)
     if response.HasField("error"):
         error = response.error
         state.update(
             FULL_ERROR.pack(
-                *(teacher_pb2.ScoreResponse.ERROR_FIELD_NUMBER, error.code, error.retry_after_ms),
-                *(error.HasField("sequence"), error.sequence),
-                *(error.HasField("row"), error.row),
+                teacher_pb2.ScoreResponse.ERROR_FIELD_NUMBER,
+                error.code,
+                error.retry_after_ms,
+                error.HasField("sequence"),
+                error.sequence,
+                error.HasField("row"),
+                error.row,
             )
         )
         texts = [text.encode() for text in (error.reason, error.message, error.field)]
@@ -52,15 +59,22 @@ def full_answer_check(digest: bytes, response: teacher_pb2.ScoreResponse) -> byt
         part, timing = response.part, response.part.timing
         state.update(
             FULL_PART.pack(
-                *(teacher_pb2.ScoreResponse.PART_FIELD_NUMBER, part.sequence, part.first_row),
-                *(part.num_rows, part.last),
+                teacher_pb2.ScoreResponse.PART_FIELD_NUMBER,
+                part.sequence,
+                part.first_row,
+                part.num_rows,
+                part.last,
             )
         )
         state.update(part.payload[-CONTAINER_DIGEST_NBYTES:])
         state.update(
             TIMING.pack(
-                *(timing.queue_us, timing.forward_us, timing.head_us, timing.encode_us),
-                *(timing.batch_sequences, timing.batch_tokens),
+                timing.queue_us,
+                timing.forward_us,
+                timing.head_us,
+                timing.encode_us,
+                timing.batch_sequences,
+                timing.batch_tokens,
             )
         )
         texts = [part.ids_digest, part.teacher_fingerprint.encode()]
@@ -71,10 +85,10 @@ def full_answer_check(digest: bytes, response: teacher_pb2.ScoreResponse) -> byt
 
 
 def is_what_was_written(digest: bytes, response: teacher_pb2.ScoreResponse) -> bool:
-    """Whether an answer is the one that a service wrote to the request with this digest.
+    """Tells whether an answer arrived as a service wrote it for the request with this digest.
 
-    A service of before `full_check` leaves that out: then the fields that `check` does not cover may
-    have been changed on the way.
+    Services older than `full_check` leave it out: then fields that `check` does not cover may have
+    been changed on the way.
     """
     if response.check != answer_check(digest, response):
         return False

@@ -20,8 +20,7 @@ import torch
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from logit_codec import FORMAT_VERSION
-from logit_codec.spec import KINDS
+from logitstream.messages import describe_model
 from protos import teacher_pb2, teacher_pb2_grpc
 from teacher_server.admission.access import Access
 from teacher_server.admission.limits import Limits
@@ -335,14 +334,9 @@ def _open_tls(config: ServeConfig) -> Tls | None:
 
 def _describe(model: TeacherModel, limits: Limits) -> teacher_pb2.TeacherInfo:
     """Describes the teacher and the limits: what stays the same as long as the replica lives."""
-    return teacher_pb2.TeacherInfo(
-        model=model.name,
+    return describe_model(
+        model,
         revision=model.revision,
-        weights_fingerprint=model.weights_fingerprint,
-        tokenizer_fingerprint=model.tokenizer_fingerprint,
-        teacher_fingerprint=model.teacher_fingerprint,
-        vocab_size=model.vocab_size,
-        effective_vocab_size=model.effective_vocab_size,
         max_sequence_tokens=limits.max_sequence_tokens,
         limits=teacher_pb2.Limits(
             max_request_tokens=limits.max_request_tokens,
@@ -355,12 +349,9 @@ def _describe(model: TeacherModel, limits: Limits) -> teacher_pb2.TeacherInfo:
             max_part_bytes=limits.max_part_nbytes,
             max_answers_bytes=limits.max_answers_nbytes,
         ),
-        kinds=KINDS,
-        architecture=model.architecture,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         attention=model.attention,
-        format_versions=[FORMAT_VERSION],
         id_tables=[] if model.id_table is None else [model.id_table.digest],
         server_version=metadata.version("logitstream"),
     )

@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from logit_codec import DenseSpec, SampledSpec, TopKSpec
 from logitstream.connection import Address, Connection, Pem
+from logitstream.messages import fill_targets
 from protos import teacher_pb2
 from student_trainer.client.counters import Counters
 from student_trainer.client.dispatch import Pending
 from student_trainer.client.io_thread import IoThread
 from student_trainer.client.session import Session
-from student_trainer.errors import ForkedClient, ProtocolError, TeacherError
+from student_trainer.errors import ForkedClient, TeacherError
 from student_trainer.teachers.compatibility import check_compatible
 from student_trainer.teachers.request import Answer, ScoreOptions, row_mask
 from student_trainer.teachers.teacher import Teacher
@@ -126,30 +126,16 @@ def _request(
 ) -> tuple[teacher_pb2.ScoreRequest, int]:
     """Makes the message for one sequence; also returns how many rows it asks for."""
     ids = token_ids.numpy().astype("<i4")
-    spec = options.spec
-    message = teacher_pb2.TargetSpec(
-        omit_realized_logprob=not spec.realized,
-        entropy=spec.entropy,
-        omit_log_z=not spec.log_z,
-    )
-    if isinstance(spec, TopKSpec):
-        message.top_k.k, message.top_k.min_p, message.top_k.bits = spec.k, spec.min_p, spec.bits
-    elif isinstance(spec, DenseSpec):
-        message.dense.bits = spec.bits
-    elif isinstance(spec, SampledSpec):
-        message.sampled.n = spec.n
-    else:
-        raise ProtocolError(f"no message for {type(spec).__name__}")
     level = teacher_pb2.LEVEL_INTERACTIVE if options.interactive else teacher_pb2.LEVEL_TRAINING
     request = teacher_pb2.ScoreRequest(
         token_ids=ids.tobytes(),
         lengths=[len(ids)],
-        targets=message,
         temperature=options.temperature,
         seed=options.seed,
         epoch=options.epoch,
         level=level,
     )
+    fill_targets(request.targets, options.spec)
     mask = row_mask(rows, len(ids) - 1)
     if rows is None or mask is None:
         return request, len(ids) - 1

@@ -1,7 +1,7 @@
-"""Does a student predict the next token, and nothing later?
+"""Checks that a student predicts the next token from earlier ones only.
 
-Row i of the targets is the teacher's distribution of token i+1 given tokens 0..i. A student that sees
-later tokens, or has an encoder, would be trained on something else, with losses that look fine.
+Row i of the targets is the teacher's distribution of token i+1 given tokens 0..i. A student that
+sees later tokens, or has an encoder, would learn something else, with losses that look fine.
 
 Letters: T tokens, V vocabulary.
 """
@@ -18,30 +18,32 @@ logger = logging.getLogger(__name__)
 
 NUM_TOKENS = 8
 TOLERANCE = 1e-4
-"""Of the logits' spread, or 4 times the rounding of their dtype: experts add up in another order
-beside other tokens."""
+"""Allowed change, as a share of the logits' spread, or 4 times the rounding of their dtype if that
+is more: a mixture of experts adds up in another order when other tokens are in the batch."""
 
 
 def refuse_encoder_decoder(config: Any, name: str) -> None:
-    """Raises ValueError for a config of transformers whose models have an encoder."""
+    """Raises ValueError for a transformers config whose models have an encoder."""
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{name} is an encoder-decoder ({type(config).__name__}): its logits are of a text behind "
-            "its input, and the teacher's targets are of the input itself. Use a decoder-only causal "
-            "LM, what AutoModelForCausalLM makes."
+            f"{name} is an encoder-decoder ({type(config).__name__}): it predicts a text that "
+            "follows its input, but the teacher's targets are for the input itself. Use a "
+            "decoder-only causal LM, as AutoModelForCausalLM loads."
         )
 
 
 def check_causal(student: nn.Module) -> None:
     """Raises ValueError if a later token changes an earlier logit of the student.
 
-    One forward pass of two sequences of 8 tokens, without dropout. A student that cannot be tried,
-    because its parameters are elsewhere or its forward needs more than ids, passes.
+    Runs one forward pass of two sequences of 8 tokens, without dropout. A student that cannot be
+    tried, because its parameters are elsewhere or its forward needs more than ids, passes.
     """
     name = f"the student {type(student).__name__}"
     refuse_encoder_decoder(getattr(student, "config", None), name)
     parameters = list(student.parameters())
-    if not parameters or any(one.is_meta or hasattr(one, "ds_status") for one in parameters):
+    if not parameters or any(
+        parameter.is_meta or hasattr(parameter, "ds_status") for parameter in parameters
+    ):
         return
     get_embeddings = getattr(student, "get_input_embeddings", None)
     embeddings = None if get_embeddings is None else get_embeddings()
@@ -56,8 +58,8 @@ def check_causal(student: nn.Module) -> None:
         with evaluating(student), torch.no_grad():
             outputs: Any = student(input_ids=ids_2T)
         logits = outputs["logits"] if hasattr(outputs, "keys") else outputs[0]
-    except Exception as error:  # what its forward says to a plain batch is the training's matter
-        logger.info("%s was not tried for later tokens: %s", name, error)
+    except Exception as error:  # training will report what its forward needs
+        logger.info("%s was not checked for looking ahead: %s", name, error)
         return
     if not isinstance(logits, Tensor) or logits.shape[:2] != ids_2T.shape:
         return
@@ -67,14 +69,14 @@ def check_causal(student: nn.Module) -> None:
     if change > tolerance * float(earlier_2TV[0].std()):
         raise ValueError(
             f"{name} looks ahead: changing a later token moves its earlier logits by {change:.2g}. "
-            "Targets are of the next token given those before it: use a causal LM (of BERT's kind, "
-            "config.is_decoder=True)."
+            "Targets are for the next token given earlier ones: use a causal LM (for models like "
+            "BERT, config.is_decoder=True)."
         )
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module of it in eval mode, and back in the mode that it was in: no dropout, no draws."""
+    """Puts every module in eval mode, without dropout, and restores each one's mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,26 +1,33 @@
-"""Checks that targets, rows and vocabularies fit a loss."""
+"""Checks that targets, rows and vocabularies fit a loss, and says what to do where they do not."""
 
 import torch
 from torch import Tensor
 
-from logit_codec import DenseTargets, SampledTargets, Targets, TopKTargets
+from logit_codec import Targets
+from logit_codec.kinds import kind_named
 from student_trainer.errors import UnsuitableTargets
 from student_trainer.losses.divergences import DIVERGENCES
 
+IGNORE_INDEX = -100
+"""The label of a row without one."""
+MOST_PADDING = 0.01
+"""Mean probability that a teacher may give to ids that the student lacks."""
+
 
 def check_divergence(targets: Targets, divergence: str, beta: float, renormalize: bool) -> None:
-    """Raises ValueError, or UnsuitableTargets where other targets could express it."""
+    """Raises ValueError, or UnsuitableTargets where targets of another kind would do."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    if not isinstance(targets, SampledTargets | TopKTargets | DenseTargets):
+    cells = kind_named(targets.kind).cells
+    if cells is None:
         raise UnsuitableTargets(
             f"{divergence} cannot be computed from {type(targets).__name__}. Ask the teacher for "
             "targets='sampled' (forward_kl only) or targets='top_k:min_p=1/256,max_k=128'."
         )
-    if isinstance(targets, SampledTargets) and divergence != "forward_kl":
+    if cells.is_estimate and divergence != "forward_kl":
         raise UnsuitableTargets(
-            f"{divergence} cannot be estimated from sampled targets: it is not linear in the "
-            "teacher's probabilities. Use divergence='forward_kl', or ask the teacher for "
+            f"{divergence} cannot be estimated from {targets.kind} targets: it is not linear in "
+            "the teacher's probabilities. Use divergence='forward_kl', or ask the teacher for "
             "targets='top_k:min_p=1/256,max_k=128'."
         )
     if divergence == "jsd" and not 0 < beta < 1:
@@ -30,7 +37,7 @@ def check_divergence(targets: Targets, divergence: str, beta: float, renormalize
         )
     if divergence in ("skew_kl", "skew_reverse_kl") and not 0 <= beta < 1:
         raise ValueError(f"beta must be at least 0 and below 1 for {divergence}, got {beta}")
-    if renormalize and not isinstance(targets, TopKTargets):
+    if renormalize and not cells.has_tail:
         raise UnsuitableTargets(
             f"renormalize is for top_k targets; {targets.kind} targets sum to 1 as they are."
         )
@@ -46,7 +53,7 @@ def check_divergence(targets: Targets, divergence: str, beta: float, renormalize
 def check_rows(
     targets: Targets, labels: Tensor | None, mask: Tensor | None, ce_weight: float, reduction: str
 ) -> None:
-    """Raises ValueError for what does not have one element for each target row."""
+    """Raises ValueError for arguments without exactly one element for each target row."""
     num_rows = targets.num_rows
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
@@ -58,7 +65,7 @@ def check_rows(
 
 
 def check_labels(labels: Tensor | None, mask: Tensor | None, width: int) -> None:
-    """Raises ValueError for a label that the student lacks; only on a CPU, a device would wait."""
+    """Raises ValueError for a label that the student lacks; only on a CPU, where nothing waits."""
     if labels is None or labels.device.type != "cpu" or not len(labels):
         return
     if mask is not None:
@@ -66,7 +73,7 @@ def check_labels(labels: Tensor | None, mask: Tensor | None, width: int) -> None
     largest = int(labels.max())
     if largest >= width:
         raise ValueError(
-            f"label {largest} is none of the {width} ids that student and teacher share. Use a "
+            f"label {largest} is not one of the {width} ids that student and teacher share. Use a "
             "student whose head has every id of the tokenizer (student.resize_token_embeddings)."
         )
 
@@ -74,7 +81,7 @@ def check_labels(labels: Tensor | None, mask: Tensor | None, width: int) -> None
 def shared_vocabulary(
     targets: Targets, head_size: int, effective_vocab_size: int | None = None
 ) -> int:
-    """How many ids have a probability: those that student and teacher both have."""
+    """Returns how many ids have a probability: those that student and teacher both have."""
     shared = min(head_size, targets.vocab_size)
     if effective_vocab_size is None:
         return shared
@@ -84,10 +91,3 @@ def shared_vocabulary(
             f"teacher of {targets.vocab_size}, got {effective_vocab_size}"
         )
     return effective_vocab_size
-
-
-IGNORE_INDEX = -100
-
-
-MOST_PADDING = 0.01
-"""Mean probability that a teacher may give to ids that the student lacks."""

@@ -10,16 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LOWEST = -1e30
-"""Stands for log(0): its exp is 0 and 0 times it is 0, where -inf would make NaN."""
-
+from logit_codec.kinds.base import LOWEST
 
 FLOOR = -149 * math.log(2)
 """Log of float32's smallest number. Reverse KL divides by p, and reads a p of 0 as this."""
 
 
-def cells(divergence: str, beta: float, logp: Tensor, logq: Tensor) -> Tensor:
-    """What each cell adds to the divergence; logp and logq may be -inf."""
+def compute_cells(divergence: str, beta: float, logp: Tensor, logq: Tensor) -> Tensor:
+    """Computes what each cell adds to the divergence; logp and logq may be -inf."""
     return DIVERGENCES[divergence](logp.clamp(min=LOWEST), logq.clamp(min=LOWEST), beta)
 
 
@@ -59,14 +57,14 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def log_mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """log(share * exp(first) + (1 - share) * exp(second)), for a share below 1."""
+    """Computes log(share * exp(first) + (1 - share) * exp(second)), for a share below 1."""
     if share == 0:
         return second
     return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
 
 
-def _pulls(divergence: str, beta: float, logp: Tensor, logq: Tensor) -> Tensor:
-    """a = q * dD/dq of each cell; logp and logq may be -inf."""
+def compute_pulls(divergence: str, beta: float, logp: Tensor, logq: Tensor) -> Tensor:
+    """Computes a = q * dD/dq of each cell; logp and logq may be -inf."""
     return PULLS[divergence](logp.clamp(min=LOWEST), logq.clamp(min=LOWEST), beta)
 
 

@@ -1,7 +1,7 @@
-"""The distillation loss from hidden states and the head's weight: the student's logits never exist.
+"""Computes the distillation loss from hidden states and the head's weight: no (R, V) logits exist.
 
 Letters: R rows, C rows of one chunk, D hidden size, V vocabulary, K kept entries per row at most.
-p is the teacher, q the student, z the student's logits; losses.py says what a cell is.
+p is the teacher, q the student; distillation.py says what a cell is.
 
 Rows are taken a chunk at a time: logits of the chunk into a buffer, statistics and the K kept
 entries of each row out of it, the gradient of the logits into the same buffer, and from there into
@@ -19,14 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from logit_codec import Targets
-from student_trainer.losses.checks import (
-    check_divergence,
-    check_labels,
-    check_rows,
-    shared_vocabulary,
-)
-from student_trainer.losses.distillation import prepare, reduce, within
-from student_trainer.losses.fused_chunk import RowStatistics, _Problem, _run, most_entries
+from logit_codec.kinds import cells_of
+from student_trainer.losses.checks import check_labels, shared_vocabulary
+from student_trainer.losses.distillation import LossOptions, prepare, within
+from student_trainer.losses.fused_chunk import Problem, RowStatistics, most_entries
+from student_trainer.losses.fused_pass import FusedPass
 
 
 def fused_distillation_loss(
@@ -52,7 +49,9 @@ def fused_distillation_loss(
     statistics: RowStatistics | None = None,
     max_entries: int | None = None,
 ) -> Tensor:
-    """distillation_loss of softcap * tanh(logit_scale * (hidden @ head_weight.T + head_bias) / softcap).
+    """Computes distillation_loss of the logits of hidden states, without making all logits at once.
+
+    logits = softcap * tanh(logit_scale * (hidden @ head_weight.T + head_bias) / softcap)
 
     hidden: (R, D), the student's last hidden states for exactly the target rows, after its final
     norm. head_weight: (V, D); it may be frozen, or be the input embeddings too. head_bias: (V,).
@@ -61,19 +60,63 @@ def fused_distillation_loss(
     distillation_loss; masked rows cost nothing. chunk_rows: rows at a time; by default as many as
     make buffers of 96 MiB in all on a CPU, 512 MiB elsewhere. statistics: RowStatistics.zeros(R) on
     the device of hidden, to be filled in; with it labels are looked at even if ce_weight is 0.
-    max_entries: of the row of the targets that has most; where it is not given, a GPU's is waited for.
+    max_entries: of the row of the targets that has most; without it, a GPU's is waited for.
 
-    head_weight and head_bias may be DTensors, as FSDP2's fully_shard leaves them: they are gathered, and
-    their gradients averaged over the ranks of their mesh and sharded again, as FSDP2 does with all
-    others. Every rank of the mesh must then make this call, with rows of its own.
+    head_weight and head_bias may be DTensors, as FSDP2's fully_shard leaves them: they are
+    gathered, and their gradients averaged over the ranks of their mesh and sharded again, as FSDP2
+    does. Every rank of the mesh must then make this call, with rows of its own.
 
-    Extra memory is the head's gradient, which is float32 at least, and these buffers.
-    Gradients go to hidden, head_weight and head_bias, none are computed under torch.no_grad(), and
-    there are no second derivatives. backward does the work of the forward pass again only for
-    reduction="none" and if it is called a second time on a retained graph.
+    Extra memory is the head's gradient, which is float32 at least, and these buffers. No gradients
+    are computed under torch.no_grad(), and there are no second derivatives. backward repeats the
+    forward pass only for reduction="none" and if it is called twice on a retained graph.
 
     Raises what distillation_loss raises.
     """
+    _check_shapes(hidden, head_weight, head_bias, targets, softcap, chunk_rows)
+    options = LossOptions(
+        divergence, beta, kd_weight, ce_weight, temperature_scaling, renormalize, reduction
+    )
+    options.check(targets, labels, mask)
+    width = shared_vocabulary(targets, len(head_weight), effective_vocab_size)
+    labels = labels if ce_weight != 0 or statistics is not None else None
+    check_labels(labels, mask, width)
+    _refuse_gradients(
+        targets,
+        labels=labels,
+        mask=mask,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        num_items=num_items,
+    )
+    hidden, head_weight, head_bias = _cast_alike(hidden, head_weight, head_bias)
+    device = hidden.device
+    problem = Problem(
+        cells=cells_of(prepare(within(targets, width).to(device), renormalize)),
+        options=options,
+        kd_weight=options.scaled_weight(targets.temperature),
+        labels=None if labels is None else labels.to(device)[:, None],
+        rows=None if mask is None else mask.to(device, torch.bool).nonzero()[:, 0],
+        softcap=None if softcap is None else float(softcap),
+        logit_scale=float(logit_scale),
+        width=width,
+        chunk_rows=chunk_rows,
+        dtype=hidden.dtype,
+        statistics=statistics,
+        most=most_entries(targets) if max_entries is None else max_entries,
+    )
+    loss: Tensor = _Fused.apply(hidden, head_weight, head_bias, problem, torch.is_grad_enabled())
+    return loss if reduction == "none" else options.reduce(loss, len(hidden), mask, num_items)
+
+
+def _check_shapes(
+    hidden: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    targets: Targets,
+    softcap: float | None,
+    chunk_rows: int | None,
+) -> None:
+    """Raises ValueError for hidden states and a head that do not fit together or the targets."""
     if hidden.dim() != 2 or hidden.shape[0] != targets.num_rows:
         raise ValueError(
             f"hidden must be (R, D) with one row for each of the {targets.num_rows} target rows, "
@@ -92,24 +135,26 @@ def fused_distillation_loss(
         raise ValueError(f"softcap must be positive, or None for none, got {softcap}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    check_divergence(targets, divergence, beta, renormalize)
-    check_rows(targets, labels, mask, ce_weight, reduction)
-    width = shared_vocabulary(targets, len(head_weight), effective_vocab_size)
-    looks_at_labels = ce_weight != 0 or statistics is not None
-    check_labels(labels if looks_at_labels else None, mask, width)
-    others = {name: getattr(targets, name) for name in targets.__dataclass_fields__}
-    others |= {"labels": labels, "mask": mask, "softcap": softcap, "logit_scale": logit_scale}
-    for name, value in (others | {"num_items": num_items}).items():
+
+
+def _refuse_gradients(targets: Targets, **arguments: Any) -> None:
+    """Raises ValueError for an input that requires a gradient and gets none."""
+    fields = {name: getattr(targets, name) for name in targets.__dataclass_fields__}
+    for name, value in (fields | arguments).items():
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(
                 f"{name} requires a gradient, which only hidden, head_weight and head_bias get. "
                 "Detach it, or use distillation_loss."
             )
 
-    device = hidden.device
+
+def _cast_alike(
+    hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Casts as autocast does and gathers what is sharded. Raises ValueError for several dtypes."""
     low = hidden.dtype
-    if torch.is_autocast_enabled(device.type) and low != torch.float64:
-        low = torch.get_autocast_dtype(device.type)
+    if torch.is_autocast_enabled(hidden.device.type) and low != torch.float64:
+        low = torch.get_autocast_dtype(hidden.device.type)
         hidden, head_weight = hidden.to(low), head_weight.to(low)
         head_bias = None if head_bias is None else head_bias.to(low)
     for name, value in (("head_weight", head_weight), ("head_bias", head_bias)):
@@ -117,38 +162,11 @@ def fused_distillation_loss(
             raise ValueError(
                 f"{name} is {value.dtype} and hidden {low}: use one dtype, or autocast"
             )
-    head_weight = _gathered(head_weight)
-    head_bias = None if head_bias is None else _gathered(head_bias)
-
-    scale = kd_weight * (targets.temperature**2 if temperature_scaling else 1.0)
-    rows = None
-    if mask is not None:
-        rows = mask.to(device, torch.bool).nonzero()[:, 0]
-    problem = _Problem(
-        targets=prepare(within(targets, width).to(device), renormalize),
-        labels=labels.to(device)[:, None] if labels is not None and looks_at_labels else None,
-        rows=rows,
-        divergence=divergence,
-        beta=beta,
-        kd_weight=scale,
-        ce_weight=ce_weight,
-        softcap=None if softcap is None else float(softcap),
-        logit_scale=float(logit_scale),
-        width=width,
-        chunk_rows=chunk_rows,
-        dtype=low,
-        statistics=statistics,
-        most=most_entries(targets) if max_entries is None else max_entries,
-    )
-    each = reduction == "none"
-    loss = _Fused.apply(
-        hidden, head_weight, head_bias, problem, each, torch.is_grad_enabled() and not each
-    )
-    return loss if each else reduce(loss, targets.num_rows, mask, reduction, num_items)
+    return hidden, _gather(head_weight), None if head_bias is None else _gather(head_bias)
 
 
-def _gathered(parameter: Tensor) -> Tensor:
-    """A sharded parameter in full; its gradient is averaged over the ranks and sharded."""
+def _gather(parameter: Tensor) -> Tensor:
+    """Gathers a sharded parameter; its gradient is averaged over the ranks and sharded."""
     if type(parameter) in (Tensor, nn.Parameter):
         return parameter
     from torch.distributed.tensor import DTensor, Partial  # takes a second to import
@@ -165,7 +183,7 @@ def _gathered(parameter: Tensor) -> Tensor:
 
 
 class _Fused(torch.autograd.Function):
-    """The sum over rows, or each row's loss."""
+    """Computes the sum over rows, or each row's loss for reduction="none"."""
 
     @staticmethod
     def forward(
@@ -173,18 +191,18 @@ class _Fused(torch.autograd.Function):
         hidden: Tensor,
         head: Tensor,
         bias: Tensor | None,
-        problem: _Problem,
-        each: bool,
-        differentiate: bool,
+        problem: Problem,
+        grad_enabled: bool,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, head, bias)
         ctx.problem = problem
-        ctx.gradients = None
+        each = problem.options.reduction == "none"
+        # The weight of each row is known only in backward if each row has a loss of its own.
+        differentiate = grad_enabled and not each
         wanted = ctx.needs_input_grad[:3] if differentiate else (False, False, False)
-        loss_R, gradients = _run(problem, hidden, head, bias, None, wanted)
-        if differentiate:
-            ctx.gradients = gradients
+        loss_R, gradients = FusedPass(problem, hidden, head, bias, None, wanted).run()
+        ctx.gradients = gradients if differentiate else None
         return loss_R if each else loss_R.sum()
 
     @staticmethod
@@ -196,16 +214,18 @@ class _Fused(torch.autograd.Function):
             )
         (scale,) = outer
         if scale is None:
-            return (None,) * 6
+            return (None,) * 5
         # Handed out, not kept: the head's gradient is as large as the head.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             hidden, head, bias = ctx.saved_tensors
             weight_R = scale.expand(len(hidden))
-            _, gradients = _run(ctx.problem, hidden, head, bias, weight_R, ctx.needs_input_grad[:3])
+            wanted = ctx.needs_input_grad[:3]
+            _, gradients = FusedPass(ctx.problem, hidden, head, bias, weight_R, wanted).run()
         else:
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(scale)
         low = ctx.problem.dtype
-        return (*(None if one is None else one.to(low) for one in gradients), None, None, None)
+        cast = (None if gradient is None else gradient.to(low) for gradient in gradients)
+        return (*cast, None, None)

@@ -1,15 +1,15 @@
-"""The fused loss inside a causal LM's own forward pass, in the place of its output head.
+"""Computes the fused loss inside a causal LM's own forward pass, in place of its output head.
 
 Letters: B sequences, T tokens, D hidden size, V vocabulary.
 
 While `loss` runs, the head's forward is a function that takes the hidden states, computes the loss
-from them and the head's weight, and gives the model a few logits to go on with. So everything
+from them and the head's weight, and gives the model a few logits to continue with. So everything
 before the head is the model's own code, and the loss is computed where wrappers expect the head to
 be used: DDP finds the weight in the graph of what is returned, FSDP has it gathered. DeepSpeed's
-ZeRO-3 frees the head's weight behind its forward, with the graph that leads to it: there, logits.
+ZeRO-3 frees the head's weight and the graph that leads to it after forward, so it needs logits.
 
-What the model does to its logits is read from its config, and tried: `FusedHead.of` lets the model
-run once with known numbers in the head's place and compares what comes out.
+What the model does to its logits is read from its config and verified: `FusedHead.of` runs the
+model once with known numbers in place of the head's output and compares the result.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,18 +26,19 @@ Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Hidden states (B, T, D), the head's weight (V, D) and its bias (V,) or None -> the loss."""
 
 TRIED_LOGITS = (0.0, 1.0, 40.0)
-"""Heights of the ramps that are sent through the model in the place of logits."""
+"""Heights of the ramps that are sent through the model in place of logits."""
 
 
 class Unfusable(Exception):
-    """Why the logits of this student are needed."""
+    """Raised with the reason why the logits of this student are needed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FusedHead:
-    """A head that is a plain matrix product, and what the model makes of its output.
+    """Describes a head that is a plain matrix product, and what the model does to its output.
 
-    logits = softcap * tanh(logit_scale * head(hidden) / softcap); without softcap, of what is in tanh.
+    logits = softcap * tanh(logit_scale * head(hidden) / softcap); without softcap, they are
+    logit_scale * head(hidden).
     """
 
     student: nn.Module
@@ -48,9 +49,9 @@ class FusedHead:
 
     @classmethod
     def of(cls, model: nn.Module, student: nn.Module, inputs: Mapping[str, Any]) -> "FusedHead":
-        """The head of `student`, which `model` is or wraps; `inputs` of a batch try it out.
+        """Finds the head of `student`, which `model` is or wraps; tries it on a batch's `inputs`.
 
-        Raises Unfusable, which says why.
+        Raises Unfusable, with the reason.
         """
         head = _plain_head(student)
         config: Any = getattr(student, "config", None)
@@ -59,18 +60,18 @@ class FusedHead:
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         fused = cls(student, head, None if softcap is None else float(softcap), scale)
-        fused._try(model, inputs)
+        fused._check(model, inputs)
         return fused
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Any], compute: Compute) -> Tensor:
-        """What `compute` makes of the hidden states of `model(**inputs)`."""
+        """Runs `model(**inputs)` and returns what `compute` makes of its hidden states."""
         losses: list[Tensor] = []
         marks: list[Tensor] = []
-        """Zeros that come from the loss, as the head's wrapper gave them back."""
+        """Zeros that depend on the loss, as the head's wrapper returned them."""
 
         def forward(hidden_BTD: Tensor) -> Tensor:
             losses.append(compute(hidden_BTD, self.head.weight, self.head.bias))
-            # Of the shape that was tried, so that nothing behind the head can mind it only now.
+            # The shape that `_check` tried, so that nothing after the head fails only now.
             zeros = hidden_BTD.new_zeros(1, len(TRIED_LOGITS), self.head.out_features)
             return zeros + (losses[0] * 0.0).to(zeros.dtype)
 
@@ -78,11 +79,11 @@ class FusedHead:
         # parameters of a unit again when the gradient comes to what the unit returned: head and
         # student return zeros, and the loss, which might be rounded there, waits for theirs.
         handles = (
-            self.head.register_forward_hook(lambda _, __, found: marks.append(found.sum())),
+            self.head.register_forward_hook(lambda _, __, zeros: marks.append(zeros.sum())),
             self.student.register_forward_hook(lambda *_: {"loss": marks[0]}, prepend=True),
         )
         try:
-            with self._instead_of_head(forward):
+            with self._replace_head(forward):
                 mark = model(**inputs)["loss"]
         finally:
             for handle in handles:
@@ -90,7 +91,7 @@ class FusedHead:
         return losses[0] + mark.to(losses[0].dtype)
 
     @torch.no_grad()
-    def _try(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def _check(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Raises Unfusable unless the model's logits are what softcap and logit_scale say."""
         seen: list[Tensor] = []
         ramps = torch.linspace(-1.0, 1.0, self.head.out_features)
@@ -101,24 +102,25 @@ class FusedHead:
             return ramps.to(hidden_BTD)[None]
 
         try:
-            with evaluating(model), self._instead_of_head(forward):
+            with evaluating(model), self._replace_head(forward):
                 outputs = model(**inputs)
         except (RuntimeError, IndexError) as error:
             raise Unfusable(f"its forward pass needs a logit for each token: {error}") from error
         if [hidden.shape[:-1] for hidden in seen] != [inputs["input_ids"].shape]:
             raise Unfusable("its forward pass does not use the head once, on every token")
-        found = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        expected = ramps.to(seen[0]).to(found)[None] * self.logit_scale
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        expected = ramps.to(seen[0]).to(logits)[None] * self.logit_scale
         if self.softcap is not None:
             expected = self.softcap * torch.tanh(expected / self.softcap)
-        tolerance = 16 * max(torch.finfo(one.dtype).eps for one in (seen[0], found))
-        if found.shape != expected.shape or not torch.allclose(
-            found, expected, rtol=tolerance, atol=tolerance
+        tolerance = 16 * max(torch.finfo(tensor.dtype).eps for tensor in (seen[0], logits))
+        if logits.shape != expected.shape or not torch.allclose(
+            logits, expected, rtol=tolerance, atol=tolerance
         ):
             raise Unfusable("it does more to its logits than to scale and softcap them")
 
     @contextmanager
-    def _instead_of_head(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def _replace_head(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        # On the instance, so that hooks and wrappers of the module still run.
         vars(self.head)["forward"] = forward
         try:
             yield
@@ -127,16 +129,16 @@ class FusedHead:
 
 
 def _plain_head(student: nn.Module) -> nn.Linear:
-    """The output embedding, if calling it is a product with its weight. Raises Unfusable."""
+    """Returns the output embedding if calling it multiplies by its weight. Raises Unfusable."""
     get_head = getattr(student, "get_output_embeddings", None)
     head = None if get_head is None else get_head()
-    # Subclasses that leave forward alone are welcome: fully_shard makes one.
+    # A subclass with the same forward will do: fully_shard makes one.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise Unfusable(f"its head is {type(head).__name__}, not a plain nn.Linear")
     if "forward" in vars(head):
         raise Unfusable("something replaces the forward method of its head")
     if any(hasattr(parameter, "ds_status") for parameter in student.parameters()):
-        raise Unfusable("DeepSpeed ZeRO-3 has its parameters in parts, and gathers them by itself")
+        raise Unfusable("DeepSpeed ZeRO-3 keeps its parameters in parts, and gathers them itself")
     if student._compiled_call_impl is not None or hasattr(student, "_orig_mod"):
         raise Unfusable("it is compiled as a whole")
     return head

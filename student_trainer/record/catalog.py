@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
-from logit_codec import CodecError, IdTable, SampledSpec, TargetSpec
+from logit_codec import CodecError, IdTable, TargetSpec
 from student_trainer.errors import NotRecorded, RecordError
 from student_trainer.record.folder import BESIDE, QUARANTINE, Folder, id_table_file
 from student_trainer.record.index import Entry, Index
@@ -219,7 +219,7 @@ class Catalog:
 
     def _num_draws(self, spec: TargetSpec) -> int:
         """Draws of each sequence; a record that was made with more of them keeps its number."""
-        if not isinstance(spec, SampledSpec):
+        if not spec.needs_uniforms:
             return 1
         return max(self._draws, self._index.num_draws)
 

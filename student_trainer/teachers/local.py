@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from logit_codec import (
-    FORMAT_VERSION,
-    SampledSpec,
     Targets,
     decode,
     encode_parts,
     ids_digest,
     uniforms,
 )
-from logit_codec.spec import KINDS
+from logitstream.messages import describe_model
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest
 from student_trainer.teachers.request import Answer, ScoreOptions
@@ -43,19 +41,11 @@ class LocalTeacher(Teacher):
 
         self._model = prepare(model, tokenizer)
         self._head = VocabularyHead(self._model)
-        self._info = teacher_pb2.TeacherInfo(
+        self._info = describe_model(
+            self._model,
             service_id="local",
-            model=self._model.name,
-            weights_fingerprint=self._model.weights_fingerprint,
-            tokenizer_fingerprint=self._model.tokenizer_fingerprint,
-            teacher_fingerprint=self._model.teacher_fingerprint,
-            vocab_size=self._model.vocab_size,
-            effective_vocab_size=self._model.effective_vocab_size,
             max_sequence_tokens=self._model.max_sequence_tokens,
             limits=teacher_pb2.Limits(max_top_k=self._model.effective_vocab_size),
-            kinds=KINDS,
-            architecture=self._model.architecture,
-            format_versions=[FORMAT_VERSION],
         )
 
     @property
@@ -84,7 +74,7 @@ class LocalTeacher(Teacher):
         if rows is None:
             rows = torch.arange(len(token_ids) - 1)
         draws = None
-        if isinstance(options.spec, SampledSpec):
+        if options.spec.needs_uniforms:
             draws = uniforms(options.seed, options.epoch, ids_digest(token_ids), rows)
         request = RowRequest(token_ids, rows, options.spec, options.temperature, draws)
         try:

@@ -16,7 +16,6 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 
 from logit_codec import TargetSpec
-from logit_codec.targets import max_row_nbytes
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest
 from student_trainer.teachers.request import Answer
@@ -214,7 +213,7 @@ def make_look_ahead(
     queue = info.limits.max_queued_tokens * max(1, len(info.replicas))
     return AdaptiveLookAhead(
         seconds,
-        max_row_nbytes=max_row_nbytes(spec, info.vocab_size),
+        max_row_nbytes=spec.max_decoded_row_nbytes(info.vocab_size),
         max_nbytes=max_nbytes,
         # Half of the teacher's queue: more than all of it is refused, and other clients need room.
         max_tokens=queue // 2 if queue else math.inf,

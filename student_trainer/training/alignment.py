@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logit_codec import SampledTargets, SparseTargets, Targets, TopKTargets
+from logit_codec import SparseTargets, Targets, TopKTargets
 from protos import teacher_pb2
 from student_trainer.errors import IncompatibleTeacher, ProtocolError
 from student_trainer.teachers.layout import split_batch
@@ -46,13 +46,9 @@ def nll_by_shift(
 
 def _row_nlls(token_ids: Tensor, targets: Targets, rows: Tensor | None) -> dict[int, Tensor]:
     """As nll_by_shift, but (R,) of each of the R rows that are not left out."""
-    if isinstance(targets, SampledTargets):
-        entries = (targets.counts / targets.num_draws).log()
-        tail = torch.tensor(1 / targets.num_draws).log()
-    elif isinstance(targets, TopKTargets):
-        entries, tail = targets.logprobs, targets.tail_logprob
-    else:
+    if not isinstance(targets, SparseTargets):
         raise ValueError(f"alignment is measured on sparse targets, got {targets.kind}")
+    entries, tail = targets.entry_logprobs()
     positions = torch.arange(len(token_ids) - 1) if rows is None else rows
     inside = positions < len(token_ids) - max(SHIFTS)
     row_of_entry = targets.entry_rows()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from logit_codec import DenseTargets, Targets, TopKTargets
-from logit_codec.targets import most_likely
+from logit_codec import Targets
+from logit_codec.targets import UNKNOWN
 from student_trainer.teachers.teacher import Teacher
 from student_trainer.training.ranks import Ranks, unwrapped
 from student_trainer.training.results import Bin, Scores
@@ -20,8 +20,6 @@ NUM_BINS = 10
 """Of calibration, equally wide."""
 CHUNK_ROWS = 1024
 """Rows whose logits are copied to float32 together."""
-UNKNOWN = -1
-"""In the place of a likeliest id that the targets do not tell."""
 
 
 @torch.inference_mode()
@@ -109,32 +107,12 @@ def _teacher_scores(
     for targets in found:
         has_nll = is_plain and targets.realized_logprob is not None
         nll.append(-targets.realized_logprob.float() if has_nll else None)  # type: ignore[union-attr]
-        ids_R, confidence_R = _likeliest(targets)
+        ids_R, confidence_R = targets.mode() or (torch.full((targets.num_rows,), UNKNOWN), None)
         best.append(ids_R)
         confidence.append(confidence_R if is_plain else None)
     best_R = torch.cat(best)
     scores = _scores(sequences, _all(nll), best_R, _all(confidence))
     return scores, best_R.view(len(sequences), -1)
-
-
-def _likeliest(targets: Targets) -> tuple[Tensor, Tensor | None]:
-    """(R,) int64 ids, UNKNOWN where these targets do not tell, and (R,) their probabilities."""
-    if isinstance(targets, DenseTargets):
-        largest_R, best_R = targets.logprobs.float().max(1)
-        return best_R, largest_R.exp()
-    if not isinstance(targets, TopKTargets):
-        return torch.full((targets.num_rows,), UNKNOWN), None
-    rows_E = targets.entry_rows()
-    largest_R = targets.logprobs.new_full((targets.num_rows,), -torch.inf)
-    largest_R.scatter_reduce_(0, rows_E, targets.logprobs, "amax")
-    # Logprobs are rounded to few bits: of two that became equal, nobody knows which was larger.
-    num_equal_R = torch.zeros_like(largest_R).index_add_(
-        0, rows_E, (targets.logprobs == largest_R[rows_E]).to(largest_R.dtype)
-    )
-    best_R = most_likely(targets).where(num_equal_R == 1, UNKNOWN)
-    # Nothing is kept of a row only if the tail is all of it.
-    best_R[largest_R.isinf()] = UNKNOWN
-    return best_R, largest_R.exp()
 
 
 def _all(parts: list[Tensor | None]) -> Tensor | None:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from logit_codec import Targets, TopKTargets
-from logit_codec.targets import most_likely
 
 CHUNK_ROWS = 1024
 """Rows whose logits are copied together."""
@@ -44,7 +43,7 @@ class Meter:
             sums["kd_rows"] += num_rows
             sums["kd_loss"] += kd_sum
         sums["ce_loss"] += ce_sum
-        sums["top1_agreement"] += (best_R == most_likely(targets)).sum()
+        sums["top1_agreement"] += (best_R == targets.most_likely()).sum()
         if targets.realized_logprob is not None:
             sums["teacher_rows"] += num_rows
             sums["teacher_ce"] -= targets.realized_logprob.sum()

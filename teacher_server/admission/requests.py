@@ -13,8 +13,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from logit_codec import DenseSpec, IdTable, SampledSpec, TargetSpec, TopKSpec, uniforms
-from logit_codec.spec import KINDS
+from logit_codec import IdTable, TargetSpec, uniforms
+from logitstream.messages import read_targets, scope_of
 from protos import teacher_pb2
 from teacher_server.admission.access import scope_missing
 from teacher_server.admission.limits import Limits
@@ -51,8 +51,10 @@ class Teacher(Protocol):
 
 def check_request(team: Team, request: teacher_pb2.ScoreRequest) -> None:
     """Raises RequestRefused if the team may not ask for this; does not read the tokens."""
-    if request.targets.WhichOneof("kind") == "dense" and "dense" not in team.scopes:
-        raise scope_missing(team, "dense", "targets of kind dense", field="targets")
+    scope = scope_of(request.targets)
+    if scope != "score" and scope not in team.scopes:
+        kind = request.targets.WhichOneof("kind")
+        raise scope_missing(team, scope, f"targets of kind {kind}", field="targets")
     limit = team.limits.max_request_tokens
     num_tokens = len(request.token_ids) // 4
     if limit is not None and num_tokens > limit:
@@ -98,7 +100,7 @@ class Admission:
             first += length
             ids_bytes = part.tobytes()
             draws = None
-            if isinstance(spec, SampledSpec) and len(wanted):
+            if spec.needs_uniforms and len(wanted):
                 digest = xxhash.xxh3_128_digest(ids_bytes)
                 draws = uniforms(request.seed, request.epoch, digest, wanted)
             token_ids = torch.from_numpy(part.astype(np.int64))
@@ -166,33 +168,19 @@ class Admission:
     def _spec(self, request: teacher_pb2.ScoreRequest) -> TargetSpec:
         message = request.targets
         kind = message.WhichOneof("kind")
-        common = {
-            "realized": not message.omit_realized_logprob,
-            "entropy": message.entropy,
-            "log_z": not message.omit_log_z,
-        }
-        if kind is None:
+        largest = min(self.limits.max_top_k, self._effective)
+        if kind == "top_k" and not 1 <= message.top_k.k <= largest:
             raise invalid(
-                "KIND_MISSING",
-                f"targets names no kind that this service knows; it has {', '.join(KINDS)}.",
-                field="targets",
+                "TOP_K_OUT_OF_RANGE",
+                f"top_k must be between 1 and {largest} for this teacher, got "
+                f"{message.top_k.k}. The operator sets the limit with --targets.max-top-k.",
+                field="targets.top_k.k",
             )
         try:
-            if kind == "dense":
-                return DenseSpec(bits=message.dense.bits, **common)
-            if kind == "sampled":
-                return SampledSpec(n=message.sampled.n, **common)
-            largest = min(self.limits.max_top_k, self._effective)
-            if not 1 <= message.top_k.k <= largest:
-                raise invalid(
-                    "TOP_K_OUT_OF_RANGE",
-                    f"top_k must be between 1 and {largest} for this teacher, got "
-                    f"{message.top_k.k}. The operator sets the limit with --targets.max-top-k.",
-                    field="targets.top_k.k",
-                )
-            top_k = message.top_k
-            return TopKSpec(k=top_k.k, min_p=top_k.min_p, bits=top_k.bits, **common)
+            return read_targets(message)
         except ValueError as error:
+            if kind is None:
+                raise invalid("KIND_MISSING", f"{error}.", field="targets") from None
             raise invalid("BAD_TARGETS", f"{error}.", field=f"targets.{kind}") from None
 
     def _read_lengths(self, request: teacher_pb2.ScoreRequest) -> list[int]:

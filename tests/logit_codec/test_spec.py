@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logit_codec import DenseSpec, SampledSpec, TargetSpec, TopKSpec, parse_targets
-from logit_codec.spec import CODE_BITS, KINDS
+from logit_codec.codes import CODE_BITS
+from logit_codec.kinds import KINDS
 
 DOCUMENTED = {
     "top_k:64": TopKSpec(64),

@@ -38,8 +38,8 @@ from logit_codec import (
     parse_targets,
     select,
 )
-from logit_codec.ids import identity_shift, num_identity_buckets
-from logit_codec.spec import CODE_BITS
+from logit_codec.codes import CODE_BITS
+from logit_codec.id_table import identity_shift, num_identity_buckets
 from tests.golden import make
 from tests.support import codec_oracle as oracle
 from tests.support import plain_reader
@@ -1139,11 +1139,12 @@ import gc
 import torch
 import xxhash
 from logit_codec import CodecError, IdTable, decode
-from logit_codec.header import ELIAS_FANO_IDS, SAMPLED, Header
+from logit_codec.header import ELIAS_FANO_IDS, Header
+from logit_codec.kinds import kind_named
 
 def measure(name, content, id_tables, **fields):
     header = Header(
-        kind=SAMPLED, id_coding=ELIAS_FANO_IDS, value_bits=0, flags=0, temperature=1.0, **fields
+        kind=kind_named("sampled").number, id_coding=ELIAS_FANO_IDS, value_bits=0, flags=0, temperature=1.0, **fields
     )
     body = header.pack() + content
     data = body + xxhash.xxh3_128_digest(body)
@@ -1189,7 +1190,7 @@ def test_to_refuse_a_container_needs_at_most_72_times_its_size():
 
 def test_the_package_imports_torch_numpy_xxhash_and_the_standard_library_only():
     allowed = {"torch", "numpy", "xxhash", "logit_codec", *sys.stdlib_module_names}
-    for path in Path(logit_codec.__file__).parent.glob("*.py"):
+    for path in Path(logit_codec.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
             if isinstance(node, ast.Import):

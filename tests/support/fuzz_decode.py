@@ -17,13 +17,16 @@ from logit_codec import (
     IdTable,
     Targets,
     bits,
+    codes,
     decode,
     encode,
     header,
+    id_table,
     ids,
     planes,
     wire,
 )
+from logit_codec.kinds import dense, sampled, top_k
 from tests.golden import make
 
 TABLES = [make.id_table()]
@@ -60,7 +63,7 @@ def main() -> None:
     import atheris  # not among the project's dependencies
 
     # What was imported already is not covered unless its functions are instrumented one by one.
-    for module in (wire, header, planes, ids, bits):
+    for module in (wire, header, planes, codes, sampled, top_k, dense, ids, id_table, bits):
         for value in vars(module).values():
             members = vars(value).values() if inspect.isclass(value) else [value]
             for member in members:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from logit_codec import Targets, TopKTargets, parse_targets
-from logit_codec.targets import max_row_nbytes
 from protos import teacher_pb2
 from student_trainer import InvalidRequest
 from student_trainer.teachers.look_ahead import (
@@ -100,7 +99,7 @@ def batches(*num_tokens: int) -> Iterator[dict[str, torch.Tensor]]:
 
 def look_ahead_of(teacher: Teacher, seconds: float = 30.0, **limits) -> AdaptiveLookAhead:
     return AdaptiveLookAhead(
-        seconds, max_row_nbytes=max_row_nbytes(OPTIONS.spec, VOCAB), clock=teacher, **limits
+        seconds, max_row_nbytes=OPTIONS.spec.max_decoded_row_nbytes(VOCAB), clock=teacher, **limits
     )
 
 
@@ -293,5 +292,5 @@ def test_no_decoded_row_is_larger_than_its_bound(spec):
         logits, wanted, uniforms=torch.full((1,), 0.5).double(), realized_ids=torch.zeros(1).long()
     )
     decoded = decode(encode(targets))
-    bound = max_row_nbytes(wanted, VOCAB)
+    bound = wanted.max_decoded_row_nbytes(VOCAB)
     assert 0.5 * bound < decoded.nbytes <= bound

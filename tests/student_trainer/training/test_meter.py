@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from logit_codec import select
-from logit_codec.targets import most_likely
 from student_trainer.training.meter import CHUNK_ROWS, Meter, cross_entropy_sum, means
 
 VOCAB = 50
@@ -66,4 +65,4 @@ def test_of_equally_likely_ids_the_lowest_counts():
     logits[1, 7:9] = 5.0
     for spec in ("top_k:4", "dense:f32"):
         targets = targets_of(logits, spec, torch.zeros(2, dtype=torch.int64))
-        assert most_likely(targets).tolist() == [0, 7]
+        assert targets.most_likely().tolist() == [0, 7]

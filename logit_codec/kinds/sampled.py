@@ -1,0 +1,355 @@
+"""Defines the kind `sampled`: how often each id was drawn in N draws from a row.
+
+The draws are systematic: unbiased, and steadier than independent draws. One number u in [0, 1)
+decides all draws of a row: draw i is the id where the running sum of the probabilities passes
+(i + u) / N. For u uniform the expected count of an id is exactly N * p, its count is never further
+than 1 from that, and the counts of a row add up to N (systematic sampling, Madow and Madow 1944).
+
+Letters: R rows, C rows of a chunk, V columns of the logits, N draws per row, H blocks hit by draws,
+E entries of all rows, K entries per row at most, S counts that are stated.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logit_codec import bits as bitpack
+from logit_codec.blocks import BLOCK, RowMasses, block_logits
+from logit_codec.errors import CodecError
+from logit_codec.header import Header
+from logit_codec.id_table import IdTable
+from logit_codec.ids import Entries, write_ids
+from logit_codec.kinds.base import LOWEST, Cell, Content, PaddedEntries, SparseCells, SparseKind
+from logit_codec.planes import (
+    PlaneReader,
+    RowCheck,
+    least_words,
+    pad_words,
+    read_row_fields,
+    refuse_rows,
+)
+from logit_codec.spec import OptionText, TargetSpec
+from logit_codec.targets import SparseTargets, row_splits_of
+
+MAX_DRAWS = 65_536
+"""Draws per row that `sampled` offers at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledSpec(TargetSpec):
+    """Asks for systematic counts of n draws: unbiased for forward KL, and no floats to send.
+
+    `log_z` is off unless asked for: the one loss that takes sampled targets has no use for it.
+    Raises ValueError for values out of range.
+    """
+
+    kind: ClassVar[str] = "sampled"
+    needs_uniforms: ClassVar[bool] = True
+
+    n: int = 64
+    """Draws per row, 1 to MAX_DRAWS."""
+    log_z: bool = field(default=False, kw_only=True)
+    """The logsumexp of the raw logits / temperature."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= MAX_DRAWS:
+            raise ValueError(f"sampled must have between 1 and {MAX_DRAWS} draws, got {self.n}")
+
+    def max_row_nbytes(self, vocab_size: int) -> float:
+        most = min(self.n, vocab_size)
+        id_bits = most.bit_length() + most * max(1, (vocab_size - 1).bit_length())
+        # m counts above 1 take at most 2 * log2(n / m) bits each on average; m = n / e is worst.
+        several = min(vocab_size, self.n / math.e)
+        row_bits = id_bits + most + 2 * several * math.log2(self.n / several)
+        row_bits = max(row_bits, 8 * most)
+        return row_bits / 8 + TargetSpec.max_row_nbytes(self, vocab_size)
+
+    def max_decoded_row_nbytes(self, vocab_size: int) -> float:
+        # 16: two elements of row_splits, if the row is alone.
+        common = TargetSpec.max_decoded_row_nbytes(self, vocab_size)
+        return common + 16 + 16 * min(self.n, vocab_size)
+
+    def select(
+        self, masses: RowMasses, uniforms: Tensor | None = None, *, overwrite: bool = False
+    ) -> "SampledTargets":
+        assert uniforms is not None
+        splits, ids_E, counts_E = _systematic_counts(masses, uniforms, self.n)
+        return SampledTargets(
+            vocab_size=masses.logits.shape[1],
+            temperature=masses.temperature,
+            row_splits=splits,
+            token_ids=ids_E,
+            counts=counts_E,
+            num_draws=self.n,
+        )
+
+    @classmethod
+    def parse(cls, text: OptionText) -> "SampledSpec":
+        return cls(n=text.integer("n", text.first or "64"), **text.common)
+
+    def __str__(self) -> str:
+        return "sampled:" + ",".join([str(self.n), *self._changed_options()])
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
+class SampledTargets(SparseTargets):
+    """Counts how often each id was drawn; counts / num_draws is an unbiased estimate of the row.
+
+    The draws are systematic, so an id of probability p has a count within 1 of num_draws * p.
+    """
+
+    kind: ClassVar[str] = "sampled"
+    entry_fields: ClassVar[dict[str, torch.dtype]] = {
+        "token_ids": torch.int64,
+        "counts": torch.int64,
+    }
+    ranked_by: ClassVar[str] = "counts"
+
+    counts: Tensor
+    """(E,) int64, at least 1; those of a row add up to num_draws."""
+    num_draws: int
+    """Draws per row, N."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_draws <= MAX_DRAWS:
+            raise ValueError(f"num_draws must be 1 to {MAX_DRAWS}, got {self.num_draws}")
+        SparseTargets.__post_init__(self)
+
+    def to_dense(self) -> Tensor:
+        """Returns (R, V) float32 probabilities: counts / num_draws."""
+        return self._spread(self.counts.float() / self.num_draws)
+
+    def entry_logprobs(self) -> tuple[Tensor, Tensor]:
+        """Returns (E,) log of each id's share of the draws, and that of a single draw."""
+        return (self.counts / self.num_draws).log(), torch.tensor(1 / self.num_draws).log()
+
+
+class SampledCells(SparseCells[SampledTargets]):
+    """Makes each drawn id a cell with its share of the draws as p; p of other ids is 0."""
+
+    is_estimate = True
+
+    @property
+    def stray_mass(self) -> float:
+        return 4 / self.targets.num_draws  # a few draws may always hit padding
+
+    def within(self, width: int) -> tuple[SampledTargets, Tensor]:
+        targets = self.targets
+        is_shared_E = targets.token_ids < width
+        rows_E = targets.entry_rows()
+        mass_E = targets.counts.double() / targets.num_draws
+        lost_R = mass_E.new_zeros(targets.num_rows)
+        lost_R = lost_R.index_add(0, rows_E, mass_E.masked_fill(is_shared_E, 0.0))
+        return targets.keep(is_shared_E, vocab_size=width), lost_R
+
+    def divergence(self, scaled: Tensor, cell: Cell) -> Tensor:
+        """Estimates forward KL, the one divergence that is linear in p; `cell` is not used.
+
+        Without the teacher's entropy it is the cross-entropy of the draws, with the same gradient.
+        """
+        targets = self.targets
+        rows = targets.entry_rows()
+        # Not num_draws: a draw of an id that is not shared was left out.
+        draws_R = torch.zeros_like(targets.row_splits[1:]).index_add(0, rows, targets.counts)
+        share_E = targets.counts.to(scaled.dtype) / draws_R[rows]
+        mean_R = scaled.new_zeros(targets.num_rows)
+        mean_R = mean_R.index_add(0, rows, share_E * scaled[rows, targets.token_ids])
+        loss_R = scaled.logsumexp(1) - mean_R
+        if targets.entropy is not None:
+            loss_R = loss_R - targets.entropy
+        return loss_R.where(draws_R > 0, 0.0)
+
+    def _logp(self, entries: PaddedEntries, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        counts_CK = self.targets.counts[entries.entry_CK].masked_fill(~entries.real_CK, 0)
+        # Not num_draws: a draw of an id that is not shared was left out.
+        logp_CK = (counts_CK.to(dtype) / counts_CK.sum(1, keepdim=True).clamp(min=1)).log()
+        return logp_CK, logp_CK.new_full((len(logp_CK), 1), -torch.inf)
+
+    def chunk_divergence(
+        self, entries: PaddedEntries, logp_CK1: Tensor, logq_CK1: Tensor, cell: Cell
+    ) -> Tensor:
+        """Estimates (C, 1) forward KL; `cell` is not used."""
+        loss_C1 = -(logp_CK1.exp() * logq_CK1.clamp(min=LOWEST)).sum(1, keepdim=True)
+        entropy_R = self.targets.entropy
+        if entropy_R is not None:
+            loss_C1 -= entropy_R[entries.rows][:, None].where(entries.size_C1 > 0, 0.0)
+        return loss_C1
+
+
+class Sampled(SparseKind[SampledTargets]):
+    """Writes ids, and then their counts as Elias gamma codes."""
+
+    number = 3
+    spec, targets, cells = SampledSpec, SampledTargets, SampledCells
+    value_bits = (0,)
+
+    def _check_counts(self, header: Header) -> None:
+        if not 1 <= header.max_entries <= MAX_DRAWS:
+            raise CodecError(f"the draws must be 1 to {MAX_DRAWS}, got {header.max_entries}")
+
+    def plane_sizes(self, header: Header, table: IdTable | None) -> dict[str, int | None]:
+        return {**super().plane_sizes(header, table), "draws": None}
+
+    def _check_entries(self, targets: SampledTargets, rows: Tensor, check: RowCheck) -> None:
+        check.refuse(targets.counts < 1, "its counts are not all at least 1", rows)
+        draws = targets.counts.new_zeros(targets.num_rows).index_add_(0, rows, targets.counts)
+        why = f"its counts do not add up to the {targets.num_draws} draws"
+        check.refuse(draws != targets.num_draws, why)
+
+    def write(self, targets: SampledTargets, bits: int, id_table: IdTable | None) -> Content:
+        num_draws = targets.num_draws
+        ids = write_ids(targets, id_table, min(num_draws, targets.vocab_size))
+        draws = _pack_draws(targets.counts, targets.entry_rows(), num_draws, ids.num_words)
+        return Content(
+            [*ids.planes, draws],
+            value_bits=0,
+            ids=ids,
+            max_entries=num_draws,
+            num_entries=len(targets.token_ids),
+        )
+
+    def read(self, reader: PlaneReader, header: Header, table: IdTable | None) -> SampledTargets:
+        # What `check_rows` checks cannot be otherwise here, or is refused where it is read.
+        entries, fields = self._read_entries(reader, header, table)
+        id_words, num_draws = reader.taken, header.max_entries
+        counts = _unpack_draws(reader.take("draws", reader.spare), entries, num_draws, id_words)
+        fields |= read_row_fields(reader, header.num_rows)
+        return SampledTargets(counts=torch.from_numpy(counts), num_draws=num_draws, **fields)
+
+
+def _systematic_counts(
+    masses: RowMasses, uniforms_R: Tensor, num_draws: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes num_draws draws from each row: row splits (R+1,), ids (E,) and counts (E,).
+
+    An id of probability 0 is never drawn. A row whose shares are NaN gets no entry, which `encode`
+    refuses.
+    """
+    logits, shares_RB = masses.logits, masses.shares_RB
+    draws_N = torch.arange(num_draws, dtype=torch.float64, device=logits.device)
+    ends_RB = shares_RB.cumsum(1)
+    total_R1 = ends_RB[:, -1:]
+    sound_R = torch.isfinite(total_R1[:, 0])
+    at_RN = (draws_N + uniforms_R[:, None]) / num_draws * total_R1
+    at_RN = torch.minimum(at_RN, _just_below(total_R1))
+    # The first block whose running sum is above `at` has a share above 0, whatever was rounded.
+    block_RN = torch.searchsorted(ends_RB, at_RN, right=True).clamp_(max=ends_RB.shape[1] - 1)
+
+    new_RN = _changes(block_RN)
+    rows_H, draw_H = new_RN.nonzero(as_tuple=True)
+    block_H = block_RN[rows_H, draw_H]
+    hit_RN = (new_RN.flatten().cumsum(0) - 1).view_as(block_RN)
+    share_RN = shares_RB.gather(1, block_RN)
+    into_RN = (at_RN - (ends_RB.gather(1, block_RN) - share_RN)) / share_RN  # of the block's mass
+
+    weights_HW = block_logits(logits, rows_H, block_H)
+    weights_HW.sub_(weights_HW.amax(1, keepdim=True)).div_(masses.temperature).exp_()
+    ends_HW = weights_HW.cumsum(1, dtype=torch.float64)
+    total_RN = ends_HW[:, -1][hit_RN]
+    at_RN = torch.minimum(into_RN.clamp_(min=0.0) * total_RN, _just_below(total_RN))
+    within_RN = _first_above(ends_HW, hit_RN, at_RN)
+
+    ids_RN = block_RN * BLOCK + within_RN
+    new_RN = _changes(ids_RN) & sound_R[:, None]
+    first_E = new_RN.flatten().nonzero()[:, 0]
+    # A run of equal ids ends where the next one begins, or at the end of its row.
+    row_end_E = (first_E // num_draws + 1) * num_draws
+    next_E = torch.minimum(torch.cat([first_E[1:], row_end_E[-1:]]), row_end_E)
+    return row_splits_of(new_RN.sum(1)), ids_RN.flatten()[first_E], next_E - first_E
+
+
+def _first_above(ends_HW: Tensor, hit_RN: Tensor, at_RN: Tensor) -> Tensor:
+    """Finds (R, N): the first column of row hit_RN of ends_HW that is above at_RN, by bisection."""
+    column = torch.zeros_like(hit_RN)
+    step = BLOCK // 2
+    while step:
+        passed = ends_HW[hit_RN, column + (step - 1)] <= at_RN
+        column += passed * step
+        step //= 2
+    return column
+
+
+def _changes(values_RN: Tensor) -> Tensor:
+    """Marks (R, N) bool: where a value differs from the one before it in its row."""
+    new_RN = torch.ones_like(values_RN, dtype=torch.bool)
+    torch.ne(values_RN[:, 1:], values_RN[:, :-1], out=new_RN[:, 1:])
+    return new_RN
+
+
+def _just_below(values: Tensor) -> Tensor:
+    return torch.nextafter(values, torch.zeros_like(values))
+
+
+def _pack_draws(counts: Tensor, rows: Tensor, num_draws: int, id_words: int) -> Tensor:
+    """Packs the draws plane: (E,) counts, of which those of a row add up to N.
+
+    Elias gamma codes, level by level instead of count by count: whether each count is at least 2;
+    of those, whether it is at least 4, 8 and so on; then the bits below the leading one. The first
+    count of a row that is not 1 is left out after its first level: it follows from N. `least_words`
+    may make the plane longer.
+    """
+    several = counts > 1
+    values, widths = [several.long()], [torch.ones_like(counts)]
+    stated = counts[_stated(several, rows)]
+    log2 = torch.ones_like(stated)
+    alive = stated
+    for level in range(2, num_draws.bit_length()):
+        higher = alive >= 1 << level
+        values.append(higher.long())
+        widths.append(torch.ones_like(alive))
+        log2 += stated >= 1 << level
+        alive = alive[higher]
+    values.append(stated - (1 << log2))
+    widths.append(log2)
+    words = bitpack.pack_varying(torch.cat(values), torch.cat(widths))
+    return pad_words(words, least_words(len(rows), id_words))
+
+
+def _unpack_draws(
+    string: bitpack.BitString, entries: Entries, num_draws: int, id_words: int
+) -> np.ndarray:
+    """Inverts `_pack_draws`: reads (E,) int64 counts.
+
+    Raises CodecError for words that `_pack_draws` would not write.
+    """
+    rows, num_entries = entries.rows, len(entries.ids)
+    several = np.flatnonzero(string.flags(num_entries))
+    rows_of_several = rows.take(several)
+    is_first = np.ones(len(several), np.bool_)
+    np.not_equal(rows_of_several[1:], rows_of_several[:-1], out=is_first[1:])
+    implied, rows_of_implied = several.compress(is_first), rows_of_several.compress(is_first)
+    stated = several.compress(~is_first)
+    log2 = np.ones(len(stated), np.int64)
+    alive = np.arange(len(stated))
+    for level in range(2, num_draws.bit_length()):
+        alive = alive.compress(string.flags(len(alive)))
+        log2[alive] = level
+    low = string.varying(log2)
+    string.end(least_words(num_entries, id_words))
+    counts = np.ones(num_entries, np.int64)
+    counts[stated] = low + (1 << log2)
+    draws_R = np.add.reduceat(counts, entries.splits[:-1]) if num_entries else counts
+    missing = num_draws - draws_R.take(rows_of_implied)  # beside the 1 that they count as
+    if (missing < 1).any():
+        raise CodecError(f"the counts of a row add up to more than its {num_draws} draws")
+    counts[implied] += missing
+    draws_R[rows_of_implied] = num_draws
+    refuse_rows(draws_R != num_draws, f"its counts do not add up to the {num_draws} draws")
+    return counts
+
+
+def _stated(several: Tensor, rows: Tensor) -> Tensor:
+    """Marks (E,) bool: the counts written in full, above 1 and not the first such of their row."""
+    index = several.nonzero()[:, 0]
+    first = torch.ones_like(index, dtype=torch.bool)
+    torch.ne(rows[index[1:]], rows[index[:-1]], out=first[1:])
+    stated = several.clone()
+    stated[index[first]] = False
+    return stated
+
+
+KIND = Sampled()
