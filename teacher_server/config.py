@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
 
-from logitstream.command_line import AddressedService, Json, Settings
 from logitstream.connection import check_address
+from logitstream.options import AddressedService, Json, Settings
 from teacher_server.rpc.tls import Tls
 
 
