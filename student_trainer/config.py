@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from logitstream.command_line import AddressedService, Json, ServiceOptions, Settings
 from logitstream.connection import check_address
+from logitstream.options import AddressedService, Json, ServiceOptions, Settings
 
 
 class MayChange:

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
 
-from logitstream.command_line import AddressedService, Json, Settings
 from logitstream.connection import check_address, is_loopback
+from logitstream.options import AddressedService, Json, Settings
 
 
 class BatchConfig(Settings):

@@ -6,9 +6,9 @@ from typing import TypeVar
 
 import grpc
 
-from logitstream.command_line import AddressedService
 from logitstream.connection import Connection
 from logitstream.diagnosis import diagnose, in_short
+from logitstream.options import AddressedService
 from protos import teacher_pb2_grpc
 
 Answer = TypeVar("Answer")

@@ -8,7 +8,8 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from logitstream.command_line import Group, Json, Settings, WrongUsage, parse, read_settings
+from logitstream.command_line import Group, WrongUsage, parse, read_settings
+from logitstream.options import Json, Settings
 
 
 class Deep(Settings):

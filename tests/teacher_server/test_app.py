@@ -68,12 +68,15 @@ def test_arguments_that_make_no_application_are_refused(arguments, words: str):
             {"model": "m", "batch": {"max_token": 1}},
             ["batch.max_token in args is not an option of serve (did you mean batch.max-tokens?)"],
         ),
-        ({"model": "m", "port": "x"}, ["port in args must be a whole number, got 'x'"]),
+        ({"model": "m", "port": "x"}, ["port in args must be a valid integer, got 'x'"]),
         (
             {"modle": "m"},
-            ["modle in args is not an option of serve (did you mean model?)", "--mod"],
+            ["modle in args is not an option of serve (did you mean model?)", "MODEL is missing"],
         ),
-        ({"model": "m", "replicas": 0}, ["replicas in args must be at least 1, got 0"]),
+        (
+            {"model": "m", "replicas": 0},
+            ["replicas in args must be greater than or equal to 1, got 0"],
+        ),
         (
             {"model": "m", "dtype": "int8"},
             ["dtype in args must be 'auto', 'float32', 'bfloat16' or"],

@@ -1,0 +1,67 @@
+"""What the options of both programs have in common: their base class, and how to reach a service."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from cyclopts import Parameter
+
+from logitstream.connection import check_address
+
+
+class Settings(pydantic.BaseModel):
+    """Base of commands and of their sections. A field with kw_only=False is positional too."""
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for info in cls.model_fields.values():
+            # cyclopts also takes a field by position unless the field is keyword-only.
+            info.kw_only = info.kw_only is not False
+            info.description = " ".join((info.description or "").split())
+
+
+class ServiceOptions(Settings):
+    """How a command reaches a service, and proves who is calling."""
+
+    ca: Path | None = None
+    """PEM file of the authority that signed the service's certificate; turns on TLS. Default:
+    TEACHER_CA."""
+    cert: Path | None = None
+    """Client certificate, a PEM file. Default: TEACHER_CERT."""
+    key: Path | None = None
+    """Private key of the client certificate, a PEM file. Default: TEACHER_KEY."""
+    token_file: Path | None = None
+    """File that holds the token, instead of TEACHER_TOKEN."""
+
+    def credentials(self) -> dict[str, Any]:
+        """Returns what a connection takes: token, ca, cert and key. Raises ValueError."""
+        return {"token": self._read_token(), "ca": self.ca, "cert": self.cert, "key": self.key}
+
+    def _read_token(self) -> str | None:
+        if self.token_file is None:
+            return None
+        try:
+            token = self.token_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise ValueError(f"cannot read --token-file {self.token_file}: {why}") from None
+        if not token:
+            raise ValueError(f"--token-file {self.token_file} is empty")
+        return token
+
+
+class _Addressed(Settings):
+    address: Annotated[str, pydantic.AfterValidator(check_address)] = pydantic.Field(kw_only=False)
+    """HOST:PORT of the service, or a connection file (*.toml) of it."""
+
+
+class AddressedService(ServiceOptions, _Addressed):  # pydantic puts fields of the last base first
+    """The running service that a command calls."""
+
+
+Json = Annotated[bool, Parameter(name="json")]
+"""The option --json; a field called json would hide a method of pydantic's."""
