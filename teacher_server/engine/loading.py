@@ -199,10 +199,7 @@ def _make_head(causal_lm: Any) -> nn.Module:
 
 @torch.inference_mode()
 def _check_head(model: TeacherModel) -> None:
-    """Compares base model and head with one full forward pass, and checks causality.
-
-    Raises ModelError above tolerance.
-    """
+    """Raises ModelError if base model and head differ from one full forward pass."""
     length = min(MIN_BUCKET, model.max_sequence_tokens)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.effective_vocab_size, (length,), generator=generator)
@@ -219,16 +216,21 @@ def _check_head(model: TeacherModel) -> None:
             f"model's hidden states by {worst:.1e} of the largest, allowed {tolerance:.0e}. "
             "This architecture cannot be served yet."
         )
+    _check_causal(model, ids, hidden.float(), tolerance)
+    logger.info("head checked architecture=%s error=%.1e", model.architecture, worst)
+
+
+def _check_causal(model: TeacherModel, ids: Tensor, hidden: Tensor, tolerance: float) -> None:
+    """Raises ModelError if another last token changes the hidden states before it."""
     changed = ids.clone()
     changed[-1] = (changed[-1] + 1) % model.effective_vocab_size
-    before = model.hidden_states([changed])[0][: length - 1].float()
-    moved = float((before - hidden[: length - 1].float()).abs().max())
-    if not moved <= tolerance * max(1.0, float(hidden.float().abs().max())):
+    before = model.hidden_states([changed])[0][: len(ids) - 1].float()
+    moved = float((before - hidden[: len(ids) - 1]).abs().max())
+    if not moved <= tolerance * max(1.0, float(hidden.abs().max())):
         raise ModelError(
             f"{model.architecture} is not causal: a row changes with the tokens after it. A "
             "teacher predicts the next token (AutoModelForCausalLM with causal attention)."
         )
-    logger.info("head checked architecture=%s error=%.1e", model.architecture, worst)
 
 
 def _resolve(model: str, revision: str | None) -> tuple[Path, str]:
