@@ -10,7 +10,7 @@ from student_trainer.config import (
 
 def run_report(config: ReportConfig) -> int:
     """Makes the page of finished runs anew; prints what they say."""
-    from student_trainer.report import numbers as report
+    from student_trainer.report import build as report
     from student_trainer.training.results import Results
 
     same = [

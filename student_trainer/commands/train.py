@@ -126,8 +126,8 @@ def what_is_kept(config: TrainConfig) -> str:
 def run_train(config: TrainConfig) -> int:
     """Trains the student, and the controls if asked for; prints and writes the report."""
     from student_trainer.errors import Interrupted, NotWritten
+    from student_trainer.report import build as report
     from student_trainer.report import model_card
-    from student_trainer.report import numbers as report
 
     whole = ""
     try:
@@ -147,7 +147,7 @@ def run_train(config: TrainConfig) -> int:
         kept = f"; {whole}{what_is_kept(config)}" if config.output.is_dir() else ""
         print(f"student-trainer: {error}{kept}", file=sys.stderr)
         return 1
-    print(report.table(found))
+    print(report.format_table(found))
     print("\n".join(found["sentences"]))
     print(
         f"written: {config.output / 'report.html'}, report.json, results.json, loss.png, student/"

@@ -1,5 +1,6 @@
 """Files that others wrote, damaged or made up: each is the error that names it, whatever is in it."""
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from student_trainer.ray_train.checkpoints import SNAPSHOT, _mended, newest_step
 from student_trainer.ray_train.job import _Job
 from student_trainer.record.folder import BESIDE
 from student_trainer.record.schema import METADATA, SCHEMA
-from student_trainer.report.numbers import make_report, write_report
+from student_trainer.report import drawing, page
+from student_trainer.report.build import make_report, write_report
 from student_trainer.training.checkpoint import Checkpoints
 from student_trainer.training.corpus import read_tokenizer
 from student_trainer.training.results import Results
@@ -219,8 +221,13 @@ DOCUMENT = json.loads(make_results(shuffled=5.0).model_dump_json())
 
 
 @pytest.mark.parametrize("value", [*VALUES.values(), None], ids=[*VALUES, "left out"])
-def test_results_of_wrong_values_are_named_or_can_be_shown(tmp_path: Path, value: str | None):
+def test_results_of_wrong_values_are_named_or_can_be_shown(
+    tmp_path: Path, value: str | None, monkeypatch: pytest.MonkeyPatch
+):
     told = []
+    # Most pictures are the same whatever is wrong: each is drawn once.
+    drawn = functools.cache(lambda picture, key: drawing.draw_svg(json.loads(picture), key))
+    monkeypatch.setattr(page, "draw_svg", lambda picture, key: drawn(json.dumps(picture), key))
     for place in places(DOCUMENT)[1:]:
         document = json.loads(json.dumps(DOCUMENT))
         inner = document

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from student_trainer.cli import main
-from student_trainer.report.charts import ticks
-from student_trainer.report.numbers import draw_losses, make_report, table, write_report
+from student_trainer.report.build import draw_losses, format_table, make_report, write_report
+from student_trainer.report.drawing import draw_png, draw_svg, make_locator
 from student_trainer.report.page import look_up, render
 from student_trainer.training.results import Results
 from tests.support.made_up import NUM_SEQUENCES, make_results, seeds
@@ -50,7 +50,7 @@ def test_one_run_has_its_numbers_at_the_top():
     assert report["held_out_rows"] == NUM_SEQUENCES * 15
     assert report["curves"]["distilled"][-1] == (100, pytest.approx(3.4))
     assert {"seed 0"} == {"seed " + str(one["seed"]) for one in report["groups"][0]["runs"]}
-    assert "gain" in table(report)
+    assert "gain" in format_table(report)
 
 
 def test_a_single_seed_is_said_to_prove_little():
@@ -60,7 +60,7 @@ def test_a_single_seed_is_said_to_prove_little():
 
 def test_a_gain_within_what_the_held_out_text_resolves_is_not_called_one():
     words = said(make_report(CASES["unclear"]))
-    assert "cannot be told" in words
+    assert "Cannot tell" in words
     assert "Distillation helped" not in words
 
 
@@ -220,7 +220,38 @@ def test_the_first_picture_is_drawn_for_where_a_page_is_too_much(verdict: str, t
     ],
 )
 def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]):
-    assert ticks(low, high) == pytest.approx(expected)
+    placed = make_locator().tick_values(low, high)
+    inside = {round(float(tick), 9) for tick in placed if low - 1e-9 <= tick <= high + 1e-9}
+    assert sorted(inside) == pytest.approx(expected)
+
+
+def test_the_same_picture_is_the_same_svg():
+    for picture in make_report(CASES["helped"])["groups"][0]["pictures"]:
+        assert draw_svg(picture, "key") == draw_svg(picture, "key")
+
+
+@pytest.mark.parametrize("points", [[], [(1.0, math.nan)], [(1e300, -1e300), (math.inf, 1e308)]])
+def test_values_that_cannot_be_drawn_do_not_break_a_picture(points: list[tuple[float, float]]):
+    pictures = make_report(CASES["helped"])["groups"][0]["pictures"]
+    for picture in pictures:
+        for line in picture.get("lines", []):
+            line["points"], line["seeds"] = points, [{"seed": 0, "points": points}]
+            line.pop("counts", None)
+        for bar in picture.get("bars", []):
+            bar["value"] = points[0][1] if points else 0.0
+        assert draw_svg(picture, "key").startswith("<svg")
+        assert draw_png(picture).startswith(b"\x89PNG")
+
+
+def test_a_picture_follows_the_colours_of_the_page():
+    """Light and dark are in page.css: an SVG has no colour of its own."""
+    page = render(make_report(CASES["several"]))
+    svgs = "".join(re.findall(r"<svg .*?</svg>", page, re.DOTALL))
+    assert not re.search(r"#[0-9a-f]{6}\b", svgs)
+    style = page.partition("</style>")[0]
+    for name in re.findall(r"var\(--(\w+)\)", svgs):
+        assert style.count(f"--{name}:") == 2
+    assert "prefers-color-scheme: dark" in style
 
 
 # The page.
@@ -309,12 +340,16 @@ def test_every_line_and_bar_is_drawn_where_report_json_says(verdict: str):
         assert picture is not None
         value = look_up(report, key)
         pairs = by_picture.setdefault(picture.group(), [])
-        if tag == "polyline":
-            points = [tuple(map(float, one.split(","))) for one in found["points"].split()]
+        assert tag == "path"
+        points = [tuple(map(float, xy)) for xy in re.findall(r"[ML] (\S+) (\S+)", found["d"])]
+        if key.endswith(".points"):
             assert len(points) == len(value)
             pairs += [(y, point[1]) for (_, y), point in zip(value, points, strict=True)]
+        elif ".levels." in key:
+            pairs += [(value, y) for _, y in points]
         else:
-            pairs.append((value, float(found["y1"] if tag == "line" else found["width"])))
+            xs = [x for x, _ in points]
+            pairs.append((value, max(xs) - min(xs)))
     for pairs in by_picture.values():
         # One straight line from numbers to places, for all that is in a picture.
         (low, at_low), (high, at_high) = min(pairs), max(pairs)
