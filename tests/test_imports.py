@@ -43,7 +43,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "student_trainer.record": ("teachers",),
     "student_trainer.data": ("teachers",),
     "student_trainer.training": ("teachers", "losses", "data", "disk"),
-    "student_trainer.hf_trainer": ("losses", "teachers", "client", "training"),
+    "student_trainer.hf": ("losses", "teachers", "training"),
+    "student_trainer.hf_trainer": ("hf", "losses", "teachers", "client", "training"),
     "student_trainer.report": ("training.results", "disk"),
     "student_trainer.ray_train": (
         "disk",

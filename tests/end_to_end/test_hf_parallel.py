@@ -57,7 +57,7 @@ def train_and_keep(
         assert trainer.args.world_size == num_ranks
         trainer.train()
         trainer.close()
-        assert (trainer._head is not None) == fused
+        assert (trainer._batch_loss.head is not None) == fused
         logs = [entry for entry in trainer.state.log_history if "kd_loss" in entry]
         found[batch, accumulation] = {
             "weights": weights(trainer),

@@ -106,7 +106,7 @@ def train_and_keep(folder: Path, rows: list, num_ranks: int, layout: str) -> Non
         trainer.add_callback(Reshards())
     trainer.train()
     assert hasattr(trainer.model.lm_head.weight, "full_tensor") == layout.startswith("fsdp2")
-    assert (trainer._head is None) == (layout == "zero3")
+    assert (trainer._batch_loss.head is None) == (layout == "zero3")
     torch.save(whole(trainer.model), folder / f"rank-{rank}.pt")
 
 

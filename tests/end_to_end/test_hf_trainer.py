@@ -125,7 +125,7 @@ def test_without_the_students_logits_the_steps_are_the_same(
             max_grad_norm=0.0,
         )
         trainer.train()
-        assert (trainer._head is not None) == fused
+        assert (trainer._batch_loss.head is not None) == fused
         logs = [entry for entry in trainer.state.log_history if "kd_loss" in entry]
         found.append((weights(trainer) - start, logs))
     (moved, logs), (expected, exact_logs) = found
@@ -159,7 +159,7 @@ def test_the_head_is_replaced_inside_autocast_and_checkpointing(
             **{option: True},
         )
         trainer.train()
-        assert (trainer._head is not None) == fused
+        assert (trainer._batch_loss.head is not None) == fused
         found.append(trainer.state.log_history[0])
     for name in ("loss", "kd_loss", "ce_loss", "grad_norm"):
         assert found[0][name] == pytest.approx(found[1][name], rel=5e-3), name
@@ -528,7 +528,7 @@ def test_no_batch_waits_for_the_device(teacher_model, rows, tmp_path: Path, targ
         max_steps=2,
     )
     trainer.train()
-    assert (trainer._head is not None) == fused
+    assert (trainer._batch_loss.head is not None) == fused
     assert found == [[]]
 
 

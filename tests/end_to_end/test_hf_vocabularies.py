@@ -76,7 +76,7 @@ def train(folder: Path, rows, teacher, size: int, *, fused: bool, kind=None) -> 
     )
     trainer.train()
     trainer.close()
-    assert (trainer._head is not None) == fused
+    assert (trainer._batch_loss.head is not None) == fused
     # What only the student has is left as it was.
     assert (student.get_input_embeddings().weight[PADDED_IDS:] == 1.0).all()
     logs = [entry for entry in trainer.state.log_history if "kd_loss" in entry]
