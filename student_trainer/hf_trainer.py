@@ -110,7 +110,7 @@ class DistillationMixin(_Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Trains as the Trainer does; resumes from the newest complete checkpoint if told True.
+        """Trains as the Trainer does; True resumes from the newest complete checkpoint.
 
         Raises IncompatibleTeacher for a checkpoint of another teacher.
         """

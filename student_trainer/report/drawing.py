@@ -130,7 +130,7 @@ def _draw_line(
         return
     radii, of_positions = [3.0] * len(xs), [""] * len(xs)
     if counts is not None:  # the area of a point shows how many positions it stands for
-        radii = [2 + 8 * math.sqrt(count / sum(counts)) for count in counts]
+        radii = [2 + 8 * math.sqrt(count / (sum(counts) or 1)) for count in counts]
         of_positions = [f", {count:,} positions" for count in counts]
     gid = f"{key}.markers"
     areas = [(2 * radius) ** 2 for radius in radii]

@@ -57,7 +57,7 @@ class Sharded(DistillationTrainer):
 
 
 class Reshards(transformers.TrainerCallback):
-    """Every unit is freed behind its forward pass, as accelerate up to 1.13 leaves the root too."""
+    """Every unit is freed after its forward pass, as accelerate up to 1.13 leaves the root too."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         kwargs["model"].set_reshard_after_forward(True, recurse=True)

@@ -68,11 +68,11 @@ def losses(
 
 def train(folder: Path, rows, teacher, size: int, *, fused: bool, kind=None) -> list[float]:
     """The loss of each step."""
-    wish = DistillationArguments(targets=TARGETS, ce_weight=0.3, fused=fused)
+    arguments = DistillationArguments(targets=TARGETS, ce_weight=0.3, fused=fused)
     student = make_student(size)
     more = {} if kind is None else {"kind": kind}
     trainer = make_trainer(
-        folder, rows, teacher, student=student, distillation=wish, max_steps=STEPS, **more
+        folder, rows, teacher, student=student, distillation=arguments, max_steps=STEPS, **more
     )
     trainer.train()
     trainer.close()

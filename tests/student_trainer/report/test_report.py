@@ -53,7 +53,7 @@ def test_one_run_has_its_numbers_at_the_top():
     assert "gain" in format_table(report)
 
 
-def test_a_single_seed_is_said_to_prove_little():
+def test_a_single_seed_is_reported_to_prove_little():
     assert "single seed" in said(make_report(CASES["helped"]))
     assert "single seed" not in said(make_report(seeds([0.5, 0.55, 0.45])))
 
@@ -137,12 +137,12 @@ def test_shuffled_targets_as_good_as_the_right_ones_are_called_wrong():
     assert "student-trainer check" in words[0]
 
 
-def test_shuffled_targets_between_the_two_are_told():
+def test_shuffled_targets_between_the_two_are_reported():
     assert "beat labels alone" in said(make_report({"a": make_results(shuffled=3.7)}))
     assert "as it must be" in said(make_report({"a": make_results(shuffled=5.0)}))
 
 
-def test_a_student_better_than_its_teacher_is_told():
+def test_a_student_better_than_its_teacher_is_reported():
     report = make_report({"a": make_results(distilled=2.9)})
     assert report["gap_closed"] == pytest.approx(1.1)
     assert "better than its teacher" in said(report)
@@ -155,7 +155,7 @@ def test_a_teacher_no_better_than_the_control_leaves_no_gap():
     assert "gap_closed" not in [one["name"] for one in report["groups"][0]["pictures"]]
 
 
-def test_a_teacher_whose_loss_nobody_knows_is_said_to_be_unknown():
+def test_a_teacher_of_unknown_loss_is_reported_as_such():
     report = make_report({"a": make_results(teacher=None, unknown="the text was not recorded")})
     assert report["teacher_loss"] is None
     assert "the text was not recorded" in said(report)
@@ -164,7 +164,7 @@ def test_a_teacher_whose_loss_nobody_knows_is_said_to_be_unknown():
     assert "is not known: the record holds samples." in said(part)
 
 
-def test_more_time_for_the_same_steps_and_waiting_are_told():
+def test_more_time_for_the_same_steps_and_waiting_are_reported():
     slow = make_results(waiting=0.5)
     distilled = slow.students["distilled"].model_copy(update={"seconds": 24.0, "waiting_s": 12.0})
     slow = slow.model_copy(update={"students": {**slow.students, "distilled": distilled}})
