@@ -172,7 +172,7 @@ class DistillationMixin(_Trainer):
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         self._refuse_unknown_ids(attached.largest_id)
-        loss, outputs = self._batch_loss.sum(model, inputs, attached, keep=return_outputs)
+        loss, outputs = self._batch_loss.compute(model, inputs, attached, keep=return_outputs)
         if num_items_in_batch is None:
             loss = loss / max(len(attached.rows), 1)
         else:

@@ -87,7 +87,7 @@ class BatchLoss:
         """Forgets the head: another training may have wrapped the student in another way."""
         self._is_new = True
 
-    def sum(
+    def compute(
         self, model: nn.Module, inputs: dict[str, Any], attached: AttachedTargets, keep: bool
     ) -> tuple[Tensor, Any]:
         """Returns kd_weight * divergence + ce_weight * cross-entropy summed over the rows.

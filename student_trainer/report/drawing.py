@@ -180,7 +180,7 @@ def _make_axes(
 
 def _make_formatter(unit: str) -> Formatter:
     if unit == "%":
-        return PercentFormatter(1.0, symbol=" %")
+        return PercentFormatter(1.0)
     return FuncFormatter(lambda value, _: _format_tick(value))
 
 

@@ -12,7 +12,7 @@ def format_value(value: Any, unit: str = "") -> str:
     if isinstance(value, str):
         return value
     if unit == "%":
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.1f}%"
     if unit == "nats":
         return f"{value:.3f}"
     if isinstance(value, int):

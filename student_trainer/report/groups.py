@@ -33,7 +33,7 @@ T_95 = {
     **{1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262},
     **{10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042},
 }
-"""Quantiles of Student's t for a two-sided 95 % interval, by degrees of freedom."""
+"""Quantiles of Student's t for a two-sided 95% interval, by degrees of freedom."""
 
 
 def group_runs(runs: Mapping[str, Results]) -> list[dict[str, Any]]:
@@ -99,7 +99,7 @@ def _make_group(members: Mapping[str, Results], differs: Mapping[str, Any]) -> d
 
 
 def _summarize(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """Returns mean, spread and 95 % interval of the mean; None if no run has the number."""
+    """Returns mean, spread and 95% interval of the mean; None if no run has the number."""
     known = [value for value in values if value is not None]
     if not known:
         return None

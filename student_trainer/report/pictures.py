@@ -54,7 +54,7 @@ def _show_losses(
         of_tokens = {"above": {"label": "tokens trained on", "per_x": rows}}
         title = "Held-out loss against steps and tokens"
         caption = (
-            "Lower is better; the dashed line is the teacher itself. What to look for: does the "
+            "Lower is better; the level dashed line is the teacher itself. What to look for: does the "
             "distilled student end clearly below the control, and was it below all the way, or do "
             "the lines cross? The axis above counts the tokens that were trained on."
         )
@@ -103,8 +103,8 @@ def _show_gap(runs: Sequence[Results], numbers: Sequence[dict[str, Any]]) -> dic
         "kind": "lines",
         "title": "Share of the gap that was closed",
         "caption": (
-            "(control - distilled) / (control - teacher) at the same step: 0 % is no better than "
-            "labels alone, 100 % is as good as the teacher. What to look for: a line that stays "
+            "(control - distilled) / (control - teacher) at the same step: 0% is no better than "
+            "labels alone, 100% is as good as the teacher. What to look for: a line that stays "
             "high to the end. A falling line means that labels catch up, and that distillation "
             "mostly saved time."
         ),

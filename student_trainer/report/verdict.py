@@ -12,7 +12,7 @@ WORTH_GAP = 0.05
 teacher. A certain effect can be tiny: enough held-out text resolves any. A twentieth is about what a
 slightly better learning rate or a few percent more steps give, which cost no teacher."""
 WORTH_NATS = 0.02
-"""The same in nats, where that distance is zero or not known: 2 % of perplexity."""
+"""The same in nats, where that distance is zero or not known: 2% of perplexity."""
 WORTH_WAITING = 0.1
 """Share of the time spent waiting from which on it is worth a sentence."""
 WORTH_SECONDS = 1.25
@@ -76,7 +76,7 @@ def _judge_seeds(numbers: Numbers, gain: Mapping[str, Any], stats: Stats) -> tup
     positive = sum(run["gain"] > 0 for run in numbers if run["gain"] is not None)
     spread = (
         f"Over {num} seeds the mean gain is {mean:.3f}, with a standard deviation of "
-        f"{gain['spread']:.3f} ({gain['min']:.3f} to {gain['max']:.3f}; 95 % interval of the mean "
+        f"{gain['spread']:.3f} ({gain['min']:.3f} to {gain['max']:.3f}; 95% interval of the mean "
         f"{gain['low']:.3f} to {gain['high']:.3f}); it is positive in {positive} of {num}."
     )
     if abs(mean) <= gain["spread"]:
@@ -88,7 +88,7 @@ def _judge_seeds(numbers: Numbers, gain: Mapping[str, Any], stats: Stats) -> tup
     if gain["low"] <= 0 <= gain["high"]:
         return "unclear", [
             f"It is not certain yet that distillation {'helped' if mean > 0 else 'hurt'}: {losses}. "
-            f"{num} seeds are too few to rule out chance: the 95 % interval still includes no gain "
+            f"{num} seeds are too few to rule out chance: the 95% interval still includes no gain "
             "at all.",
             spread,
         ]

@@ -298,7 +298,7 @@ class Shown(HTMLParser):
 
 def number_of(shown: str) -> tuple[float, float]:
     """A number as it is shown, and how far off rounding may have put it."""
-    text = shown.replace(",", "").removesuffix(" %")
+    text = shown.replace(",", "").removesuffix("%")
     scale = 0.01 if shown.endswith("%") else 1.0
     mantissa, _, exponent = text.partition("e")
     digits = len(mantissa.partition(".")[2])
