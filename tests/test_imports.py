@@ -42,7 +42,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "student_trainer.record": ("teachers",),
     "student_trainer.data": ("teachers",),
     "student_trainer.training": ("teachers", "losses", "data", "disk"),
-    "student_trainer.hf_trainer": ("losses", "teachers", "client", "training"),
+    "student_trainer.hf": ("losses", "teachers", "training"),
+    "student_trainer.hf_trainer": ("hf", "losses", "teachers", "client", "training"),
     "student_trainer.report": ("training.results", "disk"),
     "student_trainer.ray_train": (
         "disk",
@@ -83,7 +84,7 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
         "student_trainer.ray_train.job",
     ),
     # The settings say themselves in which of them two runs may differ.
-    "student_trainer/report/numbers.py": ("student_trainer.config",),
+    "student_trainer/report/groups.py": ("student_trainer.config",),
     # To be mended.
 }
 """Of single files, what else they may import, and why."""

@@ -7,8 +7,8 @@ from student_trainer.config import ReportConfig
 
 
 def run_report(config: ReportConfig) -> int:
-    """Writes the page of finished runs and prints its findings."""
-    from student_trainer.report import numbers as report
+    """Makes the page of finished runs anew; prints what they say."""
+    from student_trainer.report import build as report
     from student_trainer.training.results import Results
 
     folders = [folder.resolve() for folder in config.runs]

@@ -129,8 +129,8 @@ def describe_checkpoints(config: TrainConfig) -> str:
 def run_train(config: TrainConfig) -> int:
     """Trains the student and the requested controls; prints and writes the report."""
     from student_trainer.errors import Interrupted, NotWritten
+    from student_trainer.report import build as report
     from student_trainer.report import model_card
-    from student_trainer.report import numbers as report
 
     saved = ""
     try:
@@ -150,7 +150,7 @@ def run_train(config: TrainConfig) -> int:
         kept = f"; {saved}{describe_checkpoints(config)}" if config.output.is_dir() else ""
         print(f"student-trainer: {error}{kept}", file=sys.stderr)
         return 1
-    print(report.table(found))
+    print(report.format_table(found))
     print("\n".join(found["sentences"]))
     print(
         f"written: {config.output / 'report.html'}, report.json, results.json, loss.png, student/"

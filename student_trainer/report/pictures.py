@@ -1,6 +1,7 @@
-"""What the pictures of a report show, as plain data: lines, levels, bars, and words beside them.
+"""Says what the pictures of a report show, as plain data: lines, levels, bars and captions.
 
-Of several runs that differ in their seed, a line is their mean, and `seeds` has each.
+A line is the mean of the runs that differ in nothing but their seed; its `seeds` has each of them.
+drawing.py draws the pictures.
 """
 
 import math
@@ -15,34 +16,34 @@ LABELS = {
     "shuffled": "control: shuffled targets",
 }
 POINTS = 200
-"""A line of more is averaged over neighbours: nobody can see them."""
+"""A line with more is averaged over neighbours: the eye cannot tell them apart."""
 
 Point = tuple[float, float]
 
 
 def make_pictures(runs: Sequence[Results], numbers: Sequence[dict[str, Any]]) -> list[dict]:
-    """The pictures of one setting; numbers: of `report.numbers_of`, one run per seed."""
-    seeds = [one["seed"] for one in numbers]
+    """Returns the pictures of one setting; numbers: from `compute_numbers`, one run per seed."""
+    seeds = [run["seed"] for run in numbers]
     runs = [next(run for run in runs if run.settings["seed"] == seed) for seed in seeds]
-    found = [
-        _losses(runs, numbers, "step", "optimizer steps"),
-        _losses(runs, numbers, "seconds", "seconds of training"),
-        _gap(runs, numbers),
-        _agreement(runs, numbers),
-        _calibration(runs, numbers),
-        _waiting(runs),
-        _bytes(numbers),
+    shown = [
+        _show_losses(runs, numbers, "step", "optimizer steps"),
+        _show_losses(runs, numbers, "seconds", "seconds of training"),
+        _show_gap(runs, numbers),
+        _show_agreement(runs, numbers),
+        _show_calibration(runs, numbers),
+        _show_waiting(runs),
+        _show_bytes(numbers),
     ]
-    return [picture for picture in found if picture is not None]
+    return [picture for picture in shown if picture is not None]
 
 
-def _losses(
+def _show_losses(
     runs: Sequence[Results], numbers: Sequence[dict[str, Any]], x: str, x_label: str
 ) -> dict[str, Any]:
-    lines = _lines(runs, lambda student: _measured(student, x, "held_out_loss"))
+    lines = _make_lines(runs, lambda student: _get_points(student, x, "held_out_loss"))
     levels = [
         {"student": "teacher", "label": "teacher", "value": value}
-        for value in [_mean([one["teacher_loss"] for one in numbers])]
+        for value in [_average([run["teacher_loss"] for run in numbers])]
         if value is not None
     ]
     final = ", ".join(f"{line['label']} {line['points'][-1][1]:.3f}" for line in lines)
@@ -53,16 +54,16 @@ def _losses(
         of_tokens = {"above": {"label": "tokens trained on", "per_x": rows}}
         title = "Held-out loss against steps and tokens"
         caption = (
-            "Lower is better; the dashed line is the teacher itself. What to look for: does the "
-            "distilled student end clearly below the control, and was it below it all the way, or "
-            "do the lines cross? The axis above counts the tokens that were trained on."
+            "Lower is better; the level dashed line is the teacher itself. What to look for: does the "
+            "distilled student end clearly below the control, and was it below all the way, or do "
+            "the lines cross? The axis above counts the tokens that were trained on."
         )
     else:
         title = "Held-out loss against time"
         caption = (
-            "The same points, against the seconds that the steps took, waiting for the teacher "
-            "included. What to look for: a distilled student that needs longer per step has to "
-            "gain more per step; here is whether it does."
+            "The same points against the seconds that the steps took, including the time spent "
+            "waiting for the teacher. What to look for: a distilled student that takes longer per "
+            "step has to gain more per step; this shows whether it does."
         )
     return {
         "name": f"loss_by_{x}",
@@ -79,32 +80,32 @@ def _losses(
     }
 
 
-def _gap(runs: Sequence[Results], numbers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """At each measurement, how much of the way from the control to the teacher was gained."""
-    found = []
+def _show_gap(runs: Sequence[Results], numbers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Shows how much of the way from the control to the teacher was gained at each measurement."""
+    by_seed = []
     for run, of_run in zip(runs, numbers, strict=True):
         control, teacher = run.students.get("control"), of_run["teacher_loss"]
         if control is None or teacher is None or of_run["gap_closed"] is None:
             continue
-        at_step = dict(_measured(control, "step", "held_out_loss"))
+        at_step = dict(_get_points(control, "step", "held_out_loss"))
         points = [
             (step, (at_step[step] - loss) / (at_step[step] - teacher))
-            for step, loss in _measured(run.students["distilled"], "step", "held_out_loss")
+            for step, loss in _get_points(run.students["distilled"], "step", "held_out_loss")
             if at_step.get(step, -math.inf) > teacher
         ]
         if points:
-            found.append((of_run["seed"], points))
-    if not found:
+            by_seed.append((of_run["seed"], points))
+    if not by_seed:
         return None
-    line = _line("distilled", found)
+    line = _make_line("distilled", by_seed)
     return {
         "name": "gap_closed",
         "kind": "lines",
         "title": "Share of the gap that was closed",
         "caption": (
-            "(control - distilled) / (control - teacher) at the same step: 0 % is no better than "
-            "labels alone, 100 % is as good as the teacher. What to look for: a line that stays "
-            "high to the end. One that falls says that labels catch up, and that distillation "
+            "(control - distilled) / (control - teacher) at the same step: 0% is no better than "
+            "labels alone, 100% is as good as the teacher. What to look for: a line that stays "
+            "high to the end. A falling line means that labels catch up, and that distillation "
             "mostly saved time."
         ),
         "alt": f"Share of the gap closed, at the end {line['points'][-1][1]:.0%}.",
@@ -116,8 +117,12 @@ def _gap(runs: Sequence[Results], numbers: Sequence[dict[str, Any]]) -> dict[str
     }
 
 
-def _agreement(runs: Sequence[Results], numbers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    lines = _lines(runs, lambda student: _measured(student, "step", "held_out_top1_agreement"))
+def _show_agreement(
+    runs: Sequence[Results], numbers: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    lines = _make_lines(
+        runs, lambda student: _get_points(student, "step", "held_out_top1_agreement")
+    )
     if not lines:
         return None
     final = ", ".join(f"{line['label']} {line['points'][-1][1]:.1%}" for line in lines)
@@ -126,9 +131,9 @@ def _agreement(runs: Sequence[Results], numbers: Sequence[dict[str, Any]]) -> di
         "kind": "lines",
         "title": "How often student and teacher would pick the same token",
         "caption": (
-            "Share of held-out positions whose likeliest next token is the teacher's likeliest. "
-            "What to look for: a distilled student should agree more often than a control that "
-            "never saw the teacher; two good models agree often anyway."
+            "Share of held-out positions at which the student's most likely next token is the "
+            "teacher's. What to look for: a distilled student should agree more often than a "
+            "control that never saw the teacher; two good models agree often in any case."
         ),
         "alt": f"Top-1 agreement with the teacher on held-out text, at the end: {final}.",
         "x": "optimizer steps",
@@ -139,25 +144,25 @@ def _agreement(runs: Sequence[Results], numbers: Sequence[dict[str, Any]]) -> di
     }
 
 
-def _calibration(
+def _show_calibration(
     runs: Sequence[Results], numbers: Sequence[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Reliability of the first seed: bins of several cannot be averaged."""
+    """Shows the reliability of the first seed: the bins of several cannot be averaged."""
     run, of_run = runs[0], numbers[0]
     bins = {
         "teacher": run.teacher.scores.bins,
         **{name: run.students[name].scores.bins for name in LABELS if name in run.students},
     }
     lines = []
-    for name, of_student in bins.items():
+    for name, scored_bins in bins.items():
         error = of_run[f"{name}_calibration_error"]
-        of_student = [one for one in of_student if math.isfinite(one.confidence + one.accuracy)]
-        if not of_student or error is None:
+        finite = [bin for bin in scored_bins if math.isfinite(bin.confidence + bin.accuracy)]
+        if not finite or error is None:
             continue
-        points = [(one.confidence, one.accuracy) for one in of_student]
-        line = _line(name, [(of_run["seed"], points)])
+        points = [(bin.confidence, bin.accuracy) for bin in finite]
+        line = _make_line(name, [(of_run["seed"], points)])
         line["label"] += f" (error {error:.1%})"
-        line["counts"] = [one.count for one in of_student]
+        line["counts"] = [bin.count for bin in finite]
         lines.append(line)
     if not lines:
         return None
@@ -165,19 +170,19 @@ def _calibration(
     return {
         "name": "calibration",
         "kind": "reliability",
-        "title": "Can its probabilities be believed?",
+        "title": "Can the probabilities be trusted?",
         "caption": (
-            "Positions are put into ten bins by how sure the model was of its likeliest token; each "
-            "point says how often it was right there. On the diagonal it is as sure as it should "
-            "be, below it is too sure. The error in the legend is the mean distance from the "
-            "diagonal (expected calibration error); large points stand for many positions. A model that "
-            "is never sure can be on the diagonal and know nothing: read it beside the loss."
-            + of_seed
+            "Positions are put into ten bins by how sure the model was of its most likely token; "
+            "each point shows how often it was right there. On the diagonal the model is as sure as "
+            "it should be, below it is too sure. The error in the legend is the mean distance from "
+            "the diagonal (expected calibration error); large points stand for many positions. A "
+            "model that is never sure can be on the diagonal and know nothing: read this together "
+            "with the loss." + of_seed
         ),
         "alt": "Accuracy against confidence; "
         + ", ".join(line["label"] for line in lines)
         + "; the diagonal is perfect calibration.",
-        "x": "probability of the likeliest token",
+        "x": "probability of the most likely token",
         "y": "how often it was right",
         "unit": "%",
         "lines": lines,
@@ -185,8 +190,8 @@ def _calibration(
     }
 
 
-def _waiting(runs: Sequence[Results]) -> dict[str, Any]:
-    lines = _lines(
+def _show_waiting(runs: Sequence[Results]) -> dict[str, Any]:
+    lines = _make_lines(
         runs,
         lambda student: [
             (entry["step"], entry["waiting_fraction"])
@@ -204,9 +209,9 @@ def _waiting(runs: Sequence[Results]) -> dict[str, Any]:
         "kind": "lines",
         "title": "Time spent waiting for the next batch",
         "caption": (
-            "Share of the time of each few steps in which the student had nothing to do because "
-            "targets (or, for the control, text) were not there yet. What to look for: near zero "
-            "is as fast as training without a teacher; a few percent at the start are normal; "
+            "Share of the time between two logged steps in which the student had nothing to do "
+            "because targets (or, for the control, text) had not arrived. What to look for: near "
+            "zero is as fast as training without a teacher; a few percent at the start are normal; "
             "steadily more means that the teacher is the slower of the two."
         ),
         "alt": f"Waiting fraction over the steps, on average: {final}.",
@@ -219,8 +224,8 @@ def _waiting(runs: Sequence[Results]) -> dict[str, Any]:
     }
 
 
-def _bytes(numbers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    sent = _mean([one["bytes_per_token"] for one in numbers])
+def _show_bytes(numbers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    sent = _average([run["bytes_per_token"] for run in numbers])
     if sent is None:
         return None
     whole = numbers[0]["whole_bytes_per_token"]
@@ -229,9 +234,9 @@ def _bytes(numbers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         "kind": "bars",
         "title": "Bytes per token",
         "caption": (
-            f"What came from the teacher for each token, as {numbers[0]['targets']}, beside what the "
-            "whole distribution over the vocabulary would be as 16-bit numbers. What to look for: "
-            "how much of the network, or of the disk, the same training would otherwise need."
+            f"What was received from the teacher for each token, as {numbers[0]['targets']}, beside "
+            "what the whole distribution over the vocabulary would take as 16-bit numbers. What to "
+            "look for: how much network or disk the same training would otherwise need."
         ),
         "alt": f"{sent:.1f} bytes per token were received; the whole distribution has {whole:,}.",
         "unit": "bytes",
@@ -245,29 +250,29 @@ def _bytes(numbers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 # Lines.
 
 
-def _lines(
+def _make_lines(
     runs: Sequence[Results],
     points: Callable[[StudentResults], list[Point]],
     of: Sequence[str] = tuple(LABELS),
 ) -> list[dict[str, Any]]:
-    """One line per kind of student, if any run has points of it."""
-    found = []
+    """Returns one line per kind of student that any run has points of."""
+    lines = []
     for name in of:
-        of_seeds = [
+        by_seed = [
             (run.settings["seed"], points(run.students[name]))
             for run in runs
             if name in run.students
         ]
-        of_seeds = [(seed, _thinned(some)) for seed, some in of_seeds if some]
-        if of_seeds:
-            found.append(_line(name, of_seeds))
-    return found
+        by_seed = [(seed, _thin(of_seed)) for seed, of_seed in by_seed if of_seed]
+        if by_seed:
+            lines.append(_make_line(name, by_seed))
+    return lines
 
 
-def _line(student: str, of_seeds: Sequence[tuple[int, list[Point]]]) -> dict[str, Any]:
-    """points: the mean over the seeds, of as many points as all of them have."""
-    length = min(len(points) for _, points in of_seeds)
-    columns = [[points[i] for _, points in of_seeds] for i in range(length)]
+def _make_line(student: str, by_seed: Sequence[tuple[int, list[Point]]]) -> dict[str, Any]:
+    """Returns the mean over the seeds, with as many points as all of them have."""
+    length = min(len(points) for _, points in by_seed)
+    columns = [[points[i] for _, points in by_seed] for i in range(length)]
     return {
         "student": student,
         "label": LABELS.get(student, student),
@@ -275,13 +280,13 @@ def _line(student: str, of_seeds: Sequence[tuple[int, list[Point]]]) -> dict[str
             (sum(x for x, _ in column) / len(column), sum(y for _, y in column) / len(column))
             for column in columns
         ],
-        "seeds": [{"seed": seed, "points": points} for seed, points in of_seeds]
-        if len(of_seeds) > 1
+        "seeds": [{"seed": seed, "points": points} for seed, points in by_seed]
+        if len(by_seed) > 1
         else [],
     }
 
 
-def _measured(student: StudentResults, x: str, y: str) -> list[Point]:
+def _get_points(student: StudentResults, x: str, y: str) -> list[Point]:
     return [
         (entry[x], entry[y])
         for entry in student.measurements
@@ -289,7 +294,7 @@ def _measured(student: StudentResults, x: str, y: str) -> list[Point]:
     ]
 
 
-def _thinned(points: list[Point]) -> list[Point]:
+def _thin(points: list[Point]) -> list[Point]:
     width = math.ceil(len(points) / POINTS)
     parts = [points[i : i + width] for i in range(0, len(points), width)]
     return [
@@ -298,6 +303,6 @@ def _thinned(points: list[Point]) -> list[Point]:
     ]
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _average(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

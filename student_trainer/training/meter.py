@@ -3,6 +3,8 @@
 Letters: R trained rows, C rows of one chunk, V vocabulary, E kept entries of all rows.
 """
 
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,8 @@ MEANS = {
 }
 """What is logged, and the rows that its sum is divided by."""
 SUMS = (*MEANS, *dict.fromkeys(MEANS.values()))
+TRAINER_SUMS = ("tokens_without_target", "waiting_s", "busy_s", "target_rows")
+"""What a Trainer adds up over ranks beside SUMS."""
 
 
 class Meter:
@@ -57,6 +61,58 @@ class Meter:
         for value in self._sums.values():
             value.zero_()
         return found
+
+
+class TrainerMeter:
+    """Sums over the steps of a transformers.Trainer: of their rows, and of their time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts at zero, for another training."""
+        self._rows = Meter(self._device)
+        self.rows_fetched = 0
+        """Rows of targets that came from the teacher."""
+        self.rows_in_loss = 0
+        """Of these, the rows that reached the loss."""
+        self.num_without = 0
+        self._waiting_s = 0.0
+        self._busy_s = 0.0
+        self._began_s = time.perf_counter()
+
+    def begin_step(self, began_s: float, waited_s: float) -> None:
+        """Notes when a step began, and how long it waited for targets."""
+        self._began_s = began_s
+        self._waiting_s += waited_s
+
+    def end_step(self) -> None:
+        """Notes that the step has ended."""
+        self._busy_s += time.perf_counter() - self._began_s
+
+    def add(self, targets: Targets, kd: Tensor | None, ce: Tensor, best_R: Tensor) -> None:
+        """Adds one batch: sums over its rows, and the student's most likely ids."""
+        self.rows_in_loss += targets.num_rows
+        self._rows.add(targets, kd_sum=kd, ce_sum=ce, best_R=best_R)
+
+    def take_sums(self) -> Tensor:
+        """Returns (len(SUMS) + len(TRAINER_SUMS),) and starts at zero, except for target_rows."""
+        rows = self._rows.take()
+        own = (self.num_without, self._waiting_s, self._busy_s, self.rows_in_loss)
+        self.num_without, self._waiting_s, self._busy_s = 0, 0.0, 0.0
+        return torch.cat([rows, rows.new_tensor(own)])
+
+    @staticmethod
+    def compute_logs(sums: Tensor) -> dict[str, float]:
+        """Returns what is logged, from the sums of all ranks."""
+        own = dict(zip(TRAINER_SUMS, sums[len(SUMS) :].tolist(), strict=True))
+        return {
+            **means(sums[: len(SUMS)]),
+            "waiting_fraction": own["waiting_s"] / max(own["busy_s"], 1e-9),
+            "tokens_without_target": own["tokens_without_target"],
+            "target_rows": own["target_rows"],
+        }
 
 
 def means(sums: Tensor) -> dict[str, float]:

@@ -35,7 +35,7 @@ def test_lora_trains_its_adapters_only_and_goes_on_from_a_checkpoint(
     )
     before = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
     whole.train()
-    assert whole._head is not None  # the loss in the place of the head
+    assert whole._batch_loss.head is not None  # the loss in the place of the head
     assert whole.model.get_output_embeddings().weight.grad is None
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
@@ -60,7 +60,7 @@ def test_an_adapter_of_the_head_is_trained_through_its_logits(teacher_model, row
             max_steps=2,
         )
         trainer.train()
-        assert trainer._head is None
+        assert trainer._batch_loss.head is None
         found.append(weights(trainer))
     assert torch.equal(*found)
     adapters = [p for name, p in trainer.model.named_parameters() if "lm_head.lora_B" in name]
@@ -86,7 +86,7 @@ def test_the_mixin_goes_before_trls_sft_trainer(trained_service, rows, tmp_path:
     before = weights(trainer).clone()
     trainer.train()
     trainer.close()
-    assert trainer._head is not None
+    assert trainer._batch_loss.head is not None
     logs = [entry for entry in trainer.state.log_history if "kd_loss" in entry]
     assert len(logs) == 6
     # One epoch: every row's targets were in the loss once.

@@ -57,7 +57,7 @@ def train_and_keep(
         assert trainer.args.world_size == num_ranks
         trainer.train()
         trainer.close()
-        assert (trainer._head is not None) == fused
+        assert (trainer._batch_loss.head is not None) == fused
         logs = [entry for entry in trainer.state.log_history if "kd_loss" in entry]
         found[batch, accumulation] = {
             "weights": weights(trainer),
@@ -137,7 +137,7 @@ CRASH_STEP = 5
 
 
 class Crash(transformers.TrainerCallback):
-    """The process is killed behind an optimizer step that no checkpoint has."""
+    """The process is killed after an optimizer step that no checkpoint has."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == CRASH_STEP:
@@ -147,7 +147,7 @@ class Crash(transformers.TrainerCallback):
 def train_with_checkpoints(
     folder: Path, rows: list, address: str, num_ranks: int, crash: str | None
 ) -> None:
-    """8 steps, of which an epoch has 3; checkpoints behind every second."""
+    """8 steps, of which an epoch has 3; checkpoints after every second."""
     rank = int(os.environ.get("RANK", "0"))
     trainer = make_trainer(
         folder,
@@ -163,7 +163,7 @@ def train_with_checkpoints(
         save_steps=2,
     )
     trainer.notes = folder / f"notes-{num_ranks}-{rank}"
-    if crash == "behind a step":
+    if crash == "after a step":
         trainer.add_callback(Crash())
     trainer.dies_in_save = crash == "in a save" and rank == 0
     checkpoint = any(folder.glob("checkpoint-*"))
@@ -182,7 +182,7 @@ def noted(folder: Path, pattern: str) -> dict[int, list[list[int]]]:
     return {step: sorted(ids) for step, ids in found.items()}
 
 
-@pytest.mark.parametrize("crash", ["behind a step", "in a save"])
+@pytest.mark.parametrize("crash", ["after a step", "in a save"])
 def test_two_processes_crash_and_one_goes_on_with_the_same_steps(
     trained_service, rows, tmp_path: Path, crash
 ):

@@ -57,7 +57,7 @@ class Sharded(DistillationTrainer):
 
 
 class Reshards(transformers.TrainerCallback):
-    """Every unit is freed behind its forward pass, as accelerate up to 1.13 leaves the root too."""
+    """Every unit is freed after its forward pass, as accelerate up to 1.13 leaves the root too."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         kwargs["model"].set_reshard_after_forward(True, recurse=True)
@@ -106,7 +106,7 @@ def train_and_keep(folder: Path, rows: list, num_ranks: int, layout: str) -> Non
         trainer.add_callback(Reshards())
     trainer.train()
     assert hasattr(trainer.model.lm_head.weight, "full_tensor") == layout.startswith("fsdp2")
-    assert (trainer._head is None) == (layout == "zero3")
+    assert (trainer._batch_loss.head is None) == (layout == "zero3")
     torch.save(whole(trainer.model), folder / f"rank-{rank}.pt")
 
 

@@ -37,8 +37,10 @@ one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 
 
 def test_it_learns_from_a_service_and_says_how(trained_service, rows, tmp_path: Path):
-    wish = DistillationArguments(targets="top_k:16", ce_weight=0.1, ahead="3")
-    trainer = make_trainer(tmp_path, rows, trained_service.address, distillation=wish, max_steps=12)
+    arguments = DistillationArguments(targets="top_k:16", ce_weight=0.1, ahead="3")
+    trainer = make_trainer(
+        tmp_path, rows, trained_service.address, distillation=arguments, max_steps=12
+    )
     trainer.train()
     evaluated = trainer.evaluate()
     assert evaluated["eval_loss"] > 0
@@ -67,13 +69,13 @@ def test_the_step_is_the_same_however_it_is_cut_into_batches(
     teacher_model, rows, tmp_path: Path, targets
 ):
     found = []
-    wish = DistillationArguments(targets=targets, ce_weight=0.3, temperature=1.5)
+    arguments = DistillationArguments(targets=targets, ce_weight=0.3, temperature=1.5)
     for batch_size, accumulation in ((8, 1), (4, 2), (1, 8)):
         trainer = make_trainer(
             tmp_path,
             rows,
             teacher_model,
-            distillation=wish,
+            distillation=arguments,
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
             max_steps=2,
@@ -125,7 +127,7 @@ def test_without_the_students_logits_the_steps_are_the_same(
             max_grad_norm=0.0,
         )
         trainer.train()
-        assert (trainer._head is not None) == fused
+        assert (trainer._batch_loss.head is not None) == fused
         logs = [entry for entry in trainer.state.log_history if "kd_loss" in entry]
         found.append((weights(trainer) - start, logs))
     (moved, logs), (expected, exact_logs) = found
@@ -159,7 +161,7 @@ def test_the_head_is_replaced_inside_autocast_and_checkpointing(
             **{option: True},
         )
         trainer.train()
-        assert (trainer._head is not None) == fused
+        assert (trainer._batch_loss.head is not None) == fused
         found.append(trainer.state.log_history[0])
     for name in ("loss", "kd_loss", "ce_loss", "grad_norm"):
         assert found[0][name] == pytest.approx(found[1][name], rel=5e-3), name
@@ -229,7 +231,7 @@ class Counting:
 
 
 @pytest.mark.parametrize(("targets", "steps"), [("sampled:8", (1, 2, 3, 5, 7)), ("top_k:4", (3,))])
-def test_gone_on_from_any_checkpoint_the_weights_are_the_same(
+def test_resumed_from_any_checkpoint_the_weights_are_the_same(
     teacher_model, rows, tmp_path: Path, targets, steps
 ):
     settings = {
@@ -278,7 +280,7 @@ def test_what_is_skipped_on_resume_is_not_asked_for(teacher_model, rows, tmp_pat
     assert 0 < teacher.rows < num_trained(rows) / 2
 
 
-def test_another_teacher_does_not_go_on_with_the_run(teacher_model, rows, tmp_path: Path):
+def test_another_teacher_does_not_continue_the_run(teacher_model, rows, tmp_path: Path):
     make_trainer(
         tmp_path, rows, teacher_model, save_strategy="steps", save_steps=2, max_steps=2
     ).train()
@@ -413,19 +415,19 @@ def test_a_loader_worker_that_touches_the_client_gets_an_error_at_once(
         assert time.monotonic() - began < 5  # of which most is the start of the worker
 
 
-def test_mistakes_are_told_when_the_trainer_is_made(trained_service, rows, tmp_path: Path):
+def test_mistakes_are_reported_when_the_trainer_is_made(trained_service, rows, tmp_path: Path):
     with pytest.raises(ValueError, match="address such as"):
         make_trainer(tmp_path, rows, 50051)
-    wish = DistillationArguments(temperature=0.0)
+    arguments = DistillationArguments(temperature=0.0)
     with pytest.raises(InvalidRequest, match="temperature"):
-        make_trainer(tmp_path, rows, trained_service.address, distillation=wish)
-    wish = DistillationArguments(patience_s=0.5)
+        make_trainer(tmp_path, rows, trained_service.address, distillation=arguments)
+    arguments = DistillationArguments(patience_s=0.5)
     with pytest.raises(TeacherUnavailable, match=r"127\.0\.0\.1:1"):
-        make_trainer(tmp_path, rows, "127.0.0.1:1", distillation=wish)
+        make_trainer(tmp_path, rows, "127.0.0.1:1", distillation=arguments)
 
 
 @pytest.mark.parametrize(
-    ("wish", "settings", "word"),
+    ("arguments", "settings", "word"),
     [
         ({"divergence": "forwards"}, {}, "divergence must be one of"),
         ({"divergence": "reverse_kl"}, {}, "cannot be estimated from sampled"),
@@ -438,15 +440,15 @@ def test_mistakes_are_told_when_the_trainer_is_made(trained_service, rows, tmp_p
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_is_done(
-    rows, tmp_path: Path, wish, settings, word
+    rows, tmp_path: Path, arguments, settings, word
 ):
-    """Nobody answers at the address; the data would be asked for its length."""
+    """No service answers at the address, and the data is not asked for its length."""
     with pytest.raises(ValueError, match=word):
         make_trainer(
             tmp_path / "folder",
             rows,
             "127.0.0.1:1",
-            distillation=DistillationArguments(**wish),
+            distillation=DistillationArguments(**arguments),
             **settings,
         )
     assert not (tmp_path / "folder").exists()  # the Trainer makes it
@@ -528,7 +530,7 @@ def test_no_batch_waits_for_the_device(teacher_model, rows, tmp_path: Path, targ
         max_steps=2,
     )
     trainer.train()
-    assert (trainer._head is not None) == fused
+    assert (trainer._batch_loss.head is not None) == fused
     assert found == [[]]
 
 
@@ -579,5 +581,5 @@ def test_the_arguments_are_flags():
         (transformers.TrainingArguments, DistillationArguments)  # type: ignore[arg-type]
     )
     flags = ["--output_dir", "x", "--targets", "top_k:8", "--ce_weight", "0.1", "--ahead", "8"]
-    _, wish = parser.parse_args_into_dataclasses(flags)
-    assert wish == DistillationArguments(targets="top_k:8", ce_weight=0.1, ahead="8")
+    _, arguments = parser.parse_args_into_dataclasses(flags)
+    assert arguments == DistillationArguments(targets="top_k:8", ce_weight=0.1, ahead="8")

@@ -68,15 +68,15 @@ def losses(
 
 def train(folder: Path, rows, teacher, size: int, *, fused: bool, kind=None) -> list[float]:
     """The loss of each step."""
-    wish = DistillationArguments(targets=TARGETS, ce_weight=0.3, fused=fused)
+    arguments = DistillationArguments(targets=TARGETS, ce_weight=0.3, fused=fused)
     student = make_student(size)
     more = {} if kind is None else {"kind": kind}
     trainer = make_trainer(
-        folder, rows, teacher, student=student, distillation=wish, max_steps=STEPS, **more
+        folder, rows, teacher, student=student, distillation=arguments, max_steps=STEPS, **more
     )
     trainer.train()
     trainer.close()
-    assert (trainer._head is not None) == fused
+    assert (trainer._batch_loss.head is not None) == fused
     # What only the student has is left as it was.
     assert (student.get_input_embeddings().weight[PADDED_IDS:] == 1.0).all()
     logs = [entry for entry in trainer.state.log_history if "kd_loss" in entry]

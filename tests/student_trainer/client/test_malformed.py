@@ -1,10 +1,10 @@
 """Files that others wrote, damaged or made up: each is the error that names it, whatever is in it."""
 
+import functools
 import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -14,15 +14,17 @@ import torch
 import xxhash
 from torch import nn
 
-from student_trainer import IncompatibleTeacher, LocalTeacher, Recorded, RecordError, hf_trainer
+from student_trainer import IncompatibleTeacher, LocalTeacher, Recorded, RecordError
 from student_trainer.cli import main
 from student_trainer.config import TrainConfig
 from student_trainer.data import documents
+from student_trainer.hf import checkpoints
 from student_trainer.ray_train.checkpoints import SNAPSHOT, _mended, newest_step
 from student_trainer.ray_train.job import _Job
 from student_trainer.record.folder import BESIDE
 from student_trainer.record.schema import METADATA, SCHEMA
-from student_trainer.report.numbers import make_report, write_report
+from student_trainer.report import drawing, page
+from student_trainer.report.build import make_report, write_report
 from student_trainer.training.checkpoint import Checkpoints
 from student_trainer.training.corpus import read_tokenizer
 from student_trainer.training.results import Results
@@ -219,8 +221,13 @@ DOCUMENT = json.loads(make_results(shuffled=5.0).model_dump_json())
 
 
 @pytest.mark.parametrize("value", [*VALUES.values(), None], ids=[*VALUES, "left out"])
-def test_results_of_wrong_values_are_named_or_can_be_shown(tmp_path: Path, value: str | None):
+def test_results_of_wrong_values_are_named_or_can_be_shown(
+    tmp_path: Path, value: str | None, monkeypatch: pytest.MonkeyPatch
+):
     told = []
+    # Most pictures are the same whatever is wrong: each is drawn once.
+    drawn = functools.cache(lambda picture, key: drawing.draw_svg(json.loads(picture), key))
+    monkeypatch.setattr(page, "draw_svg", lambda picture, key: drawn(json.dumps(picture), key))
     for place in places(DOCUMENT)[1:]:
         document = json.loads(json.dumps(DOCUMENT))
         inner = document
@@ -293,11 +300,10 @@ def test_a_damaged_note_of_ray_train_is_taken_away(tmp_path: Path, form: str, va
 
 @pytest.mark.parametrize("what", [name for name in FILES if name != "an object"])
 def test_a_checkpoint_that_does_not_say_its_teacher_is_named(tmp_path: Path, what: str):
-    path = tmp_path / hf_trainer.IDENTITY_FILE
+    path = tmp_path / checkpoints.IDENTITY_FILE
     path.write_bytes(FILES[what])
-    mixin: Any = SimpleNamespace(_identity=lambda: {"teacher_fingerprint": "a"})
     with pytest.raises(ValueError, match=rf"{path} is damaged"):
-        hf_trainer.DistillationMixin._compare(mixin, tmp_path)
+        checkpoints.check_identity(tmp_path, {"teacher_fingerprint": "a"})
 
 
 @pytest.mark.parametrize("what", ["nested too deep", "too many digits", "empty", "not UTF-8"])
@@ -305,7 +311,7 @@ def test_a_trainers_checkpoint_that_cannot_be_read_is_left_out(tmp_path: Path, w
     for step, content in ((1, b"{}"), (2, FILES[what])):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_bytes(content)
-    assert hf_trainer._newest_whole(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert checkpoints.find_newest_complete(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from student_trainer.report.build import make_report
 from student_trainer.report.model_card import license_of, license_of_hub_model, write_model_card
-from student_trainer.report.numbers import make_report
 from student_trainer.training.results import Results
 from tests.support.made_up import make_results
 

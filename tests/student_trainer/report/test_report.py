@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from student_trainer.cli import main
-from student_trainer.report.charts import ticks
-from student_trainer.report.numbers import draw_losses, make_report, table, write_report
+from student_trainer.report.build import draw_losses, format_table, make_report, write_report
+from student_trainer.report.drawing import draw_png, draw_svg, make_locator
 from student_trainer.report.page import look_up, render
 from student_trainer.training.results import Results
 from tests.support.made_up import NUM_SEQUENCES, make_results, seeds
@@ -50,17 +50,17 @@ def test_one_run_has_its_numbers_at_the_top():
     assert report["held_out_rows"] == NUM_SEQUENCES * 15
     assert report["curves"]["distilled"][-1] == (100, pytest.approx(3.4))
     assert {"seed 0"} == {"seed " + str(one["seed"]) for one in report["groups"][0]["runs"]}
-    assert "gain" in table(report)
+    assert "gain" in format_table(report)
 
 
-def test_a_single_seed_is_said_to_prove_little():
+def test_a_single_seed_is_reported_to_prove_little():
     assert "single seed" in said(make_report(CASES["helped"]))
     assert "single seed" not in said(make_report(seeds([0.5, 0.55, 0.45])))
 
 
 def test_a_gain_within_what_the_held_out_text_resolves_is_not_called_one():
     words = said(make_report(CASES["unclear"]))
-    assert "cannot be told" in words
+    assert "Cannot tell" in words
     assert "Distillation helped" not in words
 
 
@@ -137,12 +137,12 @@ def test_shuffled_targets_as_good_as_the_right_ones_are_called_wrong():
     assert "student-trainer check" in words[0]
 
 
-def test_shuffled_targets_between_the_two_are_told():
+def test_shuffled_targets_between_the_two_are_reported():
     assert "beat labels alone" in said(make_report({"a": make_results(shuffled=3.7)}))
     assert "as it must be" in said(make_report({"a": make_results(shuffled=5.0)}))
 
 
-def test_a_student_better_than_its_teacher_is_told():
+def test_a_student_better_than_its_teacher_is_reported():
     report = make_report({"a": make_results(distilled=2.9)})
     assert report["gap_closed"] == pytest.approx(1.1)
     assert "better than its teacher" in said(report)
@@ -155,7 +155,7 @@ def test_a_teacher_no_better_than_the_control_leaves_no_gap():
     assert "gap_closed" not in [one["name"] for one in report["groups"][0]["pictures"]]
 
 
-def test_a_teacher_whose_loss_nobody_knows_is_said_to_be_unknown():
+def test_a_teacher_of_unknown_loss_is_reported_as_such():
     report = make_report({"a": make_results(teacher=None, unknown="the text was not recorded")})
     assert report["teacher_loss"] is None
     assert "the text was not recorded" in said(report)
@@ -164,7 +164,7 @@ def test_a_teacher_whose_loss_nobody_knows_is_said_to_be_unknown():
     assert "is not known: the record holds samples." in said(part)
 
 
-def test_more_time_for_the_same_steps_and_waiting_are_told():
+def test_more_time_for_the_same_steps_and_waiting_are_reported():
     slow = make_results(waiting=0.5)
     distilled = slow.students["distilled"].model_copy(update={"seconds": 24.0, "waiting_s": 12.0})
     slow = slow.model_copy(update={"students": {**slow.students, "distilled": distilled}})
@@ -220,7 +220,38 @@ def test_the_first_picture_is_drawn_for_where_a_page_is_too_much(verdict: str, t
     ],
 )
 def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]):
-    assert ticks(low, high) == pytest.approx(expected)
+    placed = make_locator().tick_values(low, high)
+    inside = {round(float(tick), 9) for tick in placed if low - 1e-9 <= tick <= high + 1e-9}
+    assert sorted(inside) == pytest.approx(expected)
+
+
+def test_the_same_picture_is_the_same_svg():
+    for picture in make_report(CASES["helped"])["groups"][0]["pictures"]:
+        assert draw_svg(picture, "key") == draw_svg(picture, "key")
+
+
+@pytest.mark.parametrize("points", [[], [(1.0, math.nan)], [(1e300, -1e300), (math.inf, 1e308)]])
+def test_values_that_cannot_be_drawn_do_not_break_a_picture(points: list[tuple[float, float]]):
+    pictures = make_report(CASES["helped"])["groups"][0]["pictures"]
+    for picture in pictures:
+        for line in picture.get("lines", []):
+            line["points"], line["seeds"] = points, [{"seed": 0, "points": points}]
+            line.pop("counts", None)
+        for bar in picture.get("bars", []):
+            bar["value"] = points[0][1] if points else 0.0
+        assert draw_svg(picture, "key").startswith("<svg")
+        assert draw_png(picture).startswith(b"\x89PNG")
+
+
+def test_a_picture_follows_the_colours_of_the_page():
+    """Light and dark are in page.css: an SVG has no colour of its own."""
+    page = render(make_report(CASES["several"]))
+    svgs = "".join(re.findall(r"<svg .*?</svg>", page, re.DOTALL))
+    assert not re.search(r"#[0-9a-f]{6}\b", svgs)
+    style = page.partition("</style>")[0]
+    for name in re.findall(r"var\(--(\w+)\)", svgs):
+        assert style.count(f"--{name}:") == 2
+    assert "prefers-color-scheme: dark" in style
 
 
 # The page.
@@ -267,7 +298,7 @@ class Shown(HTMLParser):
 
 def number_of(shown: str) -> tuple[float, float]:
     """A number as it is shown, and how far off rounding may have put it."""
-    text = shown.replace(",", "").removesuffix(" %")
+    text = shown.replace(",", "").removesuffix("%")
     scale = 0.01 if shown.endswith("%") else 1.0
     mantissa, _, exponent = text.partition("e")
     digits = len(mantissa.partition(".")[2])
@@ -309,12 +340,16 @@ def test_every_line_and_bar_is_drawn_where_report_json_says(verdict: str):
         assert picture is not None
         value = look_up(report, key)
         pairs = by_picture.setdefault(picture.group(), [])
-        if tag == "polyline":
-            points = [tuple(map(float, one.split(","))) for one in found["points"].split()]
+        assert tag == "path"
+        points = [tuple(map(float, xy)) for xy in re.findall(r"[ML] (\S+) (\S+)", found["d"])]
+        if key.endswith(".points"):
             assert len(points) == len(value)
             pairs += [(y, point[1]) for (_, y), point in zip(value, points, strict=True)]
+        elif ".levels." in key:
+            pairs += [(value, y) for _, y in points]
         else:
-            pairs.append((value, float(found["y1"] if tag == "line" else found["width"])))
+            xs = [x for x, _ in points]
+            pairs.append((value, max(xs) - min(xs)))
     for pairs in by_picture.values():
         # One straight line from numbers to places, for all that is in a picture.
         (low, at_low), (high, at_high) = min(pairs), max(pairs)

@@ -1,0 +1,186 @@
+"""Computes the distillation loss of one batch of a Trainer, in the student's head where possible.
+
+Letters: B sequences, T tokens, R trained rows, D hidden size, V vocabulary.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logit_codec import Targets
+from student_trainer.hf.arguments import DistillationArguments
+from student_trainer.losses.checks import check_labels, shared_vocabulary
+from student_trainer.losses.distillation import distillation_loss, within
+from student_trainer.losses.fused import fused_distillation_loss
+from student_trainer.losses.fused_chunk import RowStatistics, most_entries
+from student_trainer.losses.fused_head import FusedHead, Unfusable
+from student_trainer.teachers.batch_targets import Taken
+from student_trainer.teachers.prefetch import move_to_device
+from student_trainer.training.meter import TrainerMeter, cross_entropy_sum
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttachedTargets:
+    """What the loss of one batch needs and a model does not read."""
+
+    targets: Targets | None
+    """None if no row of the batch is trained."""
+    rows: Tensor
+    """(R,) int64: the trained positions of the flattened batch, in reading order."""
+    labels: Tensor
+    """(R,) int64: the tokens that follow them."""
+    num_without: int
+    """Tokens, without padding, that are not trained."""
+    largest_id: int
+    """The largest token id of the batch."""
+    max_entries: int
+    """Most entries of a row of the targets: counted on the host, so that no step waits for the
+    device."""
+
+    @classmethod
+    def of(cls, taken: Taken, targets: Targets | None) -> "AttachedTargets":
+        """Keeps what the loss needs of a batch, and not the batch, which would fill the host."""
+        max_entries = 0 if targets is None else most_entries(targets)
+        return cls(
+            targets, taken.rows, taken.labels, taken.num_without, taken.largest_id, max_entries
+        )
+
+    def to_rows(self, head_size: int, device: Any) -> tuple[Targets, Tensor, Tensor]:
+        """Returns targets, rows and labels on the device, over the ids that the student has too.
+
+        Ids are checked here, while they are on the host: on a device, a step would wait for that.
+        """
+        assert self.targets is not None
+        width = shared_vocabulary(self.targets, head_size)
+        check_labels(self.labels, None, width)
+        return move_to_device((within(self.targets, width), self.rows, self.labels), device)
+
+
+class BatchLoss:
+    """Sums the loss over the rows of a batch; remembers whether the student's head can be fused."""
+
+    def __init__(
+        self,
+        arguments: DistillationArguments,
+        meter: TrainerMeter,
+        *,
+        may_fuse: bool,
+        unwrap: Callable[[nn.Module], nn.Module],
+    ) -> None:
+        """unwrap: returns the student inside of what accelerate has wrapped it in."""
+        self._arguments = arguments
+        self._meter = meter
+        self._may_fuse = may_fuse
+        self._unwrap = unwrap
+        self.head: FusedHead | None = None
+        """The student's head, if the loss is computed in its place."""
+        self._is_new = True
+
+    def begin_training(self) -> None:
+        """Forgets the head: another training may have wrapped the student in another way."""
+        self._is_new = True
+
+    def compute(
+        self, model: nn.Module, inputs: dict[str, Any], attached: AttachedTargets, keep: bool
+    ) -> tuple[Tensor, Any]:
+        """Returns kd_weight * divergence + ce_weight * cross-entropy summed over the rows.
+
+        With `keep`, returns the model's outputs as well, for which its logits are made in full.
+        """
+        self._meter.num_without += attached.num_without
+        # Given labels, the model would compute a loss of its own.
+        inputs = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
+        head = None if keep else self._find_head(model, inputs)
+        if head is not None:
+            return head.loss(model, inputs, partial(self._sum_in_head, head, attached)), None
+        outputs = model(**inputs)
+        logits_BTV = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        if logits_BTV.shape[:2] != inputs["input_ids"].shape:
+            raise ValueError(
+                f"the student gave logits of {tuple(logits_BTV.shape[:2])} tokens for input_ids "
+                f"of {tuple(inputs['input_ids'].shape)}; the targets belong to the latter. "
+                "Adapters that add virtual tokens (prompt tuning) are not supported."
+            )
+        return self._sum_of_logits(logits_BTV, attached), outputs
+
+    def _find_head(self, model: nn.Module, inputs: Mapping[str, Any]) -> FusedHead | None:
+        # Whether a head can be fused is found by a forward pass: once in a training is enough.
+        if self._is_new:
+            self._is_new, self.head = False, None
+            if self._may_fuse and self._arguments.fused:
+                try:
+                    self.head = FusedHead.of(model, self._unwrap(model), inputs)
+                except Unfusable as reason:
+                    logger.info("the student's logits are made in full: %s", reason)
+        return self.head
+
+    def _sum_in_head(
+        self,
+        head: FusedHead,
+        attached: AttachedTargets,
+        hidden_BTD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+    ) -> Tensor:
+        """Computes the same as _sum_of_logits without the logits."""
+        arguments, device = self._arguments, hidden_BTD.device
+        if attached.targets is None:
+            used = [hidden_BTD, weight_VD, *([] if bias_V is None else [bias_V])]
+            return sum((tensor.sum() * 0.0 for tensor in used), start=hidden_BTD.new_zeros(()))
+        targets, rows_R, labels_R = attached.to_rows(len(weight_VD), device)
+        statistics = RowStatistics.zeros(targets.num_rows, device)
+        loss = fused_distillation_loss(
+            hidden_BTD.flatten(0, 1)[rows_R],
+            weight_VD,
+            targets,
+            head_bias=bias_V,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            divergence=arguments.divergence,
+            labels=labels_R,
+            kd_weight=arguments.kd_weight,
+            ce_weight=arguments.ce_weight,
+            reduction="sum",
+            statistics=statistics,
+            max_entries=attached.max_entries,
+            **self._get_beta(),
+        )
+        kd = None
+        if arguments.kd_weight:
+            kd = statistics.divergence.sum() * targets.temperature**2
+        self._meter.add(targets, kd, statistics.cross_entropy.sum(), statistics.best)
+        return loss
+
+    def _sum_of_logits(self, logits_BTV: Tensor, attached: AttachedTargets) -> Tensor:
+        arguments, device = self._arguments, logits_BTV.device
+        if attached.targets is None:
+            return logits_BTV.sum() * 0.0  # every rank and batch takes part in the backward pass
+        targets, rows_R, labels_R = attached.to_rows(logits_BTV.shape[-1], device)
+        logits_RV = logits_BTV.flatten(0, 1)[rows_R, : targets.vocab_size]
+        loss = logits_RV.new_zeros((), dtype=torch.float32)
+        kd = None
+        if arguments.kd_weight:
+            kd = distillation_loss(
+                logits_RV,
+                targets,
+                divergence=arguments.divergence,
+                reduction="sum",
+                **self._get_beta(),
+            )
+            loss = loss + arguments.kd_weight * kd
+        ce = cross_entropy_sum(logits_RV if arguments.ce_weight else logits_RV.detach(), labels_R)
+        if arguments.ce_weight:
+            loss = loss + arguments.ce_weight * ce
+        self._meter.add(targets, kd, ce, logits_RV.argmax(1))
+        return loss
+
+    def _get_beta(self) -> dict[str, Any]:
+        """Returns the argument of the divergences that have one."""
+        return {} if self._arguments.beta is None else {"beta": self._arguments.beta}
