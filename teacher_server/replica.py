@@ -35,7 +35,7 @@ from teacher_server.monitoring.memory import device_nbytes, keep_freed_memory, r
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.monitoring.team_stats import TeamStats
 from teacher_server.pipeline import Pipeline
-from teacher_server.rpc.connections import ConnectionLimits, Connections
+from teacher_server.rpc.connections import ConnectionLimiter, ConnectionLimits
 from teacher_server.rpc.description import Description
 from teacher_server.rpc.entry_port import check_entry
 from teacher_server.rpc.grpc_log import keep_callers_out_of_the_log
@@ -92,13 +92,15 @@ class Replica:
                 service_id=self.service_id,
                 on_refusal=lambda team, reason: self.metrics.rejected.labels(team, reason).inc(),
             )
-        self._connections = Connections(
+        self._connections = ConnectionLimiter(
             _limit_connections(config, limits),
             tls=self._tls is not None,
             on_shutdown=lambda reason: self.metrics.connections_shut_down.labels(reason).inc(),
         )
         self._ports = Ports(
-            self._make_server, self._tls, is_gate_narrow=lambda: self._connections.gate.is_narrow
+            self._make_server,
+            self._tls,
+            may_drop_connections=lambda: self._connections.throttle.is_active,
         )
         team_stats = TeamStats()
         self._accounts = accounts
@@ -268,7 +270,7 @@ class Replica:
         watch("teacher_gate_share", lambda: self._connections.throttle.share)
         watch("teacher_memory_bytes", resident_nbytes)
         watch("teacher_device_memory_bytes", lambda: device_nbytes(self._model.device))
-        watch("teacher_directory_away", lambda: float(accounts.is_alone))
+        watch("teacher_directory_away", lambda: float(accounts.is_directory_away))
         watch("teacher_ledger_sync_age_seconds", lambda: accounts.sync_age_s)
         watch("teacher_journal_segments", lambda: accounts.num_segments)
         watch("teacher_team_quota_left_tokens", accounts.known_left_today)

@@ -95,7 +95,7 @@ class ComputeThread:
 
     def _charge(self, batch: Sequence[SequenceJob]) -> None:
         """Charges the teams for a batch, whatever becomes of it."""
-        self._accounts.dispatched(batch)
+        self._accounts.charge(batch)
         now = time.monotonic()
         for job in batch:
             waited_s = max(0.0, now - job.submitted_s)

@@ -213,7 +213,7 @@ class ScoreStream:
                 answer.unfinished -= 1
                 part.last = answer.unfinished == 0
                 record_delivery = partial(
-                    self._accounts.delivered,
+                    self._accounts.record_delivery,
                     answer.team,
                     answer.origin,
                     job.index,
@@ -240,7 +240,7 @@ class ScoreStream:
         if answer.team is not UNKNOWN_TEAM:
             self._team_stats.rejected(answer.team.name)
             if isinstance(error, RequestRefused):
-                self._accounts.rejected(answer.team)
+                self._accounts.record_rejection(answer.team)
         response = teacher_pb2.ScoreResponse(request_id=answer.request_id, error=message)
         await self._write(answer, response)
         current = asyncio.current_task()
