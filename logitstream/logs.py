@@ -2,8 +2,9 @@
 
 import json
 import logging
+import sys
 import time
-from typing import Literal, TextIO
+from typing import Literal
 
 Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["text", "json"]
@@ -26,12 +27,20 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields, ensure_ascii=False)
 
 
-def make_handler(stream: TextIO | None, log_format: Format = "text") -> logging.Handler:
-    """A handler that writes to `stream` (None: stderr) in this format."""
-    handler = logging.StreamHandler(stream)
+def log_to_stderr(
+    options: object = None, handler: logging.Handler | None = None, *, name: str | None = None
+) -> None:
+    """Sends the messages of the logger `name` (None: of all loggers) to stderr only.
+
+    options: a configuration whose `log_level` and `log_format` are used, if it has them.
+    handler: writes the messages; by default lines to stderr.
+    """
+    handler = handler or logging.StreamHandler(sys.stderr)
+    is_json = getattr(options, "log_format", "text") == "json"
     handler.setFormatter(
-        JsonFormatter()
-        if log_format == "json"
-        else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+        JsonFormatter() if is_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     )
-    return handler
+    logger = logging.getLogger(name)
+    logger.handlers = [handler]
+    logger.setLevel(getattr(options, "log_level", "info").upper())
+    logger.propagate = False

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
+from logitstream import logs
 from logitstream.connection import check_address
 
 
@@ -24,7 +25,20 @@ class Settings(pydantic.BaseModel):
             info.description = " ".join((info.description or "").split())
 
 
-class ServiceOptions(Settings):
+LOGGING = Group("Logging", sort_key=1)
+"""Comes after the other options in the help."""
+
+
+class LogOptions(Settings):
+    """What a command logs to stderr."""
+
+    log_level: Annotated[logs.Level, Parameter(group=LOGGING)] = "info"
+    """Least severe messages to log."""
+    log_format: Annotated[logs.Format, Parameter(group=LOGGING)] = "text"
+    """text for people, or json: one object per line, for a log collector."""
+
+
+class ServiceOptions(LogOptions):
     """How a command reaches a service, and proves who is calling."""
 
     ca: Path | None = None

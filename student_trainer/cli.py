@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from logitstream.command_line import Group, WrongUsage, parse
+from logitstream.logs import log_to_stderr
 from student_trainer.config import CheckConfig, RecordConfig, ReportConfig, TrainConfig
 
 COMMANDS = Group(
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for mistake in error.mistakes:
             print(f"student-trainer: {mistake}", file=sys.stderr)
         return 2
-    log_above_bars()
+    log_above_bars(config)
     from student_trainer.errors import TeacherError, TrainingFailed
 
     try:
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def log_above_bars() -> None:
+def log_above_bars(config: object = None) -> None:
     """Logs to stderr, with each message on a line of its own while a progress bar is shown."""
     from tqdm import tqdm
 
@@ -56,11 +57,7 @@ def log_above_bars() -> None:
             with tqdm.external_write_mode(file=self.stream):
                 super().emit(record)
 
-    logging.basicConfig(
-        level=logging.INFO,
-        handlers=[AboveBars(sys.stderr)],
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
+    log_to_stderr(config, AboveBars(sys.stderr))
 
 
 if __name__ == "__main__":

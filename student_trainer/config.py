@@ -165,7 +165,8 @@ class TrainConfig(CorpusConfig):
 def marked(*marks: type[Any]) -> set[str]:
     """Returns the settings of a training run that have one of the marks.
 
-    How a service is reached never decides a result, so those settings count as MayChange.
+    How a service is reached and what is logged never decide a result: these settings count as
+    MayChange.
     """
     names = {*ServiceOptions.model_fields} if MayChange in marks else set()
     return names | {

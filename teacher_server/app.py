@@ -24,6 +24,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from ray.serve.exceptions import RayServeException
 
 from logitstream.command_line import WrongUsage, read_settings
+from logitstream.logs import log_to_stderr
 from teacher_server.cluster.membership import Card, Membership
 from teacher_server.cluster.ray_directory import RayDirectory, service_id
 from teacher_server.cluster.ray_settings import QUIETER, is_on_loopback, keep_serve_on_loopback
@@ -49,7 +50,7 @@ class TeacherReplica:
         # Awaited by Serve. The model is loaded in a thread, so that this loop keeps answering Serve.
         from teacher_server.replica import Replica
 
-        _log_to_stderr()
+        _log_to_stderr(config)
         keep_serve_on_loopback()
         self._config = config
         self._application = ray_serve.get_replica_context().app_name
@@ -129,14 +130,9 @@ def _serve_metrics(replica, host: str, port: int) -> int:
     raise ServeError(f"no free port for metrics from {port} on. Choose another --metrics-port.")
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr(config: ServeConfig) -> None:
     """Logs to stderr, which Ray forwards to the launcher or keeps in a file of the cluster."""
-    handler = logging.StreamHandler(sys.__stderr__)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    ours = logging.getLogger("teacher_server")
-    ours.handlers = [handler]
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
+    log_to_stderr(config, logging.StreamHandler(sys.__stderr__), name="teacher_server")
 
     import transformers
 

@@ -4,12 +4,12 @@ Exit codes: 0 done (also a drained serve), 1 something went wrong, 2 command lin
 130 Ctrl-C in a client.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from logitstream.command_line import Group, WrongUsage, parse
+from logitstream.logs import log_to_stderr
 from teacher_server.config import (
     CertsConfig,
     DescribeConfig,
@@ -59,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for mistake in error.mistakes:
             print(f"teacher-server: {mistake}", file=sys.stderr)
         return 2
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    log_to_stderr(config)
     module, _, function = RUNNERS[type(config)].partition(".")
     return getattr(import_module(f"teacher_server.commands.{module}"), function)(config)
 

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
 
 from logitstream.connection import check_address, is_loopback
-from logitstream.options import AddressedService, Json, Settings
+from logitstream.options import AddressedService, Json, LogOptions, Settings
 
 
 class BatchConfig(Settings):
@@ -59,13 +59,16 @@ class AdmissionConfig(Settings):
     about 16 KiB, with TLS 64 KiB."""
 
 
-class ServeConfig(Settings):
+class _Teacher(Settings):
+    model: str = Field(kw_only=False)
+    """Folder written by save_pretrained (safetensors), or a hub id."""
+
+
+class ServeConfig(LogOptions, _Teacher):  # pydantic puts fields of the last base first
     """Serve a teacher.
 
     One line on stdout says when it is ready; Ctrl-C finishes accepted requests and stops it."""
 
-    model: str = Field(kw_only=False)
-    """Folder written by save_pretrained (safetensors), or a hub id."""
     revision: str | None = None
     """Revision of a hub id."""
     host: str = "127.0.0.1"
@@ -243,7 +246,7 @@ class ServeConfig(Settings):
                 return socket.gethostname()
 
 
-class FitIdsConfig(Settings):
+class FitIdsConfig(LogOptions):
     """Fit an id table to a teacher and save it with the weights, so that ids take fewer bytes.
 
     The table changes the fingerprint of the teacher: restart its services to use it. Earlier

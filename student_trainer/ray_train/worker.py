@@ -3,7 +3,6 @@
 import logging
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 from logitstream.connection import Connection
+from logitstream.logs import log_to_stderr
 from student_trainer import data
 from student_trainer.config import TrainConfig
 from student_trainer.errors import (
@@ -59,8 +59,8 @@ def _work(job: _Job) -> tuple[dict[str, Any], float | None]:
 
     context = ray.train.get_context()
     rank, num_ranks = context.get_world_rank(), context.get_world_size()
-    log = _log_to_stderr(rank)
     config = job.config
+    log = _log_to_stderr(config, rank)
     texts = load_file(job.texts)
     corpus = Corpus(job.tokenizer, texts["sequences"], texts["held_out"])
     device = ray.train.torch.get_device() if job.on_gpus else torch.device("cpu")
@@ -112,14 +112,11 @@ def _token_missed(config: TrainConfig) -> Iterator[None]:
         ) from error
 
 
-def _log_to_stderr(rank: int) -> Callable[[str], None]:
+def _log_to_stderr(config: TrainConfig, rank: int) -> Callable[[str], None]:
     """Ray hands the stderr of a worker on; of the workers, only the first says how it goes."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    ours = logging.getLogger("student_trainer")
-    ours.handlers = [handler]
-    ours.setLevel(logging.WARNING if rank else logging.INFO)
-    ours.propagate = False
+    log_to_stderr(config, name="student_trainer")
+    if rank:
+        logging.getLogger("student_trainer").setLevel(logging.WARNING)
     # Each worker would say so for each checkpoint.
     from ray.train.v2._internal.execution import context
 

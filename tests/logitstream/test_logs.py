@@ -3,14 +3,17 @@
 import io
 import json
 import logging
+from types import SimpleNamespace
 
-from logitstream.logs import make_handler
+from logitstream.logs import log_to_stderr
+from teacher_server.cli import main
 
 
-def written(log_format, *, error: Exception | None = None) -> str:
+def written(log_format: str, *, error: Exception | None = None, level: str = "info") -> str:
     stream = io.StringIO()
-    logger = logging.Logger("teacher_server.replica")
-    logger.addHandler(make_handler(stream, log_format))
+    options = SimpleNamespace(log_level=level, log_format=log_format)
+    log_to_stderr(options, logging.StreamHandler(stream), name="logs.of.a.test")
+    logger = logging.getLogger("logs.of.a.test")
     try:
         if error is not None:
             raise error
@@ -26,7 +29,7 @@ def test_a_record_is_one_line_of_json():
     assert fields.pop("time").endswith("Z")
     assert fields == {
         "level": "warning",
-        "logger": "teacher_server.replica",
+        "logger": "logs.of.a.test",
         "message": 'a "quoted" line\nand another: ä',
     }
 
@@ -42,3 +45,19 @@ def test_text_is_for_people():
     first, second = written("text").splitlines()
     assert first.endswith('WARNING a "quoted" line')
     assert second == "and another: ä"
+
+
+def test_messages_below_the_level_are_not_written():
+    assert written("text", level="error") == ""
+
+
+def test_serve_logs_what_it_is_told_to(capfd, tmp_path):
+    command = ["serve", str(tmp_path / "missing"), "--standalone", "--port", "0"]
+    assert main([*command, "--log-format", "json", "--log-level", "debug"]) == 1
+    assert logging.getLogger().level == logging.DEBUG
+    assert main(command) == 1
+    assert logging.getLogger().level == logging.INFO
+    for mistake in (["--log-level", "loud"], ["--log-format", "xml"]):
+        assert main([*command, *mistake]) == 2
+        (line,) = capfd.readouterr().err.splitlines()[-1:]
+        assert mistake[1] in line
