@@ -257,7 +257,6 @@ class _Reader:
                 self.mistakes.append(self._explain_unknown(label, name, ""))
             return
         is_flag = argument.hint is bool
-        is_flag = argument.hint is bool
         values = value if isinstance(value, list) and _is_list(argument) else [value]
         if not (value is None and _allows_none(argument)) and not all(
             _is_plain(one) and isinstance(one, bool) is is_flag for one in values

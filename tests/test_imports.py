@@ -85,7 +85,6 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     ),
     # The settings say themselves in which of them two runs may differ.
     "student_trainer/report/groups.py": ("student_trainer.config",),
-    # To be mended.
 }
 """Of single files, what else they may import, and why."""
 WITH_RAY = (
