@@ -245,7 +245,7 @@ def test_bytes_that_are_no_request_end_the_stream_after_the_answers(fleet: Fleet
         with pytest.raises(grpc.RpcError) as caught:
             next(call)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
-    assert "no request of" in caught.value.details()  # type: ignore[attr-defined]
+    assert "not a request of" in caught.value.details()  # type: ignore[attr-defined]
     assert "Traceback" not in fleet.replicas[0].output()
 
 

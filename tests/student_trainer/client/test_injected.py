@@ -9,7 +9,9 @@ import torch
 from student_trainer import LocalTeacher, Recorded, TeacherError, connect, prefetch
 from student_trainer.client import answers
 from student_trainer.client.io_thread import IoThread
-from student_trainer.record import recorded
+from student_trainer.record import sealer
+from student_trainer.record.catalog import Catalog
+from student_trainer.record.replay import Replayer
 from tests.conftest import Served, one_torch_thread
 from tests.support import tiny
 from tests.support.oracle import within
@@ -78,23 +80,38 @@ def test_a_prefetch_hands_on_what_moving_an_item_raises():
 
 
 @pytest.mark.parametrize("kind", [MemoryError, StopIteration])
-@pytest.mark.parametrize("name", ["_find", "_fetch", "_resolve", "_record", "_drop", "_answer"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Catalog, "_find"),
+        (Replayer, "_fetch"),
+        (Replayer, "_resolve"),
+        (Recorded, "_keep"),
+        (Catalog, "drop"),
+        (Recorded, "_answer"),
+    ],
+)
 def test_what_the_thread_of_a_record_raises_reaches_who_waits(
-    live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: type[BaseException]
+    live,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    name: str,
+    kind: type[BaseException],
 ):
     """Also of a request that waits for one that was asked for before, and of a damaged shard."""
     with Recorded(tmp_path, live) as record:
         list(record.stream(SEQUENCES, targets="top_k:4"))
     (shard,) = tmp_path.glob("shard-*")
-    if name == "_drop":
+    if name == "drop":
         content = bytearray(shard.read_bytes())
         content[len(content) // 3] ^= 255
         shard.write_bytes(content)
-    sequences = [torch.arange(20, 29)] if name == "_record" else SEQUENCES
+    sequences = [torch.arange(20, 29)] if name == "_keep" else SEQUENCES
     with Recorded(tmp_path, live, verify=False) as record:
         twice = [*sequences, *sequences]
         with monkeypatch.context() as patched:
-            patched.setattr(Recorded, name, fails(kind))
+            patched.setattr(owner, name, fails(kind))
             expect(kind, lambda: list(record.stream(twice, targets="top_k:4")))
         again = within(20, lambda: list(record.stream(twice, targets="top_k:4")))
         assert len(again) == len(twice)
@@ -104,7 +121,7 @@ def test_a_record_that_cannot_begin_to_be_written_tells_all_who_wait(
     live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     with Recorded(tmp_path, live) as record:
-        monkeypatch.setattr(recorded, "Writer", fails(MemoryError))
+        monkeypatch.setattr(sealer, "Writer", fails(MemoryError))
         twice = [SEQUENCES[0], SEQUENCES[0]]
         expect(MemoryError, lambda: list(record.stream(twice, targets="top_k:4")))
 
