@@ -1,4 +1,4 @@
-"""Distils a student with transformers' Trainer, and goes on from its last checkpoint.
+"""Distils a student with transformers' Trainer, and resumes from its last checkpoint.
 
 Run `python -m examples.hf_trainer HOST:PORT STUDENT_FOLDER OUTPUT_FOLDER TEXT_FILE...`. What differs
 from a script that trains on labels: the name of the Trainer, and `teacher=`.

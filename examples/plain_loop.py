@@ -1,4 +1,4 @@
-"""One's own loop that goes on where it stopped; arguments: HOST:PORT STUDENT CHECKPOINT TEXT..."""
+"""A training loop that resumes where it stopped; arguments: HOST:PORT STUDENT CHECKPOINT TEXT..."""
 
 import sys
 from pathlib import Path

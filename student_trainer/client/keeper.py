@@ -237,7 +237,7 @@ class Keeper:
 
     def _receive(self, link: Link, response: teacher_pb2.ScoreResponse) -> None:
         if self._answers.receive(link, response):
-            # The service works: patience and suspicion start anew at the next loss.
+            # The service works: patience and suspicion start again at the next loss.
             self._quiet_since_s = None
             self._num_refused = 0
 

@@ -7,7 +7,7 @@ from student_trainer.config import ReportConfig
 
 
 def run_report(config: ReportConfig) -> int:
-    """Makes the page of finished runs anew; prints what they say."""
+    """Writes the page of finished runs again and prints its findings."""
     from student_trainer.report import build as report
     from student_trainer.training.results import Results
 

@@ -36,7 +36,7 @@ class DistillationArguments:
     )
     ahead: str = field(
         default="30s",
-        metadata={"help": "Look-ahead: as much as is trained in this time, or so many batches."},
+        metadata={"help": "How far to request ahead: what is trained in this time, or a number of batches."},
     )
     check_first_batch: bool = field(
         default=True, metadata={"help": "Check that targets and tokens belong together."}

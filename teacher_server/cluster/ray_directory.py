@@ -55,7 +55,7 @@ class RayDirectory:
                 )
             return await getattr(self._actor, method).remote(*arguments, **options)
         except (RayError, ValueError) as error:
-            # It restarts by itself; one that is dead for good is made anew by the next call.
+            # It restarts by itself; one that is dead for good is made again by the next call.
             if not isinstance(error, RayTaskError | ActorUnavailableError):
                 self._actor = None
             raise DirectoryAway(last_line(error)) from error
@@ -65,7 +65,7 @@ def open_directory(application: str, folder: Path | None) -> ActorProxy[Director
     """Returns the directory of an application, made if there is none; may block for a while.
 
     It stays on the node that has the folder: that of the process that asked first. It ends when the
-    process that made it drops its last handle; the next process that asks makes it anew.
+    process that made it drops its last handle; the next process that asks makes it again.
     """
     key = _node_key(application)
     here = ray.get_runtime_context().get_node_id()

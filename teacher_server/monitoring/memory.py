@@ -23,7 +23,7 @@ def device_nbytes(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc reuse buffers of a message's size instead of returning and faulting them anew.
+    """Lets glibc reuse buffers of a message's size instead of returning and faulting them again.
 
     Writing 1 MiB messages then takes about half the CPU time (benchmarks/transport.py). Buffers of
     8 MiB and more are still given back at once. Does nothing with another C library.
