@@ -36,7 +36,9 @@ class DistillationArguments:
     )
     ahead: str = field(
         default="30s",
-        metadata={"help": "How far to request ahead: what is trained in this time, or a number of batches."},
+        metadata={
+            "help": "How far to request ahead: what is trained in this time, or a number of batches."
+        },
     )
     check_first_batch: bool = field(
         default=True, metadata={"help": "Check that targets and tokens belong together."}
