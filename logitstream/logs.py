@@ -30,7 +30,9 @@ class JsonFormatter(logging.Formatter):
 def log_to_stderr(
     options: object = None, handler: logging.Handler | None = None, *, name: str | None = None
 ) -> None:
-    """Sends the messages of the logger `name` (None: of all loggers) to stderr only.
+    """Sends the messages of the logger `name` to stderr only; None: those of all loggers.
+
+    All loggers: unless logging is set up already, as in a program that imports this one.
 
     options: a configuration whose `log_level` and `log_format` are used, if it has them.
     handler: writes the messages; by default lines to stderr.
@@ -40,7 +42,11 @@ def log_to_stderr(
     handler.setFormatter(
         JsonFormatter() if is_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     )
+    level = getattr(options, "log_level", "info").upper()
+    if name is None:
+        logging.basicConfig(level=level, handlers=[handler])  # leaves a host program's setup alone
+        return
     logger = logging.getLogger(name)
     logger.handlers = [handler]
-    logger.setLevel(getattr(options, "log_level", "info").upper())
+    logger.setLevel(level)
     logger.propagate = False

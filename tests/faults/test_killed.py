@@ -17,7 +17,7 @@ RECOVERY_S = 2.0
 @pytest.mark.parametrize(
     ("kills", "sequences"),
     [
-        pytest.param(3, 160, id="few"),
+        pytest.param(3, 320, id="few"),
         pytest.param(40, 2400, id="many", marks=pytest.mark.slow),
     ],
 )

@@ -3,9 +3,12 @@
 import io
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
-from logitstream.logs import log_to_stderr
+import pytest
+
+from logitstream.logs import JsonFormatter, log_to_stderr
 from teacher_server.cli import main
 
 
@@ -51,13 +54,20 @@ def test_messages_below_the_level_are_not_written():
     assert written("text", level="error") == ""
 
 
-def test_serve_logs_what_it_is_told_to(capfd, tmp_path):
+def test_serve_logs_what_it_is_told_to(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "level", root.level)
     command = ["serve", str(tmp_path / "missing"), "--standalone", "--port", "0"]
-    assert main([*command, "--log-format", "json", "--log-level", "debug"]) == 1
-    assert logging.getLogger().level == logging.DEBUG
-    assert main(command) == 1
-    assert logging.getLogger().level == logging.INFO
+    for flags, level, formatter in (
+        (["--log-format", "json", "--log-level", "debug"], logging.DEBUG, JsonFormatter),
+        ([], logging.INFO, logging.Formatter),
+    ):
+        monkeypatch.setattr(root, "handlers", [])
+        assert main([*command, *flags]) == 1
+        assert root.level == level
+        assert type(root.handlers[0].formatter) is formatter
     for mistake in (["--log-level", "loud"], ["--log-format", "xml"]):
         assert main([*command, *mistake]) == 2
-        (line,) = capfd.readouterr().err.splitlines()[-1:]
-        assert mistake[1] in line
+        assert mistake[1] in capfd.readouterr().err.splitlines()[-1]
