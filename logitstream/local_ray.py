@@ -117,8 +117,3 @@ class LocalRay:
                 opened = [os.readlink(file) for file in (process / "fd").iterdir()]
                 if any(path.startswith(f"{self._folder}/") for path in opened):
                     yield int(process.name)
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,7 @@
-"""Sets up logging for both programs: lines for people, or JSON for a log collector."""
+"""Sets up logging for both programs, and says errors in one line.
+
+Logs are lines for people, or JSON for a log collector.
+"""
 
 import json
 import logging
@@ -50,3 +53,9 @@ def log_to_stderr(
     logger.handlers = [handler]
     logger.setLevel(level)
     logger.propagate = False
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or its type if it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

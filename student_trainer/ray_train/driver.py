@@ -25,7 +25,8 @@ from safetensors.torch import load_model, save_file
 
 from logitstream.connection import FILE_SUFFIX, PUBLIC_AUTHORITIES
 from logitstream.extras import install_command
-from logitstream.local_ray import LocalRay, first_line, set_ray_environment
+from logitstream.local_ray import LocalRay, set_ray_environment
+from logitstream.logs import first_line
 from student_trainer.client.remote import RemoteTeacher
 from student_trainer.config import TrainConfig
 from student_trainer.errors import (

@@ -21,7 +21,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
-from logitstream.local_ray import LocalRay, first_line
+from logitstream.local_ray import LocalRay
+from logitstream.logs import first_line
 from teacher_server.app import DEPLOYMENT, STOP_MARGIN_S, make_application
 from teacher_server.cluster.ray_address import check_ray_address
 from teacher_server.cluster.ray_directory import forget_application, last_line, open_directory

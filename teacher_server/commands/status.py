@@ -4,12 +4,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from logitstream.connection import Connection
 from protos import teacher_pb2
+from teacher_server.commands.columns import format_columns
 from teacher_server.commands.remote_call import NoAnswer, ask, ask_on, connection_of, report_failure
 from teacher_server.config import StatusConfig
 
@@ -249,14 +250,14 @@ def table(status: ServiceStatus) -> str:
     if status.teams:
         header = ("team", "in flight", "tokens/s", "share", "entitled")
         header += ("waiting p95", "rejected", "left today")
-        texts.append(_columns(header, map(_team_cells, status.teams), num_left=1))
+        texts.append(format_columns(header, map(_team_cells, status.teams), num_left=1))
     else:
         texts.append("no team did anything in the last minute")
     header = ("replica", "address", "state")
     if status.admin:
         header += ("streams", "queued", "tokens/s", "busy", "batch fill")
         header += ("forward", "head", "encode", "memory", "device")
-    texts.append(_columns(header, map(_replica_cells, status.replicas), num_left=3))
+    texts.append(format_columns(header, map(_replica_cells, status.replicas), num_left=3))
     if status.unreachable:
         lines = (f"not reached: {replica.id}: {replica.why}" for replica in status.unreachable)
         texts.append("\n".join(lines))
@@ -295,17 +296,4 @@ def _replica_cells(replica: ReplicaLine) -> tuple[str, ...]:
         f"{numbers.encode_ms:,.1f} ms",
         f"{numbers.memory_bytes / (1 << 30):,.1f} GiB",
         f"{device / (1 << 30):,.1f} GiB" if device else "-",
-    )
-
-
-def _columns(header: Sequence[str], rows: Iterable[Sequence[str]], *, num_left: int) -> str:
-    """Formats rows in columns; the first `num_left` are left-aligned, the others right-aligned."""
-    cells = [header, *rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if place < num_left else text.rjust(width)
-            for place, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
     )

@@ -11,6 +11,7 @@ from typing import Any
 from tomlkit import TOMLDocument
 
 from logitstream.files import write_atomically
+from teacher_server.commands.columns import format_columns
 from teacher_server.config import TeamAction, TeamAdd, TeamDisable, TeamList, TeamRotate
 from teacher_server.errors import TeacherServerError, TeamsError
 from teacher_server.teams.declaration import (
@@ -144,9 +145,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         )
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    for line in (head, *lines):
-        print("  ".join(map(str.ljust, line, widths)).rstrip())
+    print(format_columns(head, lines, num_left=len(head)))
 
 
 def _find(teams: Teams | None, name: str, path: Path) -> Declared:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from protos import teacher_pb2
+from teacher_server.commands.columns import format_columns
 from teacher_server.commands.remote_call import NoAnswer, ask, connection_of, report_failure
 from teacher_server.config import UsageConfig
 from teacher_server.ledger.directory import FILE_NAME, read_usage
@@ -46,7 +47,10 @@ def show_usage(config: UsageConfig) -> int:
     elif config.as_csv:
         csv.writer(sys.stdout, lineterminator="\n").writerows([COLUMNS, *lines])
     else:
-        _print_table(lines)
+        cells = ([f"{one:,}" if isinstance(one, int) else one for one in line] for line in lines)
+        print(format_columns(COLUMNS, cells, num_left=2))
+        if not lines:
+            print("nothing was used")
     return 0
 
 
@@ -55,19 +59,3 @@ def _from_file(folder: Path, team: str, since: int) -> Sequence[teacher_pb2.Usag
     if not path.is_file():
         raise ValueError(f"there is no ledger in {folder} ({FILE_NAME})")
     return [usage_row(row) for row in read_usage(path, team or None, since)]
-
-
-def _print_table(lines: list[list[str | int]]) -> None:
-    """Prints columns as wide as needed, with numbers to the right and separated thousands."""
-    cells = [list(COLUMNS)] + [
-        [f"{value:,}" if isinstance(value, int) else value for value in line] for line in lines
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        texts = [
-            text.ljust(width) if place < 2 else text.rjust(width)
-            for place, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(texts).rstrip())
-    if not lines:
-        print("nothing was used")

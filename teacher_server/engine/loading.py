@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from logit_codec import CodecError, IdTable, tokenizer_fingerprint
+from logitstream.logs import first_line
 from teacher_server.engine.batch import MIN_BUCKET
 from teacher_server.engine.fingerprints import fingerprint_folder, fingerprint_state
 from teacher_server.engine.model import TeacherModel
@@ -52,7 +53,7 @@ def load(
         causal_lm = causal_lm.to(device)
     except Exception as error:  # a folder can be wrong in any way; all of them mean the same here
         raise ModelError(
-            f"cannot load a causal LM from {model}: {_first_line(error)} "
+            f"cannot load a causal LM from {model}: {first_line(error)} "
             "Any AutoModelForCausalLM saved with save_pretrained (safetensors) works."
         ) from error
     _check_weights(model, type(causal_lm).__name__, report)
@@ -287,15 +288,10 @@ def _load_tokenizer(folder: Path) -> Any | None:
             tokenizer_fingerprint(tokenizer)
         except Exception as error:  # as above: files of a tokenizer can be wrong in any way
             raise ModelError(
-                f"cannot load the tokenizer in {folder}: {_first_line(error)} Save it again with "
+                f"cannot load the tokenizer in {folder}: {first_line(error)} Save it again with "
                 "save_pretrained, or remove its files to serve without one."
             ) from error
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _name(keys: Any) -> str:
