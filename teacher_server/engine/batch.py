@@ -1,22 +1,10 @@
-"""Defines what the engine is asked for, the shape it computes in, and how long its stages took."""
+"""Defines what the engine is asked for, and how long its stages took."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from logit_codec import TargetSpec
-
-MIN_BUCKET = 32
-"""Shortest padded length: products of fewer rows round differently."""
-
-
-def bucket_length(num_tokens: int, max_tokens: int) -> int:
-    """Returns the canonical padded length of a sequence: at most 1/8 longer from 256 tokens on.
-
-    Multiples of 32 up to 256, then eighths of a power of two; never above `max_tokens`.
-    """
-    step = max(MIN_BUCKET, 1 << max(0, (num_tokens - 1).bit_length() - 4))
-    return min(-(-num_tokens // step) * step, max_tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,8 +22,21 @@ class RowRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class StageTimes:
-    """Seconds that one batch took in each stage."""
+class PackTimes:
+    """Seconds that one launch took in each stage.
 
+    On a CPU, launching is computing: `launch_s` then holds what the device did, and `wait_s` is 0.
+    """
+
+    fill_s: float
+    """Laying the sequences out."""
+    launch_s: float
+    """Handing the work to the device."""
+    wait_s: float
+    """Waiting for the device, after everything was launched."""
     forward_s: float
+    """The device's own time in the base model."""
     head_s: float
+    """The device's own time in the vocabulary head and the selection."""
+    copy_s: float
+    """The device's own time copying what was selected."""

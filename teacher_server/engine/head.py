@@ -1,142 +1,240 @@
-"""Turns hidden states into targets, through the vocabulary head in chunks of rows.
+"""Turns hidden states into what was asked for, through the vocabulary head in chunks of rows.
 
-Letters: N requested rows of a batch, C rows of one chunk, D hidden size, V vocabulary.
+Letters: T tokens of a pack, R wanted rows of a group, C rows of one chunk, D hidden size,
+V vocabulary.
 
-The (N, V) matrix of logits never exists: a chunk is projected, selected from and dropped. Chunks
-are padded to a multiple of 32 rows because products and sums of fewer rows round differently.
+The (R, V) matrix of logits never exists: a chunk is projected into a buffer, selected from, and
+overwritten by the next. Nothing here waits for the device. On a GPU all chunks have C rows. On a CPU
+products are made in tiles (products.py), and a chunk ends where the tiles of one size do.
 """
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from logit_codec import Targets, TargetSpec, select
-from teacher_server.engine.batch import RowRequest, StageTimes
+from logit_codec import Selection, Targets, TargetSpec, select_rows
+from teacher_server.engine.batch import RowRequest
+from teacher_server.engine.device import Device
 from teacher_server.engine.model import TeacherModel
+from teacher_server.engine.products import LARGE, SMALL
 
-ROW_MULTIPLE = 32
+MIN_TILE = 32
+"""Products of fewer rows round differently."""
 MAX_CHUNK_ROWS = 1024
 
 
-class VocabularyHead:
-    """Projects hidden states to targets with bounded memory.
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredRows:
+    """Holds what was selected of the rows of one sequence: slices of some chunks, in row order."""
 
-    Extra memory is at most 2.5 * chunk_rows * V * 4 bytes: the logits, one buffer beside them, and
-    the candidates of the top-k. chunk_nbytes is the size of a chunk in the model's dtype; above
-    32 MiB glibc returns a buffer at once, smaller ones pile up between the targets that are kept.
+    pieces: tuple[tuple[Selection, slice], ...]
+
+    def compact(self) -> Targets:
+        """Makes targets of them, on the CPU."""
+        return Selection.cat([selection[rows] for selection, rows in self.pieces]).compact()
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Says which rows of a group, in the order in which they are projected, belong to a request."""
+
+    member: int
+    slices: tuple[slice, ...]
+
+
+class VocabularyHead:
+    """Projects hidden states to selections with bounded memory.
+
+    Extra memory is at most a quarter of a chunk, beside the chunk itself: C * V numbers of the
+    model's dtype. chunk_nbytes is its size; above 32 MiB glibc returns a buffer at once, smaller ones
+    pile up between the targets that are kept.
     """
 
-    def __init__(self, model: TeacherModel, *, chunk_nbytes: int = 128 << 20) -> None:
+    def __init__(
+        self, model: TeacherModel, device: Device, *, chunk_nbytes: int = 128 << 20
+    ) -> None:
         self.model = model
-        row_nbytes = model.vocab_size * model.dtype.itemsize
-        rows = chunk_nbytes // row_nbytes // ROW_MULTIPLE * ROW_MULTIPLE
-        self.chunk_rows = min(max(rows, ROW_MULTIPLE), MAX_CHUNK_ROWS)
+        self._device = device
+        self._is_tiled = device.device.type == "cpu"
+        fitting = max(MIN_TILE, chunk_nbytes // (model.vocab_size * model.dtype.itemsize))
+        # A power of two, so that chunks of any size are whole numbers of tiles.
+        self.chunk_rows = min(1 << (fitting.bit_length() - 1), MAX_CHUNK_ROWS)
+        self.large = min(LARGE, self.chunk_rows) if self._is_tiled else self.chunk_rows
+        self.small = min(SMALL, self.chunk_rows) if self._is_tiled else self.chunk_rows
 
     @torch.inference_mode()
-    def logits(self, hidden_CD: Tensor) -> Tensor:
-        """Projects (C, D) -> (C, V) float32 logits; -inf for ids that are padding."""
-        logits_CV = self.model.logits(hidden_CD).float()
-        logits_CV[:, self.model.effective_vocab_size :] = -torch.inf
-        return logits_CV
-
-    @torch.inference_mode()
-    def project(
+    def select(
         self,
-        hidden: Tensor,
-        spec: TargetSpec,
-        *,
-        temperature: float,
-        realized_ids: Tensor,
-        uniforms: Tensor | None = None,
-    ) -> Targets:
-        """Selects the targets of N rows from (N, D) hidden states and the (N,) next tokens.
-
-        uniforms: (N,) float64, for a spec that draws.
-        """
-        parts = []
-        for first in range(0, len(hidden), self.chunk_rows):
-            chunk = slice(first, first + self.chunk_rows)
-            hidden_CD, realized_C = hidden[chunk], realized_ids[chunk]
-            uniforms_C = None if uniforms is None else uniforms[chunk]
-            num_rows = len(hidden_CD)
-            missing = -num_rows % ROW_MULTIPLE
-            if missing:
-                hidden_CD = torch.nn.functional.pad(hidden_CD, (0, 0, 0, missing))
-                realized_C = torch.nn.functional.pad(realized_C, (0, missing))
-                if uniforms_C is not None:
-                    uniforms_C = torch.nn.functional.pad(uniforms_C, (0, missing))
-            logits_CV = self.logits(hidden_CD)
-            targets = select(
-                logits_CV,
-                spec,
-                temperature=temperature,
-                uniforms=uniforms_C,
-                realized_ids=realized_C,
-                overwrite=True,
-            )
-            del logits_CV  # before the next chunk's are made: two would not fit
-            parts.append(targets[:num_rows])
-        return Targets.cat(parts)
-
-    @torch.inference_mode()
-    def score(self, batch: Sequence[RowRequest]) -> tuple[list[Targets], StageTimes]:
-        """Returns the targets of sequences of one canonical length, in order, and the times.
+        hidden_TD: Tensor,
+        requests: Sequence[RowRequest],
+        members: Sequence[int],
+        starts: Sequence[int],
+    ) -> list["SelectedGroup"]:
+        """Selects the rows of the requests `members`, whose sequences begin at rows `starts`.
 
         Rows of different sequences share chunks if they ask for the same targets.
         """
-        device = self.model.device
-        started = time.perf_counter()
-        hidden_BLD = self.model.hidden_states([item.token_ids for item in batch])
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # else the time of the forward pass is counted below
-        forwarded = time.perf_counter()
-
-        groups: dict[tuple[TargetSpec, float], list[int]] = {}
-        for index, item in enumerate(batch):
-            groups.setdefault((item.spec, item.temperature), []).append(index)
-        results: dict[int, Targets] = {}
-        for (spec, temperature), members in groups.items():
-            sizes = [len(batch[index].rows) for index in members]
-            sequence = torch.repeat_interleave(torch.tensor(members), torch.tensor(sizes))
-            rows = torch.cat([batch[index].rows for index in members])
-            realized = torch.cat([batch[i].token_ids[batch[i].rows + 1] for i in members])
-            drawn = [item for index in members if (item := batch[index].uniforms) is not None]
-            targets = self.project(
-                hidden_BLD[sequence.to(device), rows.to(device)],
-                spec,
-                temperature=temperature,
-                realized_ids=realized.to(device),
-                uniforms=torch.cat(drawn).to(device) if drawn else None,
-            )
-            first = 0
-            for index, size in zip(members, sizes, strict=True):
-                results[index] = targets[first : first + size]
-                first += size
-        times = StageTimes(forwarded - started, time.perf_counter() - forwarded)
-        return [results[index] for index in range(len(batch))], times
-
-    def is_exact(self) -> bool:
-        """Tries whether a sequence gives the same bits alone and among neighbours."""
-        if self.model.has_experts:
-            return False  # which tokens share an expert's product depends on the neighbours
-        longest = self.model.max_sequence_tokens
-        generator = torch.Generator().manual_seed(1)
-        for length in {min(40, longest), min(9, longest)}:
-            hidden = [
-                torch.randint(self.model.effective_vocab_size, (length,), generator=generator)
-                for _ in range(4)
+        groups: dict[tuple[TargetSpec, float], list[tuple[int, int]]] = {}
+        for member, start in zip(members, starts, strict=True):
+            request = requests[member]
+            groups.setdefault((request.spec, request.temperature), []).append((member, start))
+        buffer_CV = hidden_TD.new_empty(self.chunk_rows, self.model.vocab_size)
+        selected = []
+        for (spec, temperature), group in groups.items():
+            order = _Order.of(requests, group, self.large, self.small)
+            rows = order.rows.upload(self._device)
+            chunks = [
+                self._select_chunk(hidden_TD, buffer_CV, rows[some], tile, spec, temperature)
+                for some, tile in order.chunks(self.chunk_rows)
             ]
-            alone = self.model.hidden_states(hidden[2:3])[0, :length]
-            among = self.model.hidden_states(hidden)[2, :length]
-            if not torch.equal(alone, among):
-                return False
-            padded = torch.nn.functional.pad(alone, (0, 0, 0, -length % ROW_MULTIPLE))
-            doubled = torch.cat([torch.zeros_like(padded[:7]), padded, padded])
-            doubled = torch.nn.functional.pad(doubled, (0, 0, 0, -len(doubled) % ROW_MULTIPLE))
-            few = self.model.logits(padded)[:length]
-            many = self.model.logits(doubled)[7 : 7 + length]
-            if not torch.equal(few, many):
-                return False
-        return True
+            selected.append(SelectedGroup(order, chunks))
+        return selected
+
+    def download(self, groups: Sequence["SelectedGroup"]) -> dict[int, ScoredRows]:
+        """Copies what was selected to the host, and divides it among the requests, by number.
+
+        Not to be read before the device has passed the next event.
+        """
+        scored: dict[int, ScoredRows] = {}
+        for group in groups:
+            order = group.order
+            chunks = [self._device.download(chunk) for chunk in group.chunks]
+            for places in order.places:
+                pieces = [
+                    (chunks[number], rows)
+                    for whole in places.slices
+                    for number, rows in order.split(whole, self.chunk_rows)
+                ]
+                scored[places.member] = ScoredRows(tuple(pieces))
+        return scored
+
+    def _select_chunk(
+        self,
+        hidden_TD: Tensor,
+        buffer_CV: Tensor,
+        rows: "_Rows",
+        tile: int,
+        spec: TargetSpec,
+        temperature: float,
+    ) -> Selection:
+        """Projects some rows and selects from them."""
+        hidden_CD = hidden_TD.index_select(0, rows.index)
+        logits_CV = buffer_CV[: len(hidden_CD)]
+        self.model.logits_into(hidden_CD, logits_CV, tile)
+        logits_CV[:, self.model.effective_vocab_size :] = -torch.inf
+        return select_rows(
+            logits_CV,
+            spec,
+            temperature=temperature,
+            uniforms=rows.uniforms,
+            realized_ids=rows.realized_ids,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Holds what is known of rows before they are projected."""
+
+    index: Tensor
+    """(R,) int64: rows of the pack."""
+    realized_ids: Tensor
+    """(R,) int64: the tokens that really came next."""
+    uniforms: Tensor | None
+    """(R,) float64, for a spec that draws."""
+
+    def __getitem__(self, rows: slice) -> "_Rows":
+        uniforms = None if self.uniforms is None else self.uniforms[rows]
+        return _Rows(self.index[rows], self.realized_ids[rows], uniforms)
+
+    def upload(self, device: Device) -> "_Rows":
+        return _Rows(
+            device.upload(self.index),
+            device.upload(self.realized_ids),
+            None if self.uniforms is None else device.upload(self.uniforms),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Order:
+    """Orders the rows of a group: first those in large tiles, then those in small ones.
+
+    Each part is filled up to whole tiles.
+    """
+
+    rows: _Rows
+    num_large: int
+    places: tuple[_Places, ...]
+    large: int
+    small: int
+
+    @classmethod
+    def of(
+        cls,
+        requests: Sequence[RowRequest],
+        group: Sequence[tuple[int, int]],
+        large: int,
+        small: int,
+    ) -> "_Order":
+        whole = [len(requests[member].rows) // large * large for member, _ in group]
+        parts: list[_Rows] = []
+        places: list[list[slice]] = [[] for _ in group]
+        at = 0
+        for is_rest in (False, True):
+            for number, (member, start) in enumerate(group):
+                cut = slice(whole[number], None) if is_rest else slice(whole[number])
+                part = _rows_of(requests[member], start)[cut]
+                if len(part.index):
+                    places[number].append(slice(at, at + len(part.index)))
+                    parts.append(part)
+                    at += len(part.index)
+            if not is_rest:
+                num_large = at
+        filler = -(at - num_large) % small
+        index = torch.cat([*(part.index for part in parts), parts[0].index.new_zeros(filler)])
+        realized = torch.cat([part.realized_ids for part in parts])
+        drawn = [part.uniforms for part in parts if part.uniforms is not None]
+        rows = _Rows(
+            index,
+            torch.nn.functional.pad(realized, (0, filler)),
+            torch.nn.functional.pad(torch.cat(drawn), (0, filler)) if drawn else None,
+        )
+        found = tuple(
+            _Places(member, tuple(slices))
+            for (member, _), slices in zip(group, places, strict=True)
+        )
+        return cls(rows, num_large, found, large, small)
+
+    def chunks(self, chunk_rows: int) -> Iterator[tuple[slice, int]]:
+        """Yields the rows of each chunk, and the size of its tiles."""
+        for first, last, tile in (
+            (0, self.num_large, self.large),
+            (self.num_large, len(self.rows.index), self.small),
+        ):
+            for start in range(first, last, chunk_rows):
+                yield slice(start, min(start + chunk_rows, last)), tile
+
+    def split(self, rows: slice, chunk_rows: int) -> Iterator[tuple[int, slice]]:
+        """Divides rows of one part among the chunks: numbers of chunks, and rows of each."""
+        is_small = rows.start >= self.num_large
+        base = self.num_large if is_small else 0
+        skipped = -(-self.num_large // chunk_rows) if is_small else 0
+        start, stop = rows.start - base, rows.stop - base
+        while start < stop:
+            number, first = divmod(start, chunk_rows)
+            last = min(first + stop - start, chunk_rows)
+            yield skipped + number, slice(first, last)
+            start += last - first
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SelectedGroup:
+    """Holds what was selected, on the device, for requests that ask for the same targets."""
+
+    order: _Order
+    chunks: list[Selection]
+
+
+def _rows_of(request: RowRequest, start: int) -> _Rows:
+    return _Rows(request.rows + start, request.token_ids[request.rows + 1], request.uniforms)

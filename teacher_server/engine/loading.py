@@ -3,6 +3,7 @@
 import copy
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from logit_codec import CodecError, IdTable, tokenizer_fingerprint
 from logitstream.logs import first_line
-from teacher_server.engine.batch import MIN_BUCKET
+from teacher_server.engine.checks import can_pack, check_head
 from teacher_server.engine.fingerprints import fingerprint_folder, fingerprint_state
 from teacher_server.engine.model import TeacherModel
 from teacher_server.errors import ModelError
@@ -162,8 +163,8 @@ def prepare(
             f"{ID_TABLE_NAME} is for a vocabulary of {id_table.vocab_size} ids, the model has "
             f"{vocab_size}. Fit it again with teacher-server fit-ids, or delete it."
         )
-    _check_head(model)
-    return model
+    check_head(model)
+    return replace(model, is_packed=can_pack(model))
 
 
 class _Passed:
@@ -196,42 +197,6 @@ def _make_head(causal_lm: Any) -> nn.Module:
     head._modules = dict(causal_lm._modules)
     head._modules[causal_lm.base_model_prefix] = _PassThrough()
     return head
-
-
-@torch.inference_mode()
-def _check_head(model: TeacherModel) -> None:
-    """Raises ModelError if base model and head differ from one full forward pass."""
-    length = min(MIN_BUCKET, model.max_sequence_tokens)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.effective_vocab_size, (length,), generator=generator)
-    hidden = model.hidden_states([ids])[0]
-    logits = model.logits(hidden).float()
-    output = model.causal_lm(input_ids=ids[None].to(model.device), use_cache=False)
-    expected = output.logits[0].float()
-    scale = max(1.0, float(expected.abs().max()))
-    worst = float((logits - expected).abs().max()) / scale
-    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
-    if not worst <= tolerance:
-        raise ModelError(
-            f"the logits of {model.architecture} differ from its head applied to its base "
-            f"model's hidden states by {worst:.1e} of the largest, allowed {tolerance:.0e}. "
-            "This architecture cannot be served yet."
-        )
-    _check_causal(model, ids, hidden.float(), tolerance)
-    logger.info("head checked architecture=%s error=%.1e", model.architecture, worst)
-
-
-def _check_causal(model: TeacherModel, ids: Tensor, hidden: Tensor, tolerance: float) -> None:
-    """Raises ModelError if another last token changes the hidden states before it."""
-    changed = ids.clone()
-    changed[-1] = (changed[-1] + 1) % model.effective_vocab_size
-    before = model.hidden_states([changed])[0][: len(ids) - 1].float()
-    moved = float((before - hidden[: len(ids) - 1]).abs().max())
-    if not moved <= tolerance * max(1.0, float(hidden.abs().max())):
-        raise ModelError(
-            f"{model.architecture} is not causal: a row changes with the tokens after it. A "
-            "teacher predicts the next token (AutoModelForCausalLM with causal attention)."
-        )
 
 
 def _resolve(model: str, revision: str | None) -> tuple[Path, str]:

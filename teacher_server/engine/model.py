@@ -1,13 +1,15 @@
 """Turns tokens into final hidden states, and identifies the teacher that did.
 
-Letters: B sequences, L tokens of a padded sequence, D hidden size, V vocabulary.
+Letters: T tokens of a pack, B sequences, L tokens of a padded sequence, D hidden size, V vocabulary.
 
-Any causal LM of transformers works. Each sequence is padded on the right to its own canonical
-length, never to its neighbours', and no attention mask is passed: causal attention keeps the
-padding out of every real row, and the shape of the computation, and so its rounding, depends on the
-sequence alone.
+Any causal LM of transformers works. Most run packs (packing.py). An architecture whose attention
+does not keep the sequences of a pack apart runs one sequence length at a time instead: each
+sequence is padded on the right to its own canonical length, never to its neighbours', and no
+attention mask is passed. Causal attention keeps the padding out of every real row. Either way the
+shape of the computation, and so its rounding, depends on the sequence alone.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -20,10 +22,22 @@ from torch import Tensor, nn
 
 from logit_codec import FORMAT_VERSION, IdTable
 from logit_codec.selection import ARITHMETIC as SELECTION_ARITHMETIC
-from teacher_server.engine.batch import bucket_length
+from teacher_server.engine.attention import NAME as PACKED_ATTENTION
+from teacher_server.engine.attention import packed_attention
+from teacher_server.engine.packing import Pack
+from teacher_server.engine.products import InPlaceHead, TiledProducts
 
-HEAD_ARITHMETIC = "model-forward-1"
-"""Names how logits are made from hidden states; part of the fingerprint."""
+MIN_BUCKET = 32
+"""Shortest canonical length: products of fewer rows round differently."""
+
+
+def bucket_length(num_tokens: int, max_tokens: int) -> int:
+    """Returns the canonical padded length of a sequence: at most 1/8 longer from 256 tokens on.
+
+    Multiples of 32 up to 256, then eighths of a power of two; never above `max_tokens`.
+    """
+    step = max(MIN_BUCKET, 1 << max(0, (num_tokens - 1).bit_length() - 4))
+    return min(-(-num_tokens // step) * step, max_tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +57,8 @@ class TeacherModel:
     max_sequence_tokens: int
     head: nn.Module = field(repr=False)
     """The causal LM with its base model taken out: hidden states in, logits out."""
+    is_packed: bool = True
+    """Whether it runs packs; else it runs sequences of one canonical length at a time."""
     id_table: IdTable | None = None
     """Fitted to this teacher by `teacher-server fit-ids`; shortens the ids of targets."""
 
@@ -60,6 +76,12 @@ class TeacherModel:
 
     @property
     def attention(self) -> str:
+        """The name of the attention that answers are computed with."""
+        return PACKED_ATTENTION if self.is_packed else self.own_attention
+
+    @property
+    def own_attention(self) -> str:
+        """The name of the attention that the model was loaded with."""
         return self.causal_lm.config._attn_implementation
 
     @property
@@ -75,34 +97,68 @@ class TeacherModel:
         content = self.causal_lm.config.to_dict()
         return {name: value for name, value in content.items() if name not in volatile}
 
-    @property
-    def teacher_fingerprint(self) -> str:
-        """The SHA-256 (hex) of everything that decides the bytes of an answer."""
+    def fingerprint(self, engine: dict[str, Any]) -> str:
+        """Returns the SHA-256 (hex) of everything that decides the bytes of an answer.
+
+        engine: the shapes and names that the engine adds.
+        """
         parts = {
             "weights": self.weights_fingerprint,
             "tokenizer": self.tokenizer_fingerprint,
             "effective_vocab_size": self.effective_vocab_size,
             "architecture": self.architecture,
             "dtype": str(self.dtype),
-            "device": self.device.type,
             "attention": self.attention,
-            "head": HEAD_ARITHMETIC,
             "selection": SELECTION_ARITHMETIC,
             "config": self._config,
-            "buckets": [bucket_length(n, 2**20) for n in (2, 300, 5000)],
-            "max_sequence_tokens": self.max_sequence_tokens,  # caps the buckets
             "format": FORMAT_VERSION,
             "id_table": "" if self.id_table is None else self.id_table.digest.hex(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **_device_names(self.device),
+            **engine,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def max_shared_positions(self) -> int | None:
+        """Longest sequence that may share a forward pass with any other; None: all may.
+
+        longrope chooses the frequencies of all tokens by the largest position among them.
+        """
+        config = self.causal_lm.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+        limits = [
+            kind["original_max_position_embeddings"]
+            for kind in kinds
+            if kind.get("rope_type") == "longrope" and "original_max_position_embeddings" in kind
+        ]
+        return min(limits) if limits else None
 
     def bucket_length(self, num_tokens: int) -> int:
         return bucket_length(num_tokens, self.max_sequence_tokens)
 
     @torch.inference_mode()
-    def hidden_states(self, sequences: Sequence[Tensor]) -> Tensor:
+    def hidden_states(
+        self, token_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, pack: Pack
+    ) -> Tensor:
+        """Runs a pack whose tensors are on the device -> (T, D) hidden states.
+
+        Those of padding mean nothing.
+        """
+        tiled = contextlib.nullcontext() if pack.tiling is None else TiledProducts(pack.tiling)
+        with packed_attention(self.causal_lm), tiled:
+            output = self.causal_lm.base_model(
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                cu_seqlens=cu_seqlens,
+            )
+        return output.last_hidden_state[0]
+
+    @torch.inference_mode()
+    def padded_hidden_states(self, sequences: Sequence[Tensor]) -> Tensor:
         """Runs sequences of one canonical length, (l,) int64 each -> (B, L, D) hidden states.
 
         Rows from a sequence's own length on are padding and mean nothing.
@@ -118,3 +174,20 @@ class TeacherModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Projects (C, D) -> (C, V) logits, in the model's own head arithmetic and dtype."""
         return self.head(inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+    @torch.inference_mode()
+    def logits_into(self, hidden: Tensor, buffer: Tensor, tile: int) -> Tensor:
+        """Projects (C, D) as `logits` does, in tiles of `tile` rows and within a (C, V) buffer."""
+        with InPlaceHead(buffer, tile):
+            return self.logits(hidden)
+
+
+def _device_names(device: torch.device) -> dict[str, str]:
+    """Names what a GPU's arithmetic depends on, beside torch's version."""
+    if device.type != "cuda":
+        return {"device": device.type}
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+    }

@@ -1,0 +1,115 @@
+"""Checks, before a teacher is served, that what is computed in parts is what the model computes.
+
+Letters: L tokens of a sequence, D hidden size.
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from logit_codec import TopKSpec
+from logitstream.logs import first_line
+from teacher_server.engine.batch import RowRequest
+from teacher_server.engine.model import MIN_BUCKET, TeacherModel
+from teacher_server.engine.packing import Packer
+from teacher_server.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+PACKED_LENGTHS = (9, 40, 2, 33)
+"""Of the sequences that are packed to see whether an architecture keeps them apart."""
+
+
+def _tolerance(model: TeacherModel) -> float:
+    return 1e-4 if model.dtype == torch.float32 else 2e-2
+
+
+def _random_ids(model: TeacherModel, length: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.effective_vocab_size, (length,), generator=generator)
+
+
+@torch.inference_mode()
+def check_head(model: TeacherModel) -> None:
+    """Raises ModelError if base model and head differ from one full forward pass."""
+    length = min(MIN_BUCKET, model.max_sequence_tokens)
+    ids = _random_ids(model, length, seed=0)
+    hidden = model.padded_hidden_states([ids])[0]
+    logits = model.logits(hidden).float()
+    output = model.causal_lm(input_ids=ids[None].to(model.device), use_cache=False)
+    expected = output.logits[0].float()
+    scale = max(1.0, float(expected.abs().max()))
+    worst = float((logits - expected).abs().max()) / scale
+    tolerance = _tolerance(model)
+    if not worst <= tolerance:
+        raise ModelError(
+            f"the logits of {model.architecture} differ from its head applied to its base "
+            f"model's hidden states by {worst:.1e} of the largest, allowed {tolerance:.0e}. "
+            "This architecture cannot be served yet."
+        )
+    _check_causal(model, ids, hidden.float(), tolerance)
+    logger.info("head checked architecture=%s error=%.1e", model.architecture, worst)
+
+
+def _check_causal(model: TeacherModel, ids: Tensor, hidden: Tensor, tolerance: float) -> None:
+    """Raises ModelError if another last token changes the hidden states before it."""
+    changed = ids.clone()
+    changed[-1] = (changed[-1] + 1) % model.effective_vocab_size
+    before = model.padded_hidden_states([changed])[0][: len(ids) - 1].float()
+    moved = float((before - hidden[: len(ids) - 1]).abs().max())
+    if not moved <= tolerance * max(1.0, float(hidden.abs().max())):
+        raise ModelError(
+            f"{model.architecture} is not causal: a row changes with the tokens after it. A "
+            "teacher predicts the next token (AutoModelForCausalLM with causal attention)."
+        )
+
+
+@torch.inference_mode()
+def can_pack(model: TeacherModel) -> bool:
+    """Whether the sequences of a pack have the hidden states that each has alone."""
+    lengths = [min(length, model.max_sequence_tokens) for length in PACKED_LENGTHS]
+    sequences = [_random_ids(model, length, seed) for seed, length in enumerate(lengths)]
+    try:
+        worst = _compare_packed(model, sequences)
+    except Exception as error:  # what an architecture cannot do shows in any way
+        logger.warning(
+            "%s cannot run packs (%s): it runs sequences of one length at a time, which is slower",
+            model.architecture,
+            first_line(error),
+        )
+        return False
+    if worst <= _tolerance(model):
+        return True
+    logger.warning(
+        "%s does not keep the sequences of a pack apart (error %.1e): it runs sequences of one "
+        "length at a time, which is slower",
+        model.architecture,
+        worst,
+    )
+    return False
+
+
+def _compare_packed(model: TeacherModel, sequences: list[Tensor]) -> float:
+    """Returns the largest difference between packed and single, in units of the largest number."""
+    no_rows = torch.empty(0, dtype=torch.int64)
+    requests = [RowRequest(sequence, no_rows, TopKSpec(k=1)) for sequence in sequences]
+    packer = Packer(
+        model.device.type,
+        pack_tokens=sum(map(len, sequences)),
+        divide_at=model.max_shared_positions,
+    )
+    worst = 0.0
+    for pack in packer.pack(requests):
+        device = model.device
+        tensors = [x.to(device) for x in (pack.token_ids, pack.positions, pack.cu_seqlens)]
+        packed = model.hidden_states(*tensors, pack).float()
+        for member, start in zip(pack.members, pack.starts, strict=True):
+            length = len(sequences[member])
+            alone = model.padded_hidden_states([sequences[member]])[0, :length].float()
+            error = (packed[start : start + length] - alone).abs().max()
+            # Also false for what is no number.
+            if not bool(torch.isfinite(error)):
+                return float("inf")
+            worst = max(worst, float(error) / max(1.0, float(alone.abs().max())))
+    return worst

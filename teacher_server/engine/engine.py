@@ -1,0 +1,197 @@
+"""Scores batches of sequences: launches packs on a device, and waits for what they give.
+
+`launch` lays sequences out, queues the forward pass, the head and the copies, and returns at once on
+a GPU; `result` waits. Whoever calls them from two threads keeps the device busy: one pack computes
+while the next is laid out.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logit_codec import Targets
+from teacher_server.engine.batch import PackTimes, RowRequest
+from teacher_server.engine.device import Device, Event, open_device
+from teacher_server.engine.head import ScoredRows, VocabularyHead
+from teacher_server.engine.model import TeacherModel
+from teacher_server.engine.packing import ROW_MULTIPLE, Pack, Packer
+from teacher_server.engine.products import LARGE, SMALL
+
+PACK_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Tokens of a pack where nothing else is asked for."""
+
+Marks = tuple[Event, Event, Event, Event]
+"""The start of a pack, and the ends of its forward pass, of its head, and of its copies."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Launched:
+    """Holds work that the device has been given, until its result is asked for."""
+
+    rows: tuple[ScoredRows, ...]
+    """In the order of the requests; not to be read before `done`."""
+    events: tuple[Marks, ...]
+    """Of each pack."""
+    num_tokens: int
+    fill_s: float
+    launch_s: float
+
+
+class Engine:
+    """Runs one teacher on one device.
+
+    chunk_nbytes: size of a chunk of logits. pack_tokens: T, tokens of a pack; on a GPU, and for an
+    architecture that cannot pack, no sequence may be longer. exact: level `bytes`, the same bytes
+    whatever else is in a pack; without it (`tolerance`) products are made in one piece on a CPU, and
+    underfull packs shrink on a GPU. device: how work is queued.
+    """
+
+    def __init__(
+        self,
+        model: TeacherModel,
+        *,
+        chunk_nbytes: int = 128 << 20,
+        pack_tokens: int | None = None,
+        exact: bool = True,
+        device: Device | None = None,
+    ) -> None:
+        self.model = model
+        self.device = device or open_device(model.device)
+        kind = model.device.type
+        self.pack_tokens = pack_tokens or PACK_TOKENS.get(kind, PACK_TOKENS["cuda"])
+        self.packer = Packer(
+            kind,
+            pack_tokens=self.pack_tokens,
+            exact=exact,
+            divide_at=model.max_shared_positions,
+        )
+        self.head = VocabularyHead(model, self.device, chunk_nbytes=chunk_nbytes)
+        self._exact = exact
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence: what the model takes and, where packs have a fixed size, what fits."""
+        longest = self.model.max_sequence_tokens
+        return min(longest, self.pack_tokens) if self.packer.is_fixed else longest
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The sizes that the bytes of an answer depend on; part of the fingerprint."""
+        tiles = (LARGE, SMALL) if not self.packer.is_fixed and self._exact else None
+        return {
+            "packed": self.model.is_packed,
+            "packs": self.packer.shapes,
+            "level": "bytes" if self._exact else "tolerance",
+            "tiles": tiles,
+            "row_multiple": ROW_MULTIPLE,
+            "head": (self.head.chunk_rows, self.head.large, self.head.small),
+            # An architecture that cannot pack pads sequences to lengths that this limit cuts.
+            "max_sequence_tokens": None if self.model.is_packed else self.model.max_sequence_tokens,
+        }
+
+    @property
+    def teacher_fingerprint(self) -> str:
+        """The SHA-256 (hex) of everything that decides the bytes of an answer."""
+        return self.model.fingerprint(self.shape)
+
+    @torch.inference_mode()
+    def launch(self, requests: Sequence[RowRequest]) -> Launched:
+        """Queues the scoring of some sequences. Does not wait for a GPU; a CPU computes here."""
+        began = time.perf_counter()
+        rows: dict[int, ScoredRows] = {}
+        events: list[Marks] = []
+        fill_s = 0.0
+        with self.device.queue():
+            if self.model.is_packed:
+                packs = self.packer.pack(requests)
+                fill_s = time.perf_counter() - began
+                for pack in packs:
+                    scored, marks = self._launch_pack(pack, requests)
+                    rows |= scored
+                    events.append(marks)
+            else:
+                for members in self._by_canonical_length(requests):
+                    scored, marks = self._launch_padded(members, requests)
+                    rows |= scored
+                    events.append(marks)
+        return Launched(
+            rows=tuple(rows[index] for index in range(len(requests))),
+            events=tuple(events),
+            num_tokens=sum(len(request.token_ids) for request in requests),
+            fill_s=fill_s,
+            launch_s=time.perf_counter() - began - fill_s,
+        )
+
+    def result(self, launched: Launched) -> tuple[tuple[ScoredRows, ...], PackTimes]:
+        """Waits until the device is done. Raises the device's error."""
+        began = time.perf_counter()
+        for *_, done in launched.events:
+            done.synchronize()
+        wait_s = time.perf_counter() - began
+        between = self.device.seconds_between
+        times = PackTimes(
+            fill_s=launched.fill_s,
+            launch_s=launched.launch_s,
+            wait_s=wait_s,
+            forward_s=sum(between(start, forwarded) for start, forwarded, _, _ in launched.events),
+            head_s=sum(between(forwarded, selected) for _, forwarded, selected, _ in launched.events),
+            copy_s=sum(between(selected, done) for *_, selected, done in launched.events),
+        )
+        return launched.rows, times
+
+    def score(self, requests: Sequence[RowRequest]) -> list[Targets]:
+        """Returns the targets of some sequences, in order; waits for them."""
+        rows, _ = self.result(self.launch(requests))
+        return [one.compact() for one in rows]
+
+    def _launch_pack(
+        self, pack: Pack, requests: Sequence[RowRequest]
+    ) -> tuple[dict[int, ScoredRows], Marks]:
+        """Queues the scoring of one pack."""
+        upload = self.device.upload
+        start = self.device.mark()
+        hidden_TD = self.model.hidden_states(
+            upload(pack.token_ids), upload(pack.positions), upload(pack.cu_seqlens), pack
+        )
+        forwarded = self.device.mark()
+        return self._launch_head(hidden_TD, requests, pack.members, pack.starts, start, forwarded)
+
+    def _launch_padded(
+        self, members: Sequence[int], requests: Sequence[RowRequest]
+    ) -> tuple[dict[int, ScoredRows], Marks]:
+        """Queues the scoring of sequences of one canonical length."""
+        start = self.device.mark()
+        hidden_BLD = self.model.padded_hidden_states(
+            [requests[index].token_ids for index in members]
+        )
+        forwarded = self.device.mark()
+        length = hidden_BLD.shape[1]
+        starts = range(0, length * len(members), length)
+        hidden_TD = hidden_BLD.flatten(0, 1)
+        return self._launch_head(hidden_TD, requests, members, starts, start, forwarded)
+
+    def _launch_head(
+        self,
+        hidden_TD: Tensor,
+        requests: Sequence[RowRequest],
+        members: Sequence[int],
+        starts: Sequence[int],
+        start: Event,
+        forwarded: Event,
+    ) -> tuple[dict[int, ScoredRows], Marks]:
+        """Queues the head, the selection and the copies."""
+        groups = self.head.select(hidden_TD, requests, members, starts)
+        selected = self.device.mark()
+        rows = self.head.download(groups)
+        return rows, (start, forwarded, selected, self.device.mark())
+
+    def _by_canonical_length(self, requests: Sequence[RowRequest]) -> list[list[int]]:
+        groups: dict[int, list[int]] = {}
+        for index, request in enumerate(requests):
+            length = self.model.bucket_length(len(request.token_ids))
+            groups.setdefault(length, []).append(index)
+        return list(groups.values())

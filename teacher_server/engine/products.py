@@ -1,0 +1,173 @@
+"""Multiplies in tiles of fixed size, so that a row's bits do not depend on the rows beside it.
+
+Letters: T rows of a pack, D columns of the input, N columns of the output.
+
+A matrix product of another number of rows may add up in another order: in bfloat16 nearly always,
+in float32 with several threads (docs/log.md). On a GPU a pack always has the same number of rows.
+On a CPU that would waste time that nobody else uses, so there every product is made of tiles
+instead. Which tile computes a row depends on the row's place in its own sequence alone: as many
+tiles of LARGE rows as fit into the sequence, and what is left over in tiles of SMALL rows, which it
+shares with what is left of its neighbours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+LARGE, SMALL = 512, 128
+"""Rows of a tile: a product of 512 rows is about as fast per row as one of any more, one of 128 rows
+takes a fifth longer (`python -m benchmarks.engine --tiles`)."""
+ALIGNMENT = 64
+"""Bytes; the same product may round differently where its memory begins elsewhere."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tiling:
+    """Divides the rows of a pack into tiles."""
+
+    num_rows: int
+    large_starts: tuple[int, ...]
+    """First rows of the tiles of `large` rows."""
+    small_rows: Tensor
+    """(S,) int64: rows that are computed in small tiles, then zeros up to a whole tile."""
+    num_small: int
+    """How many of `small_rows` are rows, and not there to fill the last tile."""
+    large: int
+    small: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], large: int = LARGE, small: int = SMALL) -> Self:
+        """Tiles rows that stand back to back, those of each sequence on their own."""
+        large_starts: list[int] = []
+        rest: list[Tensor] = []
+        start = 0
+        for length in lengths:
+            whole = length // large * large
+            large_starts.extend(range(start, start + whole, large))
+            if whole < length:
+                rest.append(torch.arange(start + whole, start + length))
+            start += length
+        num_small = sum(map(len, rest))
+        rest.append(torch.zeros(-num_small % small, dtype=torch.int64))
+        return cls(start, tuple(large_starts), torch.cat(rest), num_small, large, small)
+
+    def multiply(
+        self, rows_TD: Tensor, weight_DN: Tensor, bias: Tensor | None, out_TN: Tensor
+    ) -> None:
+        """Writes rows_TD @ weight_DN + bias to `out_TN`."""
+        for start in self.large_starts:
+            tile = slice(start, start + self.large)
+            _multiply(rows_TD[tile], weight_DN, bias, out_TN[tile])
+        if self.num_small:
+            small_SD = rows_TD[self.small_rows]
+            small_SN = out_TN.new_empty(len(small_SD), out_TN.shape[1])
+            for start in range(0, len(small_SD), self.small):
+                tile = slice(start, start + self.small)
+                _multiply(small_SD[tile], weight_DN, bias, small_SN[tile])
+            # Not index_put with repeated rows: what fills the last tile is left out.
+            out_TN.index_copy_(0, self.small_rows[: self.num_small], small_SN[: self.num_small])
+
+
+def _multiply(rows_CD: Tensor, weight_DN: Tensor, bias: Tensor | None, out_CN: Tensor) -> None:
+    if rows_CD.data_ptr() % ALIGNMENT:
+        rows_CD = rows_CD.clone()
+    into = torch.empty_like(out_CN) if out_CN.data_ptr() % ALIGNMENT else out_CN
+    if bias is None:
+        torch.mm(rows_CD, weight_DN, out=into)
+    else:
+        torch.addmm(bias, rows_CD, weight_DN, out=into)
+    if into is not out_CN:
+        out_CN.copy_(into)
+
+
+class TiledProducts(TorchFunctionMode):
+    """Makes the products of the model that runs inside of it tile by tile.
+
+    Linear layers call `F.linear`, GPT-2's call `torch.addmm`. A model with other products of whole
+    rows fails the probe of exactness and is served at level `tolerance`.
+    """
+
+    def __init__(self, tiling: Tiling) -> None:
+        super().__init__()
+        self._tiling = tiling
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear:
+            return self._linear(*args, **(kwargs or {}))
+        if func is torch.addmm and not kwargs and len(args) == 3:
+            bias, rows, weight = args
+            if len(rows) == self._tiling.num_rows:
+                return self._tile(rows, weight, bias)
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows = input.reshape(-1, input.shape[-1])
+        if len(rows) != self._tiling.num_rows:  # not the rows of the pack: an expert's, for example
+            return F.linear(input, weight, bias)
+        return self._tile(rows, weight.t(), bias).view(*input.shape[:-1], -1)
+
+    def _tile(self, rows_TD: Tensor, weight_DN: Tensor, bias: Tensor | None) -> Tensor:
+        out_TN = rows_TD.new_empty(len(rows_TD), weight_DN.shape[1])
+        self._tiling.multiply(rows_TD, weight_DN, bias, out_TN)
+        return out_TN
+
+
+class InPlaceHead(TorchFunctionMode):
+    """Makes a head write its (C, V) logits to one buffer, and change them there.
+
+    Models scale, cap and shift their logits in steps that each allocate as much again as the logits
+    take (Gemma 2: three times). The arithmetic of each step is the model's own.
+    """
+
+    IN_PLACE: ClassVar[dict[str, Any]] = {
+        "div": torch.div,
+        "true_divide": torch.div,
+        "__truediv__": torch.div,
+        "mul": torch.mul,
+        "multiply": torch.mul,
+        "__mul__": torch.mul,
+        "tanh": torch.tanh,
+    }
+
+    def __init__(self, buffer: Tensor, tile: int) -> None:
+        """tile: rows of a product."""
+        super().__init__()
+        self._buffer = buffer
+        self._tile = tile
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return self._linear(*args, **kwargs)
+        change = self.IN_PLACE.get(getattr(func, "__name__", ""))
+        if change is not None and not kwargs and self._is_logits(args):
+            return change(*args, out=args[0])
+        return func(*args, **kwargs)
+
+    def _is_logits(self, args: tuple) -> bool:
+        first = args[0]
+        return (
+            isinstance(first, Tensor)
+            and first.data_ptr() == self._buffer.data_ptr()
+            and first.dtype == self._buffer.dtype
+            and first.numel() == self._buffer.numel()
+            and all(isinstance(other, int | float) for other in args[1:])
+        )
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows = input.reshape(-1, input.shape[-1])
+        if (len(rows), len(weight)) != tuple(self._buffer.shape):
+            return F.linear(input, weight, bias)
+        for first in range(0, len(rows), self._tile):
+            tile = slice(first, first + self._tile)
+            _multiply(rows[tile], weight.t(), bias, self._buffer[tile])
+        return self._buffer.view(*input.shape[:-1], -1)
