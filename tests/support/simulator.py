@@ -291,6 +291,22 @@ def worst_gap(
     return worst, sum(largest.values()) + sum(ahead.values())
 
 
+def idle_s(run: Simulation) -> float:
+    """Seconds in which work waited and nothing was computed, by the log alone."""
+    changes = [(entry.time, entry.work, 0) for entry in run.log]
+    changes += [(began, 0, 1) for began, _ in run.passes]
+    changes += [(end, 0, -1) for _, end in run.passes if end <= run.now]
+    idle = since = 0.0
+    waiting = computing = 0
+    for time, work, passes in sorted(changes, key=lambda change: change[0]):
+        if waiting and not computing:
+            idle += time - since
+        since = time
+        waiting += work
+        computing += passes
+    return idle + (run.now - since if waiting and not computing else 0.0)
+
+
 def sizes(*choices: int, seed: int = 0) -> Iterator[int]:
     """Lengths without end, drawn from the choices."""
     draw = random.Random(seed)
