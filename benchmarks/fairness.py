@@ -52,7 +52,7 @@ def main() -> None:
     print(f"{'':24} {'':8}   " + "".join(f"{name:>15}" for name in names) + "   median    worst")
     for name, run in runs.items():
         shares = "".join(f"{run.dispatched(team) / run.total():15.1%}" for team in names)
-        waits = sorted(run.waits["light"])
+        waits = sorted(run.starts["light"])
         print(
             f"{name:24} {run.total() / SECONDS:8,.0f}   {shares}   {waits[len(waits) // 2]:6.2f} "
             f"{waits[-1]:8.2f}"
@@ -118,7 +118,7 @@ def draw(runs: dict[str, Simulation], path: Path) -> None:
             if share > 0.055:
                 shares.text(left + share / 2, row, f"{share:.0%}", ha="center", va="center")
             left += share
-        ordered = sorted(run.waits["light"])
+        ordered = sorted(run.starts["light"])
         fractions = [(index + 1) / len(ordered) for index in range(len(ordered))]
         waits.step([max(wait, 1e-3) for wait in ordered], fractions, where="post", label=name)
     shares.set_yticks(range(len(runs)), list(runs))
@@ -127,7 +127,7 @@ def draw(runs: dict[str, Simulation], path: Path) -> None:
     shares.set_xlabel("share of the dispatched cost")
     shares.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=2, frameon=False)
     waits.set_xscale("log")
-    waits.set_xlabel("the light team waits for its batch, seconds")
+    waits.set_xlabel("the light team waits until its batch is computed, seconds")
     waits.set_ylabel("of its sequences, up to")
     waits.legend(frameon=False)
     figure.savefig(path, dpi=110)

@@ -15,11 +15,11 @@ class BatchConfig(Settings):
     """Limits of a batch and of the queue."""
 
     max_tokens: int = Field(default=4096, ge=1)
-    """Maximum number of padded tokens in one batch, unless one sequence is longer. The teacher may
-    switch to another team between two batches."""
+    """Maximum number of tokens in one batch, unless one sequence is longer. The teacher may switch to
+    another team between two batches."""
     max_queued_tokens: int = Field(default=1 << 20, ge=1)
-    """Maximum number of padded tokens of one team that may wait; further requests are rejected with
-    a time to retry after. All teams together may have four times as many, in equal shares."""
+    """Maximum number of tokens of one team that may wait; further requests are rejected with a time
+    to retry after. All teams together may have four times as many, in equal shares."""
 
 
 class TargetsConfig(Settings):

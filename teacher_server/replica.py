@@ -110,7 +110,7 @@ class Replica:
             max_batch_tokens=config.batch.max_tokens,
             max_batch_reply_nbytes=limits.max_reply_nbytes,
             max_queued_tokens=limits.max_queued_tokens,
-            cost=lambda job: costs.cost(job.bucket, len(job.request.rows), job.reply_nbytes),
+            cost=lambda job: costs.cost(job.num_tokens, len(job.request.rows), job.reply_nbytes),
             standing=team_stats,
         )
         self._pipeline = Pipeline(
@@ -238,7 +238,7 @@ class Replica:
 
     @property
     def queued_tokens(self) -> int:
-        """Padded tokens that wait to be scored."""
+        """Tokens that wait to be scored."""
         return self._pipeline.queued_tokens
 
     @property

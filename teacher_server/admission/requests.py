@@ -18,7 +18,7 @@ from logitstream.messages import read_targets, scope_of
 from protos import teacher_pb2
 from teacher_server.admission.access import scope_missing
 from teacher_server.admission.limits import Limits
-from teacher_server.engine.batch import RowRequest, bucket_length
+from teacher_server.engine.batch import RowRequest
 from teacher_server.errors import RequestRefused, invalid, quoted
 from teacher_server.scheduling.job import BULK, INTERACTIVE, TRAINING, SequenceJob
 from teacher_server.teams.declaration import DEFAULT_TEAM, Team
@@ -41,8 +41,6 @@ class Teacher(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def effective_vocab_size(self) -> int: ...
-    @property
-    def max_sequence_tokens(self) -> int: ...
     @property
     def teacher_fingerprint(self) -> str: ...
     @property
@@ -75,7 +73,6 @@ class Admission:
         self.id_table = teacher.id_table
         self._vocab_size = teacher.vocab_size
         self._effective = teacher.effective_vocab_size
-        self._max_bucket = teacher.max_sequence_tokens
 
     def admit(
         self, request: teacher_pb2.ScoreRequest, team: Team = DEFAULT_TEAM
@@ -104,15 +101,14 @@ class Admission:
                 digest = xxhash.xxh3_128_digest(ids_bytes)
                 draws = uniforms(request.seed, request.epoch, digest, wanted)
             token_ids = torch.from_numpy(part.astype(np.int64))
-            bucket = bucket_length(len(part), self._max_bucket)
             jobs.append(
                 SequenceJob(
                     RowRequest(token_ids, wanted, spec, temperature, draws),
-                    bucket,
+                    len(part),
                     sizes[index],
                     level=LEVELS[request.level],
                     team=team,
-                    held=bucket,
+                    held=len(part),
                     index=index,
                     ids_bytes=ids_bytes,
                     id_table=id_table,

@@ -15,8 +15,8 @@ class Reservation(Protocol):
     """What the ledger reads and changes of one sequence that waits for the model."""
 
     team: Team
-    bucket: int
-    """Its padded tokens, which are charged."""
+    num_tokens: int
+    """What is charged for it."""
     held: int
     """Its tokens that are still reserved: all, then none."""
 
@@ -77,7 +77,7 @@ class Book:
         totals: dict[str, tuple[int, int]] = {}
         with self._lock:
             for sequence in sequences:
-                team, tokens = sequence.team, sequence.bucket
+                team, tokens = sequence.team, sequence.num_tokens
                 count, total = totals.get(team.name, (0, 0))
                 totals[team.name] = count + 1, total + tokens
                 account = self._accounts.get(team.name)
@@ -102,7 +102,7 @@ class Book:
             account.quota.give_back(sequence.held, limited=_has_quota(sequence.team))
             sequence.held = 0  # a charge after this takes from the balance instead
         account.used_s = time.monotonic()
-        account.turns.leave(sequence.bucket)
+        account.turns.leave(sequence.num_tokens)
 
     def report(self, now: float, elapsed_s: float) -> dict[str, LeaseRequest]:
         """Closes the journal's segment; returns the lease requests that belong to it, by team."""

@@ -49,7 +49,7 @@ class Kind(IntEnum):
     """Says what a record counts."""
 
     DISPATCHED = 1
-    """number: sequences, amount: padded tokens."""
+    """number: sequences, amount: tokens."""
     DELIVERED = 2
     """number: rows, amount: bytes of payload; once per key."""
     REJECTED = 3

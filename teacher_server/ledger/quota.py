@@ -1,6 +1,6 @@
 """Decides what one team may use at this replica: its turns, its rate and its daily quota.
 
-A request meets the limits of its team in this order; all are in padded tokens:
+A request meets the limits of its team in this order; all are in tokens:
 
     max_tokens_in_flight   Turns   waits until earlier requests of its team have ended
     max_tokens_per_second  Rate    waits up to WAIT_S; beyond that it is refused with a hint

@@ -50,7 +50,7 @@ METRICS = (
     MetricSpec(
         "teacher_team_tokens_total",
         "counter",
-        "Padded tokens dispatched to the teacher; they count towards quotas.",
+        "Tokens dispatched to the teacher; they count towards quotas.",
         "Teams",
         TEAM,
     ),
@@ -86,14 +86,14 @@ METRICS = (
     MetricSpec(
         "teacher_team_in_flight_tokens",
         "gauge",
-        "Padded tokens of sequences that were admitted and are not answered yet.",
+        "Tokens of sequences that were admitted and are not answered yet.",
         "Teams",
         TEAM,
     ),
     MetricSpec(
         "teacher_team_queued_tokens",
         "gauge",
-        "Of these, padded tokens that wait for a batch.",
+        "Of these, tokens that wait for a batch.",
         "Teams",
         TEAM,
     ),
@@ -113,9 +113,7 @@ METRICS = (
         "Teams",
         ("team", "reason"),
     ),
-    MetricSpec(
-        "teacher_queued_tokens", "gauge", "Padded tokens that wait for a batch.", "Replicas"
-    ),
+    MetricSpec("teacher_queued_tokens", "gauge", "Tokens that wait for a batch.", "Replicas"),
     MetricSpec("teacher_streams", "gauge", "Open Score streams.", "Replicas"),
     MetricSpec("teacher_connections", "gauge", "Connections to the replica's ports.", "Replicas"),
     MetricSpec(
@@ -146,7 +144,7 @@ METRICS = (
     MetricSpec(
         "teacher_batch_tokens",
         "histogram",
-        "Tokens of one forward pass, padding included; its count is that of forward passes.",
+        "Tokens of one forward pass; its count is that of forward passes.",
         "Replicas",
         (),
         TOKENS,
@@ -274,7 +272,7 @@ class Metrics:
         self.registry.register(self._gauges)
 
     def dispatched(self, team: str, tokens: int, cost: float, waited_s: float) -> None:
-        """Counts a sequence that was dispatched to the teacher. tokens: padded."""
+        """Counts a sequence that was dispatched to the teacher."""
         self._team_tokens.labels(team).inc(tokens)
         self._team_cost.labels(team).inc(cost)
         self._team_waiting_s.labels(team).observe(waited_s)

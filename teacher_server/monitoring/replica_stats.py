@@ -16,7 +16,7 @@ class ReplicaSnapshot:
     """Means and rates of the last minute; 0 where nothing was counted."""
 
     pass_tokens: float
-    """Padded tokens of one forward pass."""
+    """Tokens of one forward pass."""
     forward_s: float
     """Time of one pass in the base model."""
     head_s: float
@@ -24,7 +24,7 @@ class ReplicaSnapshot:
     encode_s: float
     """Time to encode one sequence, its wait for the encode thread included."""
     tokens_per_s: float
-    """Padded tokens that were scored."""
+    """Tokens that were scored."""
     busy: float
     """Share of the time in which the teacher was computing."""
 
@@ -50,7 +50,7 @@ class ReplicaStats:
         self._slots = LastMinute(_Slot, clock)
 
     def passed(self, tokens: int, forward_s: float, head_s: float) -> None:
-        """Counts a successful forward pass. tokens: padded."""
+        """Counts a successful forward pass."""
         with self._lock:
             slot = self._slots.now()
             slot.passes += 1

@@ -23,7 +23,6 @@ class Dispatched:
 
     team: str
     tokens: int
-    """Padded."""
     cost: float
     waited_s: float
 
@@ -35,7 +34,7 @@ class TeamSnapshot:
     team: str
     weight: float
     tokens_in_flight: int
-    """Padded tokens of sequences that were admitted and are not answered yet."""
+    """Tokens of sequences that were admitted and are not answered yet."""
     queued_tokens: int
     """Of these, tokens that wait for a batch."""
     tokens_per_s: float
@@ -86,7 +85,7 @@ class TeamStats:
         self._weights: dict[str, float] = {}
 
     def admitted(self, team: str, tokens: int) -> None:
-        """Counts a sequence that entered. tokens: padded."""
+        """Counts a sequence that entered."""
         with self._lock:
             self._in_flight[team] += tokens
 
@@ -117,7 +116,7 @@ class TeamStats:
     def teams(self, queued_tokens: Mapping[str, int]) -> list[TeamSnapshot]:
         """Returns the teams with work now or in the last minute, by name.
 
-        queued_tokens: padded tokens that wait, by team.
+        queued_tokens: tokens that wait, by team.
         """
         with self._lock:
             now = self._slots.now().second

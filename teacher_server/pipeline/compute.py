@@ -89,7 +89,8 @@ class ComputeThread:
             self._charge(batch)
             groups: dict[int, list[SequenceJob]] = {}
             for job in batch:
-                groups.setdefault(job.bucket, []).append(job)
+                length = self._head.model.bucket_length(job.num_tokens)
+                groups.setdefault(length, []).append(job)
             for group in groups.values():  # jobs of one canonical length share a forward pass
                 self._score_group(group)
 
@@ -99,7 +100,7 @@ class ComputeThread:
         now = time.monotonic()
         for job in batch:
             waited_s = max(0.0, now - job.submitted_s)
-            self._metrics.dispatched(job.team.name, job.bucket, job.cost, waited_s)
+            self._metrics.dispatched(job.team.name, job.num_tokens, job.cost, waited_s)
 
     def _score_group(self, group: list[SequenceJob]) -> None:
         """Runs one forward pass and sends its results to the event loop."""
@@ -115,7 +116,7 @@ class ComputeThread:
         self._longest_pass_s = max(self._longest_pass_s, seconds)
         self._replica_stats.computed(seconds)
         self._metrics.busy_s.inc(seconds)
-        tokens = sum(job.bucket for job in group)
+        tokens = sum(job.num_tokens for job in group)
         self._scheduler.record_speed(tokens, seconds, sum(job.cost for job in group))
         logger.debug(
             "batch scored sequences=%d tokens=%d ms=%.0f", len(group), tokens, 1e3 * seconds
@@ -134,7 +135,7 @@ class ComputeThread:
                 *self._score(group[:middle], started_s),
                 *self._score(group[middle:], started_s),
             ]
-        tokens = sum(job.bucket for job in group)
+        tokens = sum(job.num_tokens for job in group)
         self._metrics.batch_tokens.observe(tokens)
         self._metrics.forward_s.observe(times.forward_s)
         self._metrics.head_s.observe(times.head_s)

@@ -94,11 +94,11 @@ class Pipeline:
 
     @property
     def queued_tokens(self) -> int:
-        """Padded tokens that wait to be scored."""
+        """Tokens that wait to be scored."""
         return self._scheduler.queued_tokens
 
     def queued_by_team(self) -> dict[str, int]:
-        """Returns the padded tokens that wait, for each team that has any."""
+        """Returns the tokens that wait, for each team that has any."""
         return self._scheduler.queued_by_team()
 
     @property
@@ -116,7 +116,7 @@ class Pipeline:
 
     @property
     def max_batch_tokens(self) -> int:
-        """Padded tokens of a full batch."""
+        """Tokens of a full batch."""
         return self._scheduler.max_batch_tokens
 
     async def close(self, seconds: float) -> None:

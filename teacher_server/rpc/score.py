@@ -51,7 +51,7 @@ class _Answer:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     """One for each sequence that is being answered."""
     tokens: int = 0
-    """Padded tokens of these sequences."""
+    """Tokens of these sequences."""
     progress: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when one of the tasks ends."""
 
@@ -143,7 +143,7 @@ class ScoreStream:
                 field="request_id",
             )
         jobs = [job for job in self._admission.admit(request, team) if len(job.request.rows)]
-        await self._accounts.reserve(team, sum(job.bucket for job in jobs))
+        await self._accounts.reserve(team, sum(job.num_tokens for job in jobs))
         return jobs
 
     async def _start_jobs(
@@ -157,15 +157,15 @@ class ScoreStream:
             while waiting:
                 job = waiting[0]
                 # A request that is larger than the queue enters it piece by piece.
-                await answer.wait_below(max_tokens - job.bucket)
+                await answer.wait_below(max_tokens - job.num_tokens)
                 await self._budget.acquire(job.reply_nbytes, team)
                 if answer.failed:
                     self._budget.release(job.reply_nbytes, team)
                     return
                 waiting.popleft()
                 task = tasks.create_task(self._answer(answer, job))
-                answer.add(task, job.bucket)
-                self._team_stats.admitted(team, job.bucket)
+                answer.add(task, job.num_tokens)
+                self._team_stats.admitted(team, job.num_tokens)
                 # Not in a finally of the task: one that is cancelled before it begins has none.
                 task.add_done_callback(partial(self._end, answer, job))
         finally:
@@ -175,9 +175,9 @@ class ScoreStream:
     def _end(self, answer: _Answer, job: SequenceJob, task: asyncio.Task[None]) -> None:
         """Gives back what a sequence held, once it is answered or never will be."""
         team = answer.team.name
-        answer.discard(task, job.bucket)
+        answer.discard(task, job.num_tokens)
         self._budget.release(job.reply_nbytes, team)
-        self._team_stats.answered(team, job.bucket)
+        self._team_stats.answered(team, job.num_tokens)
         self._accounts.settle(job)
 
     async def _answer(self, answer: _Answer, job: SequenceJob) -> None:

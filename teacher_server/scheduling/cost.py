@@ -47,7 +47,7 @@ class CostModel:
         )
 
     def cost(self, num_tokens: int, num_rows: int, reply_nbytes: int) -> float:
-        """Prices a sequence by its padded tokens, its rows and the bound of its answer."""
+        """Prices a sequence by its tokens, its rows and the bound of its answer."""
         return (
             num_tokens
             + self.per_token_pair * num_tokens**2

@@ -22,12 +22,11 @@ and L the cost of its largest job. For every interval in which two teams have wo
 dispatched for them, per weight, differs by at most the sum of this over both; without budgets it
 would be L / w of each. A team that marks everything as interactive gets its share and, once, B.
 
-Among the jobs of one team the order is free, and team_queue.py uses that for larger batches.
+Among the jobs of one team the order is that of team_queue.py; the rule above holds for any.
 """
 
 import heapq
 import itertools
-from collections.abc import Collection
 from typing import NamedTuple
 
 from teacher_server.scheduling.job import SequenceJob
@@ -35,12 +34,10 @@ from teacher_server.scheduling.team_queue import TeamQueue
 
 
 class Turn(NamedTuple):
-    """Names the job to take next, and how it was chosen."""
+    """Names the job to take next, and how its team pays for it."""
 
     team: TeamQueue
     job: SequenceJob
-    overtakes: bool
-    """It was chosen for its length, before older jobs of its team."""
     ahead: bool
     """It goes ahead of teams with smaller tags, and is paid for out of the budget."""
 
@@ -51,7 +48,6 @@ class FairQueue:
     def __init__(self, *, max_batch_tokens: int, max_batch_reply_nbytes: int) -> None:
         self.num_working = 0
         """Teams with work."""
-        self._patience = max_batch_tokens
         self._max_budget = float(max_batch_tokens)
         """B of the docstring."""
         self._max_ahead_nbytes = max_batch_reply_nbytes // 2
@@ -108,8 +104,8 @@ class FairQueue:
             self.num_working -= 1
         self._review(team)
 
-    def choose(self, buckets: Collection[int], *, ahead_only: bool) -> Turn | None:
-        """Chooses the next job for a batch with these canonical lengths; None ends the batch.
+    def choose(self, *, ahead_only: bool = False) -> Turn | None:
+        """Chooses the next job; None if there is none.
 
         ahead_only: only jobs that may go ahead of other teams.
         """
@@ -120,17 +116,16 @@ class FairQueue:
         if team is not None:
             ahead = team.start > first.start  # the smallest tag needs no budget
             if ahead or ahead_only:
-                return Turn(team, team.oldest(), False, ahead)
+                return Turn(team, team.next_job(), ahead)
         if ahead_only:
             return None
         team = team or first
-        job, overtakes = team.choose(buckets, alone=self.num_working == 1, patience=self._patience)
-        return None if job is None else Turn(team, job, overtakes, False)
+        return Turn(team, team.next_job(), False)
 
     def take(self, turn: Turn) -> None:
         """Removes a chosen job and charges its team."""
         team, job = turn.team, turn.job
-        team.take(job, overtakes=turn.overtakes)
+        team.take(job)
         if turn.ahead:
             self._charge_ahead(team, job)
         else:

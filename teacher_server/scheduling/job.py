@@ -21,7 +21,6 @@ class ForwardPass:
     times: StageTimes
     num_sequences: int
     num_tokens: int
-    """Padded."""
 
 
 @dataclass(slots=True, eq=False)
@@ -33,8 +32,8 @@ class SequenceJob:
     """
 
     request: RowRequest
-    bucket: int
-    """The sequence's canonical padded length, in tokens."""
+    num_tokens: int
+    """Length of the sequence; 0 if it has no rows to score."""
     reply_nbytes: int
     """Upper bound of its answer."""
     level: int = TRAINING
@@ -52,7 +51,6 @@ class SequenceJob:
     """What its team is charged, set when it is queued; see `cost.CostModel`."""
     waiting: bool = field(default=False, init=False)
     """Whether it is queued, so that it counts towards the queue's tokens."""
-    order: int = field(default=0, init=False)
     submitted_s: float = field(default=0.0, init=False)
     """time.monotonic() when it was queued."""
 

@@ -1,14 +1,14 @@
 """Queues jobs within bounds and gives them out in batches under a token budget.
 
 fairness.py decides whose job is next; this module decides how many of them make a batch, and how
-much may wait. While more than one team is present, a batch ends after about SHARED_BATCH_S of
-computing, because no job can go ahead of the batch in hand.
+much may wait. The jobs of a batch are in the order of their turns, and the first one that does not
+fit ends it. While more than one team is present, a batch ends after about SHARED_BATCH_S of
+computing, because no job can go ahead of the batches that were taken.
 
 Jobs whose client has gone are dropped before they cost anything; those that were dispatched are
 charged.
 """
 
-import itertools
 import math
 import threading
 import time
@@ -35,28 +35,31 @@ class _Space:
 
     tokens: int
     reply_nbytes: int
-    cost: float
+    cost: float = math.inf
+    floor_tokens: int = 0
+    """What fits in any case as far as the cost is concerned."""
 
     def fits(self, job: SequenceJob) -> bool:
         return (
-            job.bucket <= self.tokens
+            job.num_tokens <= self.tokens
             and job.reply_nbytes <= self.reply_nbytes
-            and job.cost <= self.cost
+            and (job.cost <= self.cost or job.num_tokens <= self.floor_tokens)
         )
 
     def take(self, job: SequenceJob) -> None:
-        self.tokens -= job.bucket
+        self.tokens -= job.num_tokens
         self.reply_nbytes -= job.reply_nbytes
         self.cost -= job.cost
+        self.floor_tokens -= job.num_tokens
 
 
 class Scheduler:
     """Queues jobs and gives out batches. Thread-safe: one thread submits, another takes.
 
-    A batch holds at most `max_batch_tokens` padded tokens and `max_batch_reply_nbytes` of answers,
-    unless one job alone is larger; its jobs are in the order in which they were dispatched and may
-    have several canonical lengths. max_queued_tokens: of one team. cost: what a job is charged, by
-    default its padded tokens. standing: counts every batch.
+    A batch holds at most `max_batch_tokens` tokens and `max_batch_reply_nbytes` of answers, unless
+    one job alone is larger. min_batch_tokens: up to here a batch is not ended for its time, since a
+    smaller one would take as long. max_queued_tokens: of one team. cost: what a job is charged, by
+    default its tokens. standing: counts every batch.
     """
 
     def __init__(
@@ -65,13 +68,15 @@ class Scheduler:
         max_batch_tokens: int,
         max_batch_reply_nbytes: int,
         max_queued_tokens: int,
-        cost: Callable[[SequenceJob], float] = lambda job: job.bucket,
+        min_batch_tokens: int = 1,
+        cost: Callable[[SequenceJob], float] = lambda job: job.num_tokens,
         standing: TeamStats | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_batch_tokens = max_batch_tokens
         self._max_batch_reply_nbytes = max_batch_reply_nbytes
         self._max_queued_tokens = max_queued_tokens
+        self._min_batch_tokens = min_batch_tokens
         self._cost = cost
         self._standing = standing
         self._clock = clock
@@ -80,7 +85,6 @@ class Scheduler:
         self._fair = FairQueue(
             max_batch_tokens=max_batch_tokens, max_batch_reply_nbytes=max_batch_reply_nbytes
         )
-        self._order = itertools.count()
         self._closed = False
         self._queued_tokens = 0
         self._tokens_per_s = 0.0
@@ -94,11 +98,11 @@ class Scheduler:
 
     @property
     def queued_tokens(self) -> int:
-        """Padded tokens of the jobs that wait."""
+        """Tokens of the jobs that wait."""
         return self._queued_tokens
 
     def queued_by_team(self) -> dict[str, int]:
-        """Returns the padded tokens that wait, for each team that has any."""
+        """Returns the tokens that wait, for each team that has any."""
         with self._changed:
             return {team.name: team.queued_tokens for team in self._fair.working()}
 
@@ -119,14 +123,13 @@ class Scheduler:
                 )
             team = self._fair.team(job.team.name)
             self._check_space(team, job)
-            job.order = next(self._order)
             job.submitted_s = self._clock()
             job.cost = self._cost(job)
             job.waiting = True
             team.weight = job.team.weight  # as declared now, also for the jobs that wait
             team.seen_s = job.submitted_s
             self._fair.add(team, job)
-            self._queued_tokens += job.bucket
+            self._queued_tokens += job.num_tokens
             self._changed.notify()
 
     def cancel(self, job: SequenceJob) -> None:
@@ -134,7 +137,7 @@ class Scheduler:
         with self._changed:
             if job.waiting:
                 self._fair.depart(job)
-                self._queued_tokens -= job.bucket
+                self._queued_tokens -= job.num_tokens
 
     def next_batch(self) -> list[SequenceJob]:
         """Waits for work and returns a batch; empty only when closed."""
@@ -152,7 +155,10 @@ class Scheduler:
             return self._take(ahead_only=True) if self.has_ahead else []
 
     def record_speed(self, tokens: int, seconds: float, cost: float = 0.0) -> None:
-        """Records how long a pass took; the retry hint and the length of batches follow it."""
+        """Records how long a pass took; the retry hint and the length of batches follow it.
+
+        seconds: of this pass alone, without the time in which it waited for the one before.
+        """
         rate = tokens / max(seconds, 1e-6)
         with self._changed:
             self._recent_cost = 0.8 * self._recent_cost + cost
@@ -174,10 +180,10 @@ class Scheduler:
         if not team.waiting:
             return
         limit = self._max_queued_tokens
-        if self._queued_tokens + job.bucket > FULL_QUEUES * limit:
+        if self._queued_tokens + job.num_tokens > FULL_QUEUES * limit:
             limit = min(limit, FULL_QUEUES * limit // self._fair.num_working)
         queued = team.queued_tokens
-        if queued + job.bucket <= limit:
+        if queued + job.num_tokens <= limit:
             return
         weights = sum(other.weight for other in self._fair.working())
         rate = self._tokens_per_s * team.weight / weights
@@ -197,28 +203,27 @@ class Scheduler:
         weights = {team.name: team.weight for team in self._fair.working()}
         space = self._measure_space(now, ahead_only=ahead_only)
         batch: list[SequenceJob] = []
-        buckets: dict[int, None] = {}
-        while (turn := self._fair.choose(buckets, ahead_only=ahead_only)) is not None:
+        while (turn := self._fair.choose(ahead_only=ahead_only)) is not None:
             job = turn.job
             # The first one may be larger than a batch: it would never fit.
             if batch and not space.fits(job):
                 break
             self._fair.take(turn)
-            self._queued_tokens -= job.bucket
+            self._queued_tokens -= job.num_tokens
             space.take(job)
-            buckets[job.bucket] = None
             batch.append(job)
         self._report(batch, weights, now)
         return batch
 
     def _measure_space(self, now: float, *, ahead_only: bool) -> _Space:
         """Returns what fits into an empty batch."""
-        space = _Space(self.max_batch_tokens, self._max_batch_reply_nbytes, math.inf)
+        space = _Space(self.max_batch_tokens, self._max_batch_reply_nbytes)
         if ahead_only or self._fair.is_shared(now):
             # Half, so that a team that goes ahead can be answered while the other half is encoded.
             space.reply_nbytes //= 2
             if self._recent_cost:
                 space.cost = SHARED_BATCH_S * self._recent_cost / self._recent_s
+                space.floor_tokens = self._min_batch_tokens
         return space
 
     def _report(self, batch: list[SequenceJob], weights: Mapping[str, float], now: float) -> None:
@@ -226,7 +231,7 @@ class Scheduler:
             return
         self._standing.dispatched(
             [
-                Dispatched(job.team.name, job.bucket, job.cost, now - job.submitted_s)
+                Dispatched(job.team.name, job.num_tokens, job.cost, now - job.submitted_s)
                 for job in batch
             ],
             weights,

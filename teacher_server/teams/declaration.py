@@ -71,11 +71,11 @@ class TeamLimits:
 
     __pydantic_config__ = TABLE
     max_tokens_in_flight: Limit = None
-    """Padded tokens that are admitted and not answered."""
+    """Tokens that are admitted and not answered."""
     max_tokens_per_second: Limit = None
-    """Padded tokens given to the model."""
+    """Tokens given to the model."""
     max_tokens_per_day: Limit = None
-    """Padded tokens given to the model from midnight to midnight, UTC."""
+    """Tokens given to the model from midnight to midnight, UTC."""
     max_request_tokens: Limit = None
     """Tokens of one request."""
 

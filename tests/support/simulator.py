@@ -1,5 +1,8 @@
 """A teacher in virtual time: the production scheduler, a machine that takes batches, and teams.
 
+The machine computes one batch and holds the next one already, as a replica does: a batch is taken
+while the one before it is computed.
+
 Deterministic: events at one time happen in the order in which they were planned, and every team
 that draws has a seed. What was dispatched and who had work is logged, and `worst_gap` reads the log
 without knowing anything of the scheduler.
@@ -33,11 +36,13 @@ FLOOR_S = 400 * COST_S
 """A forward pass takes at least this long: weights are read, kernels launched. Both overlap with
 the arithmetic of a larger pass, so it is no addition to its time."""
 REPLY_NBYTES_PER_TOKEN = 150
+MAX_IN_FLIGHT = 2
+"""Batches that are taken and not answered: one is computed, one waits for it."""
 
 
 def cost(job: SequenceJob) -> float:
     """Tokens, a square term and reply bytes, as for a model of 2 * 10^9 weights."""
-    return job.bucket + job.bucket**2 / 50_000 + job.reply_nbytes / 5000
+    return job.num_tokens + job.num_tokens**2 / 50_000 + job.reply_nbytes / 5000
 
 
 class Queue(Protocol):
@@ -52,46 +57,36 @@ class Queue(Protocol):
 
 
 class Fifo:
-    """The baseline: batches of one canonical length, which the oldest job chooses.
-
-    As `Scheduler` was before it knew of teams.
-    """
+    """The baseline: a level, then the order of arrival, whoever asks."""
 
     def __init__(self, *, max_batch_tokens: int, **_: object) -> None:
         self._max_batch_tokens = max_batch_tokens
-        self._queues: dict[tuple[int, int], deque[SequenceJob]] = {}
-        self._order = itertools.count()
+        self._queues: list[deque[SequenceJob]] = [deque() for _ in range(NUM_LEVELS)]
         self.queued_tokens = 0
 
     def submit(self, job: SequenceJob) -> None:
-        job.order = next(self._order)
         job.waiting = True
-        self.queued_tokens += job.bucket
-        self._queues.setdefault((job.level, job.bucket), deque()).append(job)
+        self.queued_tokens += job.num_tokens
+        self._queues[job.level].append(job)
 
     def cancel(self, job: SequenceJob) -> None:
         if job.waiting:
             job.waiting = False
-            self.queued_tokens -= job.bucket
-            queue = self._queues[job.level, job.bucket]
-            queue.remove(job)
-            if not queue:
-                del self._queues[job.level, job.bucket]
+            self.queued_tokens -= job.num_tokens
+            self._queues[job.level].remove(job)
 
     def next_batch(self) -> list[SequenceJob]:
-        first = min(self._queues, key=lambda key: (key[0], self._queues[key][0].order))
         batch: list[SequenceJob] = []
         room = self._max_batch_tokens
-        for level in range(NUM_LEVELS):
-            queue = self._queues.get((level, first[1]), deque())
-            while queue and (not batch or queue[0].bucket <= room):
+        for queue in self._queues:
+            while queue and (not batch or queue[0].num_tokens <= room):
                 job = queue.popleft()
                 job.waiting = False
-                room -= job.bucket
-                self.queued_tokens -= job.bucket
+                room -= job.num_tokens
+                self.queued_tokens -= job.num_tokens
                 batch.append(job)
-            if not queue:
-                self._queues.pop((level, first[1]), None)
+            if queue:
+                break
         return batch
 
     def record_speed(self, tokens: int, seconds: float, cost: float) -> None:
@@ -138,11 +133,14 @@ class Simulation:
         self.log: list[Entry] = []
         self.waits: dict[str, list[float]] = defaultdict(list)
         """Seconds from submission to dispatch of each job of a team."""
+        self.starts: dict[str, list[float]] = defaultdict(list)
+        """Seconds from submission until its batch began to be computed."""
         self.latencies: dict[str, list[float]] = defaultdict(list)
         """Seconds from submission to the end of its forward pass."""
         self.batches: list[list[str]] = []
         """Whose jobs they were, in the order of dispatch."""
-        self.longest_batch_s = 0.0
+        self.passes: list[tuple[float, float]] = []
+        """When each forward pass began and ended."""
         self.refused: Counter[str] = Counter()
         self.queue = make(
             max_batch_tokens=max_batch_tokens,
@@ -154,8 +152,15 @@ class Simulation:
         self._identify = identify
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._tickets = itertools.count()
-        self._busy = False
+        self._in_flight: deque[list[SequenceJob]] = deque()
+        """Batches that were taken; the first one is being computed."""
+        self._looking = False
+        """Whether the machine is about to look for work."""
         self._answered: dict[SequenceJob, tuple[Team, float, Answered]] = {}
+
+    @property
+    def longest_pass_s(self) -> float:
+        return max(end - began for began, end in self.passes)
 
     def at(self, time: float, call: Callable[[], None]) -> None:
         """Plans a call."""
@@ -164,17 +169,18 @@ class Simulation:
     def submit(
         self,
         team: Team,
-        bucket: int,
+        num_tokens: int,
         *,
         answered: Answered = lambda job: None,
         credential: int = 0,
         level: int = 1,
+        nbytes_per_token: int = REPLY_NBYTES_PER_TOKEN,
     ) -> SequenceJob | None:
         """One job of a team now; None if it was refused. answered: called when it is scored."""
         job = SequenceJob(
             WANTED,
-            bucket,
-            REPLY_NBYTES_PER_TOKEN * bucket,
+            num_tokens,
+            nbytes_per_token * num_tokens,
             level,
             self._identify(team, credential),
         )
@@ -185,9 +191,9 @@ class Simulation:
             return None
         self._answered[job] = (team, self.now, answered)
         self.log.append(Entry(self.now, team.name, 1))
-        if not self._busy:
-            self._busy = True
-            self.at(self.now, self._take)
+        if not self._looking and len(self._in_flight) < MAX_IN_FLIGHT:
+            self._looking = True
+            self.at(self.now, self._take)  # after everything else that comes at this time
         return job
 
     def cancel(self, job: SequenceJob) -> None:
@@ -209,32 +215,41 @@ class Simulation:
         return self
 
     def _take(self) -> None:
-        if not self.queue.queued_tokens:
-            self._busy = False
-            return
-        batch = self.queue.next_batch()
-        passes: dict[int, list[SequenceJob]] = {}
+        """Takes batches until two are in flight, and computes if nothing is computed."""
+        self._looking = False
+        while self.queue.queued_tokens and len(self._in_flight) < MAX_IN_FLIGHT:
+            batch = self.queue.next_batch()
+            for job in batch:
+                team, since, _ = self._answered[job]
+                self.waits[team.name].append(self.now - since)
+                self.log.append(Entry(self.now, team.name, -1, cost(job), team.weight))
+            self.batches.append([self._answered[job][0].name for job in batch])
+            self._in_flight.append(batch)
+            if len(self._in_flight) == 1:
+                self._compute()
+
+    def _compute(self) -> None:
+        """Begins the forward pass of the first batch in flight."""
+        batch = self._in_flight[0]
         for job in batch:
             team, since, _ = self._answered[job]
-            self.waits[team.name].append(self.now - since)
-            self.log.append(Entry(self.now, team.name, -1, cost(job), team.weight))
-            passes.setdefault(job.bucket, []).append(job)
-        self.batches.append([self._answered[job][0].name for job in batch])
-        began = end = self.now
-        for jobs in passes.values():  # one forward pass after the other, each answered at its end
-            seconds = max(FLOOR_S, COST_S * sum(map(cost, jobs)))
-            end += seconds
-            self.at(end, partial(self._answer, jobs, seconds))
-        self.longest_batch_s = max(self.longest_batch_s, end - began)
-        self.at(end, self._take)
+            self.starts[team.name].append(self.now - since)
+        seconds = max(FLOOR_S, COST_S * sum(map(cost, batch)))
+        self.passes.append((self.now, self.now + seconds))
+        self.at(self.now + seconds, partial(self._answer, seconds))
 
-    def _answer(self, jobs: list[SequenceJob], seconds: float) -> None:
-        tokens = sum(job.bucket for job in jobs)
-        self.queue.record_speed(tokens, seconds, sum(map(cost, jobs)))
-        for job in jobs:
+    def _answer(self, seconds: float) -> None:
+        """Ends the forward pass, goes on with the batch that was taken, and takes another."""
+        batch = self._in_flight.popleft()
+        tokens = sum(job.num_tokens for job in batch)
+        self.queue.record_speed(tokens, seconds, sum(map(cost, batch)))
+        for job in batch:
             team, since, answered = self._answered.pop(job)
             self.latencies[team.name].append(self.now - since)
             answered(job)
+        if self._in_flight:
+            self._compute()
+        self._take()
 
     def dispatched(self, team: str, since: float = 0.0, until: float = math.inf) -> float:
         """Cost of what a team got in a time."""
@@ -276,8 +291,24 @@ def worst_gap(
     return worst, sum(largest.values()) + sum(ahead.values())
 
 
+def idle_s(run: Simulation) -> float:
+    """Seconds in which work waited and nothing was computed, by the log alone."""
+    changes = [(entry.time, entry.work, 0) for entry in run.log]
+    changes += [(began, 0, 1) for began, _ in run.passes]
+    changes += [(end, 0, -1) for _, end in run.passes if end <= run.now]
+    idle = since = 0.0
+    waiting = computing = 0
+    for time, work, passes in sorted(changes, key=lambda change: change[0]):
+        if waiting and not computing:
+            idle += time - since
+        since = time
+        waiting += work
+        computing += passes
+    return idle + (run.now - since if waiting and not computing else 0.0)
+
+
 def sizes(*choices: int, seed: int = 0) -> Iterator[int]:
-    """Canonical lengths without end, drawn from the choices."""
+    """Lengths without end, drawn from the choices."""
     draw = random.Random(seed)
     while True:
         yield draw.choice(choices)
@@ -304,6 +335,7 @@ class Closed:
         off_s: float = 0.0,
         back_s: float = 0.002,
         level: int = 1,
+        nbytes_per_token: int = REPLY_NBYTES_PER_TOKEN,
     ) -> None:
         self.team = team
         self._simulation = simulation
@@ -313,6 +345,7 @@ class Closed:
         self._on_s, self._off_s, self._back_s = on_s, off_s, back_s
         self._start = start
         self._level = level
+        self._nbytes_per_token = nbytes_per_token
         for _ in range(window):
             simulation.at(start, self._next)
 
@@ -334,6 +367,7 @@ class Closed:
             ),
             credential=next(self._credentials),
             level=self._level,
+            nbytes_per_token=self._nbytes_per_token,
         )
         if job is None:
             self._simulation.at(now + 0.05, self._next)

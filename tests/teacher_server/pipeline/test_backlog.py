@@ -10,7 +10,7 @@ from teacher_server.scheduling.job import SequenceJob
 
 def answer(nbytes: int) -> SequenceJob:
     wanted = RowRequest(torch.arange(4), torch.arange(3), TopKSpec(k=2))
-    return SequenceJob(wanted, bucket=32, reply_nbytes=nbytes)
+    return SequenceJob(wanted, num_tokens=32, reply_nbytes=nbytes)
 
 
 def waits(backlog: EncodeBacklog) -> threading.Thread:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from logit_codec import Targets, TopKSpec, decode
-from teacher_server.engine.batch import RowRequest, StageTimes, bucket_length
+from teacher_server.engine.batch import RowRequest, StageTimes
 from teacher_server.engine.head import VocabularyHead
 from teacher_server.engine.loading import prepare
 from teacher_server.engine.model import TeacherModel
@@ -57,9 +57,9 @@ def model() -> TeacherModel:
 
 def make_job(*ids: int) -> SequenceJob:
     token_ids = torch.tensor(ids or range(20))
-    bucket = bucket_length(len(token_ids), 1 << 20)
     rows = torch.arange(len(token_ids) - 1)
-    return SequenceJob(RowRequest(token_ids, rows, TopKSpec(k=4)), bucket, 1000, held=0)
+    request = RowRequest(token_ids, rows, TopKSpec(k=4))
+    return SequenceJob(request, len(token_ids), 1000, held=0)
 
 
 async def rows(pipeline: Pipeline, job: SequenceJob) -> list[int]:
@@ -104,7 +104,7 @@ def test_a_job_is_scored_and_encoded(model: TeacherModel) -> None:
         job = make_job()
         assert await rows(pipeline, job) == [19]
         assert job.forward_pass is not None
-        assert (job.forward_pass.num_sequences, job.forward_pass.num_tokens) == (1, 32)
+        assert (job.forward_pass.num_sequences, job.forward_pass.num_tokens) == (1, 20)
         assert job.scored is None, "it would hold the tensors"
 
     run(model, test)
@@ -115,7 +115,7 @@ def test_a_job_that_is_cancelled_in_the_queue_leaves_it(model: TeacherModel) -> 
         first = await head.hold(pipeline)
         waiting = asyncio.create_task(rows(pipeline, make_job()))
         await asyncio.sleep(0)
-        assert pipeline.queued_tokens == 32
+        assert pipeline.queued_tokens == 20
         waiting.cancel()
         await asyncio.wait({waiting})
         assert pipeline.queued_tokens == 0

@@ -20,9 +20,9 @@ from teacher_server.teams.declaration import Team
 NOTHING = torch.empty(0, dtype=torch.int64)
 
 
-def make_job(bucket: int = 32, *, level: int = TRAINING, reply_nbytes: int = 0) -> SequenceJob:
+def make_job(num_tokens: int = 32, *, level: int = TRAINING, reply_nbytes: int = 0) -> SequenceJob:
     wanted = RowRequest(NOTHING, NOTHING, TopKSpec(k=1))
-    return SequenceJob(wanted, bucket, reply_nbytes, level)
+    return SequenceJob(wanted, num_tokens, reply_nbytes, level)
 
 
 def make_scheduler(
@@ -45,38 +45,25 @@ def test_a_batch_is_filled_up_to_the_token_budget() -> None:
     assert scheduler.next_batch() == jobs[8:]
 
 
-def test_a_budget_that_is_no_multiple_of_the_bucket_is_not_exceeded() -> None:
+def test_a_budget_that_is_no_multiple_of_the_length_is_not_exceeded() -> None:
     scheduler = make_scheduler(batch=127)
     jobs = submit(scheduler, *(make_job() for _ in range(4)))
     assert scheduler.next_batch() == jobs[:3]
 
 
-def test_a_batch_holds_one_canonical_length_only() -> None:
-    scheduler = make_scheduler()
-    jobs = submit(scheduler, *(make_job(32 + 32 * (i % 3)) for i in range(9)))
-    batches = [scheduler.next_batch() for _ in range(3)]
-    assert batches == [jobs[0::3], jobs[1::3], jobs[2::3]]
+def test_a_batch_holds_the_jobs_in_their_order_whatever_their_lengths() -> None:
+    scheduler = make_scheduler(batch=101)
+    jobs = submit(scheduler, *(make_job(length) for length in (7, 61, 33, 1, 98, 2, 2)))
+    assert scheduler.next_batch() == jobs[:3]
+    assert scheduler.next_batch() == jobs[3:6]
+    assert scheduler.next_batch() == jobs[6:]
 
 
-def test_the_oldest_job_chooses_the_length_of_the_batch() -> None:
-    scheduler = make_scheduler(batch=64)
-    long, *short = submit(scheduler, make_job(64), *(make_job(32) for _ in range(4)))
-    late = make_job(64)
-    assert scheduler.next_batch() == [long]
-    submit(scheduler, late)
-    assert scheduler.next_batch() == short[:2]
-    assert scheduler.next_batch() == short[2:]
-    assert scheduler.next_batch() == [late]
-
-
-def test_a_steady_stream_of_short_jobs_does_not_hold_up_a_long_one() -> None:
-    scheduler = make_scheduler(batch=256)
-    submit(scheduler, *(make_job(32) for _ in range(20)))
-    (long,) = submit(scheduler, make_job(256))
-    for _ in range(3):
-        assert long not in scheduler.next_batch()
-        submit(scheduler, *(make_job(32) for _ in range(8)))
-    assert scheduler.next_batch() == [long]
+def test_the_first_job_that_does_not_fit_ends_a_batch() -> None:
+    scheduler = make_scheduler(batch=128)
+    first, long, *short = submit(scheduler, make_job(64), make_job(65), make_job(32), make_job(31))
+    assert scheduler.next_batch() == [first]
+    assert scheduler.next_batch() == [long, *short]
 
 
 def test_more_urgent_levels_go_first() -> None:
@@ -87,15 +74,8 @@ def test_more_urgent_levels_go_first() -> None:
     assert taken == [jobs[i] for i in (2, 4, 1, 5, 0, 3)]
 
 
-def test_an_urgent_job_goes_first_whatever_its_length() -> None:
-    scheduler = make_scheduler()
-    bulk, urgent = submit(scheduler, make_job(32, level=BULK), make_job(64, level=INTERACTIVE))
-    assert scheduler.next_batch() == [urgent]
-    assert scheduler.next_batch() == [bulk]
-
-
-def test_room_that_urgent_jobs_leave_goes_to_lower_levels_of_the_same_length() -> None:
-    scheduler = make_scheduler(batch=96)
+def test_room_that_urgent_jobs_leave_goes_to_lower_levels() -> None:
+    scheduler = make_scheduler(batch=160)
     bulk, training, other, urgent = submit(
         scheduler,
         make_job(level=BULK),
@@ -103,8 +83,7 @@ def test_room_that_urgent_jobs_leave_goes_to_lower_levels_of_the_same_length() -
         make_job(64, level=TRAINING),
         make_job(level=INTERACTIVE),
     )
-    assert scheduler.next_batch() == [urgent, training, bulk]
-    assert scheduler.next_batch() == [other]
+    assert scheduler.next_batch() == [urgent, training, other, bulk]
 
 
 def test_departed_jobs_are_dropped_before_they_cost_anything() -> None:
@@ -213,14 +192,16 @@ def test_the_bytes_of_the_answers_bound_a_batch() -> None:
     assert scheduler.next_batch() == jobs[4:]
 
 
-@pytest.mark.parametrize(("bucket", "reply_nbytes"), [(4096, 1), (32, 10**9)])
-def test_a_job_that_is_too_large_for_any_batch_goes_alone(bucket: int, reply_nbytes: int) -> None:
+@pytest.mark.parametrize(("num_tokens", "reply_nbytes"), [(4096, 1), (32, 10**9)])
+def test_a_job_that_is_too_large_for_any_batch_goes_alone(
+    num_tokens: int, reply_nbytes: int
+) -> None:
     scheduler = make_scheduler(batch=64, reply=1000)
     before, large, after = submit(
         scheduler,
-        make_job(bucket, reply_nbytes=1),
-        make_job(bucket, reply_nbytes=reply_nbytes),
-        make_job(bucket, reply_nbytes=1),
+        make_job(num_tokens, reply_nbytes=1),
+        make_job(num_tokens, reply_nbytes=reply_nbytes),
+        make_job(num_tokens, reply_nbytes=1),
     )
     assert [scheduler.next_batch() for _ in range(3)] == [[before], [large], [after]]
 
@@ -395,6 +376,38 @@ def test_a_batch_is_as_long_as_the_speed_says_while_two_teams_are_there() -> Non
     assert len(scheduler.next_batch()) == 90
 
 
+@pytest.mark.parametrize(("floor", "expected"), [(1, 10), (320, 10), (700, 21), (1 << 20, 64)])
+def test_a_batch_is_not_ended_for_its_time_below_the_floor(floor: int, expected: int) -> None:
+    scheduler = Scheduler(
+        max_batch_tokens=2048,
+        max_batch_reply_nbytes=1 << 30,
+        max_queued_tokens=1 << 30,
+        min_batch_tokens=floor,
+    )
+    submit(scheduler, of("light", make_job()))
+    scheduler.next_batch()
+    scheduler.record_speed(3200, 1.0, 3200.0)
+    submit(scheduler, *(of("flood", make_job()) for _ in range(100)))
+    assert len(scheduler.next_batch()) == expected
+
+
+def test_speed_does_not_shrink_batches_below_what_a_pass_costs_anyway() -> None:
+    # Every pass takes half a second, whatever it holds: without a floor, batches would shrink to
+    # single jobs, as each one makes the teacher look slower.
+    scheduler = Scheduler(
+        max_batch_tokens=4096,
+        max_batch_reply_nbytes=1 << 30,
+        max_queued_tokens=1 << 30,
+        min_batch_tokens=1024,
+    )
+    submit(scheduler, *(of(f"team{number % 2}", make_job()) for number in range(2000)))
+    for _ in range(20):
+        batch = scheduler.next_batch()
+        assert len(batch) >= 1024 // 32
+        tokens = sum(job.num_tokens for job in batch)
+        scheduler.record_speed(tokens, 0.5, tokens)
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """The scheduler beside a plain list of jobs, searched from the front every time."""
 
@@ -407,13 +420,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         target=jobs,
-        bucket=st.sampled_from([32, 64, 192]),
+        num_tokens=st.sampled_from([1, 32, 63, 64, 192]),
         level=st.sampled_from([INTERACTIVE, TRAINING, BULK]),
         reply_nbytes=st.sampled_from([0, 30, 60, 120]),
     )
-    def submit(self, bucket: int, level: int, reply_nbytes: int) -> SequenceJob:
-        job = make_job(bucket, level=level, reply_nbytes=reply_nbytes)
-        full = self.waiting and sum(j.bucket for j in self.waiting) + bucket > 640
+    def submit(self, num_tokens: int, level: int, reply_nbytes: int) -> SequenceJob:
+        job = make_job(num_tokens, level=level, reply_nbytes=reply_nbytes)
+        full = self.waiting and sum(j.num_tokens for j in self.waiting) + num_tokens > 640
         try:
             self.scheduler.submit(job)
         except RequestRefused:
@@ -435,10 +448,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         by_urgency = sorted(self.waiting, key=lambda job: job.level)  # stable: oldest first
         expected: list[SequenceJob] = []
         for job in by_urgency:
-            if job.bucket != by_urgency[0].bucket:
-                continue
             batch = [*expected, job]
-            tokens = sum(j.bucket for j in batch)
+            tokens = sum(j.num_tokens for j in batch)
             if expected and (tokens > 160 or sum(j.reply_nbytes for j in batch) > 100):
                 break
             expected = batch
@@ -447,7 +458,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def tokens_add_up(self) -> None:
-        assert self.scheduler.queued_tokens == sum(job.bucket for job in self.waiting)
+        assert self.scheduler.queued_tokens == sum(job.num_tokens for job in self.waiting)
 
 
 TestTheSchedulerFollowsAPlainReading = SchedulerMachine.TestCase
@@ -481,8 +492,7 @@ def test_many_threads_lose_and_duplicate_nothing() -> None:
     def compute(index: int) -> None:
         while batch := scheduler.next_batch():
             taken[index].extend(batch)
-            assert len({job.bucket for job in batch}) == 1
-            assert sum(job.bucket for job in batch) <= 128
+            assert sum(job.num_tokens for job in batch) <= 128
 
     clients = [threading.Thread(target=client, args=(i,), daemon=True) for i in range(4)]
     computers = [threading.Thread(target=compute, args=(i,), daemon=True) for i in range(2)]
