@@ -85,16 +85,3 @@ def _check_uniforms(spec: TargetSpec, uniforms: Tensor | None, num_rows: int) ->
     if not bool(((uniforms >= 0) & (uniforms < 1)).all()):
         raise ValueError(f"{wanted}, got values outside")
     return uniforms
-
-
-class Selection:
-    def __init__(self, targets): self.targets = targets
-    def __getitem__(self, rows): return Selection(self.targets[rows])
-    @staticmethod
-    def cat(parts): return Selection(Targets.cat([p.targets for p in parts]))
-    def to(self, device, non_blocking=False): return self
-    def compact(self): return self.targets
-
-
-def select_rows(logits, spec, **kwargs):
-    return Selection(select(logits.float(), spec, overwrite=False, **kwargs))

@@ -68,7 +68,7 @@ class StatusResponse(_message.Message):
     def __init__(self, replica: _Optional[_Union[ReplicaStatus, _Mapping]] = ..., teams: _Optional[_Iterable[_Union[TeamStatus, _Mapping]]] = ..., cost_per_second: _Optional[float] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("id", "address", "state", "queued_tokens", "streams", "batch_fill", "forward_ms", "head_ms", "encode_ms", "tokens_per_second", "memory_bytes", "device_memory_bytes", "busy")
+    __slots__ = ("id", "address", "state", "queued_tokens", "streams", "batch_fill", "forward_ms", "head_ms", "encode_ms", "tokens_per_second", "memory_bytes", "device_memory_bytes", "busy", "fill_ms", "launch_ms", "wait_ms", "copy_ms", "compact_ms")
     ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +82,11 @@ class ReplicaStatus(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     BUSY_FIELD_NUMBER: _ClassVar[int]
+    FILL_MS_FIELD_NUMBER: _ClassVar[int]
+    LAUNCH_MS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    COPY_MS_FIELD_NUMBER: _ClassVar[int]
+    COMPACT_MS_FIELD_NUMBER: _ClassVar[int]
     id: str
     address: str
     state: str
@@ -95,7 +100,12 @@ class ReplicaStatus(_message.Message):
     memory_bytes: int
     device_memory_bytes: int
     busy: float
-    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., queued_tokens: _Optional[int] = ..., streams: _Optional[int] = ..., batch_fill: _Optional[float] = ..., forward_ms: _Optional[float] = ..., head_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., busy: _Optional[float] = ...) -> None: ...
+    fill_ms: float
+    launch_ms: float
+    wait_ms: float
+    copy_ms: float
+    compact_ms: float
+    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., queued_tokens: _Optional[int] = ..., streams: _Optional[int] = ..., batch_fill: _Optional[float] = ..., forward_ms: _Optional[float] = ..., head_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., busy: _Optional[float] = ..., fill_ms: _Optional[float] = ..., launch_ms: _Optional[float] = ..., wait_ms: _Optional[float] = ..., copy_ms: _Optional[float] = ..., compact_ms: _Optional[float] = ...) -> None: ...
 
 class TeamStatus(_message.Message):
     __slots__ = ("team", "weight", "tokens_in_flight", "queued_tokens", "tokens_per_second", "share", "entitled", "waiting_p95_ms", "rejected", "tokens_left_today")
@@ -258,20 +268,30 @@ class TargetsPart(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., first_row: _Optional[int] = ..., num_rows: _Optional[int] = ..., last: bool = ..., ids_digest: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., teacher_fingerprint: _Optional[str] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("queue_us", "forward_us", "head_us", "encode_us", "batch_sequences", "batch_tokens")
+    __slots__ = ("queue_us", "forward_us", "head_us", "encode_us", "batch_sequences", "batch_tokens", "fill_us", "launch_us", "wait_us", "copy_us", "compact_us")
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     FORWARD_US_FIELD_NUMBER: _ClassVar[int]
     HEAD_US_FIELD_NUMBER: _ClassVar[int]
     ENCODE_US_FIELD_NUMBER: _ClassVar[int]
     BATCH_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FILL_US_FIELD_NUMBER: _ClassVar[int]
+    LAUNCH_US_FIELD_NUMBER: _ClassVar[int]
+    WAIT_US_FIELD_NUMBER: _ClassVar[int]
+    COPY_US_FIELD_NUMBER: _ClassVar[int]
+    COMPACT_US_FIELD_NUMBER: _ClassVar[int]
     queue_us: int
     forward_us: int
     head_us: int
     encode_us: int
     batch_sequences: int
     batch_tokens: int
-    def __init__(self, queue_us: _Optional[int] = ..., forward_us: _Optional[int] = ..., head_us: _Optional[int] = ..., encode_us: _Optional[int] = ..., batch_sequences: _Optional[int] = ..., batch_tokens: _Optional[int] = ...) -> None: ...
+    fill_us: int
+    launch_us: int
+    wait_us: int
+    copy_us: int
+    compact_us: int
+    def __init__(self, queue_us: _Optional[int] = ..., forward_us: _Optional[int] = ..., head_us: _Optional[int] = ..., encode_us: _Optional[int] = ..., batch_sequences: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., fill_us: _Optional[int] = ..., launch_us: _Optional[int] = ..., wait_us: _Optional[int] = ..., copy_us: _Optional[int] = ..., compact_us: _Optional[int] = ...) -> None: ...
 
 class RequestError(_message.Message):
     __slots__ = ("code", "message", "field", "retry_after_ms", "reason", "sequence", "row")
@@ -292,7 +312,7 @@ class RequestError(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., reason: _Optional[str] = ..., sequence: _Optional[int] = ..., row: _Optional[int] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("service_id", "model", "revision", "weights_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint", "vocab_size", "effective_vocab_size", "max_sequence_tokens", "limits", "kinds", "exactness", "replicas", "team", "architecture", "dtype", "device", "attention", "format_versions", "server_version", "replica_id", "id_tables", "caller")
+    __slots__ = ("service_id", "model", "revision", "weights_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint", "vocab_size", "effective_vocab_size", "max_sequence_tokens", "limits", "kinds", "exactness", "replicas", "team", "architecture", "dtype", "device", "attention", "format_versions", "server_version", "replica_id", "id_tables", "caller", "layout")
     SERVICE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -316,6 +336,7 @@ class TeacherInfo(_message.Message):
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     ID_TABLES_FIELD_NUMBER: _ClassVar[int]
     CALLER_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     service_id: str
     model: str
     revision: str
@@ -339,7 +360,8 @@ class TeacherInfo(_message.Message):
     replica_id: str
     id_tables: _containers.RepeatedScalarFieldContainer[bytes]
     caller: Caller
-    def __init__(self, service_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., teacher_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., effective_vocab_size: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kinds: _Optional[_Iterable[str]] = ..., exactness: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., team: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., format_versions: _Optional[_Iterable[int]] = ..., server_version: _Optional[str] = ..., replica_id: _Optional[str] = ..., id_tables: _Optional[_Iterable[bytes]] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
+    layout: str
+    def __init__(self, service_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., teacher_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., effective_vocab_size: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kinds: _Optional[_Iterable[str]] = ..., exactness: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., team: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., format_versions: _Optional[_Iterable[int]] = ..., server_version: _Optional[str] = ..., replica_id: _Optional[str] = ..., id_tables: _Optional[_Iterable[bytes]] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ..., layout: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_request_tokens", "max_request_sequences", "max_request_bytes", "max_top_k", "max_reply_bytes", "max_stream_bytes", "max_queued_tokens", "max_part_bytes", "max_answers_bytes")

@@ -14,9 +14,10 @@ from logitstream.options import AddressedService, Json, LogOptions, Settings
 class BatchConfig(Settings):
     """Limits of a batch and of the queue."""
 
-    max_tokens: int = Field(default=4096, ge=1)
-    """Maximum number of tokens in one batch, unless one sequence is longer. The teacher may switch to
-    another team between two batches."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Maximum number of tokens in one batch; by default 4,096 on a CPU and 8,192 on a GPU. The
+    teacher may switch to another team between two batches. On a CPU a longer sequence is a batch of
+    its own; on a GPU no sequence may be longer."""
     max_queued_tokens: int = Field(default=1 << 20, ge=1)
     """Maximum number of tokens of one team that may wait; further requests are rejected with a time
     to retry after. All teams together may have four times as many, in equal shares."""
@@ -104,8 +105,14 @@ class ServeConfig(LogOptions, _Teacher):  # pydantic puts fields of the last bas
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights and the forward pass; auto is the type that the model was saved in."""
     attention: str | None = None
-    """Attention implementation of transformers; by default eager for models with an attention
-    softcap and sdpa for all others."""
+    """Attention implementation of transformers, such as sdpa or eager. By default the engine's own,
+    which runs sequences of any lengths together; with another one, and for architectures that it
+    does not fit, sequences of one padded length at a time, which is slower."""
+    exactness: Literal["bytes", "tolerance"] = "bytes"
+    """bytes: a sequence has the same targets, to the bit, whatever it is computed with. tolerance:
+    they may differ by rounding; on a CPU bfloat16 is then faster, on a GPU short packs are."""
+    warm_up_s: float = Field(default=600.0, gt=0.0)
+    """Seconds that the first computations may take before the service is ready."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the forward pass; by default one per core, and on Ray each replica of a
     machine gets an equal share of the cores."""

@@ -26,9 +26,10 @@ from teacher_server.admission.access import Access
 from teacher_server.admission.limits import Limits
 from teacher_server.admission.requests import Admission
 from teacher_server.config import ServeConfig
-from teacher_server.engine.head import VocabularyHead
+from teacher_server.engine.engine import Engine
 from teacher_server.engine.loading import load
 from teacher_server.engine.model import TeacherModel
+from teacher_server.engine.probe import is_exact, warm_up
 from teacher_server.ledger.accounts import Accounts, open_accounts
 from teacher_server.ledger.lease import DirectoryLink
 from teacher_server.monitoring.memory import device_nbytes, keep_freed_memory, resident_nbytes
@@ -59,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5
 """How often the watchdog looks for a stuck forward pass."""
-EXIT_S = 2.0
+EXIT_S = 1.0
 """How long a stuck replica keeps running, so that its health checks and Describe can report it."""
 STOP_GRACE_S = 0.5
 """How long calls without an end of their own, such as health's Watch, may take to stop."""
@@ -74,9 +75,10 @@ class Replica:
     """
 
     def __init__(
-        self, model: TeacherModel, config: ServeConfig, accounts: Accounts, *, service_id: str = ""
+        self, engine: Engine, config: ServeConfig, accounts: Accounts, *, service_id: str = ""
     ) -> None:
         """Raises TeamsError."""
+        model = engine.model
         self.service_id = service_id or config.service_id or secrets.token_hex(16)
         self.metrics = Metrics(lambda: self.why_not_serving)
         self._model = model
@@ -102,12 +104,16 @@ class Replica:
             self._tls,
             may_drop_connections=lambda: self._connections.throttle.is_active,
         )
+        self._woken = asyncio.Event()
+        """Set when the pipeline has failed."""
+        self._loop: asyncio.AbstractEventLoop
         team_stats = TeamStats()
         self._accounts = accounts
-        head = VocabularyHead(model, chunk_nbytes=config.head_chunk_mib << 20)
+        self._engine = engine
         costs = CostModel.of(model.causal_lm)
         scheduler = Scheduler(
-            max_batch_tokens=config.batch.max_tokens,
+            max_batch_tokens=engine.pack_tokens,
+            min_batch_tokens=engine.min_pack_tokens,
             max_batch_reply_nbytes=limits.max_reply_nbytes,
             max_queued_tokens=limits.max_queued_tokens,
             cost=lambda job: costs.cost(job.num_tokens, len(job.request.rows), job.reply_nbytes),
@@ -115,15 +121,16 @@ class Replica:
         )
         self._pipeline = Pipeline(
             scheduler,
-            head,
+            engine,
             accounts=accounts,
             metrics=self.metrics,
             max_unencoded_nbytes=limits.max_reply_nbytes,
             max_payload_nbytes=limits.max_part_nbytes - PART_SLACK_NBYTES,
+            on_failure=self._wake_watchdog,
         )
         teacher = _describe(model, limits)
         teacher.service_id = self.service_id
-        teacher.exactness = "bytes" if head.is_exact() else "tolerance"
+        teacher.exactness = "bytes" if is_exact(engine) else "tolerance"
         self.description = Description(teacher, self._pipeline, model.device)
         self._service = TeacherService(
             description=self.description,
@@ -162,7 +169,9 @@ class Replica:
             attention=config.attention,
             max_sequence_tokens=config.admission.max_sequence_tokens,
         )
-        return cls(model, config, accounts, service_id=service_id)
+        engine = make_engine(model, config)
+        warm_up(engine, config.warm_up_s)
+        return cls(engine, config, accounts, service_id=service_id)
 
     async def start(
         self, host: str, port: int, *, entry_port: int | None = None, advertise: str = ""
@@ -186,6 +195,7 @@ class Replica:
             self._tls.warn(advertise or host)
         # Ready before the ports accept: the first Describe must not call it starting.
         self.description.state = "ready"
+        self._loop = asyncio.get_running_loop()
         self._pipeline.start()
         await self._ports.start()
         self._connections.start(self._ports.numbers)
@@ -280,9 +290,15 @@ class Replica:
     async def _watch_forwards(self) -> None:
         """Ends the process when a forward pass is stuck; clients move to other replicas."""
         while True:
-            await asyncio.sleep(WATCH_S)
-            if self._pipeline.is_stuck(self._stuck_after_s):
-                await self._end(f"a forward is stuck seconds={self._pipeline.busy_s:.0f}")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_S):
+                    await self._woken.wait()
+            if trouble := self._pipeline.find_trouble(self._stuck_after_s):
+                await self._end(trouble)
+
+    def _wake_watchdog(self) -> None:
+        """Makes the watchdog look now; called in any thread."""
+        self._loop.call_soon_threadsafe(self._woken.set)
 
     async def _watch_ports(self) -> None:
         """Ends the process when a port is dead and cannot be opened again."""
@@ -300,6 +316,24 @@ class Replica:
         await asyncio.sleep(EXIT_S)
         # Not sys.exit: a stuck thread would keep the process, and with it the device.
         os._exit(1)
+
+
+def make_engine(model: TeacherModel, config: ServeConfig) -> Engine:
+    """Returns the engine that a configuration asks for."""
+    engine = Engine(
+        model,
+        chunk_nbytes=config.head_chunk_mib << 20,
+        pack_tokens=config.batch.max_tokens,
+        exact=config.exactness == "bytes",
+    )
+    if engine.model.max_sequence_tokens < model.max_sequence_tokens:
+        logger.warning(
+            "sequences may have %d tokens, as many as a pack; the model takes %d: raise "
+            "--batch.max-tokens to serve longer ones",
+            engine.model.max_sequence_tokens,
+            model.max_sequence_tokens,
+        )
+    return engine
 
 
 def _limit_requests(config: ServeConfig, model: TeacherModel) -> Limits:
@@ -354,6 +388,7 @@ def _describe(model: TeacherModel, limits: Limits) -> teacher_pb2.TeacherInfo:
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         attention=model.attention,
+        layout="packed" if model.is_packed else "padded",
         id_tables=[] if model.id_table is None else [model.id_table.digest],
         server_version=metadata.version("logitstream"),
     )

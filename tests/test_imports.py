@@ -66,7 +66,7 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     # A teacher in the trainer's own process, loaded only when one is made.
     "student_trainer/teachers/local.py": (
         "teacher_server.engine.batch",
-        "teacher_server.engine.head",
+        "teacher_server.engine.engine",
         "teacher_server.engine.loading",
     ),
     # The modules that begin a run.

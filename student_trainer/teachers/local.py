@@ -36,11 +36,11 @@ class LocalTeacher(Teacher):
     default_look_ahead = 1
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
-        from teacher_server.engine.head import VocabularyHead
+        from teacher_server.engine.engine import Engine
         from teacher_server.engine.loading import prepare
 
-        self._model = prepare(model, tokenizer)
-        self._head = VocabularyHead(self._model)
+        self._engine = Engine(prepare(model, tokenizer))
+        self._model = self._engine.model
         self._info = describe_model(
             self._model,
             service_id="local",
@@ -78,7 +78,7 @@ class LocalTeacher(Teacher):
             draws = uniforms(options.seed, options.epoch, ids_digest(token_ids), rows)
         request = RowRequest(token_ids, rows, options.spec, options.temperature, draws)
         try:
-            (scored,), _ = self._head.score([request])
+            (scored,) = self._engine.score([request])
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
         parts = encode_parts(scored, options.spec, max_nbytes=PART_NBYTES)

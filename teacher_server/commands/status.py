@@ -55,6 +55,11 @@ class ReplicaNumbers:
     busy: float
     memory_bytes: int
     device_memory_bytes: int
+    fill_ms: float
+    launch_ms: float
+    wait_ms: float
+    copy_ms: float
+    compact_ms: float
 
 
 @dataclass(frozen=True, slots=True)

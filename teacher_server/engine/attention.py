@@ -8,6 +8,7 @@ is registered without a mask function gets no mask, and none is built.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,7 +50,7 @@ def attend_on_cpu(
     """
     out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
     bounds = cu_seqlens.tolist()
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         if start == stop:
             continue
         q, k, v = (x[:, :, start:stop] for x in (query, key, value))

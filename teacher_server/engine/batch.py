@@ -1,6 +1,6 @@
 """Defines what the engine is asked for, and how long its stages took."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
@@ -40,3 +40,7 @@ class PackTimes:
     """The device's own time in the vocabulary head and the selection."""
     copy_s: float
     """The device's own time copying what was selected."""
+
+    def by_stage(self) -> dict[str, float]:
+        """Returns the seconds of each stage, by its name."""
+        return {name.removesuffix("_s"): seconds for name, seconds in asdict(self).items()}

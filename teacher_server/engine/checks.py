@@ -101,9 +101,12 @@ def _compare_packed(model: TeacherModel, sequences: list[Tensor]) -> float:
     )
     worst = 0.0
     for pack in packer.pack(requests):
-        device = model.device
-        tensors = [x.to(device) for x in (pack.token_ids, pack.positions, pack.cu_seqlens)]
-        packed = model.hidden_states(*tensors, pack).float()
+        packed = model.hidden_states(
+            pack.token_ids.to(model.device),
+            pack.positions.to(model.device),
+            pack.cu_seqlens.to(model.device),
+            pack,
+        ).float()
         for member, start in zip(pack.members, pack.starts, strict=True):
             length = len(sequences[member])
             alone = model.padded_hidden_states([sequences[member]])[0, :length].float()

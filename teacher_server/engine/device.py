@@ -6,7 +6,6 @@ there is nothing to wait for and nothing to copy.
 
 import contextlib
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 

@@ -5,9 +5,10 @@ a GPU; `result` waits. Whoever calls them from two threads keeps the device busy
 while the next is laid out.
 """
 
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from teacher_server.engine.model import TeacherModel
 from teacher_server.engine.packing import ROW_MULTIPLE, Pack, Packer
 from teacher_server.engine.products import LARGE, SMALL
 
-PACK_TOKENS = {"cpu": 2048, "cuda": 8192}
+PACK_TOKENS = {"cpu": 4096, "cuda": 8192}
 """Tokens of a pack where nothing else is asked for."""
 
 Marks = tuple[Event, Event, Event, Event]
@@ -59,7 +60,6 @@ class Engine:
         exact: bool = True,
         device: Device | None = None,
     ) -> None:
-        self.model = model
         self.device = device or open_device(model.device)
         kind = model.device.type
         self.pack_tokens = pack_tokens or PACK_TOKENS.get(kind, PACK_TOKENS["cuda"])
@@ -69,43 +69,44 @@ class Engine:
             exact=exact,
             divide_at=model.max_shared_positions,
         )
-        self.head = VocabularyHead(model, self.device, chunk_nbytes=chunk_nbytes)
-        self._exact = exact
+        self._head = VocabularyHead(model, self.device, chunk_nbytes=chunk_nbytes)
+        longest = model.max_sequence_tokens
+        if self.packer.is_fixed:
+            longest = min(longest, self.pack_tokens)
+        self.model = replace(
+            model, max_sequence_tokens=longest, shape=self._describe_shape(model, exact)
+        )
+        """With what this engine adds to its fingerprint, and its limit of a sequence."""
+        self._launching = threading.Lock()
+        """A model's attention is changed for the time of a launch, and put back."""
 
     @property
-    def max_sequence_tokens(self) -> int:
-        """Longest sequence: what the model takes and, where packs have a fixed size, what fits."""
-        longest = self.model.max_sequence_tokens
-        return min(longest, self.pack_tokens) if self.packer.is_fixed else longest
+    def min_pack_tokens(self) -> int:
+        """Up to so many tokens a pack takes as long as one of fewer."""
+        return self.pack_tokens if self.packer.is_fixed else SMALL
 
-    @property
-    def shape(self) -> dict[str, Any]:
-        """The sizes that the bytes of an answer depend on; part of the fingerprint."""
-        tiles = (LARGE, SMALL) if not self.packer.is_fixed and self._exact else None
+    def _describe_shape(self, model: TeacherModel, exact: bool) -> dict[str, Any]:
+        """Returns the sizes that the bytes of an answer depend on."""
+        tiles = (LARGE, SMALL) if exact and not self.packer.is_fixed else None
         return {
-            "packed": self.model.is_packed,
+            "packed": model.is_packed,
             "packs": self.packer.shapes,
-            "level": "bytes" if self._exact else "tolerance",
+            "level": "bytes" if exact else "tolerance",
             "tiles": tiles,
             "row_multiple": ROW_MULTIPLE,
-            "head": (self.head.chunk_rows, self.head.large, self.head.small),
+            "head": (self._head.chunk_rows, self._head.large, self._head.small),
             # An architecture that cannot pack pads sequences to lengths that this limit cuts.
-            "max_sequence_tokens": None if self.model.is_packed else self.model.max_sequence_tokens,
+            "max_sequence_tokens": None if model.is_packed else model.max_sequence_tokens,
         }
-
-    @property
-    def teacher_fingerprint(self) -> str:
-        """The SHA-256 (hex) of everything that decides the bytes of an answer."""
-        return self.model.fingerprint(self.shape)
 
     @torch.inference_mode()
     def launch(self, requests: Sequence[RowRequest]) -> Launched:
         """Queues the scoring of some sequences. Does not wait for a GPU; a CPU computes here."""
-        began = time.perf_counter()
         rows: dict[int, ScoredRows] = {}
         events: list[Marks] = []
         fill_s = 0.0
-        with self.device.queue():
+        with self._launching, self.device.queue():
+            began = time.perf_counter()
             if self.model.is_packed:
                 packs = self.packer.pack(requests)
                 fill_s = time.perf_counter() - began
@@ -138,7 +139,9 @@ class Engine:
             launch_s=launched.launch_s,
             wait_s=wait_s,
             forward_s=sum(between(start, forwarded) for start, forwarded, _, _ in launched.events),
-            head_s=sum(between(forwarded, selected) for _, forwarded, selected, _ in launched.events),
+            head_s=sum(
+                between(forwarded, selected) for _, forwarded, selected, _ in launched.events
+            ),
             copy_s=sum(between(selected, done) for *_, selected, done in launched.events),
         )
         return launched.rows, times
@@ -184,9 +187,9 @@ class Engine:
         forwarded: Event,
     ) -> tuple[dict[int, ScoredRows], Marks]:
         """Queues the head, the selection and the copies."""
-        groups = self.head.select(hidden_TD, requests, members, starts)
+        groups = self._head.select(hidden_TD, requests, members, starts)
         selected = self.device.mark()
-        rows = self.head.download(groups)
+        rows = self._head.download(groups)
         return rows, (start, forwarded, selected, self.device.mark())
 
     def _by_canonical_length(self, requests: Sequence[RowRequest]) -> list[list[int]]:

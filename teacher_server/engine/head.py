@@ -180,7 +180,7 @@ class _Order:
         whole = [len(requests[member].rows) // large * large for member, _ in group]
         parts: list[_Rows] = []
         places: list[list[slice]] = [[] for _ in group]
-        at = 0
+        at = num_large = 0
         for is_rest in (False, True):
             for number, (member, start) in enumerate(group):
                 cut = slice(whole[number], None) if is_rest else slice(whole[number])

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from logit_codec import IdTable, SampledSpec, encode, expected_inclusions, fit_id_table, select
 from logitstream.files import write_atomically
-from teacher_server.engine.head import VocabularyHead
 from teacher_server.engine.model import TeacherModel
 from teacher_server.errors import ModelError
 
@@ -72,8 +71,9 @@ def save(table: IdTable, path: Path) -> None:
 @torch.inference_mode()
 def _logits(model: TeacherModel, pieces: list[Tensor]) -> Iterator[Tensor]:
     """Yields the (C, V) float32 logits of the pieces' rows, a chunk at a time."""
-    head = VocabularyHead(model)
     for piece in pieces:
-        hidden = model.hidden_states([piece])[0, : len(piece) - 1]
-        for hidden_CD in hidden.split(min(CHUNK_ROWS, head.chunk_rows)):
-            yield head.logits(hidden_CD)
+        hidden = model.padded_hidden_states([piece])[0, : len(piece) - 1]
+        for hidden_CD in hidden.split(CHUNK_ROWS):
+            logits_CV = model.logits(hidden_CD).float()
+            logits_CV[:, model.effective_vocab_size :] = -torch.inf
+            yield logits_CV

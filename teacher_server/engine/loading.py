@@ -66,6 +66,7 @@ def load(
         weights_fingerprint=fingerprint_folder(folder, revision),
         max_sequence_tokens=max_sequence_tokens,
         id_table=load_id_table(folder),
+        packed=attention is None,
     )
 
 
@@ -125,9 +126,11 @@ def prepare(
     weights_fingerprint: str | None = None,
     max_sequence_tokens: int | None = None,
     id_table: IdTable | None = None,
+    packed: bool = True,
 ) -> TeacherModel:
     """Checks a causal LM that is in memory and makes it ready to score.
 
+    packed: run packs if the architecture allows it; else its own attention, on padded sequences.
     Raises ModelError if its logits cannot be computed from its base model's hidden states.
     """
     causal_lm.eval().requires_grad_(False)
@@ -164,7 +167,7 @@ def prepare(
             f"{vocab_size}. Fit it again with teacher-server fit-ids, or delete it."
         )
     check_head(model)
-    return replace(model, is_packed=can_pack(model))
+    return replace(model, is_packed=packed and can_pack(model))
 
 
 class _Passed:

@@ -59,6 +59,8 @@ class TeacherModel:
     """The causal LM with its base model taken out: hidden states in, logits out."""
     is_packed: bool = True
     """Whether it runs packs; else it runs sequences of one canonical length at a time."""
+    shape: dict[str, Any] = field(default_factory=dict)
+    """What an engine adds to the fingerprint: the sizes that its bytes depend on."""
     id_table: IdTable | None = None
     """Fitted to this teacher by `teacher-server fit-ids`; shortens the ids of targets."""
 
@@ -97,11 +99,9 @@ class TeacherModel:
         content = self.causal_lm.config.to_dict()
         return {name: value for name, value in content.items() if name not in volatile}
 
-    def fingerprint(self, engine: dict[str, Any]) -> str:
-        """Returns the SHA-256 (hex) of everything that decides the bytes of an answer.
-
-        engine: the shapes and names that the engine adds.
-        """
+    @property
+    def teacher_fingerprint(self) -> str:
+        """The SHA-256 (hex) of everything that decides the bytes of an answer."""
         parts = {
             "weights": self.weights_fingerprint,
             "tokenizer": self.tokenizer_fingerprint,
@@ -116,7 +116,7 @@ class TeacherModel:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             **_device_names(self.device),
-            **engine,
+            **self.shape,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

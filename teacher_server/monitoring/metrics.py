@@ -176,9 +176,26 @@ METRICS = (
     MetricSpec(
         "teacher_encode_seconds",
         "histogram",
-        "Time to encode the targets of one sequence, the wait for the encode thread included.",
+        "Time to encode the targets of one sequence, the wait for an encode thread included.",
         "Replicas",
         (),
+        SECONDS,
+    ),
+    MetricSpec(
+        "teacher_compact_seconds",
+        "histogram",
+        "Time to make targets of what was selected for one sequence; part of the encode time.",
+        "Replicas",
+        (),
+        SECONDS,
+    ),
+    MetricSpec(
+        "teacher_stage_seconds",
+        "histogram",
+        "Time of one forward pass in its other stages: fill (laying sequences out), launch (handing "
+        "the work to the device; on a CPU, computing), wait (for the device), copy (to the host).",
+        "Replicas",
+        ("stage",),
         SECONDS,
     ),
     MetricSpec(
@@ -257,10 +274,12 @@ class Metrics:
             if spec.kind == "histogram"
         }
         self.queue_s = histograms["teacher_queue_seconds"]
-        self.forward_s = histograms["teacher_forward_seconds"]
-        self.head_s = histograms["teacher_head_seconds"]
+        self._forward_s = histograms["teacher_forward_seconds"]
+        self._head_s = histograms["teacher_head_seconds"]
         self.encode_s = histograms["teacher_encode_seconds"]
-        self.batch_tokens = histograms["teacher_batch_tokens"]
+        self.compact_s = histograms["teacher_compact_seconds"]
+        self._stage_s = histograms["teacher_stage_seconds"]
+        self._batch_tokens = histograms["teacher_batch_tokens"]
         self.busy_s = counters["teacher_busy_seconds_total"]
         self.bytes_sent = counters["teacher_bytes_sent_total"]
         self.rejected = counters["teacher_rejected_total"]
@@ -276,6 +295,14 @@ class Metrics:
         self._team_tokens.labels(team).inc(tokens)
         self._team_cost.labels(team).inc(cost)
         self._team_waiting_s.labels(team).observe(waited_s)
+
+    def passed(self, tokens: int, stage_s: Mapping[str, float]) -> None:
+        """Counts a successful forward pass, and the seconds that it took in each stage."""
+        self._batch_tokens.observe(tokens)
+        self._forward_s.observe(stage_s["forward"])
+        self._head_s.observe(stage_s["head"])
+        for stage in ("fill", "launch", "wait", "copy"):
+            self._stage_s.labels(stage).observe(stage_s[stage])
 
     def watch(self, name: str, value: Callable[[], Value]) -> None:
         """Sets the function that reads a gauge at every scrape, in any thread."""

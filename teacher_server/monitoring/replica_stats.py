@@ -1,12 +1,13 @@
 """Counts how long the stages of a replica took in the last minute, for `Status`.
 
-Thread-safe: the compute thread and the event loop count, and any thread may read.
+Thread-safe: the compute threads and the event loop count, and any thread may read.
 """
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from teacher_server.monitoring.last_minute import LastMinute
 
@@ -17,12 +18,12 @@ class ReplicaSnapshot:
 
     pass_tokens: float
     """Tokens of one forward pass."""
-    forward_s: float
-    """Time of one pass in the base model."""
-    head_s: float
-    """Time of one pass in the vocabulary head and selection."""
+    stage_s: dict[str, float]
+    """Time of one pass in each of its stages."""
     encode_s: float
-    """Time to encode one sequence, its wait for the encode thread included."""
+    """Time to encode one sequence, its wait for an encode thread included."""
+    compact_s: float
+    """Part of it that was spent making targets of selected rows."""
     tokens_per_s: float
     """Tokens that were scored."""
     busy: float
@@ -34,10 +35,10 @@ class _Slot:
     second: int
     passes: int = 0
     tokens: int = 0
-    forward_s: float = 0.0
-    head_s: float = 0.0
+    stage_s: Counter[str] = field(default_factory=Counter)
     sequences: int = 0
     encode_s: float = 0.0
+    compact_s: float = 0.0
     busy_s: float = 0.0
 
 
@@ -49,21 +50,21 @@ class ReplicaStats:
         self._lock = threading.Lock()
         self._slots = LastMinute(_Slot, clock)
 
-    def passed(self, tokens: int, forward_s: float, head_s: float) -> None:
-        """Counts a successful forward pass."""
+    def passed(self, tokens: int, stage_s: Mapping[str, float]) -> None:
+        """Counts a successful forward pass, and the seconds that it took in each stage."""
         with self._lock:
             slot = self._slots.now()
             slot.passes += 1
             slot.tokens += tokens
-            slot.forward_s += forward_s
-            slot.head_s += head_s
+            slot.stage_s.update(stage_s)
 
-    def encoded(self, seconds: float) -> None:
+    def encoded(self, seconds: float, compact_s: float) -> None:
         """Counts a sequence whose targets have been encoded."""
         with self._lock:
             slot = self._slots.now()
             slot.sequences += 1
             slot.encode_s += seconds
+            slot.compact_s += compact_s
 
     def computed(self, seconds: float) -> None:
         """Counts busy time of the compute thread that ends now."""
@@ -78,12 +79,13 @@ class ReplicaStats:
             passes = max(1, sum(slot.passes for slot in self._slots))
             tokens = sum(slot.tokens for slot in self._slots)
             sequences = max(1, sum(slot.sequences for slot in self._slots))
+            stage_s = sum((slot.stage_s for slot in self._slots), Counter[str]())
             busy_s = computing_s + sum(slot.busy_s for slot in self._slots)
             return ReplicaSnapshot(
                 pass_tokens=tokens / passes,
-                forward_s=sum(slot.forward_s for slot in self._slots) / passes,
-                head_s=sum(slot.head_s for slot in self._slots) / passes,
+                stage_s={stage: seconds / passes for stage, seconds in stage_s.items()},
                 encode_s=sum(slot.encode_s for slot in self._slots) / sequences,
+                compact_s=sum(slot.compact_s for slot in self._slots) / sequences,
                 tokens_per_s=tokens / seconds,
                 busy=min(1.0, busy_s / seconds),
             )

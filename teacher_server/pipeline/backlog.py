@@ -1,24 +1,27 @@
 """Bounds the answers that are scored and not encoded yet: how far computing may run ahead.
 
-One thread encodes. Without a bound, answers that take long to encode (dense ones) would pile up
-in front of it. So the compute thread waits here before it takes a batch, and then takes the jobs
-whose turn it is at that moment. For jobs that may go ahead of other teams it waits only until the
-backlog is below one and a half times the bound: the encoder takes turns, so their answers do not
-queue after the answers of others. A batch of such jobs answers with at most half of the bound;
-either way the backlog never exceeds twice the bound.
+Without a bound, answers that take long to encode (dense ones) would pile up in front of the
+encoders. So the launcher waits here before it takes a batch, and then takes the jobs whose turn it
+is at that moment: at most MAX_PACKS packs wait to be encoded, and at most a stated number of bytes,
+judged by upper bounds. For jobs that may go ahead of other teams it waits only until the backlog is
+below one and a half times the bounds: the encoders take turns, so their answers do not queue after
+the answers of others. A batch of such jobs answers with at most half of the bound; either way the
+backlog never exceeds twice the bound by what one pack adds.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from teacher_server.scheduling.job import SequenceJob
 
+MAX_PACKS = 2
+"""Packs whose answers wait, beside those that go ahead."""
 AHEAD_FACTOR = 1.5
-"""Up to this multiple of the bound, jobs that may go ahead of other teams are computed."""
+"""Up to this multiple of the bounds, jobs that may go ahead of other teams are computed."""
 
 
 class EncodeBacklog:
-    """Counts the bytes of scored answers until they are encoded or dropped.
+    """Counts scored answers until they are encoded or dropped.
 
     Thread-safe. Each answer is counted once; forgetting one that is not counted does nothing.
     """
@@ -27,7 +30,9 @@ class EncodeBacklog:
         self._max_nbytes = max_nbytes
         self._changed = threading.Condition()
         self._nbytes = 0
-        self._jobs: set[SequenceJob] = set()
+        self._packs: dict[SequenceJob, set[SequenceJob]] = {}
+        """Of each answer that waits, those of its pack that wait."""
+        self._num_packs = 0
         self._closed = False
 
     @property
@@ -35,20 +40,25 @@ class EncodeBacklog:
         """Upper bound of the answers that wait."""
         return self._nbytes
 
-    def add(self, job: SequenceJob) -> None:
-        """Counts an answer whose targets have been computed."""
+    def add(self, jobs: Sequence[SequenceJob]) -> None:
+        """Counts the answers of a pack, whose rows have been selected."""
         with self._changed:
-            self._jobs.add(job)
-            self._nbytes += job.reply_nbytes
+            pack = set(jobs)
+            self._packs.update(dict.fromkeys(jobs, pack))
+            self._nbytes += sum(job.reply_nbytes for job in jobs)
+            self._num_packs += bool(jobs)
 
     def forget(self, job: SequenceJob) -> None:
         """Stops counting an answer: it is encoded, or its client has gone."""
         with self._changed:
             # Encoding, failing and cancelling may each report the same job.
-            if job in self._jobs:
-                self._jobs.remove(job)
-                self._nbytes -= job.reply_nbytes
-                self._changed.notify()
+            pack = self._packs.pop(job, None)
+            if pack is None:
+                return
+            pack.remove(job)
+            self._nbytes -= job.reply_nbytes
+            self._num_packs -= not pack
+            self._changed.notify()
 
     def wait(self, has_ahead: Callable[[], bool] = lambda: False) -> bool:
         """Waits for room. Returns whether any job may be computed, or only those that go ahead.
@@ -56,16 +66,16 @@ class EncodeBacklog:
         has_ahead: whether a job waits that may go ahead of other teams; call `look` when its answer
         may have changed. After `close` any job may be computed.
         """
-
-        def has_room() -> bool:
-            return self._closed or self._nbytes <= self._max_nbytes
-
-        def has_room_ahead() -> bool:
-            return self._nbytes <= AHEAD_FACTOR * self._max_nbytes and has_ahead()
-
         with self._changed:
-            self._changed.wait_for(lambda: has_room() or has_room_ahead())
-            return has_room()
+            self._changed.wait_for(
+                lambda: self._has_room(1.0) or (self._has_room(AHEAD_FACTOR) and has_ahead())
+            )
+            return self._has_room(1.0)
+
+    def has_room(self) -> bool:
+        """Whether any job may be computed."""
+        with self._changed:
+            return self._has_room(1.0)
 
     def look(self) -> None:
         """Makes a waiting thread ask `has_ahead` again."""
@@ -77,3 +87,8 @@ class EncodeBacklog:
         with self._changed:
             self._closed = True
             self._changed.notify()
+
+    def _has_room(self, factor: float) -> bool:
+        if self._closed:
+            return True
+        return self._nbytes <= factor * self._max_nbytes and self._num_packs < factor * MAX_PACKS

@@ -1,98 +1,190 @@
-"""Runs the teacher: takes batches from the scheduler and scores them on one thread."""
+"""Runs the teacher: one thread takes batches and launches them, another waits for what they give.
 
-import asyncio
+On a GPU a launch returns at once, so that one pack computes while the next is laid out; at most
+MAX_IN_FLIGHT are launched and not complete. On a CPU launching is computing.
+
+Nothing here dies quietly. A batch that fails is halved until the sequence at fault is alone. An
+error of the device, a few failures of single sequences in a row after which a known answer does not
+come out any more, and any error of the threads themselves are a failure of the replica: it takes no
+more work, refuses what it has so that clients send it elsewhere, and reports why.
+"""
+
+import contextlib
 import logging
+import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import grpc
 import torch
 
-from logit_codec import Targets
-from teacher_server.engine.head import VocabularyHead
+from teacher_server.engine.batch import PackTimes
+from teacher_server.engine.device import is_broken
+from teacher_server.engine.engine import Engine, Launched
+from teacher_server.engine.head import ScoredRows
+from teacher_server.engine.probe import KnownAnswer
 from teacher_server.errors import RequestRefused
 from teacher_server.ledger.accounts import Accounts
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.monitoring.replica_stats import ReplicaStats
 from teacher_server.pipeline.backlog import EncodeBacklog
+from teacher_server.pipeline.encoding import Encoder
 from teacher_server.scheduling.job import ForwardPass, SequenceJob
 from teacher_server.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
+MAX_IN_FLIGHT = 2
+"""Packs that are launched and not complete."""
 SLOW_FACTOR = 10
 """A pass is not stuck before it has taken this many times as long as the longest one so far."""
+SUSPICIOUS_FAILURES = 3
+"""After this many failures of single sequences in a row, a known answer is computed again."""
 
-Result = tuple[SequenceJob, Targets | Exception]
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """Holds a batch that was launched."""
+
+    jobs: list[SequenceJob]
+    started_s: float
+    launched: Launched | Exception | None = None
+    """What the device was given, or why it was not."""
 
 
-class ComputeThread:
-    """Scores one batch after another and hands each job its targets, in the event loop."""
+class Compute:
+    """Scores one batch after another and hands each job's rows to the encoder.
+
+    on_failure: called once, in any thread, when the replica cannot compute any more.
+    """
 
     def __init__(
         self,
         scheduler: Scheduler,
-        head: VocabularyHead,
+        engine: Engine,
         backlog: EncodeBacklog,
+        encoder: Encoder,
         *,
         accounts: Accounts,
         metrics: Metrics,
         replica_stats: ReplicaStats,
+        on_failure: Callable[[], None],
     ) -> None:
         self._scheduler = scheduler
-        self._head = head
+        self._engine = engine
         self._backlog = backlog
+        self._encoder = encoder
         self._accounts = accounts
         self._metrics = metrics
         self._replica_stats = replica_stats
-        self._loop: asyncio.AbstractEventLoop
-        self._pass_since_s: float | None = None
+        self._on_failure = on_failure
+        self.failure = ""
+        """Why nothing can be computed any more; empty if it can."""
+        self._known_answer = KnownAnswer(engine)
+        self._slots = threading.Semaphore(MAX_IN_FLIGHT)
+        self._flights: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
+        self._begun_s: dict[object, float] = {}
+        """When each batch in flight was taken. Changed by both threads, whole keys at a time."""
+        self._completed_s = 0.0
         self._longest_pass_s = 0.0
-        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self._failures = 0
+        """Sequences that failed alone, in a row."""
+        self._threads = [
+            threading.Thread(target=self._guard, args=(run,), name=name, daemon=True)
+            for name, run in (("launch", self._launch_all), ("complete", self._complete_all))
+        ]
 
     def start(self) -> None:
-        """Begins to take batches; call it in the event loop that waits for the jobs."""
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        """Begins to take batches."""
+        for thread in self._threads:
+            thread.start()
 
     @property
     def busy_s(self) -> float:
-        """How long the pass in hand has taken so far; 0 without one."""
-        since = self._pass_since_s  # once: the thread may end its pass in between
-        return 0.0 if since is None else max(0.0, time.monotonic() - since)
+        """How long the oldest pass in flight has taken so far; 0 without one."""
+        begun = list(self._begun_s.values())  # once: a thread may end its pass in between
+        if not begun:
+            return 0.0
+        # A pass that was launched while another computed begins when that one ends.
+        return max(0.0, time.monotonic() - max(min(begun), self._completed_s))
 
-    def is_stuck(self, after_s: float) -> bool:
-        """Whether the pass in hand takes longer than `after_s`, and far longer than any before."""
-        return self.busy_s > max(after_s, SLOW_FACTOR * self._longest_pass_s)
+    def find_trouble(self, after_s: float) -> str:
+        """Says why nothing is computed, or is for too long; empty if all is well.
+
+        That is a failure, a thread that has ended, or a pass that takes longer than `after_s` and
+        far longer than any before.
+        """
+        if self.failure:
+            return self.failure
+        if any(thread.ident and not thread.is_alive() for thread in self._threads):
+            return "a compute thread has ended"
+        busy_s = self.busy_s
+        if busy_s > max(after_s, SLOW_FACTOR * self._longest_pass_s):
+            return f"a forward is stuck seconds={busy_s:.0f}"
+        return ""
 
     def close(self) -> None:
         """Takes no more batches; the jobs that still wait fail."""
         self._backlog.close()
-        self._hand_over(
-            [(job, RuntimeError("the replica was stopped")) for job in self._scheduler.close()]
-        )
+        for job in self._scheduler.close():
+            self._encoder.fail(job, RuntimeError("the replica was stopped"))
 
     def join(self, seconds: float) -> None:
         """Waits for the pass in hand: it cannot be interrupted, but the process may end without it."""
-        self._thread.join(seconds)
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _run(self) -> None:
+    def fail(self, why: str) -> None:
+        """Gives up: what waits is refused so that clients send it to another replica."""
+        if self.failure:
+            return
+        self.failure = why
+        logger.critical("%s", why)
+        self._backlog.close()
+        self._scheduler.close()
+        self._encoder.fail_unscored(_refuse_broken())
+        self._on_failure()
+
+    def _guard(self, run: Callable[[], None]) -> None:
+        """Runs a thread; whatever ends it but its own return is a failure."""
+        try:
+            run()
+        except BaseException as error:
+            logger.exception("a compute thread ended")
+            self.fail(f"a compute thread ended error={type(error).__name__}")
+            raise
+
+    # The launch thread.
+
+    def _launch_all(self) -> None:
+        try:
+            while batch := self._next_batch():
+                self._charge(batch)
+                self._slots.acquire()
+                started_s = time.monotonic()
+                flight = _Flight(batch, started_s)
+                self._begun_s[flight] = started_s
+                try:
+                    flight.launched = self._engine.launch([job.request for job in batch])
+                except Exception as error:
+                    flight.launched = error
+                self._flights.put(flight)
+                del flight, batch  # while this thread waits for work, nothing holds on to the last
+        finally:
+            self._flights.put(None)
+
+    def _next_batch(self) -> list[SequenceJob]:
+        """Waits for a batch; empty only when closed."""
         while True:
             # While too much waits to be encoded, only jobs that may go ahead are computed.
             if self._backlog.wait(lambda: self._scheduler.has_ahead):
-                batch = self._scheduler.next_batch()
-                if not batch:
-                    return
-            else:
-                batch = self._scheduler.take_ahead()
-            self._charge(batch)
-            groups: dict[int, list[SequenceJob]] = {}
-            for job in batch:
-                length = self._head.model.bucket_length(job.num_tokens)
-                groups.setdefault(length, []).append(job)
-            for group in groups.values():  # jobs of one canonical length share a forward pass
-                self._score_group(group)
+                return self._scheduler.next_batch()
+            if batch := self._scheduler.take_ahead():
+                return batch
 
     def _charge(self, batch: Sequence[SequenceJob]) -> None:
         """Charges the teams for a batch, whatever becomes of it."""
@@ -102,64 +194,148 @@ class ComputeThread:
             waited_s = max(0.0, now - job.submitted_s)
             self._metrics.dispatched(job.team.name, job.num_tokens, job.cost, waited_s)
 
-    def _score_group(self, group: list[SequenceJob]) -> None:
-        """Runs one forward pass and sends its results to the event loop."""
-        started_s = self._pass_since_s = time.monotonic()
-        results = self._score(group, started_s)
-        for job, result in results:
-            if not isinstance(result, Exception):
-                # Before the loop knows of it: the next batch must find this one counted.
-                self._backlog.add(job)
-        self._loop.call_soon_threadsafe(self._hand_over, results)
-        self._pass_since_s = None
-        seconds = time.monotonic() - started_s
+    # The complete thread.
+
+    def _complete_all(self) -> None:
+        while (flight := self._flights.get()) is not None:
+            try:
+                self._complete(flight)
+            finally:
+                flight.launched = None  # this thread may wait long for the next one
+                del self._begun_s[flight]
+                self._slots.release()
+
+    def _complete(self, flight: _Flight) -> None:
+        """Waits for a batch and hands its rows on, or deals with its failure."""
+        error = flight.launched if isinstance(flight.launched, Exception) else None
+        if isinstance(flight.launched, Launched):
+            try:
+                rows, times = self._engine.result(flight.launched)
+            except Exception as failed:
+                error = failed
+            else:
+                self._deliver(flight.jobs, rows, times, flight.started_s)
+        now = time.monotonic()
+        if error is None:
+            self._count_time(flight, now)
+            return
+        # Nothing may hold on to what the failed batch allocated: the launch, or the error's frames.
+        flight.launched = None
+        _log_and_forget_frames(error)
+        self._recover(flight.jobs, error)
+        self._count_time(flight, time.monotonic())
+
+    def _count_time(self, flight: _Flight, now: float) -> None:
+        seconds = now - max(flight.started_s, self._completed_s)
+        self._completed_s = now
         self._longest_pass_s = max(self._longest_pass_s, seconds)
         self._replica_stats.computed(seconds)
         self._metrics.busy_s.inc(seconds)
-        tokens = sum(job.num_tokens for job in group)
-        self._scheduler.record_speed(tokens, seconds, sum(job.cost for job in group))
+        tokens = sum(job.num_tokens for job in flight.jobs)
+        self._scheduler.record_speed(tokens, seconds, sum(job.cost for job in flight.jobs))
         logger.debug(
-            "batch scored sequences=%d tokens=%d ms=%.0f", len(group), tokens, 1e3 * seconds
+            "batch scored sequences=%d tokens=%d ms=%.0f", len(flight.jobs), tokens, 1e3 * seconds
         )
 
-    def _score(self, group: list[SequenceJob], started_s: float) -> list[Result]:
-        """Scores the jobs; a pass that fails is halved until the job at fault is alone."""
-        try:
-            targets, times = self._head.score([job.request for job in group])
-        except Exception as error:
-            if len(group) == 1:
-                return [(group[0], _to_refusal(error))]
-            logger.warning("batch of %d failed, halving it: %s", len(group), type(error).__name__)
-            middle = len(group) // 2
-            return [
-                *self._score(group[:middle], started_s),
-                *self._score(group[middle:], started_s),
-            ]
-        tokens = sum(job.num_tokens for job in group)
-        self._metrics.batch_tokens.observe(tokens)
-        self._metrics.forward_s.observe(times.forward_s)
-        self._metrics.head_s.observe(times.head_s)
-        self._replica_stats.passed(tokens, times.forward_s, times.head_s)
-        forward_pass = ForwardPass(started_s, times, len(group), tokens)
-        for job in group:
+    def _deliver(
+        self,
+        jobs: Sequence[SequenceJob],
+        rows: Sequence[ScoredRows],
+        times: PackTimes,
+        started_s: float,
+    ) -> None:
+        """Hands the rows of each job to the encoder."""
+        self._failures = 0
+        tokens = sum(job.num_tokens for job in jobs)
+        self._metrics.passed(tokens, times.by_stage())
+        self._replica_stats.passed(tokens, times.by_stage())
+        forward_pass = ForwardPass(started_s, times, len(jobs), tokens)
+        # Before the encoder has them: the next batch must find them counted.
+        self._backlog.add(jobs)
+        for job, scored in zip(jobs, rows, strict=True):
             job.forward_pass = forward_pass
-        return list(zip(group, targets, strict=True))
+            self._metrics.queue_s.observe(job.waited_s)
+            self._encoder.encode(job, scored)
 
-    def _hand_over(self, results: list[Result]) -> None:
-        """Resolves what the tasks of the jobs wait for; runs in the event loop."""
-        for job, result in results:
-            scored = job.scored
-            if scored is None or scored.done():
-                self._backlog.forget(job)  # its client left while it was computed
-            elif isinstance(result, Exception):
-                scored.set_exception(result)
+    def _recover(self, jobs: Sequence[SequenceJob], error: Exception) -> None:
+        """Scores the jobs of a failed batch in halves, until the job at fault is alone.
+
+        Called outside of any `except`: what is handled there keeps the failed batch's tensors alive.
+        """
+        if is_broken(error):
+            self._fail_jobs(jobs, _refuse_broken())
+            self.fail(f"the device is broken error={type(error).__name__}")
+            return
+        if _is_out_of_memory(error):
+            self._engine.device.release_memory()
+            if len(jobs) > 1:
+                self._scheduler.lower_budget(sum(job.num_tokens for job in jobs) // 2)
+        if len(jobs) == 1:
+            self._fail_jobs(jobs, _to_refusal(error))
+            self._suspect()
+            return
+        logger.warning("batch of %d failed, halving it: %s", len(jobs), type(error).__name__)
+        middle = len(jobs) // 2
+        for half in (jobs[:middle], jobs[middle:]):
+            if self.failure:
+                self._fail_jobs(half, _refuse_broken())
+                continue
+            started_s = time.monotonic()
+            failed = None
+            try:
+                rows, times = self._engine.result(
+                    self._engine.launch([job.request for job in half])
+                )
+            except Exception as again:
+                failed = again
             else:
-                scored.set_result(result)
+                self._deliver(half, rows, times, started_s)
+            if failed is not None:
+                rows = None
+                _log_and_forget_frames(failed)
+                self._recover(half, failed)
+
+    def _suspect(self) -> None:
+        """Counts a sequence that failed alone; after a few, sees whether anything still works."""
+        self._failures += 1
+        if self._failures < SUSPICIOUS_FAILURES:
+            return
+        self._failures = 0
+        with contextlib.suppress(Exception):  # failing is an answer too
+            if self._known_answer.repeats():
+                return
+        self.fail("a known answer does not come out any more")
+
+    def _fail_jobs(self, jobs: Sequence[SequenceJob], error: Exception) -> None:
+        for job in jobs:
+            self._encoder.fail(job, error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def _log_and_forget_frames(error: Exception) -> None:
+    """Writes the traceback to the log and drops it: its frames hold the tensors of the batch."""
+    logger.warning("a batch failed", exc_info=error)
+    chain: BaseException | None = error
+    while chain is not None:
+        chain.__traceback__ = None
+        chain = chain.__cause__ or chain.__context__
+
+
+def _refuse_broken() -> RequestRefused:
+    return RequestRefused(
+        grpc.StatusCode.UNAVAILABLE,
+        "STOPPED",
+        "this replica cannot compute any more and is about to end; send the request to another "
+        "one.",
+    )
 
 
 def _to_refusal(error: Exception) -> Exception:
     """Turns running out of memory on one sequence into a refusal that its client can act on."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if _is_out_of_memory(error):
         return RequestRefused(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             "OUT_OF_MEMORY",

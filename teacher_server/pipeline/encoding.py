@@ -1,11 +1,11 @@
-"""Encodes targets on one thread, part by part, in fair turns of the teams.
+"""Encodes selected rows on a few threads, part by part, in fair turns of the teams.
 
-An answer is encoded in parts of at most 1 MiB, and before each part the thread chooses again whose
+An answer is encoded in parts of at most 1 MiB, and before each part a thread chooses again whose
 turn it is. It does so by start-time fair queueing as in scheduling/fairness.py, where the cost is
 the bytes of a part: a team whose answer arrives while other teams have long ones in progress waits
-for the part in hand, and for at most one part of each team that returned before it. Among the
+for the parts in hand, and for at most one part of each team that returned before it. Among the
 answers of one team, more urgent levels go first, then older ones, so that an answer that was begun
-is finished and its tensors are freed.
+is finished and its tensors are freed. The parts of one answer are encoded one after the other.
 
 Encoding never waits for the reader: a reader that stopped holds bytes, not tensors.
 """
@@ -13,16 +13,25 @@ Encoding never waits for the reader: a reader that stopped holds bytes, not tens
 import asyncio
 import heapq
 import itertools
+import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Self
 
+from logit_codec import encode_parts
+from teacher_server.engine.head import ScoredRows
 from teacher_server.scheduling.job import SequenceJob
 
+logger = logging.getLogger(__name__)
+
+NUM_THREADS = min(4, max(2, (os.cpu_count() or 1) // 4))
+"""Threads that encode. Most of their time is spent in torch and numpy, without the lock of Python."""
 CLOSE_S = 5.0
-"""How long closing waits for the part in hand."""
+"""How long closing waits for the parts in hand."""
 
 Parts = Iterator[tuple[int, int, bytes]]
 """What `encode_parts` yields: first row, number of rows, container."""
@@ -37,25 +46,40 @@ class Part:
     payload: bytes
     seconds: float
     """Since the answer was queued for encoding."""
+    compact_s: float
+    """How long its rows were compacted, which is done before the first part."""
+
+
+class State(Enum):
+    """Says where an answer is."""
+
+    SCORING = auto()
+    """It has no rows yet."""
+    WAITING = auto()
+    """It waits for a thread."""
+    IN_HAND = auto()
+    """A thread encodes a part of it."""
+    ENDED = auto()
+    """It is encoded, or failed, or was dropped."""
 
 
 class Encoding:
     """Iterates over the parts of one answer, in row order, as they are encoded.
 
-    Raises the error of the encoder. A reader that does not iterate to the end calls `close`.
+    Raises what scoring or encoding raised. A reader that does not iterate to the end calls `close`.
     """
 
-    def __init__(
-        self, encoder: "Encoder", job: SequenceJob, make: Callable[[], Parts], order: int
-    ) -> None:
+    def __init__(self, job: SequenceJob, on_close: Callable[[SequenceJob], None]) -> None:
+        """Call it in the event loop of the reader. on_close: called by `close`."""
         self.job = job
-        self.order = order
-        self.waiting = False
-        """Whether the thread still has parts of it to encode."""
-        self._encoder = encoder
-        self._make: Callable[[], Parts] | None = make
+        self.order = 0
+        self.state = State.SCORING
+        """Changed by the encoder alone, under its lock."""
+        self._on_close = on_close
+        self._rows: ScoredRows | None = None
         self._parts: Parts | None = None
-        self._began = time.perf_counter()
+        self._compact_s = 0.0
+        self._began = 0.0
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Queue[Part | Exception | None] = asyncio.Queue()
 
@@ -74,26 +98,42 @@ class Encoding:
         return result
 
     def close(self) -> None:
-        """Drops the parts that are not encoded yet."""
-        self._encoder._drop(self)
+        """Drops what is not scored or encoded yet."""
+        self._on_close(self.job)
 
-    def _encode_next(self) -> Part | Exception | None:
-        """Encodes the next part, in the thread; returns None after the last one, and errors too."""
+    def take(self, rows: ScoredRows, order: int) -> None:
+        """Takes the rows that were selected, which it encodes from now on."""
+        self._rows, self.order = rows, order
+        self._began = time.perf_counter()
+
+    def encode_next(self, max_nbytes: int) -> Part | Exception | None:
+        """Encodes the next part, in a thread; returns None after the last one, and errors too."""
         try:
             if self._parts is None:
-                assert self._make is not None
-                self._parts, self._make = self._make(), None
+                self._parts = self._compact(max_nbytes)
             first_row, num_rows, payload = next(self._parts)
         except StopIteration:
             return None
         except Exception as error:
             return error
-        return Part(first_row, num_rows, payload, time.perf_counter() - self._began)
+        seconds = time.perf_counter() - self._began
+        return Part(first_row, num_rows, payload, seconds, self._compact_s)
 
-    def _release_tensors(self) -> None:
-        self._make = self._parts = None
+    def _compact(self, max_nbytes: int) -> Parts:
+        assert self._rows is not None
+        began = time.perf_counter()
+        rows, self._rows = self._rows, None
+        targets = rows.compact()
+        self._compact_s = time.perf_counter() - began
+        spec, table = self.job.request.spec, self.job.id_table
+        return encode_parts(targets, spec, max_nbytes=max_nbytes, id_table=table)
 
-    def _deliver(self, result: Part | Exception | None) -> None:
+    def release(self) -> None:
+        """Lets go of the rows."""
+        self._rows = self._parts = None
+
+    def deliver(self, result: Part | Exception | None) -> None:
+        """Gives the reader a part, an error, or the end."""
         self._loop.call_soon_threadsafe(self._ready.put_nowait, result)
 
 
@@ -106,95 +146,150 @@ class _TeamAnswers:
         """Start tag of its next part."""
         self.waiting: list[Encoding] = []
         """A heap, the next one first."""
+        self.num_in_hand = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.num_in_hand
 
     def remove(self, encoding: Encoding) -> None:
-        if self.waiting[0] is encoding:
-            heapq.heappop(self.waiting)
-        else:
-            self.waiting.remove(encoding)
-            heapq.heapify(self.waiting)
+        self.waiting.remove(encoding)
+        heapq.heapify(self.waiting)
 
 
 class Encoder:
-    """Runs the thread that encodes, and queues the answers that wait for it.
+    """Runs the threads that encode, and queues the answers that wait for them.
 
-    on_end: called once per answer, in any thread, when it is encoded or dropped.
+    max_payload_nbytes: of one part. on_end: called once per answer, in any thread, when it is
+    encoded or dropped. on_failure: called when a thread ends that should not.
     """
 
-    def __init__(self, on_end: Callable[[SequenceJob], None]) -> None:
+    def __init__(
+        self,
+        *,
+        max_payload_nbytes: int,
+        on_end: Callable[[SequenceJob], None],
+        on_failure: Callable[[str], None],
+    ) -> None:
+        self._max_payload_nbytes = max_payload_nbytes
         self._on_end = on_end
+        self._on_failure = on_failure
         self._changed = threading.Condition()
+        """Guards everything below, and the state of every answer."""
+        self._answers: dict[SequenceJob, Encoding] = {}
+        """Those that have not ended."""
         self._teams: dict[str, _TeamAnswers] = {}
         self._virtual_time = 0.0
         self._order = itertools.count()
-        self._in_hand: Encoding | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="encode", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._guard, name=f"encode-{number}", daemon=True)
+            for number in range(NUM_THREADS)
+        ]
 
-    def encode(self, job: SequenceJob, make: Callable[[], Parts]) -> Encoding:
-        """Queues an answer; `make` is called in the thread. Call it in an event loop."""
+    def start(self) -> None:
+        """Begins to encode."""
+        for thread in self._threads:
+            thread.start()
+
+    def expect(self, job: SequenceJob, on_close: Callable[[SequenceJob], None]) -> Encoding:
+        """Returns what the parts of a job will come through; call it in the reader's event loop."""
+        encoding = Encoding(job, on_close)
         with self._changed:
-            encoding = Encoding(self, job, make, next(self._order))
-            if self._closed:
-                encoding._deliver(RuntimeError("the replica was stopped"))
-                self._on_end(job)
-                return encoding
-            team = self._teams.get(job.team.name) or self._add_team(job.team.name)
-            team.weight = job.team.weight
-            if not team.waiting:
-                # A team that was idle has saved nothing up.
-                team.start = max(team.start, self._virtual_time)
-            encoding.waiting = True
-            heapq.heappush(team.waiting, encoding)
-            if self._thread.ident is None:
-                self._thread.start()
-            self._changed.notify()
+            self._answers[job] = encoding
         return encoding
 
-    def close(self) -> None:
-        """Ends the thread after the part in hand; the remaining answers fail at once.
+    def encode(self, job: SequenceJob, rows: ScoredRows) -> None:
+        """Queues the rows of an answer."""
+        with self._changed:
+            encoding = self._answers.get(job)
+            if encoding is None:  # its client left while it was scored
+                self._on_end(job)
+                return
+            if self._closed:
+                self._end(encoding, RuntimeError("the replica was stopped"))
+                return
+            encoding.take(rows, next(self._order))
+            team = self._teams.get(job.team.name) or self._add_team(job.team.name)
+            team.weight = job.team.weight
+            if team.is_idle:
+                # A team that was idle has saved nothing up.
+                team.start = max(team.start, self._virtual_time)
+            encoding.state = State.WAITING
+            heapq.heappush(team.waiting, encoding)
+            self._changed.notify()
 
-        Waits for that part: an interpreter that exits under a running thread may crash.
+    def fail(self, job: SequenceJob, error: Exception) -> None:
+        """Ends an answer with an error."""
+        with self._changed:
+            if (encoding := self._answers.get(job)) is not None:
+                self._end(encoding, error)
+
+    def fail_unscored(self, error: Exception) -> None:
+        """Ends all answers that have no rows yet with an error."""
+        with self._changed:
+            for encoding in list(self._answers.values()):
+                if encoding.state is State.SCORING:
+                    self._end(encoding, error)
+
+    def drop(self, job: SequenceJob) -> None:
+        """Ends an answer that nobody waits for any more."""
+        with self._changed:
+            if (encoding := self._answers.get(job)) is not None:
+                self._end(encoding, None)
+
+    def close(self) -> None:
+        """Ends the threads after the parts in hand; the remaining answers fail at once.
+
+        Waits for those parts: an interpreter that exits under a running thread may crash.
         """
         with self._changed:
             self._closed = True
-            self._changed.notify()
-            for team in self._teams.values():
-                for encoding in team.waiting:
-                    encoding._deliver(RuntimeError("the replica was stopped"))
-                    self._finish(encoding)
-            self._teams.clear()
-        if self._thread.ident is not None:
-            self._thread.join(CLOSE_S)
+            for encoding in list(self._answers.values()):
+                self._end(encoding, RuntimeError("the replica was stopped"))
+            self._changed.notify_all()
+        deadline = time.monotonic() + CLOSE_S
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def has_died(self) -> bool:
+        """Whether a thread has ended although nothing was closed."""
+        return not self._closed and any(t.ident and not t.is_alive() for t in self._threads)
 
     def _add_team(self, name: str) -> _TeamAnswers:
         # An idle team whose tag was reached would start where a new one does: it may go.
         self._teams = {
             name: team
             for name, team in self._teams.items()
-            if team.waiting or team.start > self._virtual_time
+            if not team.is_idle or team.start > self._virtual_time
         }
         team = self._teams[name] = _TeamAnswers()
         return team
 
-    def _drop(self, encoding: Encoding) -> None:
-        with self._changed:
-            if encoding.waiting:  # else it is encoded, or has failed
-                self._teams[encoding.job.team.name].remove(encoding)
-                self._finish(encoding)
-
-    def _finish(self, encoding: Encoding) -> None:
-        """Marks an answer as one that the thread has left; called with the lock."""
-        encoding.waiting = False
-        if encoding is not self._in_hand:  # else the thread still reads its tensors, and frees them
-            encoding._release_tensors()
+    def _end(self, encoding: Encoding, result: Exception | None) -> None:
+        """Delivers the end of an answer and forgets it; called with the lock."""
+        if encoding.state is State.WAITING:
+            self._teams[encoding.job.team.name].remove(encoding)
+        if encoding.state is not State.IN_HAND:  # else its thread reads the rows, and releases them
+            encoding.release()
+        encoding.state = State.ENDED
+        del self._answers[encoding.job]
         self._on_end(encoding.job)
+        # With the lock: after close() there may be no event loop to deliver to.
+        encoding.deliver(result)
 
-    def _run(self) -> None:
-        while (encoding := self._choose()) is not None:
-            # Without the lock: this takes long, and answers may be queued and dropped meanwhile.
-            result = encoding._encode_next()
-            self._end_turn(encoding, result)
+    def _guard(self) -> None:
+        """Encodes until closed; anything else that ends the thread is a failure of the replica."""
+        try:
+            while (encoding := self._choose()) is not None:
+                # Without the lock: this takes long; answers may be queued and dropped meanwhile.
+                self._end_turn(encoding, encoding.encode_next(self._max_payload_nbytes))
+                del encoding
+        except BaseException as error:
+            logger.exception("an encode thread ended")
+            self._on_failure(f"an encode thread ended error={type(error).__name__}")
+            raise
 
     def _choose(self) -> Encoding | None:
         """Waits for the answer whose part is next; returns None when closed."""
@@ -208,21 +303,24 @@ class Encoder:
                 self._changed.wait()
             team = min(working, key=lambda team: team.start)
             self._virtual_time = team.start
-            self._in_hand = team.waiting[0]
-            return self._in_hand
+            encoding = heapq.heappop(team.waiting)
+            encoding.state = State.IN_HAND
+            team.num_in_hand += 1
+            return encoding
 
     def _end_turn(self, encoding: Encoding, result: Part | Exception | None) -> None:
         """Delivers the result of a turn and charges its team."""
         with self._changed:
-            self._in_hand = None
-            if not encoding.waiting:  # it was dropped, or the encoder closed, during the turn
-                encoding._release_tensors()
-                return
             team = self._teams[encoding.job.team.name]
-            if isinstance(result, Part):
+            team.num_in_hand -= 1
+            if encoding.state is State.ENDED:  # it was dropped, or the encoder closed, meanwhile
+                encoding.release()
+            elif isinstance(result, Part):
                 team.start += len(result.payload) / team.weight
+                encoding.state = State.WAITING
+                heapq.heappush(team.waiting, encoding)
+                encoding.deliver(result)
+                self._changed.notify()
             else:
-                team.remove(encoding)
-                self._finish(encoding)
-            # With the lock: after close() there may be no event loop to deliver to.
-            encoding._deliver(result)
+                encoding.release()
+                self._end(encoding, result)

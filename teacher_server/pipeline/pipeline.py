@@ -1,22 +1,20 @@
-"""Turns queued jobs into encoded answers: queue -> batch -> scored -> bytes.
+"""Turns queued jobs into encoded answers: queue -> pack -> rows -> bytes.
 
-Three threads share the work. The event loop queues jobs and takes the encoded parts; the compute
-thread (compute.py) runs the model on one batch after another; the encode thread (encoding.py) turns
-targets into bytes while the next batch is computed. The backlog (backlog.py) bounds how far the
-compute thread may run ahead of the encode thread.
+The event loop queues jobs and takes the encoded parts. One thread launches packs and another waits
+for them (compute.py); a few threads turn selected rows into bytes while the next packs are computed
+(encoding.py). The backlog (backlog.py) bounds how far computing may run ahead of encoding.
 """
 
 import asyncio
-from functools import partial
+from collections.abc import Callable
 
-from logit_codec import encode_parts
-from teacher_server.engine.head import VocabularyHead
+from teacher_server.engine.engine import Engine
 from teacher_server.ledger.accounts import Accounts
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.monitoring.replica_stats import ReplicaSnapshot, ReplicaStats
 from teacher_server.pipeline.backlog import EncodeBacklog
-from teacher_server.pipeline.compute import ComputeThread
-from teacher_server.pipeline.encoding import Encoder, Encoding
+from teacher_server.pipeline.compute import Compute
+from teacher_server.pipeline.encoding import Encoder, Encoding, Part
 from teacher_server.scheduling.job import SequenceJob
 from teacher_server.scheduling.scheduler import Scheduler
 
@@ -25,72 +23,74 @@ class Pipeline:
     """Scores and encodes the sequences of one replica.
 
     max_unencoded_nbytes: bound of the answers that are scored and not encoded. max_payload_nbytes:
-    of one encoded part.
+    of one encoded part. on_failure: called, in any thread, when it can do neither any more.
     """
 
     def __init__(
         self,
         scheduler: Scheduler,
-        head: VocabularyHead,
+        engine: Engine,
         *,
         accounts: Accounts,
         metrics: Metrics,
         max_unencoded_nbytes: int,
         max_payload_nbytes: int,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
         self._metrics = metrics
-        self._max_payload_nbytes = max_payload_nbytes
         self._replica_stats = ReplicaStats()
         self._backlog = EncodeBacklog(max_unencoded_nbytes)
-        self._encoder = Encoder(on_end=self._backlog.forget)
-        self._compute = ComputeThread(
+        self._encoder = Encoder(
+            max_payload_nbytes=max_payload_nbytes,
+            on_end=self._backlog.forget,
+            on_failure=lambda why: self._compute.fail(why),
+        )
+        self._compute = Compute(
             scheduler,
-            head,
+            engine,
             self._backlog,
+            self._encoder,
             accounts=accounts,
             metrics=metrics,
             replica_stats=self._replica_stats,
+            on_failure=on_failure,
         )
         metrics.watch("teacher_queued_tokens", lambda: scheduler.queued_tokens)
         metrics.watch("teacher_unencoded_bytes", lambda: self._backlog.nbytes)
 
     def start(self) -> None:
-        """Begins to compute; call it in the event loop that will score."""
+        """Begins to compute and to encode."""
+        self._encoder.start()
         self._compute.start()
 
-    async def score(self, job: SequenceJob) -> Encoding:
-        """Queues a job, waits for its targets and returns its parts, which are being encoded.
+    def score(self, job: SequenceJob) -> Encoding:
+        """Queues a job and returns its parts, which come as they are encoded.
 
-        Cancelling it takes the job out of the queue. Raises RequestRefused if the queue is full or
-        the replica has stopped, and the error of the forward pass.
+        Closing what it returns takes the job out wherever it is. Call it in an event loop. Raises
+        RequestRefused if the queue is full or the replica has stopped.
         """
-        job.scored = asyncio.get_running_loop().create_future()
+        encoding = self._encoder.expect(job, on_close=self._drop)
         try:
             self._scheduler.submit(job)
-            # The job may go ahead of other teams, which the compute thread may be waiting for.
-            self._backlog.look()
-            targets = await job.scored
         except BaseException:
-            # It may still be queued, or be scored already and about to be handed over.
-            self._scheduler.cancel(job)
-            self._backlog.forget(job)
+            self._encoder.drop(job)
             raise
-        job.scored = None  # it holds the tensors, which are to go as soon as they are encoded
-        self._metrics.queue_s.observe(job.waited_s)
-        make = partial(
-            encode_parts,
-            targets,
-            job.request.spec,
-            max_nbytes=self._max_payload_nbytes,
-            id_table=job.id_table,
-        )
-        return self._encoder.encode(job, make)
+        # The job may go ahead of other teams, which the launcher may be waiting for.
+        self._backlog.look()
+        return encoding
 
-    def record_encoded(self, seconds: float) -> None:
-        """Counts a sequence whose last part has come, and the time since it was scored."""
-        self._metrics.encode_s.observe(seconds)
-        self._replica_stats.encoded(seconds)
+    def record_encoded(self, last: Part) -> None:
+        """Counts a sequence whose last part has come."""
+        self._metrics.encode_s.observe(last.seconds)
+        self._metrics.compact_s.observe(last.compact_s)
+        self._replica_stats.encoded(last.seconds, last.compact_s)
+
+    def _drop(self, job: SequenceJob) -> None:
+        """Gives a job up: it may be queued, in a pack, or about to be encoded."""
+        self._scheduler.cancel(job)
+        self._encoder.drop(job)
+        self._backlog.forget(job)
 
     @property
     def queued_tokens(self) -> int:
@@ -106,9 +106,14 @@ class Pipeline:
         """How long the forward pass in hand has taken so far; 0 without one."""
         return self._compute.busy_s
 
-    def is_stuck(self, after_s: float) -> bool:
-        """Whether the forward pass in hand takes longer than it ever should."""
-        return self._compute.is_stuck(after_s)
+    def find_trouble(self, after_s: float) -> str:
+        """Says why nothing is computed or encoded any more; empty if all is well.
+
+        after_s: how long a forward pass may take, if no earlier one took nearly as long.
+        """
+        if self._encoder.has_died():
+            return "an encode thread has ended"
+        return self._compute.find_trouble(after_s)
 
     def workload(self) -> ReplicaSnapshot:
         """Returns the means and rates of the last minute."""
@@ -116,11 +121,11 @@ class Pipeline:
 
     @property
     def max_batch_tokens(self) -> int:
-        """Tokens of a full batch."""
+        """Tokens of a full pack."""
         return self._scheduler.max_batch_tokens
 
     async def close(self, seconds: float) -> None:
-        """Fails the jobs that wait and ends both threads, or leaves them after `seconds`."""
+        """Fails the jobs that wait and ends the threads, or leaves them after `seconds`."""
         self._compute.close()
         await asyncio.to_thread(self._compute.join, seconds)
         await asyncio.to_thread(self._encoder.close)

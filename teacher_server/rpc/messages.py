@@ -17,13 +17,13 @@ EPOCH = datetime.date(1970, 1, 1)
 
 
 def timing_message(job: SequenceJob) -> teacher_pb2.Timing:
-    """Reports how long a scored job waited and computed; each part adds its `encode_us`."""
+    """Reports how long a scored job waited and computed; each part adds what encoding took."""
     forward_pass = job.forward_pass
     assert forward_pass is not None
+    stages = forward_pass.times.by_stage()
     return teacher_pb2.Timing(
         queue_us=int(1e6 * job.waited_s),
-        forward_us=int(1e6 * forward_pass.times.forward_s),
-        head_us=int(1e6 * forward_pass.times.head_s),
+        **{f"{stage}_us": int(1e6 * seconds) for stage, seconds in stages.items()},
         batch_sequences=forward_pass.num_sequences,
         batch_tokens=forward_pass.num_tokens,
     )

@@ -183,7 +183,7 @@ class ScoreStream:
     async def _answer(self, answer: _Answer, job: SequenceJob) -> None:
         """Scores, encodes and writes one sequence, each part as soon as it is encoded."""
         try:
-            with closing(await self._pipeline.score(job)) as parts:
+            with closing(self._pipeline.score(job)) as parts:
                 await self._write_parts(answer, job, parts)
         except grpc.aio.InternalError:
             answer.failed = True  # the client has gone: there is no one to send the error to
@@ -192,12 +192,15 @@ class ScoreStream:
 
     async def _write_parts(self, answer: _Answer, job: SequenceJob, parts: Encoding) -> None:
         """Writes the parts of one sequence; the last one is recorded as delivered."""
-        timing = timing_message(job)
+        timing = None
         digest = xxhash.xxh3_128_digest(job.ids_bytes)
         num_rows = len(job.request.rows)
         nbytes = 0
         async for encoded in parts:
             nbytes += len(encoded.payload)
+            if timing is None:
+                timing = timing_message(job)
+                timing.compact_us = int(1e6 * encoded.compact_s)
             timing.encode_us = int(1e6 * encoded.seconds)
             response = teacher_pb2.ScoreResponse(request_id=answer.request_id)
             part = response.part  # filled in place: a message passed in would be copied
@@ -221,7 +224,7 @@ class ScoreStream:
                     num_rows,
                     nbytes,
                 )
-                self._pipeline.record_encoded(encoded.seconds)
+                self._pipeline.record_encoded(encoded)
             await self._write(answer, response, before=record_delivery)
             self._metrics.bytes_sent.labels(answer.team.name).inc(len(encoded.payload))
 

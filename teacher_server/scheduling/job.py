@@ -1,10 +1,9 @@
 """Defines the unit of scheduling: one sequence, from its admission until its answer is encoded."""
 
-import asyncio
 from dataclasses import dataclass, field
 
-from logit_codec import IdTable, Targets
-from teacher_server.engine.batch import RowRequest, StageTimes
+from logit_codec import IdTable
+from teacher_server.engine.batch import PackTimes, RowRequest
 from teacher_server.teams.declaration import DEFAULT_TEAM, Team
 
 NUM_LEVELS = 3
@@ -18,7 +17,7 @@ class ForwardPass:
 
     started_s: float
     """time.monotonic() when its batch was taken."""
-    times: StageTimes
+    times: PackTimes
     num_sequences: int
     num_tokens: int
 
@@ -27,8 +26,8 @@ class ForwardPass:
 class SequenceJob:
     """Follows one sequence of a request on its way through the server.
 
-    Admission makes it, the scheduler orders it, the compute thread scores it, the encoder and the
-    stream answer it.
+    Admission makes it, the scheduler orders it, the engine scores it, the encoder and the stream
+    answer it.
     """
 
     request: RowRequest
@@ -54,8 +53,6 @@ class SequenceJob:
     submitted_s: float = field(default=0.0, init=False)
     """time.monotonic() when it was queued."""
 
-    scored: "asyncio.Future[Targets] | None" = field(default=None, init=False)
-    """Resolved in the event loop once the compute thread has its targets, or has failed."""
     forward_pass: ForwardPass | None = field(default=None, init=False)
     """The pass that scored it."""
 

@@ -167,6 +167,11 @@ class Scheduler:
                 0.8 * self._tokens_per_s + 0.2 * rate if self._tokens_per_s else rate
             )
 
+    def lower_budget(self, max_batch_tokens: int) -> None:
+        """Makes batches smaller for good: one of more tokens did not fit into memory."""
+        with self._changed:
+            self.max_batch_tokens = max(1, min(self.max_batch_tokens, max_batch_tokens))
+
     def close(self) -> list[SequenceJob]:
         """Ends `next_batch` and returns the jobs that will not be scored."""
         with self._changed:
