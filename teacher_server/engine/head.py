@@ -74,7 +74,6 @@ class VocabularyHead:
                 temperature=temperature,
                 uniforms=uniforms_C,
                 realized_ids=realized_C,
-                overwrite=True,
             )
             del logits_CV  # before the next chunk's are made: two would not fit
             parts.append(targets[:num_rows])
