@@ -9,7 +9,7 @@ from logit_codec.kinds.sampled import SampledSpec, SampledTargets
 from logit_codec.kinds.top_k import TopKSpec, TopKTargets
 from logit_codec.parsing import parse_targets
 from logit_codec.sampling import uniforms
-from logit_codec.selection import select
+from logit_codec.selection import Selection, select, select_rows
 from logit_codec.spec import TargetSpec
 from logit_codec.targets import SparseTargets, Targets
 from logit_codec.wire import decode, encode, encode_parts
@@ -22,6 +22,7 @@ __all__ = [
     "IdTable",
     "SampledSpec",
     "SampledTargets",
+    "Selection",
     "SparseTargets",
     "TargetSpec",
     "Targets",
@@ -35,6 +36,7 @@ __all__ = [
     "ids_digest",
     "parse_targets",
     "select",
+    "select_rows",
     "tokenizer_fingerprint",
     "uniforms",
 ]

@@ -1,11 +1,12 @@
 """Finds where the mass of a row lies: sums its softmax over blocks of 64 columns.
 
-Letters: R rows, V columns of the logits, B blocks of a row, H blocks picked from all rows together.
+Letters: R rows, V columns of the logits, B blocks of a row, H blocks picked from each row, W
+columns of a block.
 
 A vocabulary has a thousand times more columns than entries that matter. So the (R, V) work is one
 exp into a scratch buffer that stays in the cache, a few rows at a time; what comes later reads
-the sums of blocks and the logits of the few blocks that they point to. A row's numbers do not
-depend on the rows beside it.
+the sums and maxima of blocks and the logits of the few blocks that they point to. Every shape
+follows from the logits' shape, and a row's numbers do not depend on the rows beside it.
 """
 
 from dataclasses import dataclass
@@ -17,17 +18,13 @@ BLOCK = 64
 """Columns of a block; the last block of a row may have fewer. Blocks of 256 make the sums a little
 faster and everything after them 2 to 3 times slower at V = 32,768."""
 
-SCRATCH_NBYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
-"""Size of the scratch buffer: on a CPU it should stay in a core's own cache (1 MiB: 64 rows of
-262,144 columns take 17 ms, 21 ms in 2 MiB, 37 ms and more in a fresh buffer of all rows); on a GPU
-it should be a few launches."""
+SCRATCH_NBYTES = 1 << 20
+"""Size of the scratch buffer on a CPU: it should stay in a core's own cache (1 MiB: 64 rows of
+262,144 columns take 17 ms, 21 ms in 2 MiB, 37 ms and more in a fresh buffer of all rows)."""
+LAUNCHES = 16
+"""On an accelerator the rows are worked on in this many parts: the buffers beside the logits get
+smaller with each, and the launches more."""
 
-PEAK_COLUMNS = 1024
-"""Columns whose largest logit stands in for the row's: a pass over all of them to find it costs a
-quarter of the whole. Any that is not far below it does: float32 has as many digits everywhere."""
-LARGEST_MASS = 1e34
-"""A row with more, or with what is no number, is added up anew, from its true peak. Its p * log(p)
-would not be far from float32's largest number."""
 SMALLEST_EXPONENT = -87.0
 """exp of less is a denormal float32, and arithmetic on those takes a CPU many times longer."""
 NO_MASS = 1.1e-36
@@ -36,99 +33,113 @@ NO_MASS = 1.1e-36
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowMasses:
-    """Holds R rows of logits, and where the mass of their softmax lies; a selection reads it."""
+    """Holds R rows of logits, and where the mass of their softmax lies; a selection reads it.
+
+    A row whose softmax is not finite has NaN shares and a NaN log_z.
+    """
 
     logits: Tensor
     """(R, V) of a floating dtype."""
     temperature: float
     shares_RB: Tensor
     """(R, B) float64: the share of each block in its row. A selection may overwrite them."""
+    maxima_RB: Tensor | None
+    """(R, B) float32: the largest logit of each block, if asked for."""
+    peak_R: Tensor
+    """(R,) float32: the largest logit."""
     log_z_R: Tensor
     """(R,) float64: logsumexp(logits / temperature)."""
+    entropy_R: Tensor | None
+    """(R,) float64, in nats, if asked for."""
 
     @classmethod
     def of(
-        cls, logits: Tensor, temperature: float, *, entropy: bool = False
-    ) -> tuple["RowMasses", Tensor | None]:
-        """Sums up the rows; also returns their (R,) float64 entropies if asked for."""
-        shares_RB, entropy_R = block_masses(logits, temperature, entropy=entropy)
-        log_z_R = log_partition(logits, shares_RB, temperature)
-        return cls(logits, temperature, shares_RB, log_z_R), entropy_R
-
-
-def block_masses(
-    logits: Tensor, temperature: float, *, entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Computes (R, B) float64 shares of softmax(logits / temperature), and the entropies.
-
-    The shares of a row sum to 1; the (R,) float64 entropies, in nats, are None unless asked for. A
-    row whose softmax is not finite has NaN shares.
-    """
-    num_rows, num_columns = logits.shape
-    nbytes = SCRATCH_NBYTES.get(logits.device.type, SCRATCH_NBYTES["cuda"])
-    step = max(1, nbytes // (4 * num_columns))
-    scratch = logits.new_empty(min(step, num_rows), num_columns, dtype=torch.float32)
-    sums_RB = logits.new_empty(num_rows, num_blocks(num_columns), dtype=torch.float64)
-    plogp_RB = torch.empty_like(sums_RB) if entropy else None
-
-    def add_up(rows: slice | Tensor, peak_columns: int) -> None:
-        chunk = logits[rows]
-        weights = _weights(chunk, temperature, scratch[: len(chunk)], peak_columns)
-        sums_RB[rows] = _block_sums(weights).double()
+        cls,
+        logits: Tensor,
+        temperature: float,
+        *,
+        maxima: bool = False,
+        entropy: bool = False,
+        scratch: Tensor | None = None,
+    ) -> "RowMasses":
+        """Sums up the rows; scratch: what `new_scratch` returned for rows of this length."""
+        if scratch is None:
+            scratch = new_scratch(logits)
+        sums_RB = logits.new_empty(len(logits), num_blocks(logits.shape[1]), dtype=torch.float32)
+        maxima_RB = torch.empty_like(sums_RB) if maxima else None
+        plogp_RB = torch.empty_like(sums_RB) if entropy else None
+        peak_R = sums_RB.new_empty(len(logits))
+        for first in range(0, len(logits), len(scratch)):
+            rows = slice(first, first + len(scratch))
+            chunk = logits[rows]
+            weights = scratch[: len(chunk)]
+            if logits.device.type == "cpu":  # whose cache then holds them, and as float32
+                chunk = weights.copy_(chunk)
+            if maxima_RB is not None:
+                maxima_RB[rows] = _over_blocks(torch.amax, chunk)
+                peak_R[rows] = maxima_RB[rows].amax(1)
+            else:
+                peak_R[rows] = chunk.amax(1)
+            _weights(chunk, peak_R[rows, None], temperature, out=weights)
+            sums_RB[rows] = _over_blocks(torch.sum, weights)
+            if plogp_RB is not None:
+                torch.special.entr(weights, out=weights)
+                plogp_RB[rows] = _over_blocks(torch.sum, weights)
+        # A plain sum of a row would be off by 1e-5 at V = 262,144; the blocks are added up pairwise
+        # and then in float64.
+        shares_RB = sums_RB.masked_fill_(sums_RB <= NO_MASS, 0.0).double()
+        mass_R = shares_RB.sum(1)
+        entropy_R = None
         if plogp_RB is not None:
-            plogp_RB[rows] = _block_sums(torch.special.entr(weights, out=weights)).double()
-
-    for first in range(0, num_rows, step):
-        add_up(slice(first, first + step), PEAK_COLUMNS)
-    for rows in (~(sums_RB.sum(1) < LARGEST_MASS)).nonzero()[:, 0].split(step):
-        add_up(rows, num_columns)
-    sums_RB.masked_fill_(sums_RB <= NO_MASS, 0.0)
-    # A plain sum of a row would be off by 1e-5 at V = 262,144; the blocks are added up pairwise and
-    # then in float64.
-    mass_R1 = sums_RB.sum(1, keepdim=True)
-    entropy_R = None
-    if plogp_RB is not None:
-        entropy_R = plogp_RB.sum(1) / mass_R1[:, 0] + mass_R1[:, 0].log()
-    return sums_RB.div_(mass_R1), entropy_R
+            entropy_R = plogp_RB.double().sum(1) / mass_R + mass_R.log()
+        log_z_R = peak_R.double() / temperature + mass_R.log()
+        shares_RB.div_(mass_R[:, None])
+        return cls(logits, temperature, shares_RB, maxima_RB, peak_R, log_z_R, entropy_R)
 
 
-def _weights(logits: Tensor, temperature: float, out: Tensor, peak_columns: int) -> Tensor:
-    """Computes exp(logits / temperature) times a number per row, at least exp(-87) on a CPU.
+def new_scratch(logits: Tensor) -> Tensor:
+    """Allocates the float32 buffer in which a few rows at a time are worked on."""
+    num_rows, num_columns = logits.shape
+    if logits.device.type == "cpu":
+        step = SCRATCH_NBYTES // (4 * num_columns)
+    else:
+        step = -(-num_rows // LAUNCHES)
+    return logits.new_empty(max(1, min(step, num_rows)), num_columns, dtype=torch.float32)
 
-    The largest of the first `peak_columns` becomes exp(0), so a row may overflow.
-    """
-    if logits.device.type != "cpu":  # one launch instead of four
-        if temperature != 1.0 or logits.dtype != torch.float32:
-            logits = torch.div(logits.float(), temperature, out=out)
-        return torch.softmax(logits, 1, out=out)
-    torch.sub(logits, logits[:, :peak_columns].amax(1, keepdim=True).float(), out=out)
+
+def _weights(logits: Tensor, peaks: Tensor, temperature: float, *, out: Tensor) -> Tensor:
+    """Computes exp((logits - peaks) / temperature) into `out`, at least exp(-87) on a CPU."""
+    torch.sub(logits, peaks, out=out)
     if temperature != 1.0:
         out.div_(temperature)
-    return out.clamp_(min=SMALLEST_EXPONENT).exp_()
+    if out.device.type == "cpu":
+        out.clamp_(min=SMALLEST_EXPONENT)
+    return out.exp_()
 
 
-def block_logits(logits: Tensor, rows: Tensor, blocks: Tensor, size: int = BLOCK) -> Tensor:
-    """Gathers (H,) blocks of rows as (H, size) float32 logits, -inf beyond the last column."""
-    whole = logits.shape[1] // size
-    if whole * size == logits.shape[1] and logits.is_contiguous():
-        return logits.view(-1, size).index_select(0, rows * whole + blocks).float()
-    rest = logits[:, whole * size :]
-    rest = torch.nn.functional.pad(rest, (0, size - rest.shape[1]), value=-torch.inf)
-    if whole == 0:
-        return rest[rows].float()
-    grouped = logits[:, : whole * size].unflatten(1, (whole, size))
-    values = grouped[rows, blocks.clamp(max=whole - 1)].float()
-    last = (blocks == whole).nonzero()[:, 0]
-    values[last] = rest[rows[last]].float()
-    return values
+def block_logits(logits: Tensor, blocks_RH: Tensor) -> tuple[Tensor, Tensor]:
+    """Gathers blocks of each row as (R, H, W) float32 logits, and the columns where they begin.
 
-
-def log_partition(logits: Tensor, shares_RB: Tensor, temperature: float) -> Tensor:
-    """Computes (R,) float64 logsumexp(logits / temperature) from the heaviest block's share."""
-    share_R, heaviest_R = shares_RB.max(1)
-    rows = torch.arange(len(logits), device=logits.device)
-    heaviest_RW = block_logits(logits, rows, heaviest_R).double() / temperature
-    return heaviest_RW.logsumexp(1) - share_R.log()
+    Where the last block would have fewer columns it begins earlier, and the columns that belong to
+    the block before it are -inf.
+    """
+    num_rows, num_columns = logits.shape
+    if num_columns < BLOCK:
+        logits = torch.nn.functional.pad(logits, (0, BLOCK - num_columns), value=-torch.inf)
+    last = max(num_columns, BLOCK) - BLOCK
+    # Overlapping windows: one that begins at each column. Indexing with two tensors takes five
+    # times as long.
+    size = ((num_rows - 1) * logits.stride(0) + last + 1, BLOCK)
+    windows = logits.as_strided(size, (1, 1))
+    first_RH = (blocks_RH * BLOCK).clamp_(max=last)
+    row_R1 = torch.arange(num_rows, device=logits.device)[:, None] * logits.stride(0)
+    values = windows.index_select(0, (first_RH + row_R1).flatten()).float()
+    values = values.view(*blocks_RH.shape, BLOCK)
+    if last % BLOCK:
+        place_W = torch.arange(BLOCK, device=logits.device)
+        twice_RHW = place_W < (blocks_RH * BLOCK - first_RH)[:, :, None]
+        values.masked_fill_(twice_RHW, -torch.inf)
+    return values, first_RH
 
 
 def num_blocks(num_columns: int) -> int:
@@ -136,10 +147,12 @@ def num_blocks(num_columns: int) -> int:
     return (num_columns + BLOCK - 1) // BLOCK
 
 
-def _block_sums(weights: Tensor) -> Tensor:
-    """Sums (R, V) float32 over blocks to (R, B)."""
-    whole = weights.shape[1] // BLOCK * BLOCK
-    sums = weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(2) if whole else weights[:, :0]
-    if whole == weights.shape[1]:
-        return sums
-    return torch.cat([sums, weights[:, whole:].sum(1, keepdim=True)], 1)
+def _over_blocks(reduce, values: Tensor) -> Tensor:
+    """Reduces (R, V) over blocks to (R, B)."""
+    whole = values.shape[1] // BLOCK * BLOCK
+    if whole == 0:
+        return reduce(values, 1, keepdim=True)
+    reduced = reduce(values[:, :whole].unflatten(1, (-1, BLOCK)), 2)
+    if whole == values.shape[1]:
+        return reduced
+    return torch.cat([reduced, reduce(values[:, whole:], 1, keepdim=True)], 1)

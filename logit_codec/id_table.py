@@ -197,7 +197,7 @@ def expected_inclusions(logits: Tensor, *, num_draws: int = 64, temperature: flo
     Rows that are not finite count as nothing.
     """
     num_columns = logits.shape[1]
-    step = max(1, SCRATCH_NBYTES["cpu"] // (4 * num_columns))
+    step = max(1, SCRATCH_NBYTES // (4 * num_columns))
     total_V = torch.zeros(num_columns, dtype=torch.float64)
     for rows in logits.split(step):
         weights = torch.softmax(rows.float() / temperature, 1)

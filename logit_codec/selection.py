@@ -1,22 +1,128 @@
 """Selects targets from logits: what a spec asks for of each row, on the logits' own device.
 
 Letters: R rows, V columns of the logits.
+
+`select_rows` has fixed shapes and never waits for the device; `Selection.compact` makes targets of
+its result, on a CPU.
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from logit_codec.blocks import RowMasses
+from logit_codec.blocks import LAUNCHES, RowMasses, new_scratch
 from logit_codec.parsing import parse_targets
 from logit_codec.spec import TargetSpec
 from logit_codec.targets import Targets
 
-ARITHMETIC = "shares-3"
+ARITHMETIC = "shares-4"
 """Names how shares are added up: another order rounds otherwise, and may draw another id. Part of a
 teacher's fingerprint."""
+
+PIECE_NBYTES = 2 << 20
+"""Memory of the gathered logits and what is computed from them, on a CPU: its cache should hold it.
+In pieces of 1 MiB the calls take longer than the work at V = 262,144."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Selection:
+    """Holds what was selected from R rows of logits, in tensors of a fixed shape per row.
+
+    Raises ValueError if the columns differ in their number of rows.
+    """
+
+    spec: TargetSpec
+    vocab_size: int
+    temperature: float
+    columns: dict[str, Tensor]
+    """Tensors whose first dimension is R: those that every kind has, named like the fields of
+    `Targets`, and the kind's own."""
+
+    def __post_init__(self) -> None:
+        if len({len(column) for column in self.columns.values()}) != 1:
+            shapes = {name: tuple(column.shape) for name, column in self.columns.items()}
+            raise ValueError(f"the columns must have one number of rows, got {shapes}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __repr__(self) -> str:
+        parts = [f"{self.spec}", f"{len(self)} rows", f"vocab_size={self.vocab_size}"]
+        for name, value in self.columns.items():
+            parts.append(f"{name}={str(value.dtype).removeprefix('torch.')}{list(value.shape)}")
+        return f"Selection({', '.join(parts)}, temperature={self.temperature})"
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all columns."""
+        return sum(column.nbytes for column in self.columns.values())
+
+    def __getitem__(self, rows: slice) -> "Selection":
+        """Returns consecutive rows without copying."""
+        return self._with({name: column[rows] for name, column in self.columns.items()})
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Selection":
+        """Returns the same rows with every column on `device`."""
+        moved = {
+            name: column.to(device, non_blocking=non_blocking)
+            for name, column in self.columns.items()
+        }
+        return self._with(moved)
+
+    def empty_like(self, num_rows: int, *, pin_memory: bool = False) -> "Selection":
+        """Allocates columns for `num_rows` rows of this kind, with undefined content.
+
+        pin_memory: in pinned memory of the CPU, instead of on the device of these rows.
+        """
+        device = "cpu" if pin_memory else None
+        empty = {
+            name: torch.empty_like(
+                column[:1].expand(0, *column.shape[1:]), device=device
+            ).new_empty(num_rows, *column.shape[1:], pin_memory=pin_memory)
+            for name, column in self.columns.items()
+        }
+        return self._with(empty)
+
+    def copy_to(self, other: "Selection", first_row: int = 0) -> None:
+        """Copies all rows into those of `other` from `first_row` on; waits for no pinned memory."""
+        for name, column in self.columns.items():
+            place = other.columns[name][first_row : first_row + len(column)]
+            place.copy_(column, non_blocking=True)
+
+    def compact(self) -> Targets:
+        """Makes targets of the rows, on the CPU."""
+        columns = {name: column.cpu() for name, column in self.columns.items()}
+        per_row = {name: columns.pop(name) for name in Targets.row_fields if name in columns}
+        common = {"vocab_size": self.vocab_size, "temperature": self.temperature, **per_row}
+        return self.spec.compact(columns, common)
+
+    def _with(self, columns: dict[str, Tensor]) -> "Selection":
+        return replace(self, columns=columns)
+
+    @staticmethod
+    def cat(parts: Sequence["Selection"]) -> "Selection":
+        """Joins the rows of all parts, one part after the other.
+
+        Raises ValueError if there is no part, or if parts differ in spec, vocabulary or
+        temperature.
+        """
+        if not parts:
+            raise ValueError("Selection.cat needs at least one part")
+        first = parts[0]
+        for other in parts[1:]:
+            for name in ("spec", "vocab_size", "temperature"):
+                mine, others = getattr(first, name), getattr(other, name)
+                if mine != others:
+                    raise ValueError(
+                        f"cannot join selections of different {name}: {mine}, {others}"
+                    )
+        if len(parts) == 1:
+            return first
+        joined = {name: torch.cat([part.columns[name] for part in parts]) for name in first.columns}
+        return first._with(joined)
 
 
 def select(
@@ -26,20 +132,42 @@ def select(
     temperature: float = 1.0,
     uniforms: Tensor | None = None,
     realized_ids: Tensor | None = None,
-    overwrite: bool = False,
 ) -> Targets:
     """Selects from softmax(logits / temperature) what `spec` asks for.
 
     logits: (R, V) of a floating dtype; -inf gives an id probability 0. uniforms: (R,) float64 in
     [0, 1), needed for sampled; `logit_codec.uniforms` makes them. realized_ids: (R,) int64, the
-    tokens that really came next; needed if `spec.realized`. overwrite: dense targets may take over
-    the memory of float32 logits; without it the logits are not changed.
+    tokens that really came next; needed if `spec.realized`.
 
-    Extra memory in a large vocabulary is a small part of the logits for sampled and for top_k with
-    a min_p of 1/1024 or more; at most one (R, V) float32 buffer for other top_k; for dense its
-    result. A row that is not finite comes back so that `encode` refuses it, and leaves the others
-    alone. Raises ValueError for a k above V and for uniforms or realized_ids that are missing, have
-    another shape or are out of range.
+    Extra memory in a large vocabulary is a small part of the logits, and the result. A row that is
+    not finite comes back so that `encode` refuses it, and leaves the others alone. Raises
+    ValueError for a k above V and for uniforms or realized_ids that are missing, have another shape
+    or are out of range.
+    """
+    spec = parse_targets(spec)
+    if spec.needs_uniforms and uniforms is not None:
+        _refuse_values_outside(spec, uniforms, len(logits))
+    rows = select_rows(
+        logits, spec, temperature=temperature, uniforms=uniforms, realized_ids=realized_ids
+    )
+    return rows.compact().to(logits.device)
+
+
+@torch.no_grad()
+def select_rows(
+    logits: Tensor,
+    spec: str | TargetSpec,
+    *,
+    temperature: float = 1.0,
+    uniforms: Tensor | None = None,
+    realized_ids: Tensor | None = None,
+) -> Selection:
+    """Selects what `select` does, in fixed shapes and without waiting for the logits' device.
+
+    All arguments are on one device, and are those of `select`; that the uniforms are in [0, 1) is
+    not checked. `compact` of the result is what `select` returns. A row's result does not depend on
+    the rows beside it. Extra memory beside the result is at most a quarter of the logits as float32
+    from 128 rows of 32,000 columns on. Raises ValueError as `select` does.
     """
     spec = parse_targets(spec)
     num_rows, vocab_size = logits.shape
@@ -51,37 +179,81 @@ def select(
             f"realized_ids must have shape ({num_rows},) unless the spec says realized=0, got {got}"
         )
     if spec.needs_uniforms:
-        uniforms = _check_uniforms(spec, uniforms, num_rows)
+        _check_uniforms(spec, uniforms, num_rows)
+    spec.check_vocabulary(vocab_size)
     if num_rows == 0:  # reductions over no rows are not defined on every device
         row = logits.new_zeros(1, vocab_size)
         ids = None if realized_ids is None else realized_ids.new_zeros(1)
         draws = None if uniforms is None else uniforms.new_zeros(1)
-        return select(row, spec, temperature=temperature, uniforms=draws, realized_ids=ids)[:0]
-    realized_R1 = None
-    if spec.realized:  # read now: dense may overwrite the logits
-        assert realized_ids is not None
-        realized_R1 = logits.gather(1, realized_ids.long()[:, None]).double()
+        one = select_rows(row, spec, temperature=temperature, uniforms=draws, realized_ids=ids)
+        return one[:0]
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
 
-    masses, entropy_R = RowMasses.of(logits, temperature, entropy=spec.entropy)
-    targets = spec.select(masses, uniforms, overwrite=overwrite)
-    per_row = {}
+    if logits.device.type == "cpu":
+        step = max(1, PIECE_NBYTES // spec.scratch_row_nbytes(vocab_size))
+    else:
+        step = -(-num_rows // LAUNCHES)
+    scratch = new_scratch(logits)
+    whole = None
+    for first in range(0, num_rows, step):
+        rows = slice(first, first + step)
+        columns = _select_piece(
+            logits[rows],
+            spec,
+            temperature,
+            None if uniforms is None else uniforms[rows],
+            None if realized_ids is None else realized_ids[rows],
+            scratch,
+        )
+        piece = Selection(spec, vocab_size, temperature, columns)
+        if step >= num_rows:
+            return piece
+        if whole is None:
+            whole = piece.empty_like(num_rows)
+        piece.copy_to(whole, first)
+    assert whole is not None
+    return whole
+
+
+def _select_piece(
+    logits: Tensor,
+    spec: TargetSpec,
+    temperature: float,
+    uniforms_R: Tensor | None,
+    realized_R: Tensor | None,
+    scratch: Tensor,
+) -> dict[str, Tensor]:
+    """Makes all columns of a few rows."""
+    masses = RowMasses.of(
+        logits, temperature, maxima=spec.needs_maxima, entropy=spec.entropy, scratch=scratch
+    )
+    columns = {}
     if spec.log_z:
-        per_row["log_z"] = masses.log_z_R.float()
-    if realized_R1 is not None:
-        logprob_R = realized_R1[:, 0] / temperature - masses.log_z_R
-        per_row["realized_logprob"] = logprob_R.float()
-    if entropy_R is not None:
-        per_row["entropy"] = entropy_R.float()
-    return replace(targets, **per_row)
+        columns["log_z"] = masses.log_z_R.float()
+    if spec.realized:
+        assert realized_R is not None
+        realized_logit_R = logits.gather(1, realized_R.long()[:, None])[:, 0].double()
+        columns["realized_logprob"] = (realized_logit_R / temperature - masses.log_z_R).float()
+    if masses.entropy_R is not None:
+        columns["entropy"] = masses.entropy_R.float()
+    return columns | spec.select(masses, uniforms_R)
 
 
-def _check_uniforms(spec: TargetSpec, uniforms: Tensor | None, num_rows: int) -> Tensor:
+def _check_uniforms(spec: TargetSpec, uniforms: Tensor | None, num_rows: int) -> None:
     """Raises ValueError unless there is one uniform number for each row."""
     wanted = f"{spec.kind} targets need uniforms, ({num_rows},) float64 in [0, 1)"
     if uniforms is None:
         raise ValueError(f"{wanted}, got none; logit_codec.uniforms makes them")
     if uniforms.shape != (num_rows,) or uniforms.dtype != torch.float64:
         raise ValueError(f"{wanted}, got {uniforms.dtype} of shape {tuple(uniforms.shape)}")
+
+
+def _refuse_values_outside(spec: TargetSpec, uniforms: Tensor, num_rows: int) -> None:
+    """Raises ValueError unless all uniform numbers are in [0, 1)."""
+    _check_uniforms(spec, uniforms, num_rows)
     if not bool(((uniforms >= 0) & (uniforms < 1)).all()):
-        raise ValueError(f"{wanted}, got values outside")
-    return uniforms
+        raise ValueError(
+            f"{spec.kind} targets need uniforms, ({num_rows},) float64 in [0, 1), got values "
+            "outside"
+        )

@@ -24,6 +24,8 @@ class TargetSpec:
     """The options of its text that other kinds do not have."""
     needs_uniforms: ClassVar[bool] = False
     """Whether a selection draws at random, from one uniform number per row."""
+    needs_maxima: ClassVar[bool] = False
+    """Whether a selection reads the maxima of blocks."""
 
     realized: bool = True
     """The logprob of the token that really came next."""
@@ -45,14 +47,24 @@ class TargetSpec:
         """Returns an upper bound of the memory of one decoded row, in bytes."""
         return 4 * (self.realized + self.entropy + self.log_z)
 
-    def select(
-        self, masses: RowMasses, uniforms: Tensor | None = None, *, overwrite: bool = False
-    ) -> Targets:
-        """Selects the kind's own content from R > 0 rows; `logit_codec.select` adds the rest.
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError if nothing can be selected from so many ids."""
+        return
 
-        overwrite: the result may take over the memory of the logits.
+    def scratch_row_nbytes(self, vocab_size: int) -> int:
+        """Returns about how much memory `select` needs per row beside its result."""
+        raise ValueError(f"no selection for {type(self).__name__}")
+
+    def select(self, masses: RowMasses, uniforms: Tensor | None) -> dict[str, Tensor]:
+        """Selects the kind's own columns from R > 0 rows; `select_rows` adds the common ones.
+
+        Shapes must follow from shapes, and nothing may wait for the device.
         """
         raise ValueError(f"no selection for {type(self).__name__}")
+
+    def compact(self, columns: dict[str, Tensor], common: dict[str, Any]) -> Targets:
+        """Makes targets of what `select` returned, on the CPU; common: fields of every kind."""
+        raise NotImplementedError
 
     @classmethod
     def parse(cls, text: "OptionText") -> Self:

@@ -4,7 +4,7 @@ Letters: R rows, V vocabulary.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,18 +42,17 @@ class DenseSpec(TargetSpec):
     def max_decoded_row_nbytes(self, vocab_size: int) -> float:
         return TargetSpec.max_decoded_row_nbytes(self, vocab_size) + vocab_size * self.bits // 8
 
-    def select(
-        self, masses: RowMasses, uniforms: Tensor | None = None, *, overwrite: bool = False
-    ) -> "DenseTargets":
-        logits, temperature = masses.logits, masses.temperature
-        best_R1 = logits.amax(1, keepdim=True).float()
-        own = overwrite and logits.dtype == torch.float32
-        logprobs_RV = torch.sub(logits, best_R1, out=logits) if own else logits.float() - best_R1
-        logprobs_RV.div_(temperature).add_(best_R1 / temperature - masses.log_z_R[:, None])
-        dtype = torch.float32 if self.bits == 32 else torch.bfloat16
-        return DenseTargets(
-            vocab_size=logits.shape[1], temperature=temperature, logprobs=logprobs_RV.to(dtype)
-        )
+    def scratch_row_nbytes(self, vocab_size: int) -> int:
+        return 12 * vocab_size
+
+    def select(self, masses: RowMasses, uniforms: Tensor | None) -> dict[str, Tensor]:
+        peak_R1, temperature = masses.peak_R[:, None], masses.temperature
+        logprobs_RV = (masses.logits - peak_R1).div_(temperature)
+        logprobs_RV.add_(peak_R1 / temperature - masses.log_z_R[:, None])
+        return {"logprobs": logprobs_RV.to(torch.float32 if self.bits == 32 else torch.bfloat16)}
+
+    def compact(self, columns: dict[str, Tensor], common: dict[str, Any]) -> "DenseTargets":
+        return DenseTargets(logprobs=columns["logprobs"], **common)
 
     @classmethod
     def parse(cls, text: OptionText) -> "DenseSpec":

@@ -5,20 +5,21 @@ decides all draws of a row: draw i is the id where the running sum of the probab
 (i + u) / N. For u uniform the expected count of an id is exactly N * p, its count is never further
 than 1 from that, and the counts of a row add up to N (systematic sampling, Madow and Madow 1944).
 
-Letters: R rows, C rows of a chunk, V columns of the logits, N draws per row, H blocks hit by draws,
+Letters: R rows, C rows of a chunk, V columns of the logits, B blocks of them, N draws per row, H
+blocks looked into, W columns of a block,
 E entries of all rows, K entries per row at most, S counts that are stated.
 """
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from logit_codec import bits as bitpack
-from logit_codec.blocks import BLOCK, RowMasses, block_logits
+from logit_codec.blocks import BLOCK, RowMasses, block_logits, num_blocks
 from logit_codec.errors import CodecError
 from logit_codec.header import Header
 from logit_codec.id_table import IdTable
@@ -33,7 +34,7 @@ from logit_codec.planes import (
     refuse_rows,
 )
 from logit_codec.spec import OptionText, TargetSpec
-from logit_codec.targets import SparseTargets, row_splits_of
+from logit_codec.targets import UNKNOWN, SparseTargets, row_splits_of
 
 MAX_DRAWS = 65_536
 """Draws per row that `sampled` offers at most."""
@@ -73,18 +74,29 @@ class SampledSpec(TargetSpec):
         common = TargetSpec.max_decoded_row_nbytes(self, vocab_size)
         return common + 16 + 16 * min(self.n, vocab_size)
 
-    def select(
-        self, masses: RowMasses, uniforms: Tensor | None = None, *, overwrite: bool = False
-    ) -> "SampledTargets":
+    def scratch_row_nbytes(self, vocab_size: int) -> int:
+        blocks = num_blocks(vocab_size)
+        return 3 * 4 * BLOCK * min(self.n, blocks) + 3 * 8 * blocks + 8 * 8 * self.n
+
+    def select(self, masses: RowMasses, uniforms: Tensor | None) -> dict[str, Tensor]:
         assert uniforms is not None
-        splits, ids_E, counts_E = _systematic_counts(masses, uniforms, self.n)
+        return {"draws": _systematic_draws(masses, uniforms, self.n)}
+
+    def compact(self, columns: dict[str, Tensor], common: dict[str, Any]) -> "SampledTargets":
+        draws_RN = columns["draws"].numpy()
+        is_first_RN = np.ones(draws_RN.shape, np.bool_)
+        np.not_equal(draws_RN[:, 1:], draws_RN[:, :-1], out=is_first_RN[:, 1:])
+        is_first_RN &= draws_RN[:, :1] >= 0
+        first_E = np.flatnonzero(is_first_RN)
+        # A run of equal ids ends where the next one begins, or at the end of its row.
+        row_end_E = (first_E // self.n + 1) * self.n
+        next_E = np.minimum(np.append(first_E[1:], row_end_E[-1:]), row_end_E)
         return SampledTargets(
-            vocab_size=masses.logits.shape[1],
-            temperature=masses.temperature,
-            row_splits=splits,
-            token_ids=ids_E,
-            counts=counts_E,
+            row_splits=row_splits_of(torch.from_numpy(is_first_RN.sum(1))),
+            token_ids=torch.from_numpy(draws_RN.reshape(-1)[first_E].astype(np.int64)),
+            counts=torch.from_numpy(next_E - first_E),
             num_draws=self.n,
+            **common,
         )
 
     @classmethod
@@ -221,63 +233,50 @@ class Sampled(SparseKind[SampledTargets]):
         return SampledTargets(counts=torch.from_numpy(counts), num_draws=num_draws, **fields)
 
 
-def _systematic_counts(
-    masses: RowMasses, uniforms_R: Tensor, num_draws: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Makes num_draws draws from each row: row splits (R+1,), ids (E,) and counts (E,).
+def _systematic_draws(masses: RowMasses, uniforms_R: Tensor, num_draws: int) -> Tensor:
+    """Makes num_draws draws from each row: (R, N) int32 ids, ascending.
 
-    An id of probability 0 is never drawn. A row whose shares are NaN gets no entry, which `encode`
-    refuses.
+    An id of probability 0 is never drawn. The ids of a row whose shares are NaN are UNKNOWN.
     """
-    logits, shares_RB = masses.logits, masses.shares_RB
-    draws_N = torch.arange(num_draws, dtype=torch.float64, device=logits.device)
+    shares_RB = masses.shares_RB
+    num_rows, blocks = shares_RB.shape
+    draws_N = torch.arange(num_draws, dtype=torch.float64, device=shares_RB.device)
     ends_RB = shares_RB.cumsum(1)
     total_R1 = ends_RB[:, -1:]
-    sound_R = torch.isfinite(total_R1[:, 0])
     at_RN = (draws_N + uniforms_R[:, None]) / num_draws * total_R1
     at_RN = torch.minimum(at_RN, _just_below(total_R1))
     # The first block whose running sum is above `at` has a share above 0, whatever was rounded.
-    block_RN = torch.searchsorted(ends_RB, at_RN, right=True).clamp_(max=ends_RB.shape[1] - 1)
-
-    new_RN = _changes(block_RN)
-    rows_H, draw_H = new_RN.nonzero(as_tuple=True)
-    block_H = block_RN[rows_H, draw_H]
-    hit_RN = (new_RN.flatten().cumsum(0) - 1).view_as(block_RN)
+    block_RN = torch.searchsorted(ends_RB, at_RN, right=True).clamp_(max=blocks - 1)
     share_RN = shares_RB.gather(1, block_RN)
     into_RN = (at_RN - (ends_RB.gather(1, block_RN) - share_RN)) / share_RN  # of the block's mass
 
-    weights_HW = block_logits(logits, rows_H, block_H)
-    weights_HW.sub_(weights_HW.amax(1, keepdim=True)).div_(masses.temperature).exp_()
-    ends_HW = weights_HW.cumsum(1, dtype=torch.float64)
-    total_RN = ends_HW[:, -1][hit_RN]
+    # Each draw looks into a copy of its block, unless there are more draws than blocks.
+    if num_draws < blocks:
+        gathered_RH = block_RN
+        hit_RN = torch.arange(num_draws, device=shares_RB.device).expand(num_rows, -1)
+    else:
+        gathered_RH = torch.arange(blocks, device=shares_RB.device).expand(num_rows, -1)
+        hit_RN = block_RN
+    weights_RHW, first_RH = block_logits(masses.logits, gathered_RH)
+    weights_RHW.sub_(weights_RHW.amax(2, keepdim=True)).div_(masses.temperature).exp_()
+    ends_RHW = weights_RHW.cumsum(2, dtype=torch.float64)
+    total_RN = ends_RHW[:, :, -1].gather(1, hit_RN)
     at_RN = torch.minimum(into_RN.clamp_(min=0.0) * total_RN, _just_below(total_RN))
-    within_RN = _first_above(ends_HW, hit_RN, at_RN)
-
-    ids_RN = block_RN * BLOCK + within_RN
-    new_RN = _changes(ids_RN) & sound_R[:, None]
-    first_E = new_RN.flatten().nonzero()[:, 0]
-    # A run of equal ids ends where the next one begins, or at the end of its row.
-    row_end_E = (first_E // num_draws + 1) * num_draws
-    next_E = torch.minimum(torch.cat([first_E[1:], row_end_E[-1:]]), row_end_E)
-    return row_splits_of(new_RN.sum(1)), ids_RN.flatten()[first_E], next_E - first_E
+    ids_RN = first_RH.gather(1, hit_RN) + _first_above(ends_RHW, hit_RN, at_RN)
+    return ids_RN.masked_fill_(~torch.isfinite(total_R1), UNKNOWN).int()
 
 
-def _first_above(ends_HW: Tensor, hit_RN: Tensor, at_RN: Tensor) -> Tensor:
-    """Finds (R, N): the first column of row hit_RN of ends_HW that is above at_RN, by bisection."""
-    column = torch.zeros_like(hit_RN)
+def _first_above(ends_RHW: Tensor, hit_RN: Tensor, at_RN: Tensor) -> Tensor:
+    """Finds (R, N): the first column of block hit_RN of its row that is above at_RN, by bisection."""
+    ends_RK = ends_RHW.flatten(1)
+    begin_RN = hit_RN * BLOCK
+    place_RN = begin_RN
     step = BLOCK // 2
     while step:
-        passed = ends_HW[hit_RN, column + (step - 1)] <= at_RN
-        column += passed * step
+        passed_RN = ends_RK.gather(1, place_RN + (step - 1)) <= at_RN
+        place_RN = place_RN + passed_RN * step
         step //= 2
-    return column
-
-
-def _changes(values_RN: Tensor) -> Tensor:
-    """Marks (R, N) bool: where a value differs from the one before it in its row."""
-    new_RN = torch.ones_like(values_RN, dtype=torch.bool)
-    torch.ne(values_RN[:, 1:], values_RN[:, :-1], out=new_RN[:, 1:])
-    return new_RN
+    return place_RN - begin_RN
 
 
 def _just_below(values: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ entries of all rows, K entries per row at most. Ties go to the lowest id.
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from logit_codec import bits as bitpack
-from logit_codec.blocks import BLOCK, RowMasses, block_logits
+from logit_codec.blocks import BLOCK, RowMasses, block_logits, num_blocks
 from logit_codec.codes import (
     CODE_BITS,
     LEVEL_BITS,
@@ -27,7 +28,7 @@ from logit_codec.header import Header
 from logit_codec.id_table import IdTable
 from logit_codec.ids import write_ids
 from logit_codec.kinds.base import LOWEST, Cell, Content, PaddedEntries, SparseCells, SparseKind
-from logit_codec.largest import ids_from, likeliest_ids, rank_in_row, top_ids
+from logit_codec.largest import first_true, largest
 from logit_codec.planes import PlaneReader, RowCheck, raw_words, read_row_fields, refuse_rows
 from logit_codec.spec import OptionText, TargetSpec
 from logit_codec.targets import UNKNOWN, SparseTargets, row_splits_of
@@ -45,6 +46,7 @@ class TopKSpec(TargetSpec):
 
     kind: ClassVar[str] = "top_k"
     option_names: ClassVar[tuple[str, ...]] = ("min_p", "max_k", "bits")
+    needs_maxima: ClassVar[bool] = True
 
     k: int
     """Entries per row; with `min_p`, at most this many."""
@@ -79,24 +81,32 @@ class TopKSpec(TargetSpec):
         common = TargetSpec.max_decoded_row_nbytes(self, vocab_size)
         return common + 16 + 4 + 12 * min(self.k, vocab_size)
 
-    def select(
-        self, masses: RowMasses, uniforms: Tensor | None = None, *, overwrite: bool = False
-    ) -> "TopKTargets":
-        vocab_size = masses.logits.shape[1]
+    def check_vocabulary(self, vocab_size: int) -> None:
         if not self.min_p and self.k > vocab_size:
             raise ValueError(
                 f"top_k must be at most the {vocab_size} ids of the vocabulary, got {self.k}"
             )
-        counts_R, ids_E, logprobs_E = _keep_top(masses, self)
-        most = min(self.k, vocab_size)
-        tail_R = _tail_logprob(masses, counts_R, ids_E, logprobs_E, most)
+
+    def scratch_row_nbytes(self, vocab_size: int) -> int:
+        blocks = num_blocks(vocab_size)
+        return 3 * 4 * BLOCK * min(self.k, blocks) + 8 * 8 * 8 * self.k + 3 * 8 * blocks
+
+    def select(self, masses: RowMasses, uniforms: Tensor | None) -> dict[str, Tensor]:
+        return _keep_top(masses, self)
+
+    def compact(self, columns: dict[str, Tensor], common: dict[str, Any]) -> "TopKTargets":
+        # One integer, to sort by id and take the logprob along: ids that are UNKNOWN stay negative.
+        logprobs_RK = columns["logprobs"].numpy().view(np.uint32)
+        keys_RK = columns["ids"].numpy().astype(np.int64) << 32 | logprobs_RK
+        keys_RK.sort(1)
+        is_kept_RK = keys_RK >= 0
+        keys_E = keys_RK[is_kept_RK]
         return TopKTargets(
-            vocab_size=vocab_size,
-            temperature=masses.temperature,
-            row_splits=row_splits_of(counts_R),
-            token_ids=ids_E,
-            logprobs=logprobs_E.float(),
-            tail_logprob=tail_R,
+            row_splits=row_splits_of(torch.from_numpy(is_kept_RK.sum(1))),
+            token_ids=torch.from_numpy(keys_E >> 32),
+            logprobs=torch.from_numpy(keys_E.astype(np.uint32).view(np.float32)),
+            tail_logprob=columns["tail_logprob"],
+            **common,
         )
 
     @classmethod
@@ -299,63 +309,96 @@ def _fraction(name: str, value: str, spec: str) -> float:
     return number
 
 
-def _keep_top(masses: RowMasses, spec: TopKSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns entries per row (R,), ids (E,) ascending per row, and their float64 logprobs (E,)."""
-    logits, log_z_R, temperature = masses.logits, masses.log_z_R, masses.temperature
-    num_rows, vocab_size = logits.shape
-    most = min(spec.k, vocab_size)
+def _keep_top(masses: RowMasses, spec: TopKSpec) -> dict[str, Tensor]:
+    """Makes the columns: (R, K) int32 ids and float32 logprobs, and the (R,) float32 tail.
+
+    An id that only fills its row up is UNKNOWN.
+    """
+    assert masses.maxima_RB is not None
+    most = min(spec.k, masses.logits.shape[1])
+    count = min(most, masses.maxima_RB.shape[1])
+    # Only the blocks with the largest maxima can hold an entry; in their order, ties in the logits
+    # go to the lowest id.
+    block_RH = largest(masses.maxima_RB, count).sort(1).values
+    values_RHW, first_RH = block_logits(masses.logits, block_RH)
     if spec.min_p >= SMALLEST_MIN_P:
-        rows_E, ids_E = ids_from(masses, spec.min_p)
+        place_RK, is_real_RK = _places_above(masses, values_RHW, spec.min_p, most)
     else:
-        rows_E, ids_E = likeliest_ids(masses, most)
-    logits_E = logits[rows_E, ids_E].float()
-    logprobs_E = logits_E.double() / temperature - log_z_R[rows_E]
+        place_RK, is_real_RK = largest(values_RHW.flatten(1), most, ordered=True), None
+    logits_RK = values_RHW.flatten(1).gather(1, place_RK)
+    if is_real_RK is not None:
+        logits_RK = logits_RK.where(is_real_RK, -torch.inf)
+    logprobs_RK = logits_RK.double() / masses.temperature - masses.log_z_R[:, None]
     # An id of probability 0 is no entry.
     floor = math.log(spec.min_p) if spec.min_p else torch.finfo(torch.float32).min
-    keep_E = logprobs_E.float() >= floor
-    counts_R = torch.zeros(num_rows, dtype=torch.int64, device=logits.device)
-    counts_R.index_add_(0, rows_E, keep_E.long())
-    over_R = counts_R > most
-    if bool(over_R.any()):
-        over_E = over_R[rows_E].nonzero()[:, 0]
-        values_E = logits_E[over_E].where(keep_E[over_E], -torch.inf)
-        keep_E[over_E] &= rank_in_row(rows_E[over_E], values_E) < most
-        counts_R.clamp_(max=most)
-    empty = (counts_R == 0).nonzero()[:, 0]
-    if len(empty) == 0:
-        return counts_R, ids_E[keep_E], logprobs_E[keep_E]
+    is_kept_RK = logprobs_RK.float() >= floor
     # Rows in which no id reaches min_p, or that are not finite, keep their best id.
-    best_E = top_ids(logits[empty].float(), 1)[:, 0]
-    rows_E = torch.cat([rows_E[keep_E], empty])
-    ids_E = torch.cat([ids_E[keep_E], best_E])
-    best_logprobs = logits[empty, best_E].double() / temperature - log_z_R[empty]
-    order = rows_E.sort(stable=True).indices
-    logprobs_E = torch.cat([logprobs_E[keep_E], best_logprobs])
-    return counts_R.clamp_(min=1), ids_E[order], logprobs_E[order]
+    is_kept_RK[:, 0] = True
+    ids_RK = first_RH.gather(1, place_RK // BLOCK) + place_RK % BLOCK
+    return {
+        "ids": ids_RK.masked_fill_(~is_kept_RK, UNKNOWN).int(),
+        "logprobs": logprobs_RK.float(),
+        "tail_logprob": _tail_logprob(
+            masses, block_RH, values_RHW, place_RK, logprobs_RK, is_kept_RK
+        ),
+    }
+
+
+def _places_above(
+    masses: RowMasses, values_RHW: Tensor, min_p: float, most: int
+) -> tuple[Tensor, Tensor]:
+    """Finds (R, K) places of the largest logits in (R, H, W), and whether they reach min_p.
+
+    Nearly: a few are below it. The largest comes first, whether it does or not.
+    """
+    num_rows = len(values_RHW)
+    floor = 0.999 * min_p  # what float32 rounds off is less
+    least_R = (masses.log_z_R + math.log(floor)) * masses.temperature
+    least_R = (least_R - 1e-6 * least_R.abs()).float()
+    least_R1 = torch.minimum(least_R, masses.peak_R)[:, None]
+    values_RK = values_RHW.flatten(1)
+    # First eighths of blocks that hold one: eight booleans are one integer.
+    is_hit_RG = (values_RK >= least_R1).view(torch.int64) != 0
+    num_groups = is_hit_RG.shape[1]
+    reaching = min(int(1 / (0.998 * min_p)), 8 * num_groups)  # there cannot be more
+    group_RG = first_true(is_hit_RG, min(reaching, num_groups))
+    is_real_RG = group_RG < num_groups
+    group_RG = group_RG.clamp_(max=num_groups - 1)
+    row_R1 = torch.arange(num_rows, device=values_RK.device)[:, None] * num_groups
+    candidates = values_RK.view(-1, 8).index_select(0, (group_RG + row_R1).flatten())
+    candidates = candidates.view(*group_RG.shape, 8).where(is_real_RG[:, :, None], -torch.inf)
+    candidates_RK = torch.nn.functional.pad(candidates.flatten(1), (0, 1), value=-torch.inf)
+    slot_RK = first_true(candidates_RK[:, :-1] >= least_R1, reaching)
+    # Then, of what is left, the largest.
+    best_RK = largest(candidates_RK.gather(1, slot_RK), min(most, reaching), ordered=True)
+    slot_RK = slot_RK.gather(1, best_RK)
+    is_real_RK = slot_RK < 8 * group_RG.shape[1]
+    slot_RK = slot_RK.clamp_(max=8 * group_RG.shape[1] - 1)
+    return group_RG.gather(1, slot_RK // 8) * 8 + slot_RK % 8, is_real_RK
 
 
 def _tail_logprob(
-    masses: RowMasses, counts_R: Tensor, ids_E: Tensor, logprobs_E: Tensor, most: int
+    masses: RowMasses,
+    block_RH: Tensor,
+    values_RHW: Tensor,
+    place_RK: Tensor,
+    logprobs_RK: Tensor,
+    is_kept_RK: Tensor,
 ) -> Tensor:
-    """Computes (R,) float32 log of what the kept entries leave. Overwrites the shares."""
-    logits, shares_RB = masses.logits, masses.shares_RB
-    num_rows, num_blocks = shares_RB.shape
-    rows_E = torch.repeat_interleave(
-        torch.arange(num_rows, device=ids_E.device), counts_R, output_size=len(ids_E)
-    )
-    slot_E = torch.arange(len(ids_E), device=ids_E.device) - (counts_R.cumsum(0) - counts_R)[rows_E]
-    kept_RK = shares_RB.new_zeros(num_rows, most)
-    kept_RK[rows_E, slot_E] = logprobs_E.exp()
-    kept_R = kept_RK.sum(1)
-
-    # In the blocks that hold entries, only what is not kept counts.
-    block_H, hit_E = (rows_E * num_blocks + ids_E // BLOCK).unique_consecutive(return_inverse=True)
-    rows_H, block_H = block_H // num_blocks, block_H % num_blocks
-    weights_HW = block_logits(logits, rows_H, block_H)
-    weights_HW.sub_(weights_HW.amax(1, keepdim=True)).div_(masses.temperature).exp_()
-    total_H = weights_HW.sum(1)
-    weights_HW[hit_E, ids_E % BLOCK] = 0.0
-    shares_RB[rows_H, block_H] *= (weights_HW.sum(1) / total_H).double()
+    """Computes (R,) float32 log of what the kept entries leave. Overwrites values and shares."""
+    assert masses.maxima_RB is not None
+    shares_RB = masses.shares_RB
+    kept_R = logprobs_RK.exp().where(is_kept_RK, 0.0).sum(1)
+    # In the blocks that may hold entries, only what is not kept counts.
+    peak_RH1 = masses.maxima_RB.gather(1, block_RH)[:, :, None]
+    values_RHW.sub_(peak_RH1).div_(masses.temperature).exp_()
+    total_RH = values_RHW.sum(2)
+    weights_RK = values_RHW.flatten(1)
+    # "amin", for a place that fills its row up may be kept as well.
+    rest_RK = weights_RK.gather(1, place_RK).masked_fill_(is_kept_RK, 0.0)
+    weights_RK.scatter_reduce_(1, place_RK, rest_RK, "amin")
+    share_RH = shares_RB.gather(1, block_RH) * (values_RHW.sum(2) / total_RH)
+    shares_RB.scatter_(1, block_RH, share_RH.where(total_RH > 0, 0.0))
     # Of 1 - kept and the sum of the rest, each is exact where the other one cancels.
     tail_R = torch.where(kept_R < 0.5, torch.log1p(-kept_R), shares_RB.sum(1).log())
     return tail_R.clamp_(max=0.0).float()

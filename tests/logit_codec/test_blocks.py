@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from logit_codec import blocks, select
-from logit_codec.blocks import BLOCK, block_masses
+from logit_codec.blocks import BLOCK, RowMasses, block_logits
 
 
 def wide(rows: int, columns: int, span: float, seed: int = 0) -> torch.Tensor:
@@ -16,7 +16,8 @@ def wide(rows: int, columns: int, span: float, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 def test_a_cpu_meets_no_denormal_numbers_which_would_make_it_several_times_slower(temperature):
     logits = wide(3, 1000, 200.0)
-    weights = blocks._weights(logits, temperature, torch.empty_like(logits), blocks.PEAK_COLUMNS)
+    peaks = logits.amax(1, keepdim=True)
+    weights = blocks._weights(logits, peaks, temperature, out=torch.empty_like(logits))
     assert float(weights.min()) >= torch.finfo(torch.float32).tiny
 
 
@@ -26,13 +27,35 @@ def test_shares_are_those_of_float64_and_of_no_mass_is_none(columns, dtype):
     logits = wide(4, columns, 100.0).to(dtype)
     logits[1, 1:] = -torch.inf
     logits[2, : columns - 1] = -torch.inf
-    shares, entropy = block_masses(logits, 1.5, entropy=True)
+    masses = RowMasses.of(logits, 1.5, entropy=True, maxima=True)
+    shares, entropy = masses.shares_RB, masses.entropy_R
     p = (logits.double() / 1.5).softmax(1)
     wanted = torch.nn.functional.pad(p, (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK)).sum(2)
     torch.testing.assert_close(shares, wanted, rtol=1e-5, atol=1e-30)
     assert (shares[wanted == 0] == 0).all()
     assert entropy is not None
     torch.testing.assert_close(entropy, torch.special.entr(p).sum(1), rtol=1e-5, atol=1e-6)
+    log_z = (logits.double() / 1.5).logsumexp(1)
+    torch.testing.assert_close(masses.log_z_R, log_z, rtol=1e-6, atol=1e-6)
+    padded = torch.nn.functional.pad(logits.float(), (0, -columns % BLOCK), value=-torch.inf)
+    assert torch.equal(masses.maxima_RB, padded.unflatten(1, (-1, BLOCK)).amax(2))
+    assert torch.equal(masses.peak_R, logits.float().amax(1))
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 200, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_are_gathered_with_each_column_once(columns, dtype):
+    logits = wide(4, columns, 100.0).to(dtype)
+    count = blocks.num_blocks(columns)
+    for rows in (logits, logits[1:3], logits[:1].expand(3, -1), logits.repeat(1, 2)[:, :columns]):
+        all_blocks = torch.arange(count).expand(len(rows), -1)
+        values, first = block_logits(rows, all_blocks)
+        ids = first[:, :, None] + torch.arange(BLOCK)
+        for row in range(len(rows)):
+            there = (values[row] > -torch.inf) & (ids[row] < columns)
+            assert ids[row][there].tolist() == list(range(columns))
+            assert torch.equal(values[row][there], rows[row].float())
+            assert int(there.sum()) == int((values[row] > -torch.inf).sum())
 
 
 @pytest.mark.parametrize("above", [0.0, 40.0, 80.0, 85.0, 88.0, 89.0, 300.0, 1e30])
@@ -43,15 +66,17 @@ def test_a_row_whose_peak_is_not_among_its_first_columns_is_as_exact_as_any_othe
     logits[2, :1024] = -torch.inf
     logits[3] = -torch.inf
     logits[4, 1050] = torch.nan
-    shares, entropy = block_masses(logits, 1.0, entropy=True)
+    masses = RowMasses.of(logits, 1.0, entropy=True)
+    shares, entropy = masses.shares_RB, masses.entropy_R
     p = logits.double().softmax(1)
     wanted = torch.nn.functional.pad(p, (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK)).sum(2)
     torch.testing.assert_close(shares[:3], wanted[:3], rtol=1e-5, atol=1e-30)
     assert shares[3:].isnan().any(1).all()
     assert entropy is not None
     torch.testing.assert_close(entropy[:3], torch.special.entr(p[:3]).sum(1), rtol=1e-5, atol=1e-5)
-    alone, _ = block_masses(logits[1:2], 1.0)
-    assert torch.equal(alone[0], shares[1])
+    alone = RowMasses.of(logits[1:2], 1.0)
+    assert torch.equal(alone.shares_RB[0], shares[1])
+    assert torch.equal(alone.log_z_R[0], masses.log_z_R[1])
 
 
 @pytest.mark.parametrize(

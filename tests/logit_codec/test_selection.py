@@ -411,27 +411,6 @@ def test_realized_ids_of_another_shape_are_refused_with_both(spec, num_rows, sha
         select(torch.zeros(num_rows, 17), spec, realized_ids=torch.zeros(shape, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(
-    "text", ["top_k:64", "top_k:min_p=1/256,max_k=128", "dense:f32", "dense:bf16"]
-)
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_that_may_be_overwritten_give_the_same_targets(text, temperature, dtype):
-    spec = replace(parse_targets(text), entropy=True)
-    for kind, vocab_size in (("random", 1001), ("minus_inf", 1001), ("tied", 32003)):
-        logits = make_logits(kind, 5, vocab_size).to(dtype)
-        before = logits.clone()
-        options = {"temperature": temperature, "realized_ids": torch.arange(5)}
-        kept = select(logits, spec, **options)
-        assert torch.equal(logits, before)
-        scratch = select(logits, spec, overwrite=True, **options)
-        assert kept._tensors().keys() == scratch._tensors().keys()
-        for name, value in kept._tensors().items():
-            other = getattr(scratch, name)
-            assert value.dtype == other.dtype
-            assert torch.equal(value, other), (kind, name)
-
-
 def test_a_spec_of_no_kind_is_refused():
     with pytest.raises(ValueError, match="no selection for TargetSpec"):
         select(torch.zeros(1, 17), TargetSpec(realized=False))
