@@ -127,7 +127,7 @@ def draw(runs: dict[str, Simulation], path: Path) -> None:
     shares.set_xlabel("share of the dispatched cost")
     shares.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=2, frameon=False)
     waits.set_xscale("log")
-    waits.set_xlabel("the light team waits until its batch is computed, seconds")
+    waits.set_xlabel("until a batch with the light team's sequence begins, seconds")
     waits.set_ylabel("of its sequences, up to")
     waits.legend(frameon=False)
     figure.savefig(path, dpi=110)
