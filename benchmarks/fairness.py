@@ -3,8 +3,8 @@
 Run `python -m benchmarks.fairness`; it prints two tables and draws docs/fairness.png. One replica in
 virtual time (tests/support/simulator.py drives the production scheduler): a team that floods
 it with 20 credentials, two trainers of weight 1 and 3, and a light team that asks for one sequence
-three times a second. The second table is how long a light team waits for its answers beside the
-other three, by what it asks for. These numbers are the same on every machine; with `--live` there
+three times a second. A wait ends when the batch with the sequence begins to be computed. The second
+table is how long a light team waits for its answers beside the other three, by what it asks for. These numbers are the same on every machine; with `--live` there
 is a third table, of a real replica (benchmarks/latency.py).
 """
 
@@ -127,8 +127,9 @@ def draw(runs: dict[str, Simulation], path: Path) -> None:
     shares.set_xlabel("share of the dispatched cost")
     shares.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=2, frameon=False)
     waits.set_xscale("log")
-    waits.set_xlabel("the light team waits until its batch is computed, seconds")
+    waits.set_xlabel("wait of the light team, seconds")
     waits.set_ylabel("of its sequences, up to")
+    waits.set_xlim(left=2e-4)
     waits.legend(frameon=False)
     figure.savefig(path, dpi=110)
     print(f"\n{path}")

@@ -7,14 +7,25 @@ waits. Nothing is timed: the same request costs the same on every replica, howev
 """
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-SELECTION_FLOPS = 200
-"""Arithmetic per logit that `logit_codec.select` is charged: its time on a CPU (docs/log.md: 122 us
-for 32,000) at the speed of the head. With a hidden size of 512 that is a fifth of the head's."""
-DEVICE_FLOPS_PER_S = {"cpu": 1e11}
-"""Rough speed of a device on the model's arithmetic; it only sets the price of a byte."""
-ACCELERATOR_FLOPS_PER_S = 3e14
+from torch import nn
+
+
+class DeviceKind(NamedTuple):
+    """Holds what the prices need to know of a kind of device."""
+
+    flops_per_s: float
+    """Rough speed on the model's arithmetic; it only sets the price of a byte."""
+    selection_flops: float
+    """Arithmetic of the model that fits into the time in which one logit is selected from."""
+
+
+CPU = DeviceKind(1e11, 200)
+"""Selection: 122 us for 32,000 logits (docs/log.md) at the speed of the head. With a hidden size of
+512 that is a fifth of the head's product."""
+ACCELERATOR = DeviceKind(3e14, 4600)
+"""Selection: 56 % of the head's product, measured with a hidden size of 4,096 (Llama 3.1 8B)."""
 REPLY_NBYTES_PER_S = 3e8
 """Rough speed at which dense answers, the largest, are encoded and written (benchmarks/codec)."""
 
@@ -33,17 +44,17 @@ class CostModel:
     def of(cls, causal_lm: Any) -> Self:
         """Derives the prices from the shapes of a transformers model and the kind of its device."""
         config = causal_lm.config.get_text_config()
-        vocab_size = causal_lm.get_output_embeddings().weight.shape[0]
+        device = CPU if causal_lm.device.type == "cpu" else ACCELERATOR
         token_flops = 2 * _count_weights_per_token(causal_lm)
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        row_flops = vocab_size * (2 * config.hidden_size + SELECTION_FLOPS)
-        flops_per_s = DEVICE_FLOPS_PER_S.get(causal_lm.device.type, ACCELERATOR_FLOPS_PER_S)
+        vocabulary_head = causal_lm.get_output_embeddings()
+        logit_flops = 2 * vocabulary_head.in_features + device.selection_flops
         return cls(
             # Scores and their product with the values, 2 operations each; masked pairs count too.
             per_token_pair=4 * heads * head_dim * config.num_hidden_layers / token_flops,
-            per_row=row_flops / token_flops,
-            per_reply_byte=flops_per_s / REPLY_NBYTES_PER_S / token_flops,
+            per_row=vocabulary_head.out_features * logit_flops / token_flops,
+            per_reply_byte=device.flops_per_s / REPLY_NBYTES_PER_S / token_flops,
         )
 
     def cost(self, num_tokens: int, num_rows: int, reply_nbytes: int) -> float:
@@ -66,7 +77,16 @@ def _count_weights_per_token(causal_lm: Any) -> float:
     chosen = getattr(config, "num_experts_per_tok", None)
     fraction = chosen / experts if experts and chosen else 1.0
     return sum(
-        weight.numel() * (fraction if ".experts." in name else 1.0)
-        for name, weight in causal_lm.base_model.named_parameters()
-        if weight.dim() > 1 and "embed" not in name and name not in ("wte.weight", "wpe.weight")
+        _count_weights(module) * (fraction if ".experts." in f"{name}." else 1.0)
+        for name, module in causal_lm.base_model.named_modules()
     )
+
+
+def _count_weights(module: nn.Module) -> int:
+    """Counts the weights that a module itself, without its children, multiplies with."""
+    if isinstance(module, nn.Embedding):
+        return 0  # it is looked up
+    if isinstance(module, nn.Linear):
+        # Its weights may be packed, 2 in a byte, and are multiplied one by one all the same.
+        return module.in_features * module.out_features
+    return sum(each.numel() for each in module.parameters(recurse=False) if each.dim() > 1)

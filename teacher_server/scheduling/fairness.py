@@ -22,7 +22,9 @@ and L the cost of its largest job. For every interval in which two teams have wo
 dispatched for them, per weight, differs by at most the sum of this over both; without budgets it
 would be L / w of each. A team that marks everything as interactive gets its share and, once, B.
 
-Among the jobs of one team the order is that of team_queue.py; the rule above holds for any.
+All of this is about what is dispatched, which is charged at once, whatever becomes of it. A replica
+dispatches one batch while it computes the one before. So a team that may go ahead is in the next
+batch, and waits for two at most: the rest of the one that is computed and the one that was taken.
 """
 
 import heapq

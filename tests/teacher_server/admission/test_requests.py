@@ -159,6 +159,13 @@ def test_the_estimate_of_an_answer_bounds_it_but_for_the_containers_fixed_parts(
 # Rows.
 
 
+def test_a_sequence_counts_its_own_tokens_and_one_without_rows_counts_none(
+    admission: Admission,
+) -> None:
+    admitted = admission.admit(make_request(3, 3, 19, row_mask=bytes([0b00010001, 0, 0])))
+    assert [(item.num_tokens, item.held) for item in admitted] == [(3, 3), (0, 0), (19, 19)]
+
+
 def test_first_rows_go_to_the_last_row_of_their_sequence(admission: Admission) -> None:
     request = make_request(4, 2, 5, first_rows=[1, 0, 3])
     assert wanted_rows(admission.admit(request)) == [[1, 2], [0], [3]]
