@@ -84,6 +84,9 @@ class _Split(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         name = func.name().split(".")[0]
         if name == "aten::is_pinned":
             return self._is_pinned(args[0])
@@ -107,6 +110,11 @@ class _Split(TorchDispatchMode):
         if isinstance(tensor, FakeTensor):
             return False
         return tensor.untyped_storage().data_ptr() in self._pinned
+
+
+def is_composite(func: Any) -> bool:
+    """Says whether an operation consists of others; modes see such ones in torch.inference_mode()."""
+    return not func.name().startswith("prim::") and func._can_decompose()
 
 
 def _concerns_device(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

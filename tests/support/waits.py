@@ -31,13 +31,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.support.fake_cuda import is_composite
+
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 WAITING = frozenset(
     f"aten::{name}"
     for name in (
-        *("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose"),
-        *("nonzero", "nonzero_numpy", "argwhere", "masked_select", "bincount"),
+        *("_local_scalar_dense", "equal"),
+        *("nonzero", "masked_select", "bincount"),
         *("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
     )
 )
@@ -82,6 +84,9 @@ class Waits(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         name = func.name().split(".")[0]
         why = self._why(name, args, kwargs)
         if why is not None:
@@ -124,7 +129,7 @@ class Waits(TorchDispatchMode):
             is_async = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
         else:
             return None
-        if to_device == self._is_device(source):
+        if to_device == self._is_device(source) or not source.numel():
             return None
         if to_device:
             if is_async and source.is_pinned():
