@@ -43,10 +43,10 @@ class CudaStream:
     def issue(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream)
 
-    def mark(self) -> torch.cuda.Event:
+    def mark(self) -> Any:
         return self._stream.record_event()
 
-    def join(self, mark: torch.cuda.Event, tensors: Sequence[Tensor]) -> None:
+    def join(self, mark: Any, tensors: Sequence[Tensor]) -> None:
         current = torch.cuda.current_stream(self._stream.device)
         current.wait_event(mark)
         for tensor in tensors:
