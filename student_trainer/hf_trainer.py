@@ -37,6 +37,7 @@ from student_trainer.teachers.local import LocalTeacher
 from student_trainer.teachers.teacher import Teacher
 from student_trainer.training.alignment import Alignment, warn_of_tail
 from student_trainer.training.meter import TrainerMeter
+from student_trainer.transfer import move_to_device
 
 __all__ = [
     "ATTACHED",
@@ -134,7 +135,8 @@ class DistillationMixin(_Trainer):
                 self._check_targets(taken.batch, targets)
                 num_rows += targets.num_rows
                 self._meter.rows_fetched += targets.num_rows
-            batch: Any = send_to_device(taken.batch, device, non_blocking=True)
+            # Tensors in such a way that nothing waits for them; then whatever else accelerate can move.
+            batch: Any = send_to_device(move_to_device(taken.batch, device), device)
             batch[ATTACHED] = AttachedTargets.of(taken, targets)
             samples.append(batch)
         waited_s = time.perf_counter() - began_s

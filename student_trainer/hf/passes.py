@@ -18,8 +18,8 @@ from torch.utils.data import IterableDataset
 from logit_codec import Targets
 from student_trainer.hf.arguments import DistillationArguments
 from student_trainer.teachers.batch_targets import BatchTargets, Taken
-from student_trainer.teachers.prefetch import move_tensors
 from student_trainer.teachers.teacher import Teacher
+from student_trainer.transfer import move_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -66,10 +66,12 @@ def check_rows(
 
 def check_labels(labels: Tensor | None, mask: Tensor | None, width: int) -> None:
     """Raises ValueError for a label that the student lacks; only on a CPU, where nothing waits."""
-    if labels is None or labels.device.type != "cpu" or not len(labels):
+    if any(given is not None and given.device.type != "cpu" for given in (labels, mask)):
+        return
+    if labels is None or not len(labels):
         return
     if mask is not None:
-        labels = labels.where(mask.to("cpu", torch.bool), IGNORE_INDEX)
+        labels = labels.where(mask.to(torch.bool), IGNORE_INDEX)
     largest = int(labels.max())
     if largest >= width:
         raise ValueError(

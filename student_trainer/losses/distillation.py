@@ -25,6 +25,7 @@ from student_trainer.losses.checks import (
     shared_vocabulary,
 )
 from student_trainer.losses.divergences import compute_cells, compute_pulls
+from student_trainer.transfer import copy_to, move_to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,10 @@ class LossOptions:
         if num_items is None:
             num_items = num_rows if mask is None else mask.sum()
         if isinstance(num_items, Tensor):
-            return total / num_items.to(total.device).clamp(min=1)
+            # A number on the host becomes an argument of the division: nothing waits for a copy.
+            if num_items.dim() or num_items.device.type != "cpu":
+                num_items = copy_to(num_items, total.device)
+            return total / num_items.clamp(min=1)
         return total / max(num_items, 1)
 
 
@@ -128,9 +132,9 @@ def distillation_loss(
     options.check(targets, labels, mask)
     width = shared_vocabulary(targets, logits.shape[1], effective_vocab_size)
     check_labels(labels if ce_weight else None, mask, width)
-    targets = prepare(within(targets, width).to(logits.device), renormalize)
+    targets = prepare(move_to_device(within(targets, width), logits.device), renormalize)
     if mask is not None:
-        mask = mask.to(logits.device, torch.bool)
+        mask = copy_to(mask.to(torch.bool), logits.device)
     loss_R = _row_losses(_finite_logits(logits, mask, width), targets, labels, options)
     if mask is not None:
         loss_R = loss_R.where(mask, 0.0)
@@ -163,7 +167,7 @@ def _row_losses(
     if options.ce_weight:
         assert labels is not None
         loss_R = loss_R + options.ce_weight * torch.nn.functional.cross_entropy(
-            logits, labels.to(logits.device), ignore_index=IGNORE_INDEX, reduction="none"
+            logits, copy_to(labels, logits.device), ignore_index=IGNORE_INDEX, reduction="none"
         )
     return loss_R
 

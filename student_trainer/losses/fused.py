@@ -24,6 +24,7 @@ from student_trainer.losses.checks import check_labels, shared_vocabulary
 from student_trainer.losses.distillation import LossOptions, prepare, within
 from student_trainer.losses.fused_chunk import Problem, RowStatistics, most_entries
 from student_trainer.losses.fused_pass import FusedPass
+from student_trainer.transfer import copy_to, move_to_device
 
 
 def fused_distillation_loss(
@@ -91,11 +92,11 @@ def fused_distillation_loss(
     hidden, head_weight, head_bias = _cast_alike(hidden, head_weight, head_bias)
     device = hidden.device
     problem = Problem(
-        cells=cells_of(prepare(within(targets, width).to(device), renormalize)),
+        cells=cells_of(prepare(move_to_device(within(targets, width), device), renormalize)),
         options=options,
         kd_weight=options.scaled_weight(targets.temperature),
-        labels=None if labels is None else labels.to(device)[:, None],
-        rows=None if mask is None else mask.to(device, torch.bool).nonzero()[:, 0],
+        labels=None if labels is None else copy_to(labels, device)[:, None],
+        rows=None if mask is None else copy_to(mask.to(torch.bool).nonzero()[:, 0], device),
         softcap=None if softcap is None else float(softcap),
         logit_scale=float(logit_scale),
         width=width,

@@ -4,15 +4,13 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from logit_codec import Targets
 from student_trainer.errors import TeacherError
 from student_trainer.teachers.position import is_stateful, read_position
+from student_trainer.transfer import CopyStream, Transfer, open_copy_stream
 
 T = TypeVar("T")
 
@@ -39,11 +37,16 @@ class Prefetch(Iterator[T]):
     """
 
     def __init__(
-        self, source: Iterable[T], ahead: int, device: torch.device | str | None = None
+        self,
+        source: Iterable[T],
+        ahead: int,
+        device: torch.device | str | None = None,
+        open_stream: Callable[[torch.device], CopyStream] = open_copy_stream,
     ) -> None:
         self._source = source
         self._stateful = is_stateful(source)
         self._device = None if device is None else torch.device(device)
+        self._open_stream = open_stream
         self._ready: queue.Queue[tuple[Any, Any, BaseException | None]] = queue.Queue(ahead)
         self._stopped = threading.Event()
         self._started = False
@@ -73,7 +76,7 @@ class Prefetch(Iterator[T]):
             raise error
         self._handed_out += 1
         self._state = state
-        return item() if isinstance(item, _CopyInFlight) else item
+        return item.finish() if isinstance(item, Transfer) else item
 
     def state_dict(self) -> dict[str, Any]:
         """Returns where to resume after the items that were handed out."""
@@ -109,40 +112,8 @@ class Prefetch(Iterator[T]):
         device = self._device
         if device is None:
             return lambda item: item
-        if device.type != "cuda":
-            return lambda item: move_tensors(
-                item, lambda tensor: tensor.to(device, non_blocking=True)
-            )
-        side = torch.cuda.Stream(device)
-        return lambda item: _CopyInFlight(item, device, side)
-
-
-class _CopyInFlight:
-    """Copies an item to the GPU on a side stream; calling it hands the item to the trainer's stream."""
-
-    def __init__(self, item: Any, device: torch.device, side: torch.cuda.Stream) -> None:
-        self._device = device
-        self._tensors: list[Tensor] = []
-
-        def copy(tensor: Tensor) -> Tensor:
-            if not tensor.is_cuda:
-                tensor = tensor.pin_memory()
-            copied = tensor.to(device, non_blocking=True)
-            self._tensors.append(copied)
-            return copied
-
-        with torch.cuda.stream(side):
-            self._item = move_tensors(item, copy)
-            self._copied = side.record_event()
-
-    def __call__(self) -> Any:
-        current = torch.cuda.current_stream(self._device)
-        # The trainer's stream waits for the copy on the device; the host does not.
-        current.wait_event(self._copied)
-        for tensor in self._tensors:
-            # Else the side stream might reuse the memory while the trainer's still reads it.
-            tensor.record_stream(current)
-        return self._item
+        stream = self._open_stream(device)
+        return lambda item: Transfer(item, device, stream)
 
 
 def _fill(
@@ -180,28 +151,3 @@ def _fill(
         close = getattr(source, "close", None)
         if close is not None:
             close()
-
-
-def move_to_device(item: Any, device: torch.device) -> Any:
-    """Copies the tensors of an item to the device; the host does not wait for copies to a GPU."""
-
-    def copy(tensor: Tensor) -> Tensor:
-        if device.type != "cuda" or tensor.is_cuda:
-            return tensor.to(device)
-        return tensor.pin_memory().to(device, non_blocking=True)
-
-    return move_tensors(item, copy)
-
-
-def move_tensors(item: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """Applies `move` to each tensor of an item, also inside Targets, tuples, lists and dicts."""
-    if isinstance(item, Tensor):
-        return move(item)
-    if isinstance(item, Targets):
-        return replace(item, **{name: move(part) for name, part in item._tensors().items()})
-    if isinstance(item, tuple | list):
-        parts = [move_tensors(part, move) for part in item]
-        return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
-    if isinstance(item, Mapping):
-        return {name: move_tensors(part, move) for name, part in item.items()}
-    return item

@@ -23,6 +23,7 @@ from student_trainer.training.meter import Meter, cross_entropy_sum, means
 from student_trainer.training.optimizers import make_optimizers
 from student_trainer.training.ranks import Ranks
 from student_trainer.training.tensorboard import Curves
+from student_trainer.transfer import copy_to, move_to_device
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def train(
             began = time.perf_counter()
             if saved is not None and step == start:
                 restore_random_states(saved["random"])
-            ids = batch["input_ids"].to(device)
+            ids = copy_to(batch["input_ids"], device)
             logits = student(input_ids=ids).logits[:, :-1, :num_ids].flatten(0, 1)
             labels = ids[:, 1:].flatten()
             num_items = int(batch.get("num_items", labels.numel()))
@@ -164,7 +165,7 @@ def train(
                     if is_aligned:
                         check_alignment(batch, targets)
                     warn_of_tail(targets, ce_weight)
-                targets = targets.to(device)
+                targets = move_to_device(targets, device)
                 kd = distillation_loss(logits, targets, num_items=num_items)
                 loss = kd_weight * kd if ce is None else kd_weight * kd + ce_weight * ce
                 if curves is not None:

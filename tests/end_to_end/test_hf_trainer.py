@@ -1,15 +1,12 @@
 """transformers' Trainer with a teacher: the loss however batches are cut, resume, what is logged."""
 
-import re
 import shutil
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from student_trainer import (
     ForkedClient,
@@ -31,7 +28,9 @@ from student_trainer.hf_trainer import (
 from student_trainer.training.alignment import check_alignment
 from tests.conftest import one_torch_thread
 from tests.support import tiny
+from tests.support.fake_cuda import DEVICE, FakeCuda, backward
 from tests.support.hf import TOKENIZER, make_trainer, num_trained, weights
+from tests.support.waits import Waits
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 
@@ -465,73 +464,58 @@ def test_a_loss_of_ones_own_is_refused(teacher_model, rows, tmp_path: Path):
     make_trainer(tmp_path, rows, None, kind=WithLoss, label_smoothing_factor=0.1)
 
 
-WAITS = {
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.nonzero.default,
-    torch.ops.aten.masked_select.default,
-}
-"""What a GPU has to be waited for: how large the result is, or what it is, is known there only."""
+class OnCuda(DistillationTrainer):
+    """Takes its first step on the CPU, where it finds out about the head, and the second on a GPU.
 
+    `train` has to run in FakeCuda. The second step ends with its gradients: the optimizer, whose
+    parameters those of the GPU replace, has nothing to do.
+    """
 
-INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.waits = Waits()
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.state.global_step == 0:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        assert self.model is not None
+        self.model.to(DEVICE)
+        self._meter._device = DEVICE
+        self._meter.reset()
+        with self.waits:
+            return super().get_batch_samples(epoch_iterator, num_batches, DEVICE)
 
-class Waits(TorchDispatchMode):
-    """Notes operators that would wait for a GPU, and are not the model's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        waits = function in WAITS
-        if function in INDEXED:
-            waits = any(one is not None and one.dtype == torch.bool for one in args[1])
-        if function is torch.ops.aten.repeat_interleave.Tensor:
-            waits = "output_size" not in kwargs
-        if waits:
-            frames = [
-                frame
-                for frame in reversed(traceback.extract_stack())
-                if WHOSE.search(frame.filename)
-            ]
-            # check_labels looks at what is on the host only.
-            on_host = "check_labels" in (frame.name for frame in frames)
-            if "transformers" not in frames[0].filename and not on_host:
-                self.found.append(f"{function} in {frames[0].filename}")
-        return function(*args, **kwargs)
-
-
-WHOSE = re.compile("/(transformers|student_trainer|logit_codec)/")
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step == 0:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self.waits:
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            backward(loss)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        assert all(grad is not None and grad.device == DEVICE for grad in gradients)
+        return torch.zeros(())
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("targets", ["sampled:8", "top_k:4", "dense:f32"])
 def test_no_batch_waits_for_the_device(teacher_model, rows, tmp_path: Path, targets, fused):
-    found = []
-
-    class Watched(DistillationTrainer):
-        def compute_loss(self, *args, **kwargs):
-            if self.state.global_step == 0:  # the head is tried
-                return super().compute_loss(*args, **kwargs)
-            with Waits() as waits:
-                loss = super().compute_loss(*args, **kwargs)
-            found.append(waits.found)
-            return loss
-
     trainer = make_trainer(
         tmp_path,
         rows,
         teacher_model,
-        kind=Watched,
+        kind=OnCuda,
         student=tiny.make_model("Llama", 64),
         distillation=DistillationArguments(targets=targets, ce_weight=0.3, fused=fused),
         max_steps=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.0,
+        logging_strategy="no",
     )
-    trainer.train()
+    with FakeCuda():
+        trainer.train()
     assert (trainer._batch_loss.head is not None) == fused
-    assert found == [[]]
+    assert trainer._meter.rows_in_loss > 0
+    assert trainer.waits.found == []
 
 
 def test_a_right_teacher_is_not_refused_for_a_few_rows(teacher_model, rows):
