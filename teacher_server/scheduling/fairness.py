@@ -23,8 +23,9 @@ dispatched for them, per weight, differs by at most the sum of this over both; w
 would be L / w of each. A team that marks everything as interactive gets its share and, once, B.
 
 All of this is about what is dispatched, which is charged at once, whatever becomes of it. A replica
-dispatches one batch while it computes the one before. So a team that may go ahead is in the next
-batch, and waits for two at most: the rest of the one that is computed and the one that was taken.
+dispatches one batch while it computes the one before. So a light team's jobs are in the next batch,
+and beyond its own backlog it waits for two at most: the one that is computed, and the one that was
+taken.
 """
 
 import heapq
