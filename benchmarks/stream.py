@@ -155,19 +155,19 @@ def bare_loop(connection: Connection, folder: str, threads: int) -> None:
     """Forward, head and encode, one batch after the other, in the service's own functions."""
     from logit_codec import encode_parts, parse_targets
     from teacher_server.engine.batch import RowRequest
-    from teacher_server.engine.head import VocabularyHead
+    from teacher_server.engine.engine import Engine
     from teacher_server.engine.loading import load
 
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as the service does
     torch.set_num_threads(threads)
-    head = VocabularyHead(load(folder))
+    engine = Engine(load(folder))
     spec = parse_targets(TARGETS)
     sequences = random_sequences(99)
     rows = torch.arange(SEQUENCE - 1)
 
     def one_batch() -> None:
         batch = [RowRequest(next(sequences), rows, spec) for _ in range(BATCH)]
-        for targets in head.score(batch)[0]:
+        for targets in engine.score(batch):
             list(encode_parts(targets, spec, max_nbytes=1 << 20))
 
     one_batch()

@@ -32,11 +32,13 @@ def score_server(pipe: Connection) -> None:
     import grpc
     import torch
 
-    from logit_codec import DenseSpec, Targets, select
+    from logit_codec import DenseSpec, select_rows
     from protos import teacher_pb2, teacher_pb2_grpc
     from teacher_server.admission.limits import Limits
     from teacher_server.admission.requests import Admission
-    from teacher_server.engine.batch import RowRequest, StageTimes
+    from teacher_server.engine.batch import PackTimes, RowRequest
+    from teacher_server.engine.engine import Launched
+    from teacher_server.engine.head import ScoredRows
     from teacher_server.ledger.accounts import open_accounts
     from teacher_server.monitoring.memory import keep_freed_memory
     from teacher_server.monitoring.metrics import Metrics
@@ -68,10 +70,14 @@ def score_server(pipe: Connection) -> None:
         id_table=None,
     )
     logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(0))
-    targets = select(logits, DenseSpec(realized=False, log_z=False))
+    selection = select_rows(logits, DenseSpec(realized=False, log_z=False))
+    rows = ScoredRows(((selection, slice(None)),))
 
-    def score(batch: Sequence[RowRequest]) -> tuple[list[Targets], StageTimes]:
-        return [targets] * len(batch), StageTimes(0.0, 0.0)
+    def launch(batch: Sequence[RowRequest]) -> Launched:
+        return Launched((rows,) * len(batch), (), 0, 0.0, 0.0)
+
+    def result(launched: Launched) -> tuple[tuple[ScoredRows, ...], PackTimes]:
+        return launched.rows, PackTimes(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
     async def run() -> None:
         accounts, metrics, team_stats = open_accounts(None), Metrics(), TeamStats()
@@ -82,7 +88,7 @@ def score_server(pipe: Connection) -> None:
         )
         pipeline = Pipeline(
             scheduler,
-            SimpleNamespace(score=score),  # type: ignore[arg-type]
+            SimpleNamespace(launch=launch, result=result),  # type: ignore[arg-type]
             accounts=accounts,
             metrics=metrics,
             max_unencoded_nbytes=limits.max_reply_nbytes,

@@ -29,7 +29,7 @@ from teacher_server.config import ServeConfig
 from teacher_server.engine.engine import Engine
 from teacher_server.engine.loading import load
 from teacher_server.engine.model import TeacherModel
-from teacher_server.engine.probe import is_exact, warm_up
+from teacher_server.engine.probe import KnownAnswer, is_exact, warm_up
 from teacher_server.ledger.accounts import Accounts, open_accounts
 from teacher_server.ledger.lease import DirectoryLink
 from teacher_server.monitoring.memory import device_nbytes, keep_freed_memory, resident_nbytes
@@ -126,6 +126,7 @@ class Replica:
             metrics=self.metrics,
             max_unencoded_nbytes=limits.max_reply_nbytes,
             max_payload_nbytes=limits.max_part_nbytes - PART_SLACK_NBYTES,
+            repeats_known_answer=KnownAnswer(engine).repeats,
             on_failure=self._wake_watchdog,
         )
         teacher = _describe(model, limits)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from teacher_server.engine.batch import RowRequest
-from teacher_server.engine.products import Tiling
+from teacher_server.engine.products import SMALL, Tiling
 
-ROW_MULTIPLE = 64
-"""A pack on a CPU is filled up to a multiple of this. Elementwise functions are computed eight or
-sixteen numbers at a time and the rest one by one, which rounds differently; so the work of each of
-two threads must be a whole number of vectors."""
+ROW_MULTIPLE = SMALL
+"""A pack on a CPU is filled up to a multiple of this, so that short sequences need no other order
+to fill their tiles. It must be a multiple of 64: elementwise functions are computed eight or sixteen
+numbers at a time and the rest one by one, which rounds differently, and so the work of each of two
+threads must be a whole number of vectors."""
 SHORT = 256
 """Sequences of at most this many tokens have packs of their own on a GPU, of this many tokens: one
 short request on an idle replica does not pay for a full pack."""

@@ -63,7 +63,11 @@ class Tiling:
         for start in self.large_starts:
             tile = slice(start, start + self.large)
             _multiply(rows_TD[tile], weight_DN, bias, out_TN[tile])
-        if self.num_small:
+        if self.num_small == self.num_rows == len(self.small_rows):  # they are all rows, in order
+            for start in range(0, self.num_rows, self.small):
+                tile = slice(start, start + self.small)
+                _multiply(rows_TD[tile], weight_DN, bias, out_TN[tile])
+        elif self.num_small:
             small_SD = rows_TD[self.small_rows]
             small_SN = out_TN.new_empty(len(small_SD), out_TN.shape[1])
             for start in range(0, len(small_SD), self.small):

@@ -24,7 +24,6 @@ from teacher_server.engine.batch import PackTimes
 from teacher_server.engine.device import is_broken
 from teacher_server.engine.engine import Engine, Launched
 from teacher_server.engine.head import ScoredRows
-from teacher_server.engine.probe import KnownAnswer
 from teacher_server.errors import RequestRefused
 from teacher_server.ledger.accounts import Accounts
 from teacher_server.monitoring.metrics import Metrics
@@ -57,7 +56,8 @@ class _Flight:
 class Compute:
     """Scores one batch after another and hands each job's rows to the encoder.
 
-    on_failure: called once, in any thread, when the replica cannot compute any more.
+    repeats_known_answer: whether a known answer still comes out; it may raise. on_failure: called
+    once, in any thread, when the replica cannot compute any more.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Compute:
         accounts: Accounts,
         metrics: Metrics,
         replica_stats: ReplicaStats,
+        repeats_known_answer: Callable[[], bool],
         on_failure: Callable[[], None],
     ) -> None:
         self._scheduler = scheduler
@@ -82,7 +83,7 @@ class Compute:
         self._on_failure = on_failure
         self.failure = ""
         """Why nothing can be computed any more; empty if it can."""
-        self._known_answer = KnownAnswer(engine)
+        self._repeats_known_answer = repeats_known_answer
         self._slots = threading.Semaphore(MAX_IN_FLIGHT)
         self._flights: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
         self._begun_s: dict[object, float] = {}
@@ -302,7 +303,7 @@ class Compute:
             return
         self._failures = 0
         with contextlib.suppress(Exception):  # failing is an answer too
-            if self._known_answer.repeats():
+            if self._repeats_known_answer():
                 return
         self.fail("a known answer does not come out any more")
 

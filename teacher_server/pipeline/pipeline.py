@@ -23,7 +23,8 @@ class Pipeline:
     """Scores and encodes the sequences of one replica.
 
     max_unencoded_nbytes: bound of the answers that are scored and not encoded. max_payload_nbytes:
-    of one encoded part. on_failure: called, in any thread, when it can do neither any more.
+    of one encoded part. repeats_known_answer: whether a known answer still comes out, which is asked
+    after failures; it may raise. on_failure: called, in any thread, when it can do neither any more.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Pipeline:
         metrics: Metrics,
         max_unencoded_nbytes: int,
         max_payload_nbytes: int,
+        repeats_known_answer: Callable[[], bool] = lambda: True,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
@@ -54,6 +56,7 @@ class Pipeline:
             accounts=accounts,
             metrics=metrics,
             replica_stats=self._replica_stats,
+            repeats_known_answer=repeats_known_answer,
             on_failure=on_failure,
         )
         metrics.watch("teacher_queued_tokens", lambda: scheduler.queued_tokens)

@@ -53,7 +53,7 @@ class Description:
     def status(self) -> teacher_pb2.ReplicaStatus:
         """Returns how busy the replica is, without the number of its streams."""
         load = self._pipeline.workload()
-        return teacher_pb2.ReplicaStatus(
+        status = teacher_pb2.ReplicaStatus(
             id=self.replica_id,
             address=self.address,
             state=self.state,
@@ -61,9 +61,11 @@ class Description:
             batch_fill=load.pass_tokens / self._pipeline.max_batch_tokens,
             encode_ms=1e3 * load.encode_s,
             compact_ms=1e3 * load.compact_s,
-            **{f"{stage}_ms": 1e3 * seconds for stage, seconds in load.stage_s.items()},
             tokens_per_second=load.tokens_per_s,
             memory_bytes=resident_nbytes(),
             device_memory_bytes=device_nbytes(self._device),
             busy=load.busy,
         )
+        for stage, seconds in load.stage_s.items():
+            setattr(status, f"{stage}_ms", 1e3 * seconds)
+        return status

@@ -20,13 +20,14 @@ def timing_message(job: SequenceJob) -> teacher_pb2.Timing:
     """Reports how long a scored job waited and computed; each part adds what encoding took."""
     forward_pass = job.forward_pass
     assert forward_pass is not None
-    stages = forward_pass.times.by_stage()
-    return teacher_pb2.Timing(
+    timing = teacher_pb2.Timing(
         queue_us=int(1e6 * job.waited_s),
-        **{f"{stage}_us": int(1e6 * seconds) for stage, seconds in stages.items()},
         batch_sequences=forward_pass.num_sequences,
         batch_tokens=forward_pass.num_tokens,
     )
+    for stage, seconds in forward_pass.times.by_stage().items():
+        setattr(timing, f"{stage}_us", int(1e6 * seconds))
+    return timing
 
 
 def error_message(
