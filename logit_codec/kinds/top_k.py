@@ -328,7 +328,7 @@ def _keep_top(masses: RowMasses, spec: TopKSpec) -> dict[str, Tensor]:
     floor = math.log(spec.min_p) if spec.min_p else torch.finfo(torch.float32).min
     is_kept_RK = logprobs_RK.float() >= floor
     # Rows in which no id reaches min_p, or that are not finite, keep their best id.
-    is_kept_RK[:, 0] = True
+    is_kept_RK[:, 0].fill_(True)
     ids_RK = first_RH.gather(1, place_RK // BLOCK) + place_RK % BLOCK
     return {
         "ids": ids_RK.masked_fill_(~is_kept_RK, UNKNOWN).int(),
