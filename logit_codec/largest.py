@@ -20,9 +20,10 @@ def largest(values_RN: Tensor, k: int, *, ordered: bool = False) -> Tensor:
     group = 1 << round(math.log2(math.sqrt(num_values / k)))
     if 2 * k * group >= num_values:
         return _largest_by_key(values_RN, None, k, ordered)
-    values_RN = torch.nn.functional.pad(values_RN, (0, -num_values % group), value=-torch.inf)
+    if num_values % group:
+        values_RN = torch.nn.functional.pad(values_RN, (0, -num_values % group), value=-torch.inf)
     values_RGS = values_RN.unflatten(1, (-1, group))
-    best_RK = largest(values_RGS.amax(2), k)
+    best_RK = largest(torch.nn.functional.max_pool1d(values_RN, group), k)
     row_R1 = torch.arange(num_rows, device=values_RN.device)[:, None] * values_RGS.shape[1]
     candidates = values_RGS.flatten(0, 1).index_select(0, (best_RK + row_R1).flatten())
     within_S = torch.arange(group, device=values_RN.device)
@@ -45,12 +46,3 @@ def _largest_by_key(
         positions_RN = torch.arange(values_RN.shape[1], device=values_RN.device)
     keys = (bits.long() << 32) - positions_RN
     return keys.topk(k, dim=1, sorted=ordered).values.neg_() & 0xFFFFFFFF
-
-
-def first_true(mask_RN: Tensor, k: int) -> Tensor:
-    """Finds (R, K) int64 positions of the first k true ones, ascending; N where there are fewer."""
-    num_rows, num_values = mask_RN.shape
-    slot_RN = mask_RN.cumsum(1).sub_(1).clamp_(max=k).masked_fill_(~mask_RN, k)
-    found = torch.full((num_rows, k + 1), num_values, device=mask_RN.device)
-    positions = torch.arange(num_values, device=mask_RN.device).expand(num_rows, -1)
-    return found.scatter_(1, slot_RN, positions)[:, :k]  # the last slot takes what is left over

@@ -77,13 +77,14 @@ class Selection:
 
         pin_memory: in pinned memory of the CPU, instead of on the device of these rows.
         """
-        device = "cpu" if pin_memory else None
-        empty = {
-            name: torch.empty_like(
-                column[:1].expand(0, *column.shape[1:]), device=device
-            ).new_empty(num_rows, *column.shape[1:], pin_memory=pin_memory)
-            for name, column in self.columns.items()
-        }
+        empty = {}
+        for name, column in self.columns.items():
+            empty[name] = torch.empty(
+                (num_rows, *column.shape[1:]),
+                dtype=column.dtype,
+                device="cpu" if pin_memory else column.device,
+                pin_memory=pin_memory,
+            )
         return self._with(empty)
 
     def copy_to(self, other: "Selection", first_row: int = 0) -> None:

@@ -28,13 +28,10 @@ from logit_codec.header import Header
 from logit_codec.id_table import IdTable
 from logit_codec.ids import write_ids
 from logit_codec.kinds.base import LOWEST, Cell, Content, PaddedEntries, SparseCells, SparseKind
-from logit_codec.largest import first_true, largest
+from logit_codec.largest import largest
 from logit_codec.planes import PlaneReader, RowCheck, raw_words, read_row_fields, refuse_rows
 from logit_codec.spec import OptionText, TargetSpec
 from logit_codec.targets import UNKNOWN, SparseTargets, row_splits_of
-
-SMALLEST_MIN_P = 1 / 1024
-"""From here up, the blocks that can hold an entry of min_p are few: at most 1 / min_p of a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +86,8 @@ class TopKSpec(TargetSpec):
 
     def scratch_row_nbytes(self, vocab_size: int) -> int:
         blocks = num_blocks(vocab_size)
-        return 3 * 4 * BLOCK * min(self.k, blocks) + 8 * 8 * 8 * self.k + 3 * 8 * blocks
+        most = min(self.k, vocab_size)
+        return 6 * BLOCK * min(most, blocks) + 200 * most + 32 * blocks
 
     def select(self, masses: RowMasses, uniforms: Tensor | None) -> dict[str, Tensor]:
         return _keep_top(masses, self)
@@ -315,25 +313,22 @@ def _keep_top(masses: RowMasses, spec: TopKSpec) -> dict[str, Tensor]:
     An id that only fills its row up is UNKNOWN.
     """
     assert masses.maxima_RB is not None
-    most = min(spec.k, masses.logits.shape[1])
+    # No more ids than 1 / min_p can reach it.
+    most = min(spec.k, masses.logits.shape[1], int(1.001 / max(spec.min_p, 1e-9)))
     count = min(most, masses.maxima_RB.shape[1])
     # Only the blocks with the largest maxima can hold an entry; in their order, ties in the logits
     # go to the lowest id.
     block_RH = largest(masses.maxima_RB, count).sort(1).values
-    values_RHW, first_RH = block_logits(masses.logits, block_RH)
-    if spec.min_p >= SMALLEST_MIN_P:
-        place_RK, is_real_RK = _places_above(masses, values_RHW, spec.min_p, most)
-    else:
-        place_RK, is_real_RK = largest(values_RHW.flatten(1), most, ordered=True), None
-    logits_RK = values_RHW.flatten(1).gather(1, place_RK)
-    if is_real_RK is not None:
-        logits_RK = logits_RK.where(is_real_RK, -torch.inf)
+    values_RHW, first_RH = _read_blocks(masses, block_RH, spec.min_p)
+    values_RK = values_RHW.flatten(1)
+    place_RK = largest(values_RK, most, ordered=True)
+    logits_RK = values_RK.gather(1, place_RK)
     logprobs_RK = logits_RK.double() / masses.temperature - masses.log_z_R[:, None]
     # An id of probability 0 is no entry.
     floor = math.log(spec.min_p) if spec.min_p else torch.finfo(torch.float32).min
     is_kept_RK = logprobs_RK.float() >= floor
     # Rows in which no id reaches min_p, or that are not finite, keep their best id.
-    is_kept_RK[:, 0] = True
+    is_kept_RK[:, 0].fill_(True)
     ids_RK = first_RH.gather(1, place_RK // BLOCK) + place_RK % BLOCK
     return {
         "ids": ids_RK.masked_fill_(~is_kept_RK, UNKNOWN).int(),
@@ -344,37 +339,20 @@ def _keep_top(masses: RowMasses, spec: TopKSpec) -> dict[str, Tensor]:
     }
 
 
-def _places_above(
-    masses: RowMasses, values_RHW: Tensor, min_p: float, most: int
-) -> tuple[Tensor, Tensor]:
-    """Finds (R, K) places of the largest logits in (R, H, W), and whether they reach min_p.
-
-    Nearly: a few are below it. The largest comes first, whether it does or not.
-    """
-    num_rows = len(values_RHW)
-    floor = 0.999 * min_p  # what float32 rounds off is less
-    least_R = (masses.log_z_R + math.log(floor)) * masses.temperature
-    least_R = (least_R - 1e-6 * least_R.abs()).float()
-    least_R1 = torch.minimum(least_R, masses.peak_R)[:, None]
-    values_RK = values_RHW.flatten(1)
-    # First eighths of blocks that hold one: eight booleans are one integer.
-    is_hit_RG = (values_RK >= least_R1).view(torch.int64) != 0
-    num_groups = is_hit_RG.shape[1]
-    reaching = min(int(1 / (0.998 * min_p)), 8 * num_groups)  # there cannot be more
-    group_RG = first_true(is_hit_RG, min(reaching, num_groups))
-    is_real_RG = group_RG < num_groups
-    group_RG = group_RG.clamp_(max=num_groups - 1)
-    row_R1 = torch.arange(num_rows, device=values_RK.device)[:, None] * num_groups
-    candidates = values_RK.view(-1, 8).index_select(0, (group_RG + row_R1).flatten())
-    candidates = candidates.view(*group_RG.shape, 8).where(is_real_RG[:, :, None], -torch.inf)
-    candidates_RK = torch.nn.functional.pad(candidates.flatten(1), (0, 1), value=-torch.inf)
-    slot_RK = first_true(candidates_RK[:, :-1] >= least_R1, reaching)
-    # Then, of what is left, the largest.
-    best_RK = largest(candidates_RK.gather(1, slot_RK), min(most, reaching), ordered=True)
-    slot_RK = slot_RK.gather(1, best_RK)
-    is_real_RK = slot_RK < 8 * group_RG.shape[1]
-    slot_RK = slot_RK.clamp_(max=8 * group_RG.shape[1] - 1)
-    return group_RG.gather(1, slot_RK // 8) * 8 + slot_RK % 8, is_real_RK
+def _read_blocks(masses: RowMasses, block_RH: Tensor, min_p: float) -> tuple[Tensor, Tensor]:
+    """Gathers (R, H, W) logits as `block_logits` does; -inf in blocks without an id of min_p."""
+    if min_p == 0.0:
+        return block_logits(masses.logits, block_RH)
+    assert masses.maxima_RB is not None
+    least_R = (masses.log_z_R + math.log(0.999 * min_p)) * masses.temperature
+    least_R = (least_R - 1e-6 * least_R.abs()).float()  # what float32 rounds off is less
+    maxima_RH = masses.maxima_RB.gather(1, block_RH)
+    is_idle_RH = maxima_RH < torch.minimum(least_R, masses.peak_R)[:, None]
+    # Most blocks are idle, and fetching one takes as long as adding it up. So one stands for all.
+    best_R1 = block_RH.gather(1, maxima_RH.argmax(1, keepdim=True))
+    values_RHW, first_RH = block_logits(masses.logits, block_RH.where(~is_idle_RH, best_R1))
+    offset_RH = torch.zeros_like(maxima_RH).masked_fill_(is_idle_RH, -torch.inf)
+    return values_RHW.add_(offset_RH[:, :, None]), first_RH
 
 
 def _tail_logprob(
@@ -391,14 +369,17 @@ def _tail_logprob(
     kept_R = logprobs_RK.exp().where(is_kept_RK, 0.0).sum(1)
     # In the blocks that may hold entries, only what is not kept counts.
     peak_RH1 = masses.maxima_RB.gather(1, block_RH)[:, :, None]
-    values_RHW.sub_(peak_RH1).div_(masses.temperature).exp_()
+    values_RHW.sub_(peak_RH1)
+    if masses.temperature != 1.0:
+        values_RHW.div_(masses.temperature)
+    values_RHW.exp_()
     total_RH = values_RHW.sum(2)
     weights_RK = values_RHW.flatten(1)
-    # "amin", for a place that fills its row up may be kept as well.
     rest_RK = weights_RK.gather(1, place_RK).masked_fill_(is_kept_RK, 0.0)
-    weights_RK.scatter_reduce_(1, place_RK, rest_RK, "amin")
-    share_RH = shares_RB.gather(1, block_RH) * (values_RHW.sum(2) / total_RH)
-    shares_RB.scatter_(1, block_RH, share_RH.where(total_RH > 0, 0.0))
+    weights_RK.scatter_(1, place_RK, rest_RK)
+    share_RH = shares_RB.gather(1, block_RH)
+    share_RH *= (values_RHW.sum(2) / total_RH).where(total_RH > 0, 1.0)
+    shares_RB.scatter_(1, block_RH, share_RH)
     # Of 1 - kept and the sum of the rest, each is exact where the other one cancels.
     tail_R = torch.where(kept_R < 0.5, torch.log1p(-kept_R), shares_RB.sum(1).log())
     return tail_R.clamp_(max=0.0).float()
