@@ -22,9 +22,9 @@ from logit_codec import Targets
 from logit_codec.kinds import cells_of
 from student_trainer.losses.checks import check_labels, shared_vocabulary
 from student_trainer.losses.distillation import LossOptions, prepare, within
-from student_trainer.losses.fused_chunk import Problem, RowStatistics, most_entries
+from student_trainer.losses.fused_chunk import Problem, RowStatistics
 from student_trainer.losses.fused_pass import FusedPass
-from student_trainer.transfer import copy_to, move_to_device
+from student_trainer.transfer import copy_to, most_entries, move_to_device
 
 
 def fused_distillation_loss(
@@ -61,7 +61,9 @@ def fused_distillation_loss(
     distillation_loss; masked rows cost nothing. chunk_rows: rows at a time; by default as many as
     make buffers of 96 MiB in all on a CPU, 512 MiB elsewhere. statistics: RowStatistics.zeros(R) on
     the device of hidden, to be filled in; with it labels are looked at even if ce_weight is 0.
-    max_entries: of the row of the targets that has most; without it, a GPU's is waited for.
+    max_entries: of the row of the targets that has most; without it they are counted, and a GPU is
+    waited for, unless `prefetch` brought the targets there. It is also waited for if a mask is
+    there, or targets whose ids the student lacks; on the host, they cost no waiting.
 
     head_weight and head_bias may be DTensors, as FSDP2's fully_shard leaves them: they are
     gathered, and their gradients averaged over the ranks of their mesh and sharded again, as FSDP2
