@@ -9,6 +9,10 @@ the gradients of hidden states, head and bias. Thus forward does all the work an
 scales. The buffers are reused from chunk to chunk: fresh ones would be faulted in page by page,
 which takes longer than the arithmetic.
 
+The host never waits for a GPU, with three exceptions, for which it must know something of a tensor
+there: a mask, targets with ids that the student lacks, and targets that `prefetch` did not bring
+there, unless max_entries is given. The same tensors on the host cost no waiting.
+
 With a = q * dD/dq of each cell, the gradient of a cell's logit is (a - q * sum(a)) / T; a tail
 bucket's is shared out among its ids in proportion to q.
 """
@@ -61,9 +65,7 @@ def fused_distillation_loss(
     distillation_loss; masked rows cost nothing. chunk_rows: rows at a time; by default as many as
     make buffers of 96 MiB in all on a CPU, 512 MiB elsewhere. statistics: RowStatistics.zeros(R) on
     the device of hidden, to be filled in; with it labels are looked at even if ce_weight is 0.
-    max_entries: of the row of the targets that has most; without it they are counted, and a GPU is
-    waited for, unless `prefetch` brought the targets there. It is also waited for if a mask is
-    there, or targets whose ids the student lacks; on the host, they cost no waiting.
+    max_entries: of the row of the targets that has most; without it they are counted.
 
     head_weight and head_bias may be DTensors, as FSDP2's fully_shard leaves them: they are
     gathered, and their gradients averaged over the ranks of their mesh and sharded again, as FSDP2
