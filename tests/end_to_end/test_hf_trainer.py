@@ -467,8 +467,8 @@ def test_a_loss_of_ones_own_is_refused(teacher_model, rows, tmp_path: Path):
 class OnCuda(DistillationTrainer):
     """Takes its first step on the CPU, where it finds out about the head, and the second on a GPU.
 
-    The second step ends with its gradients: the optimizer, whose parameters those of the GPU
-    replace, has nothing to do.
+    The second step ends with its gradients, which are taken away: the optimizer, whose parameters
+    those of the GPU replace, has nothing to do.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -494,6 +494,7 @@ class OnCuda(DistillationTrainer):
             backward(loss)
         gradients = [parameter.grad for parameter in model.parameters()]
         assert all(grad is not None and grad.device == DEVICE for grad in gradients)
+        model.zero_grad()
         return torch.zeros(())
 
 
