@@ -11,8 +11,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from logit_codec import Targets
+from logit_codec import SparseTargets, Targets
+
+_MOST_ENTRIES = WeakTensorKeyDictionary()
+"""Of targets that were moved, by their row_splits: counted on the host, where nothing waits for it."""
 
 
 class CopyStream(Protocol):
@@ -114,10 +118,29 @@ def move_tensors(item: Any, move: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(item, Tensor):
         return move(item)
     if isinstance(item, Targets):
-        return replace(item, **{name: move(part) for name, part in item._tensors().items()})
+        moved = replace(item, **{name: move(part) for name, part in item._tensors().items()})
+        if isinstance(item, SparseTargets) and isinstance(moved, SparseTargets):
+            _remember_most_entries(item, moved)
+        return moved
     if isinstance(item, tuple | list):
         parts = [move_tensors(part, move) for part in item]
         return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
     if isinstance(item, Mapping):
         return {name: move_tensors(part, move) for name, part in item.items()}
     return item
+
+
+def _remember_most_entries(targets: SparseTargets, moved: SparseTargets) -> None:
+    if targets.device.type == "cpu" and moved.device.type != "cpu":
+        _MOST_ENTRIES[moved.row_splits] = most_entries(targets)
+
+
+def most_entries(targets: Targets) -> int:
+    """Returns K, the most entries of a row; of targets on a device, it was counted before the move.
+
+    Targets that are made on a device, or brought there in another way, are waited for.
+    """
+    if not isinstance(targets, SparseTargets) or not len(targets.token_ids):
+        return 0
+    known = _MOST_ENTRIES.get(targets.row_splits)
+    return int(targets.row_splits.diff().max()) if known is None else known

@@ -138,12 +138,12 @@ def test_a_wait_is_found(do, waits):
 
 def test_a_wait_names_the_line_that_led_to_it():
     from logit_codec import parse_targets, select
-    from student_trainer.losses.fused_chunk import most_entries
+    from student_trainer.transfer import most_entries
 
     targets = select(torch.randn(2, 9), parse_targets("top_k:2,realized=0"))
     with FakeCuda(), Waits() as waits, pytest.raises(DataDependentOutputException):
         most_entries(targets.to(DEVICE))
-    assert waits.found[-1].where.startswith("student_trainer/losses/fused_chunk.py:")
+    assert waits.found[-1].where.startswith("student_trainer/transfer.py:")
     assert waits.found[-1].where.endswith(" most_entries")
 
 

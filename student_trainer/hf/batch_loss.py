@@ -17,7 +17,7 @@ from student_trainer.hf.arguments import DistillationArguments
 from student_trainer.losses.checks import check_labels, shared_vocabulary
 from student_trainer.losses.distillation import distillation_loss, within
 from student_trainer.losses.fused import fused_distillation_loss
-from student_trainer.losses.fused_chunk import RowStatistics, most_entries
+from student_trainer.losses.fused_chunk import RowStatistics
 from student_trainer.losses.fused_head import FusedHead, Unfusable
 from student_trainer.teachers.batch_targets import Taken
 from student_trainer.training.meter import TrainerMeter, cross_entropy_sum
@@ -40,17 +40,11 @@ class AttachedTargets:
     """Tokens, without padding, that are not trained."""
     largest_id: int
     """The largest token id of the batch."""
-    max_entries: int
-    """Most entries of a row of the targets: counted on the host, so that no step waits for the
-    device."""
 
     @classmethod
     def of(cls, taken: Taken, targets: Targets | None) -> "AttachedTargets":
         """Keeps what the loss needs of a batch, and not the batch, which would fill the host."""
-        max_entries = 0 if targets is None else most_entries(targets)
-        return cls(
-            targets, taken.rows, taken.labels, taken.num_without, taken.largest_id, max_entries
-        )
+        return cls(targets, taken.rows, taken.labels, taken.num_without, taken.largest_id)
 
     def to_rows(self, head_size: int, device: Any) -> tuple[Targets, Tensor, Tensor]:
         """Returns targets, rows and labels on the device, over the ids that the student has too.
@@ -149,7 +143,6 @@ class BatchLoss:
             ce_weight=arguments.ce_weight,
             reduction="sum",
             statistics=statistics,
-            max_entries=attached.max_entries,
             **self._get_beta(),
         )
         kd = None

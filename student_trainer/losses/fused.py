@@ -9,6 +9,10 @@ the gradients of hidden states, head and bias. Thus forward does all the work an
 scales. The buffers are reused from chunk to chunk: fresh ones would be faulted in page by page,
 which takes longer than the arithmetic.
 
+The host never waits for a GPU, with three exceptions, for which it must know something of a tensor
+there: a mask, targets with ids that the student lacks, and targets that `prefetch` did not bring
+there, unless max_entries is given. The same tensors on the host cost no waiting.
+
 With a = q * dD/dq of each cell, the gradient of a cell's logit is (a - q * sum(a)) / T; a tail
 bucket's is shared out among its ids in proportion to q.
 """
@@ -22,9 +26,9 @@ from logit_codec import Targets
 from logit_codec.kinds import cells_of
 from student_trainer.losses.checks import check_labels, shared_vocabulary
 from student_trainer.losses.distillation import LossOptions, prepare, within
-from student_trainer.losses.fused_chunk import Problem, RowStatistics, most_entries
+from student_trainer.losses.fused_chunk import Problem, RowStatistics
 from student_trainer.losses.fused_pass import FusedPass
-from student_trainer.transfer import copy_to, move_to_device
+from student_trainer.transfer import copy_to, most_entries, move_to_device
 
 
 def fused_distillation_loss(
@@ -61,7 +65,7 @@ def fused_distillation_loss(
     distillation_loss; masked rows cost nothing. chunk_rows: rows at a time; by default as many as
     make buffers of 96 MiB in all on a CPU, 512 MiB elsewhere. statistics: RowStatistics.zeros(R) on
     the device of hidden, to be filled in; with it labels are looked at even if ce_weight is 0.
-    max_entries: of the row of the targets that has most; without it, a GPU's is waited for.
+    max_entries: of the row of the targets that has most; without it they are counted.
 
     head_weight and head_bias may be DTensors, as FSDP2's fully_shard leaves them: they are
     gathered, and their gradients averaged over the ranks of their mesh and sharded again, as FSDP2

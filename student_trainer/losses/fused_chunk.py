@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logit_codec import SparseTargets, Targets
 from logit_codec.kinds.base import LOWEST, FullCells, SparseCells
 from student_trainer.losses.checks import IGNORE_INDEX
 from student_trainer.losses.distillation import LossOptions
@@ -283,10 +282,3 @@ class KeptCells:
         if labels:
             labels.subtract_from(rest_CV, weight_C1)
         return rest_CV
-
-
-def most_entries(targets: Targets) -> int:
-    """Returns K, the most entries of a row; waits for the device that the targets are on."""
-    if not isinstance(targets, SparseTargets) or not len(targets.token_ids):
-        return 0
-    return int(targets.row_splits.diff().max())

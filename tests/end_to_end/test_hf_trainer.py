@@ -467,32 +467,34 @@ def test_a_loss_of_ones_own_is_refused(teacher_model, rows, tmp_path: Path):
 class OnCuda(DistillationTrainer):
     """Takes its first step on the CPU, where it finds out about the head, and the second on a GPU.
 
-    `train` has to run in FakeCuda. The second step ends with its gradients: the optimizer, whose
-    parameters those of the GPU replace, has nothing to do.
+    The second step ends with its gradients, which are taken away: the optimizer, whose parameters
+    those of the GPU replace, has nothing to do.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.waits = Waits()
+        self.cuda, self.waits = FakeCuda(), Waits()
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.state.global_step == 0:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         assert self.model is not None
-        self.model.to(DEVICE)
-        self._meter._device = DEVICE
-        self._meter.reset()
-        with self.waits:
+        with self.cuda:
+            self.model.to(DEVICE)
+            self._meter._device = DEVICE
+            self._meter.reset()
+        with self.cuda, self.waits:
             return super().get_batch_samples(epoch_iterator, num_batches, DEVICE)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.state.global_step == 0:
             return super().training_step(model, inputs, num_items_in_batch)
-        with self.waits:
+        with self.cuda, self.waits:
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
             backward(loss)
         gradients = [parameter.grad for parameter in model.parameters()]
         assert all(grad is not None and grad.device == DEVICE for grad in gradients)
+        model.zero_grad()
         return torch.zeros(())
 
 
@@ -511,8 +513,7 @@ def test_no_batch_waits_for_the_device(teacher_model, rows, tmp_path: Path, targ
         max_grad_norm=0.0,
         logging_strategy="no",
     )
-    with FakeCuda():
-        trainer.train()
+    trainer.train()
     assert (trainer._batch_loss.head is not None) == fused
     assert trainer._meter.rows_in_loss > 0
     assert trainer.waits.found == []

@@ -49,7 +49,7 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._split = _Split(self._fake)
+        self._split = _Split()
 
     def __enter__(self) -> Self:
         _register_guard()
@@ -70,9 +70,8 @@ class FakeCuda:
 class _Split(TorchDispatchMode):
     """Runs operations on host tensors for real, and others on fake tensors."""
 
-    def __init__(self, fake: FakeTensorMode) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._fake = fake
         self._pinned: dict[int, Tensor] = {}
         """By the address of the memory; held, so that no other memory gets the address."""
 
