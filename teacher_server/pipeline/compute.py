@@ -157,7 +157,6 @@ class Compute:
         except BaseException as error:
             logger.exception("a compute thread ended")
             self.fail(f"a compute thread ended error={type(error).__name__}")
-            raise
 
     # The launch thread.
 

@@ -35,6 +35,14 @@ CLOSE_S = 5.0
 
 Parts = Iterator[tuple[int, int, bytes]]
 """What `encode_parts` yields: first row, number of rows, container."""
+MakeParts = Callable[[SequenceJob, ScoredRows], Parts]
+"""Compacts the rows of a job at once, and encodes them as they are asked for."""
+
+
+def make_parts(job: SequenceJob, rows: ScoredRows, *, max_nbytes: int) -> Parts:
+    """Makes targets of the rows of a job, and encodes them in parts of at most `max_nbytes`."""
+    targets = rows.compact()
+    return encode_parts(targets, job.request.spec, max_nbytes=max_nbytes, id_table=job.id_table)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,11 +114,15 @@ class Encoding:
         self._rows, self.order = rows, order
         self._began = time.perf_counter()
 
-    def encode_next(self, max_nbytes: int) -> Part | Exception | None:
+    def encode_next(self, make_parts: MakeParts) -> Part | Exception | None:
         """Encodes the next part, in a thread; returns None after the last one, and errors too."""
         try:
             if self._parts is None:
-                self._parts = self._compact(max_nbytes)
+                assert self._rows is not None
+                began = time.perf_counter()
+                self._parts = make_parts(self.job, self._rows)
+                self._rows = None
+                self._compact_s = time.perf_counter() - began
             first_row, num_rows, payload = next(self._parts)
         except StopIteration:
             return None
@@ -118,15 +130,6 @@ class Encoding:
             return error
         seconds = time.perf_counter() - self._began
         return Part(first_row, num_rows, payload, seconds, self._compact_s)
-
-    def _compact(self, max_nbytes: int) -> Parts:
-        assert self._rows is not None
-        began = time.perf_counter()
-        rows, self._rows = self._rows, None
-        targets = rows.compact()
-        self._compact_s = time.perf_counter() - began
-        spec, table = self.job.request.spec, self.job.id_table
-        return encode_parts(targets, spec, max_nbytes=max_nbytes, id_table=table)
 
     def release(self) -> None:
         """Lets go of the rows."""
@@ -160,18 +163,19 @@ class _TeamAnswers:
 class Encoder:
     """Runs the threads that encode, and queues the answers that wait for them.
 
-    max_payload_nbytes: of one part. on_end: called once per answer, in any thread, when it is
-    encoded or dropped. on_failure: called when a thread ends that should not.
+    make_parts: encodes an answer. on_end: called once per answer, in any thread, when it is encoded
+    or dropped. on_failure: called when a thread ends that should not.
     """
 
     def __init__(
         self,
+        make_parts: MakeParts,
         *,
-        max_payload_nbytes: int,
         on_end: Callable[[SequenceJob], None],
         on_failure: Callable[[str], None],
+        num_threads: int = NUM_THREADS,
     ) -> None:
-        self._max_payload_nbytes = max_payload_nbytes
+        self._make_parts = make_parts
         self._on_end = on_end
         self._on_failure = on_failure
         self._changed = threading.Condition()
@@ -184,7 +188,7 @@ class Encoder:
         self._closed = False
         self._threads = [
             threading.Thread(target=self._guard, name=f"encode-{number}", daemon=True)
-            for number in range(NUM_THREADS)
+            for number in range(num_threads)
         ]
 
     def start(self) -> None:
@@ -284,12 +288,11 @@ class Encoder:
         try:
             while (encoding := self._choose()) is not None:
                 # Without the lock: this takes long; answers may be queued and dropped meanwhile.
-                self._end_turn(encoding, encoding.encode_next(self._max_payload_nbytes))
+                self._end_turn(encoding, encoding.encode_next(self._make_parts))
                 del encoding
         except BaseException as error:
             logger.exception("an encode thread ended")
             self._on_failure(f"an encode thread ended error={type(error).__name__}")
-            raise
 
     def _choose(self) -> Encoding | None:
         """Waits for the answer whose part is next; returns None when closed."""

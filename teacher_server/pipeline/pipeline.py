@@ -7,6 +7,7 @@ for them (compute.py); a few threads turn selected rows into bytes while the nex
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from teacher_server.engine.engine import Engine
 from teacher_server.ledger.accounts import Accounts
@@ -14,7 +15,7 @@ from teacher_server.monitoring.metrics import Metrics
 from teacher_server.monitoring.replica_stats import ReplicaSnapshot, ReplicaStats
 from teacher_server.pipeline.backlog import EncodeBacklog
 from teacher_server.pipeline.compute import Compute
-from teacher_server.pipeline.encoding import Encoder, Encoding, Part
+from teacher_server.pipeline.encoding import Encoder, Encoding, Part, make_parts
 from teacher_server.scheduling.job import SequenceJob
 from teacher_server.scheduling.scheduler import Scheduler
 
@@ -44,7 +45,7 @@ class Pipeline:
         self._replica_stats = ReplicaStats()
         self._backlog = EncodeBacklog(max_unencoded_nbytes)
         self._encoder = Encoder(
-            max_payload_nbytes=max_payload_nbytes,
+            partial(make_parts, max_nbytes=max_payload_nbytes),
             on_end=self._backlog.forget,
             on_failure=lambda why: self._compute.fail(why),
         )

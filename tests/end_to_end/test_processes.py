@@ -228,13 +228,11 @@ def poison() -> None:
 
     hidden_states = TeacherModel.hidden_states
 
-    def poisoned(self, sequences):
-        hidden = hidden_states(self, sequences).clone()
-        for index, sequence in enumerate(sequences):
-            if (sequence == 666).any():
-                raise RuntimeError("planted /secret/path")
-            for place in (sequence == 13).nonzero()[:, 0].tolist():
-                hidden[index, place] = float("nan")
+    def poisoned(self, token_ids, *arguments):
+        hidden = hidden_states(self, token_ids, *arguments).clone()
+        if (token_ids == 666).any():
+            raise RuntimeError("planted /secret/path")
+        hidden[token_ids == 13] = float("nan")
         return hidden
 
     TeacherModel.hidden_states = poisoned

@@ -226,14 +226,14 @@ def _prepare(
         self.description.address = address
         return port
 
-    def slowed(self: TeacherModel, sequences):
+    def slowed(self: TeacherModel, *arguments):
         with suppress(OSError):
             time.sleep(float((signs / "slow").read_text()))
         with suppress(OSError):
             (signs / "hang").rename(signs / "hung")
             while (signs / "hung").exists():
                 time.sleep(0.05)
-        return hidden_states(self, sequences)
+        return hidden_states(self, *arguments)
 
     Replica.start, TeacherModel.hidden_states = started, slowed
     if hook is not None:

@@ -22,9 +22,9 @@ def waits(backlog: EncodeBacklog) -> threading.Thread:
 def test_computing_waits_while_too_much_is_not_encoded():
     backlog = EncodeBacklog(100)
     first, second = answer(60), answer(60)
-    backlog.add(first)
+    backlog.add([first])
     backlog.wait()  # below the bound: at once
-    backlog.add(second)
+    backlog.add([second])
     thread = waits(backlog)
     thread.join(0.1)
     assert thread.is_alive()
@@ -38,7 +38,7 @@ def test_an_answer_is_forgotten_once_and_one_that_never_came_not_at_all():
     backlog = EncodeBacklog(100)
     one = answer(60)
     backlog.forget(one)
-    backlog.add(one)
+    backlog.add([one])
     backlog.forget(one)
     backlog.forget(one)
     assert backlog.nbytes == 0
@@ -47,7 +47,7 @@ def test_an_answer_is_forgotten_once_and_one_that_never_came_not_at_all():
 def test_one_answer_larger_than_the_bound_holds_up_what_comes_after_it_only_until_it_is_encoded():
     backlog = EncodeBacklog(100)
     large = answer(1000)
-    backlog.add(large)
+    backlog.add([large])
     thread = waits(backlog)
     backlog.forget(large)
     thread.join(5)
@@ -57,7 +57,7 @@ def test_one_answer_larger_than_the_bound_holds_up_what_comes_after_it_only_unti
 def test_only_what_goes_ahead_may_be_computed_above_the_bound():
     backlog = EncodeBacklog(100)
     assert backlog.wait(lambda: True)
-    backlog.add(answer(150))
+    backlog.add([answer(150)])
     assert not backlog.wait(lambda: True)
     backlog.close()
     assert backlog.wait(lambda: True)
@@ -65,7 +65,7 @@ def test_only_what_goes_ahead_may_be_computed_above_the_bound():
 
 def test_a_look_ends_the_wait_of_what_goes_ahead():
     backlog = EncodeBacklog(100)
-    backlog.add(answer(120))
+    backlog.add([answer(120)])
     ahead: list[str] = []
     results: list[bool] = []
     thread = threading.Thread(
@@ -82,8 +82,28 @@ def test_a_look_ends_the_wait_of_what_goes_ahead():
 
 def test_closing_ends_the_wait():
     backlog = EncodeBacklog(100)
-    backlog.add(answer(101))
+    backlog.add([answer(101)])
     thread = waits(backlog)
     backlog.close()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_two_packs_wait_to_be_encoded_at_most_and_a_third_that_goes_ahead():
+    backlog = EncodeBacklog(1000)
+    first, second, third = [answer(1), answer(1)], [answer(1)], [answer(1)]
+    backlog.add(first)
+    assert backlog.has_room()
+    backlog.add(second)
+    assert not backlog.has_room()
+    assert not backlog.wait(lambda: True), "only what goes ahead"
+    backlog.add(third)
+    thread = waits(backlog)
+    thread.join(0.1)
+    backlog.forget(second[0])
+    assert thread.is_alive()
+    backlog.forget(first[0])
+    assert not backlog.has_room(), "half of a pack waits"
+    backlog.forget(first[1])
     thread.join(5)
     assert not thread.is_alive()

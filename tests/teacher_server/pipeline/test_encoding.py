@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,16 +14,25 @@ from teacher_server.engine.batch import RowRequest
 from teacher_server.pipeline.encoding import Encoder, Encoding, Parts
 from teacher_server.scheduling.job import INTERACTIVE, TRAINING, SequenceJob
 from teacher_server.teams.declaration import Team
+from tests.support.fleet import wait_until
 
 NBYTES = 1000
 
 
 class Desk:
-    """An encoder whose thread writes down what it does, and waits before that until it is let go."""
+    """An encoder of one thread that writes down what it does, and waits until it is let go."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_threads: int = 1) -> None:
         self.ended: list[SequenceJob] = []
-        self.encoder = Encoder(on_end=self.ended.append)
+        self.failures: list[str] = []
+        self.encoder = Encoder(
+            # What stands for the rows of a job makes its parts itself.
+            lambda _, rows: rows(),  # type: ignore[operator]
+            on_end=self.ended.append,
+            on_failure=self.failures.append,
+            num_threads=num_threads,
+        )
+        self.encoder.start()
         self.done: list[str] = []
         self.go = threading.Event()
         self._begun = threading.Event()
@@ -38,8 +48,6 @@ class Desk:
         error: Exception | None = None,
     ) -> Encoding:
         """An answer of so many parts; the thread writes down its team for each."""
-        wanted = RowRequest(torch.arange(4), torch.arange(3), TopKSpec(k=2))
-        job = SequenceJob(wanted, 32, 0, level, Team(team, weight=weight))
 
         def make() -> Parts:
             for number in range(parts):
@@ -50,7 +58,14 @@ class Desk:
             if error is not None:
                 raise error
 
-        return self.encoder.encode(job, make)
+        return self.encode(make, Team(team, weight=weight), level)
+
+    def encode(self, make: Callable[[], Parts], team: Team, level: int = TRAINING) -> Encoding:
+        wanted = RowRequest(torch.arange(4), torch.arange(3), TopKSpec(k=2))
+        job = SequenceJob(wanted, 4, 0, level, team)
+        waiting = self.encoder.expect(job, on_close=self.encoder.drop)
+        self.encoder.encode(job, make)  # type: ignore[arg-type]
+        return waiting
 
     async def hold(self) -> Encoding:
         """The thread has an answer of one part in hand, and everything else waits behind it."""
@@ -173,8 +188,7 @@ def test_parts_come_in_order_and_each_as_soon_as_it_is_encoded() -> None:
                 gate.acquire()
                 yield number, 1, bytes([number])
 
-        job = SequenceJob(RowRequest(torch.arange(4), torch.arange(3), TopKSpec(k=2)), 32, 0)
-        encoding = desk.encoder.encode(job, make)
+        encoding = desk.encode(make, Team("team"))
         for number in range(3):
             gate.release()  # the next part cannot be made before this one has come
             part = await anext(encoding)
@@ -260,8 +274,47 @@ def test_a_reader_that_stopped_holds_no_tensors() -> None:
         unread = desk.ask("slow", 20)
         await rows(desk.ask("slow", 1))  # the answers of a team are finished in order
         assert unread._parts is None
-        assert unread._make is None
+        assert unread._rows is None
         assert unread.job in desk.ended
         assert len(await rows(unread)) == 20
+
+    run(test)
+
+
+def test_two_threads_encode_two_answers_at_once_and_the_parts_of_each_in_order() -> None:
+    async def test() -> None:
+        desk = Desk(num_threads=2)
+        both = threading.Barrier(2, timeout=30)
+
+        def make(number: int) -> Iterator[tuple[int, int, bytes]]:
+            for part in range(20):
+                if part == 0:
+                    both.wait()  # two threads must be here at once
+                yield part, 1, bytes([number])
+
+        try:
+            async with asyncio.timeout(60):
+                answers = [
+                    desk.encode(partial(make, number), Team(f"team{number}")) for number in (1, 2)
+                ]
+                assert await asyncio.gather(*map(rows, answers)) == [list(range(20))] * 2
+        finally:
+            await asyncio.to_thread(desk.encoder.close)
+        assert len(desk.ended) == 2
+
+    asyncio.run(test())
+
+
+def test_a_thread_that_ends_is_a_failure() -> None:
+    class Death(BaseException):
+        pass
+
+    def make() -> Parts:
+        raise Death
+
+    async def test(desk: Desk) -> None:
+        desk.encode(make, Team("team"))
+        await asyncio.to_thread(wait_until, desk.encoder.has_died, "the thread has ended")
+        assert "Death" in desk.failures[0]
 
     run(test)

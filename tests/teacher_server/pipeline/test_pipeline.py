@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from logit_codec import Targets, TopKSpec, decode
-from teacher_server.engine.batch import RowRequest, StageTimes
-from teacher_server.engine.head import VocabularyHead
+from logit_codec import TopKSpec, decode
+from teacher_server.engine.batch import RowRequest
+from teacher_server.engine.engine import Engine, Launched
 from teacher_server.engine.loading import prepare
 from teacher_server.engine.model import TeacherModel
 from teacher_server.ledger.accounts import open_accounts
@@ -26,20 +26,20 @@ BROKEN = 666
 """A sequence with this token fails its forward pass."""
 
 
-class HeldHead(VocabularyHead):
-    """A head whose passes wait until they are let go."""
+class HeldEngine(Engine):
+    """An engine whose launches wait until they are let go."""
 
     def __init__(self, model: TeacherModel) -> None:
         super().__init__(model)
         self.begun, self.go = threading.Event(), threading.Event()
         self.go.set()
 
-    def score(self, batch: Sequence[RowRequest]) -> tuple[list[Targets], StageTimes]:
+    def launch(self, requests: Sequence[RowRequest]) -> Launched:
         self.begun.set()
         self.go.wait(60)
-        if any((request.token_ids == BROKEN).any() for request in batch):
+        if any((request.token_ids == BROKEN).any() for request in requests):
             raise ValueError("broken for the test")
-        return super().score(batch)
+        return super().launch(requests)
 
     async def hold(self, pipeline: Pipeline) -> "asyncio.Task[list[int]]":
         """The compute thread has a job in hand until `go` is set."""
@@ -64,23 +64,23 @@ def make_job(*ids: int) -> SequenceJob:
 
 async def rows(pipeline: Pipeline, job: SequenceJob) -> list[int]:
     """The number of rows of each part of an answer."""
-    with closing(await pipeline.score(job)) as parts:
+    with closing(pipeline.score(job)) as parts:
         return [decode(part.payload).num_rows async for part in parts]
 
 
-Test = Callable[[Pipeline, HeldHead], Coroutine[Any, Any, None]]
+Test = Callable[[Pipeline, HeldEngine], Coroutine[Any, Any, None]]
 
 
 def run(model: TeacherModel, test: Test) -> None:
     """Runs a test with a pipeline; afterwards nothing is queued or waits to be encoded."""
 
     async def closed() -> None:
-        head = HeldHead(model)
+        engine = HeldEngine(model)
         pipeline = Pipeline(
             Scheduler(
                 max_batch_tokens=4096, max_batch_reply_nbytes=1 << 20, max_queued_tokens=4096
             ),
-            head,
+            engine,
             accounts=open_accounts(None),
             metrics=Metrics(),
             max_unencoded_nbytes=1 << 20,
@@ -89,9 +89,9 @@ def run(model: TeacherModel, test: Test) -> None:
         pipeline.start()
         try:
             async with asyncio.timeout(120):
-                await test(pipeline, head)
+                await test(pipeline, engine)
         finally:
-            head.go.set()
+            engine.go.set()
             await pipeline.close(60)
         assert pipeline.queued_tokens == 0
         assert pipeline._backlog.nbytes == 0
@@ -100,37 +100,36 @@ def run(model: TeacherModel, test: Test) -> None:
 
 
 def test_a_job_is_scored_and_encoded(model: TeacherModel) -> None:
-    async def test(pipeline: Pipeline, head: HeldHead) -> None:
+    async def test(pipeline: Pipeline, engine: HeldEngine) -> None:
         job = make_job()
         assert await rows(pipeline, job) == [19]
         assert job.forward_pass is not None
         assert (job.forward_pass.num_sequences, job.forward_pass.num_tokens) == (1, 20)
-        assert job.scored is None, "it would hold the tensors"
 
     run(model, test)
 
 
 def test_a_job_that_is_cancelled_in_the_queue_leaves_it(model: TeacherModel) -> None:
-    async def test(pipeline: Pipeline, head: HeldHead) -> None:
-        first = await head.hold(pipeline)
+    async def test(pipeline: Pipeline, engine: HeldEngine) -> None:
+        first = await engine.hold(pipeline)
         waiting = asyncio.create_task(rows(pipeline, make_job()))
         await asyncio.sleep(0)
         assert pipeline.queued_tokens == 20
         waiting.cancel()
         await asyncio.wait({waiting})
         assert pipeline.queued_tokens == 0
-        head.go.set()
+        engine.go.set()
         assert await first == [19]
 
     run(model, test)
 
 
 def test_a_job_that_is_cancelled_while_it_is_computed_is_not_encoded(model: TeacherModel) -> None:
-    async def test(pipeline: Pipeline, head: HeldHead) -> None:
-        first = await head.hold(pipeline)
+    async def test(pipeline: Pipeline, engine: HeldEngine) -> None:
+        first = await engine.hold(pipeline)
         first.cancel()
         await asyncio.wait({first})
-        head.go.set()
+        engine.go.set()
         assert await rows(pipeline, make_job()) == [19]  # in a later pass
         assert pipeline._backlog.nbytes == 0
 
@@ -138,12 +137,12 @@ def test_a_job_that_is_cancelled_while_it_is_computed_is_not_encoded(model: Teac
 
 
 def test_a_pass_that_fails_fails_only_the_job_at_fault(model: TeacherModel) -> None:
-    async def test(pipeline: Pipeline, head: HeldHead) -> None:
-        first = await head.hold(pipeline)
+    async def test(pipeline: Pipeline, engine: HeldEngine) -> None:
+        first = await engine.hold(pipeline)
         jobs = [make_job(1, 2, 3), make_job(1, BROKEN, 3), make_job(4, 5), make_job(6, 7)]
         answers = [asyncio.create_task(rows(pipeline, job)) for job in jobs]
         await asyncio.sleep(0)
-        head.go.set()
+        engine.go.set()
         results = await asyncio.gather(first, *answers, return_exceptions=True)
         assert isinstance(results.pop(2), ValueError)
         assert results == [[19], [2], [1], [1]]
@@ -152,14 +151,14 @@ def test_a_pass_that_fails_fails_only_the_job_at_fault(model: TeacherModel) -> N
 
 
 def test_closing_fails_the_jobs_that_wait(model: TeacherModel) -> None:
-    async def test(pipeline: Pipeline, head: HeldHead) -> None:
-        first = await head.hold(pipeline)
+    async def test(pipeline: Pipeline, engine: HeldEngine) -> None:
+        first = await engine.hold(pipeline)
         waiting = asyncio.create_task(rows(pipeline, make_job()))
         await asyncio.sleep(0)
         closing_task = asyncio.create_task(pipeline.close(60))
         with pytest.raises(RuntimeError, match="stopped"):
             await waiting
-        head.go.set()
+        engine.go.set()
         await closing_task
         first.cancel()
         await asyncio.wait({first})
@@ -168,15 +167,15 @@ def test_closing_fails_the_jobs_that_wait(model: TeacherModel) -> None:
 
 
 def test_a_pass_is_stuck_only_once_it_takes_far_longer_than_any_before(model: TeacherModel) -> None:
-    async def test(pipeline: Pipeline, head: HeldHead) -> None:
+    async def test(pipeline: Pipeline, engine: HeldEngine) -> None:
         assert pipeline.busy_s == 0.0
-        assert not pipeline.is_stuck(0.0)
-        first = await head.hold(pipeline)
+        assert not pipeline.find_trouble(0.0)
+        first = await engine.hold(pipeline)
         await asyncio.sleep(0.01)
         assert pipeline.busy_s >= 0.01
-        assert pipeline.is_stuck(0.0)
-        assert not pipeline.is_stuck(60.0)
-        head.go.set()
+        assert "stuck" in pipeline.find_trouble(0.0)
+        assert not pipeline.find_trouble(60.0)
+        engine.go.set()
         await first
 
     run(model, test)
