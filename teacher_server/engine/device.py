@@ -6,6 +6,7 @@ there is nothing to wait for and nothing to copy.
 
 import contextlib
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -95,9 +96,13 @@ class CudaDevice(Device):
         torch.cuda.empty_cache()
 
 
+DEVICES: dict[str, Callable[[torch.device], Device]] = {"cpu": Device, "cuda": CudaDevice}
+"""How work is queued, by the type of a torch device. Another kind of accelerator is added here."""
+
+
 def open_device(device: torch.device) -> Device:
-    """Returns the device's kind of queue."""
-    return CudaDevice(device) if device.type == "cuda" else Device(device)
+    """Returns what queues work for a device. Raises KeyError for one of no known kind."""
+    return DEVICES[device.type](device)
 
 
 def is_broken(error: BaseException) -> bool:

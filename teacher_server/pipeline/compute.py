@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import grpc
 import torch
 
+from logitstream.logs import first_line
 from teacher_server.engine.batch import PackTimes
 from teacher_server.engine.device import is_broken
 from teacher_server.engine.engine import Engine, Launched
@@ -219,9 +220,7 @@ class Compute:
         if error is None:
             self._count_time(flight, now)
             return
-        # Nothing may hold on to what the failed batch allocated: the launch, or the error's frames.
         flight.launched = None
-        _log_and_forget_frames(error)
         self._recover(flight.jobs, error)
         self._count_time(flight, time.monotonic())
 
@@ -264,36 +263,38 @@ class Compute:
         """
         if is_broken(error):
             self._fail_jobs(jobs, _refuse_broken())
-            self.fail(f"the device is broken error={type(error).__name__}")
+            self.fail(f"the device is broken error={type(error).__name__}: {first_line(error)}")
             return
-        if _is_out_of_memory(error):
-            self._engine.device.release_memory()
-            if len(jobs) > 1:
-                self._scheduler.lower_budget(sum(job.num_tokens for job in jobs) // 2)
         if len(jobs) == 1:
-            self._fail_jobs(jobs, _to_refusal(error))
+            # Its error keeps its frames: the incident that the client is told of logs them.
+            self._fail_jobs(jobs, self._to_refusal(error))
             self._suspect()
             return
-        logger.warning("batch of %d failed, halving it: %s", len(jobs), type(error).__name__)
+        logger.warning("batch of %d failed, halving it", len(jobs), exc_info=error)
+        _forget_frames(error)
+        if _is_out_of_memory(error):
+            self._engine.device.release_memory()
+            self._scheduler.lower_budget(sum(job.num_tokens for job in jobs) // 2)
         middle = len(jobs) // 2
-        for half in (jobs[:middle], jobs[middle:]):
-            if self.failure:
-                self._fail_jobs(half, _refuse_broken())
-                continue
-            started_s = time.monotonic()
-            failed = None
-            try:
-                rows, times = self._engine.result(
-                    self._engine.launch([job.request for job in half])
-                )
-            except Exception as again:
-                failed = again
-            else:
-                self._deliver(half, rows, times, started_s)
-            if failed is not None:
-                rows = None
-                _log_and_forget_frames(failed)
-                self._recover(half, failed)
+        self._score_again(jobs[:middle])
+        self._score_again(jobs[middle:])
+
+    def _score_again(self, jobs: Sequence[SequenceJob]) -> None:
+        """Scores a part of a failed batch, while this thread waits."""
+        if self.failure:
+            self._fail_jobs(jobs, _refuse_broken())
+            return
+        started_s = time.monotonic()
+        try:
+            launched = self._engine.launch([job.request for job in jobs])
+            rows, times = self._engine.result(launched)
+        except Exception as failed:
+            error = failed
+        else:
+            self._deliver(jobs, rows, times, started_s)
+            return
+        launched = None
+        self._recover(jobs, error)
 
     def _suspect(self) -> None:
         """Counts a sequence that failed alone; after a few, sees whether anything still works."""
@@ -306,6 +307,19 @@ class Compute:
                 return
         self.fail("a known answer does not come out any more")
 
+    def _to_refusal(self, error: Exception) -> Exception:
+        """Turns running out of memory on one sequence into a refusal that its client can act on."""
+        if not _is_out_of_memory(error):
+            return error
+        _forget_frames(error)
+        self._engine.device.release_memory()
+        return RequestRefused(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "OUT_OF_MEMORY",
+            "the teacher ran out of memory on this sequence alone. Send a shorter one or ask for "
+            "fewer rows.",
+        )
+
     def _fail_jobs(self, jobs: Sequence[SequenceJob], error: Exception) -> None:
         for job in jobs:
             self._encoder.fail(job, error)
@@ -315,13 +329,11 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def _log_and_forget_frames(error: Exception) -> None:
-    """Writes the traceback to the log and drops it: its frames hold the tensors of the batch."""
-    logger.warning("a batch failed", exc_info=error)
-    chain: BaseException | None = error
-    while chain is not None:
-        chain.__traceback__ = None
-        chain = chain.__cause__ or chain.__context__
+def _forget_frames(error: BaseException | None) -> None:
+    """Drops the traceback of an error: its frames hold the tensors of the batch that failed."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _refuse_broken() -> RequestRefused:
@@ -331,15 +343,3 @@ def _refuse_broken() -> RequestRefused:
         "this replica cannot compute any more and is about to end; send the request to another "
         "one.",
     )
-
-
-def _to_refusal(error: Exception) -> Exception:
-    """Turns running out of memory on one sequence into a refusal that its client can act on."""
-    if _is_out_of_memory(error):
-        return RequestRefused(
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-            "OUT_OF_MEMORY",
-            "the teacher ran out of memory on this sequence alone. Send a shorter one or ask for "
-            "fewer rows.",
-        )
-    return error

@@ -17,15 +17,15 @@ SEQUENCE = torch.arange(60)
 
 def slow_encoding() -> None:
     """Runs in the service."""
-    from teacher_server.pipeline import pipeline
+    from teacher_server.pipeline import encoding
 
-    encode_parts = pipeline.encode_parts
+    encode_parts = encoding.encode_parts
 
     def slowly(*arguments, **options):
         time.sleep(ENCODE_S)
         return encode_parts(*arguments, **options)
 
-    pipeline.encode_parts = slowly
+    encoding.encode_parts = slowly
 
 
 def test_computing_does_not_run_ahead_of_encoding_and_clients_may_leave(serve, model_folder):

@@ -20,9 +20,9 @@ IDS = torch.arange(LENGTH, dtype=torch.int32).numpy().tobytes()
 def gated(sign: Path) -> None:
     """Runs in the service: the second part of an answer waits for a file, or is an error if that
     says so."""
-    from teacher_server.pipeline import pipeline
+    from teacher_server.pipeline import encoding
 
-    encode_parts = pipeline.encode_parts
+    encode_parts = encoding.encode_parts
 
     def wrapped(*arguments, **options):
         for number, part in enumerate(encode_parts(*arguments, **options)):
@@ -32,7 +32,7 @@ def gated(sign: Path) -> None:
                     raise CodecError("not normalised", row=part[0])
             yield part
 
-    pipeline.encode_parts = wrapped
+    encoding.encode_parts = wrapped
 
 
 def request(number: int, sequences: int = 1) -> teacher_pb2.ScoreRequest:

@@ -225,17 +225,25 @@ def test_connect_to_a_port_that_accepts_and_says_nothing_fails(tmp_path: Path):
 def poison() -> None:
     """Runs in the service: rows after a token 13 are not numbers, and token 666 is a bug."""
     from teacher_server.engine.model import TeacherModel
+    from teacher_server.replica import Replica
 
-    hidden_states = TeacherModel.hidden_states
+    start, hidden_states = Replica.start, TeacherModel.hidden_states
+    started: list[bool] = []
+
+    async def serve(self, *arguments, **options):
+        started.append(True)
+        return await start(self, *arguments, **options)
 
     def poisoned(self, token_ids, *arguments):
         hidden = hidden_states(self, token_ids, *arguments).clone()
+        if not started:  # what the replica tries before has any ids
+            return hidden
         if (token_ids == 666).any():
             raise RuntimeError("planted /secret/path")
         hidden[token_ids == 13] = float("nan")
         return hidden
 
-    TeacherModel.hidden_states = poisoned
+    Replica.start, TeacherModel.hidden_states = serve, poisoned
 
 
 def test_a_poisoned_sequence_fails_alone(serve, model_folder):
