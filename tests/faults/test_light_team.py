@@ -122,4 +122,6 @@ def test_one_sequence_at_a_time_is_answered_beside_a_flood_of_dense_answers(
     )
     assert len(found) == NUM_ASKED
     assert passes[-1] <= 2, "in the next batch, or the one after it"
-    assert statistics.median(parts) <= 6 * NUM_THREADS, "not behind all that the flood has to be encoded"
+    assert statistics.median(parts) <= 6 * NUM_THREADS, (
+        "not behind all that the flood has to be encoded"
+    )

@@ -26,7 +26,7 @@ HELD = (
 )
 """Gauges that are 0 when no client is there."""
 
-SMALL_BATCHES = ("--batch.max-tokens", "256")
+SMALL_BATCHES = ("--batch.max-tokens", "200")
 
 
 class Fleet(AbstractContextManager["Fleet"]):
@@ -224,9 +224,14 @@ def _prepare(
     async def started(self: Replica, *arguments, **options) -> int:
         port = await start(self, *arguments, **options)
         self.description.address = address
+        serving.append(True)
         return port
 
+    serving: list[bool] = []
+
     def slowed(self: TeacherModel, *arguments):
+        if not serving:  # what a replica tries before it serves is quick
+            return hidden_states(self, *arguments)
         with suppress(OSError):
             time.sleep(float((signs / "slow").read_text()))
         with suppress(OSError):
