@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from logit_codec import bits as bitpack
-from logit_codec.blocks import BLOCK, RowMasses, block_logits, num_blocks
+from logit_codec.blocks import (
+    BLOCK,
+    NO_MASS,
+    RowMasses,
+    block_logits,
+    exp_of_differences,
+    num_blocks,
+)
 from logit_codec.codes import (
     CODE_BITS,
     LEVEL_BITS,
@@ -369,16 +376,16 @@ def _tail_logprob(
     kept_R = logprobs_RK.exp().where(is_kept_RK, 0.0).sum(1)
     # In the blocks that may hold entries, only what is not kept counts.
     peak_RH1 = masses.maxima_RB.gather(1, block_RH)[:, :, None]
-    values_RHW.sub_(peak_RH1)
-    if masses.temperature != 1.0:
-        values_RHW.div_(masses.temperature)
-    values_RHW.exp_()
+    exp_of_differences(values_RHW, peak_RH1, masses.temperature, out=values_RHW)
     total_RH = values_RHW.sum(2)
     weights_RK = values_RHW.flatten(1)
     rest_RK = weights_RK.gather(1, place_RK).masked_fill_(is_kept_RK, 0.0)
     weights_RK.scatter_(1, place_RK, rest_RK)
     share_RH = shares_RB.gather(1, block_RH)
-    share_RH *= (values_RHW.sum(2) / total_RH).where(total_RH > 0, 1.0)
+    left_RH = values_RHW.sum(2)
+    left_RH = left_RH.masked_fill_(left_RH <= NO_MASS, 0.0) / total_RH
+    # A block that holds no entry may have been read as one of no mass.
+    share_RH *= left_RH.where(total_RH > 0.5, 1.0)
     shares_RB.scatter_(1, block_RH, share_RH)
     # Of 1 - kept and the sum of the rest, each is exact where the other one cancels.
     tail_R = torch.where(kept_R < 0.5, torch.log1p(-kept_R), shares_RB.sum(1).log())
