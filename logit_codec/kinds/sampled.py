@@ -75,8 +75,7 @@ class SampledSpec(TargetSpec):
         return common + 16 + 16 * min(self.n, vocab_size)
 
     def scratch_row_nbytes(self, vocab_size: int) -> int:
-        blocks = num_blocks(vocab_size)
-        return 6 * BLOCK * min(self.n, blocks) + 3 * 8 * blocks + 8 * 8 * self.n
+        return 6 * BLOCK * min(self.n, num_blocks(vocab_size)) + 64 * self.n
 
     def select(self, masses: RowMasses, uniforms: Tensor | None) -> dict[str, Tensor]:
         assert uniforms is not None

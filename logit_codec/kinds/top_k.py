@@ -92,9 +92,8 @@ class TopKSpec(TargetSpec):
             )
 
     def scratch_row_nbytes(self, vocab_size: int) -> int:
-        blocks = num_blocks(vocab_size)
         most = min(self.k, vocab_size)
-        return 6 * BLOCK * min(most, blocks) + 200 * most + 32 * blocks
+        return 6 * BLOCK * min(most, num_blocks(vocab_size)) + 200 * most
 
     def select(self, masses: RowMasses, uniforms: Tensor | None) -> dict[str, Tensor]:
         return _keep_top(masses, self)
