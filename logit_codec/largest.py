@@ -41,8 +41,8 @@ def _largest_by_key(
     way.
     """
     bits = (values_RN + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
     if positions_RN is None:
         positions_RN = torch.arange(values_RN.shape[1], device=values_RN.device)
-    keys = (bits.long() << 32) - positions_RN
+    keys = bits.long().bitwise_left_shift_(32).sub_(positions_RN)
     return keys.topk(k, dim=1, sorted=ordered).values.neg_() & 0xFFFFFFFF

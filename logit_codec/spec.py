@@ -52,7 +52,7 @@ class TargetSpec:
         return
 
     def scratch_row_nbytes(self, vocab_size: int) -> int:
-        """Returns about how much memory `select` needs per row beside its result."""
+        """Returns about how much memory `select` needs per row, beside its result and the masses."""
         raise ValueError(f"no selection for {type(self).__name__}")
 
     def select(self, masses: RowMasses, uniforms: Tensor | None) -> dict[str, Tensor]:

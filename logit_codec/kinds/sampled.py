@@ -75,8 +75,7 @@ class SampledSpec(TargetSpec):
         return common + 16 + 16 * min(self.n, vocab_size)
 
     def scratch_row_nbytes(self, vocab_size: int) -> int:
-        blocks = num_blocks(vocab_size)
-        return 3 * 4 * BLOCK * min(self.n, blocks) + 3 * 8 * blocks + 8 * 8 * self.n
+        return 6 * BLOCK * min(self.n, num_blocks(vocab_size)) + 64 * self.n
 
     def select(self, masses: RowMasses, uniforms: Tensor | None) -> dict[str, Tensor]:
         assert uniforms is not None
@@ -258,9 +257,12 @@ def _systematic_draws(masses: RowMasses, uniforms_R: Tensor, num_draws: int) -> 
         gathered_RH = torch.arange(blocks, device=shares_RB.device).expand(num_rows, -1)
         hit_RN = block_RN
     weights_RHW, first_RH = block_logits(masses.logits, gathered_RH)
-    weights_RHW.sub_(weights_RHW.amax(2, keepdim=True)).div_(masses.temperature).exp_()
-    ends_RHW = weights_RHW.cumsum(2, dtype=torch.float64)
-    total_RN = ends_RHW[:, :, -1].gather(1, hit_RN)
+    weights_RHW.sub_(weights_RHW.amax(2, keepdim=True))
+    if masses.temperature != 1.0:
+        weights_RHW.div_(masses.temperature)
+    weights_RHW.exp_()
+    ends_RHW = weights_RHW.cumsum_(2)  # a fresh float64 buffer takes longer than the work
+    total_RN = ends_RHW[:, :, -1].gather(1, hit_RN).double()
     at_RN = torch.minimum(into_RN.clamp_(min=0.0) * total_RN, _just_below(total_RN))
     ids_RN = first_RH.gather(1, hit_RN) + _first_above(ends_RHW, hit_RN, at_RN)
     return ids_RN.masked_fill_(~torch.isfinite(total_R1), UNKNOWN).int()

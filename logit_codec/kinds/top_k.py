@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from logit_codec import bits as bitpack
-from logit_codec.blocks import BLOCK, RowMasses, block_logits, num_blocks
+from logit_codec.blocks import (
+    BLOCK,
+    NO_MASS,
+    RowMasses,
+    block_logits,
+    exp_of_differences,
+    num_blocks,
+)
 from logit_codec.codes import (
     CODE_BITS,
     LEVEL_BITS,
@@ -85,9 +92,8 @@ class TopKSpec(TargetSpec):
             )
 
     def scratch_row_nbytes(self, vocab_size: int) -> int:
-        blocks = num_blocks(vocab_size)
         most = min(self.k, vocab_size)
-        return 6 * BLOCK * min(most, blocks) + 200 * most + 32 * blocks
+        return 6 * BLOCK * min(most, num_blocks(vocab_size)) + 200 * most
 
     def select(self, masses: RowMasses, uniforms: Tensor | None) -> dict[str, Tensor]:
         return _keep_top(masses, self)
@@ -319,7 +325,7 @@ def _keep_top(masses: RowMasses, spec: TopKSpec) -> dict[str, Tensor]:
     # Only the blocks with the largest maxima can hold an entry; in their order, ties in the logits
     # go to the lowest id.
     block_RH = largest(masses.maxima_RB, count).sort(1).values
-    values_RHW, first_RH = _read_blocks(masses, block_RH, spec.min_p)
+    values_RHW, first_RH, is_idle_RH = _read_blocks(masses, block_RH, spec.min_p)
     values_RK = values_RHW.flatten(1)
     place_RK = largest(values_RK, most, ordered=True)
     logits_RK = values_RK.gather(1, place_RK)
@@ -334,15 +340,20 @@ def _keep_top(masses: RowMasses, spec: TopKSpec) -> dict[str, Tensor]:
         "ids": ids_RK.masked_fill_(~is_kept_RK, UNKNOWN).int(),
         "logprobs": logprobs_RK.float(),
         "tail_logprob": _tail_logprob(
-            masses, block_RH, values_RHW, place_RK, logprobs_RK, is_kept_RK
+            masses, block_RH, is_idle_RH, values_RHW, place_RK, logprobs_RK, is_kept_RK
         ),
     }
 
 
-def _read_blocks(masses: RowMasses, block_RH: Tensor, min_p: float) -> tuple[Tensor, Tensor]:
-    """Gathers (R, H, W) logits as `block_logits` does; -inf in blocks without an id of min_p."""
+def _read_blocks(
+    masses: RowMasses, block_RH: Tensor, min_p: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gathers (R, H, W) logits and (R, H) columns as `block_logits` does.
+
+    With a min_p also marks (R, H) blocks that hold no such id; their logits are -inf.
+    """
     if min_p == 0.0:
-        return block_logits(masses.logits, block_RH)
+        return *block_logits(masses.logits, block_RH), None
     assert masses.maxima_RB is not None
     least_R = (masses.log_z_R + math.log(0.999 * min_p)) * masses.temperature
     least_R = (least_R - 1e-6 * least_R.abs()).float()  # what float32 rounds off is less
@@ -352,33 +363,31 @@ def _read_blocks(masses: RowMasses, block_RH: Tensor, min_p: float) -> tuple[Ten
     best_R1 = block_RH.gather(1, maxima_RH.argmax(1, keepdim=True))
     values_RHW, first_RH = block_logits(masses.logits, block_RH.where(~is_idle_RH, best_R1))
     offset_RH = torch.zeros_like(maxima_RH).masked_fill_(is_idle_RH, -torch.inf)
-    return values_RHW.add_(offset_RH[:, :, None]), first_RH
+    return values_RHW.add_(offset_RH[:, :, None]), first_RH, is_idle_RH
 
 
 def _tail_logprob(
     masses: RowMasses,
     block_RH: Tensor,
+    is_idle_RH: Tensor | None,
     values_RHW: Tensor,
     place_RK: Tensor,
     logprobs_RK: Tensor,
     is_kept_RK: Tensor,
 ) -> Tensor:
     """Computes (R,) float32 log of what the kept entries leave. Overwrites values and shares."""
-    assert masses.maxima_RB is not None
-    shares_RB = masses.shares_RB
+    shares_RB, temperature = masses.shares_RB, masses.temperature
     kept_R = logprobs_RK.exp().where(is_kept_RK, 0.0).sum(1)
     # In the blocks that may hold entries, only what is not kept counts.
-    peak_RH1 = masses.maxima_RB.gather(1, block_RH)[:, :, None]
-    values_RHW.sub_(peak_RH1)
-    if masses.temperature != 1.0:
-        values_RHW.div_(masses.temperature)
-    values_RHW.exp_()
-    total_RH = values_RHW.sum(2)
+    exp_of_differences(values_RHW, masses.peak_R[:, None, None], temperature, out=values_RHW)
     weights_RK = values_RHW.flatten(1)
-    rest_RK = weights_RK.gather(1, place_RK).masked_fill_(is_kept_RK, 0.0)
-    weights_RK.scatter_(1, place_RK, rest_RK)
-    share_RH = shares_RB.gather(1, block_RH)
-    share_RH *= (values_RHW.sum(2) / total_RH).where(total_RH > 0, 1.0)
+    left_RK = weights_RK.gather(1, place_RK).masked_fill_(is_kept_RK, 0.0)
+    weights_RK.scatter_(1, place_RK, left_RK)
+    left_RH = values_RHW.sum(2)
+    left_RH = left_RH.masked_fill_(left_RH <= NO_MASS, 0.0)
+    share_RH = left_RH / (masses.log_z_R - masses.peak_R.double() / temperature).exp()[:, None]
+    if is_idle_RH is not None:
+        share_RH = shares_RB.gather(1, block_RH).where(is_idle_RH, share_RH)
     shares_RB.scatter_(1, block_RH, share_RH)
     # Of 1 - kept and the sum of the rest, each is exact where the other one cancels.
     tail_R = torch.where(kept_R < 0.5, torch.log1p(-kept_R), shares_RB.sum(1).log())

@@ -17,7 +17,7 @@ def wide(rows: int, columns: int, span: float, seed: int = 0) -> torch.Tensor:
 def test_a_cpu_meets_no_denormal_numbers_which_would_make_it_several_times_slower(temperature):
     logits = wide(3, 1000, 200.0)
     peaks = logits.amax(1, keepdim=True)
-    weights = blocks._weights(logits, peaks, temperature, out=torch.empty_like(logits))
+    weights = blocks.exp_of_differences(logits, peaks, temperature, out=torch.empty_like(logits))
     assert float(weights.min()) >= torch.finfo(torch.float32).tiny
 
 

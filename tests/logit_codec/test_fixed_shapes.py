@@ -33,8 +33,9 @@ def arguments(num_rows: int, vocab_size: int, dtype: torch.dtype = torch.float32
     }
 
 
-@pytest.mark.parametrize("vocab_size", [50, 1001, 70_000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(50, torch.float32), (1001, torch.bfloat16), (70_000, torch.bfloat16)]
+)
 @pytest.mark.parametrize("text", SPECS)
 def test_on_an_accelerator_nothing_waits_and_no_devices_are_mixed(text, dtype, vocab_size):
     text = text.replace(":64", ":16") if vocab_size == 50 else text
@@ -57,11 +58,10 @@ def test_on_an_accelerator_nothing_waits_and_no_devices_are_mixed(text, dtype, v
         assert len(joined) == 43
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("text", SPECS)
-def test_one_compiled_graph_selects_the_same_ids(text, dtype):
+def test_one_compiled_graph_selects_the_same_ids(text):
     torch._dynamo.reset()
-    asked = arguments(12, 1001, dtype)
+    asked = arguments(12, 1001, torch.bfloat16)
     graphs = []
 
     def backend(graph, inputs):
@@ -109,7 +109,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("text", [*SPECS, "top_k:1024,entropy=1", "sampled:1024,entropy=1"])
-@pytest.mark.parametrize(("num_rows", "vocab_size"), [(128, 32_000), (128, 32_003), (128, 262_144)])
+@pytest.mark.parametrize(("num_rows", "vocab_size"), [(128, 32_003), (128, 262_144)])
 def test_memory_beside_the_result_is_at_most_a_quarter_of_the_logits(text, num_rows, vocab_size):
     asked = arguments(num_rows, vocab_size, torch.bfloat16)
     with LiveMemory(*asked.values()) as memory:
@@ -118,7 +118,7 @@ def test_memory_beside_the_result_is_at_most_a_quarter_of_the_logits(text, num_r
 
 
 def test_a_chunk_of_an_accelerator_needs_as_little_memory():
-    for text in SPECS:
+    for text in SPECS[1:6]:
         with FakeCuda() as cuda, cuda.device:
             logits = torch.empty(512, 128_256, dtype=torch.bfloat16)
             uniforms = torch.empty(512, dtype=torch.float64)
