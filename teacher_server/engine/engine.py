@@ -18,7 +18,7 @@ from logit_codec import Targets
 from teacher_server.engine.batch import PackTimes, RowRequest
 from teacher_server.engine.device import Device, Event, open_device
 from teacher_server.engine.head import ScoredRows, VocabularyHead
-from teacher_server.engine.model import TeacherModel
+from teacher_server.engine.model import MIN_BUCKET, TeacherModel
 from teacher_server.engine.packing import ROW_MULTIPLE, Pack, Packer
 from teacher_server.engine.products import LARGE, SMALL
 
@@ -193,8 +193,14 @@ class Engine:
         return rows, (start, forwarded, selected, self.device.mark())
 
     def _by_canonical_length(self, requests: Sequence[RowRequest]) -> list[list[int]]:
-        groups: dict[int, list[int]] = {}
+        """Groups requests that share a forward pass.
+
+        Below MIN_BUCKET, where a context is that short, each runs alone: products of so few rows
+        would round differently with each sequence more.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
         for index, request in enumerate(requests):
             length = self.model.bucket_length(len(request.token_ids))
-            groups.setdefault(length, []).append(index)
+            number = index if length < MIN_BUCKET else 0
+            groups.setdefault((length, number), []).append(index)
         return list(groups.values())

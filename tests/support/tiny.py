@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -9,40 +10,54 @@ import transformers
 from torch import Tensor
 
 CONTEXT = 256
-ARCHITECTURES = ("Gemma2", "Llama", "Qwen3", "GPT2", "Mixtral", "Cohere", "Granite")
+ARCHITECTURES = ("Gemma2", "Llama", "Qwen3", "GPT2", "Mixtral", "Cohere", "Granite", "Gemma3")
 DENSE_ARCHITECTURES = tuple(name for name in ARCHITECTURES if name != "Mixtral")
 
 
-def make_model(name: str, vocab_size: int, seed: int = 0) -> transformers.PreTrainedModel:
-    """A 2-layer causal LM with livelier logits than a fresh one has."""
+def make_model(
+    name: str,
+    vocab_size: int,
+    seed: int = 0,
+    *,
+    hidden_size: int = 64,
+    context: int = CONTEXT,
+    **changes: Any,
+) -> transformers.PreTrainedModel:
+    """A 2-layer causal LM with livelier logits than a fresh one has.
+
+    One of ARCHITECTURES, or "GptOss" (sparse experts, and attention with sinks). changes: values of
+    the configuration.
+    """
     torch.manual_seed(seed)
+    head_dim = hidden_size // 4
     common = {
         "vocab_size": vocab_size,
-        "hidden_size": 64,
+        "hidden_size": hidden_size,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "intermediate_size": 128,
-        "max_position_embeddings": CONTEXT,
+        "intermediate_size": 2 * hidden_size,
+        "max_position_embeddings": context,
         "bos_token_id": 0,
         "eos_token_id": 1,
+        **changes,
     }
+    windowed = {"head_dim": head_dim, "sliding_window": 32} | common
     configs: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         "Gemma2": lambda: transformers.Gemma2Config(
-            **common,
-            head_dim=16,
-            sliding_window=32,
-            final_logit_softcapping=30.0,
-            attn_logit_softcapping=50.0,
+            **windowed, final_logit_softcapping=30.0, attn_logit_softcapping=50.0
+        ),
+        "Gemma3": lambda: transformers.Gemma3TextConfig(
+            **windowed, layer_types=["sliding_attention", "full_attention"]
         ),
         "Llama": lambda: transformers.LlamaConfig(**common),
-        "Qwen3": lambda: transformers.Qwen3Config(**common, head_dim=16),
+        "Qwen3": lambda: transformers.Qwen3Config(**common, head_dim=head_dim),
         "GPT2": lambda: transformers.GPT2Config(
             vocab_size=vocab_size,
-            n_embd=64,
+            n_embd=hidden_size,
             n_layer=2,
             n_head=4,
-            n_positions=CONTEXT,
+            n_positions=context,
             bos_token_id=0,
             eos_token_id=1,
         ),
@@ -51,12 +66,17 @@ def make_model(name: str, vocab_size: int, seed: int = 0) -> transformers.PreTra
         "Granite": lambda: transformers.GraniteConfig(
             **common, logits_scaling=8.0, embedding_multiplier=12.0
         ),
+        "GptOss": lambda: transformers.GptOssConfig(
+            **windowed, num_local_experts=4, num_experts_per_tok=2
+        ),
     }
     model = transformers.AutoModelForCausalLM.from_config(configs[name]())
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.mul_(4)
+                parameter.mul_(4 * (64 / hidden_size) ** 0.5)
+            elif name.endswith("sinks"):
+                parameter.normal_()
     return model.eval()
 
 

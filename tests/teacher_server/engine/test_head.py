@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from logit_codec import (
     DenseSpec,
     DenseTargets,
+    Selection,
     Targets,
     TargetSpec,
     TopKSpec,
@@ -25,19 +25,30 @@ from logit_codec import (
     parse_targets,
 )
 from teacher_server.engine.batch import RowRequest
-from teacher_server.engine.head import MAX_CHUNK_ROWS, ROW_MULTIPLE, VocabularyHead
+from teacher_server.engine.device import Device
+from teacher_server.engine.engine import Engine
+from teacher_server.engine.head import MAX_CHUNK_ROWS, MIN_TILE, VocabularyHead
 from teacher_server.engine.loading import prepare
 from teacher_server.engine.model import TeacherModel
+from teacher_server.engine.probe import is_exact
+from tests.conftest import one_torch_thread
 from tests.support import tiny
 
+one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 TOP_64 = TopKSpec(k=64, bits=16, entropy=True)
 DENSE = DenseSpec(bits=32)
+CPU = torch.device("cpu")
 BYTE_EXACT = [(name, 1001) for name in tiny.DENSE_ARCHITECTURES] + [("Gemma2", 1000)]
 
 
 @functools.cache
 def teacher(name: str, vocab_size: int) -> TeacherModel:
     return prepare(tiny.make_model(name, vocab_size))
+
+
+@functools.cache
+def engine(name: str, vocab_size: int) -> Engine:
+    return Engine(teacher(name, vocab_size))
 
 
 def every_row(ids: Tensor, spec: TargetSpec, temperature: float = 1.0) -> RowRequest:
@@ -55,8 +66,8 @@ def encoded(targets: Targets, spec: TargetSpec) -> list[bytes]:
     return [payload for _, _, payload in encode_parts(targets, spec, max_nbytes=1 << 20)]
 
 
-def scored_bytes(head: VocabularyHead, batch: Sequence[RowRequest]) -> list[list[bytes]]:
-    results, _ = head.score(batch)
+def scored_bytes(engine: Engine, batch: Sequence[RowRequest]) -> list[list[bytes]]:
+    results = engine.score(batch)
     return [encoded(kept, item.spec) for kept, item in zip(results, batch, strict=True)]
 
 
@@ -117,14 +128,13 @@ SOME = ("Gemma2", "Qwen3")
 )
 def test_targets_are_those_of_the_full_forward_in_float64(name: str, vocab_size: int) -> None:
     model = teacher(name, vocab_size)
-    head = VocabularyHead(model)
     generator = torch.Generator().manual_seed(vocab_size)
     for length in (2, 20) if vocab_size > 2000 else (2, 120):
         ids = torch.randint(vocab_size, (length,), generator=generator)
         logits = tiny.dense_logits(model.causal_lm, ids)
         for temperature in (1.0, 2.0):
             batch = [every_row(ids, TOP_64, temperature), every_row(ids, DENSE, temperature)]
-            (top_k, dense), _ = head.score(batch)
+            top_k, dense = engine(name, vocab_size).score(batch)
             top_k = decoded(top_k, TOP_64)
             assert_top_k_is_the_oracle(top_k, logits, ids[1:], 64, temperature)
             dense = decoded(dense, DENSE)
@@ -145,8 +155,7 @@ def test_equal_logits_go_to_the_lowest_id(vocab_size: int, temperature: float) -
         weight.zero_()
         weight[lively] = kept
     ids = lively[torch.arange(40) % len(lively)]
-    head = VocabularyHead(prepare(causal_lm))
-    (targets,), _ = head.score([every_row(ids, TOP_64, temperature)])
+    (targets,) = Engine(prepare(causal_lm)).score([every_row(ids, TOP_64, temperature)])
     logits = tiny.dense_logits(causal_lm, ids)
     assert (logits == 0).sum(1).min() > 64
     expected = logits.sort(dim=1, descending=True, stable=True).indices[:, :64].sort(dim=1).values
@@ -167,7 +176,7 @@ def test_min_p_keeps_every_id_from_the_threshold_on_up_to_max_k(
     (ids,) = tiny.random_sequences(1, 1001, seed=1)
     logits = tiny.dense_logits(model.causal_lm, ids)
     probabilities = torch.softmax(logits / temperature, 1)
-    (targets,), _ = VocabularyHead(model).score([every_row(ids, spec, temperature)])
+    (targets,) = engine("Gemma2", 1001).score([every_row(ids, spec, temperature)])
     assert isinstance(targets, TopKTargets)
     counts = targets.row_splits.diff().tolist()
     expected = (probabilities >= min_p).sum(1).clamp(1, max_k).tolist()
@@ -189,7 +198,7 @@ def test_only_the_wanted_rows_come_back() -> None:
     rows = torch.tensor([0, 3, 4, 11, len(ids) - 2])
     logits = tiny.dense_logits(model.causal_lm, ids)
     spec = replace(TOP_64, k=8)
-    (some, one), _ = VocabularyHead(model).score(
+    some, one = engine("Qwen3", 1001).score(
         [RowRequest(ids, rows, spec), RowRequest(ids, rows[3:4], spec)]
     )
     assert (some.num_rows, one.num_rows) == (5, 1)
@@ -198,12 +207,9 @@ def test_only_the_wanted_rows_come_back() -> None:
 
 
 def test_a_row_is_the_same_whichever_other_rows_are_wanted() -> None:
-    model = teacher("Llama", 1001)
     (ids,) = tiny.random_sequences(1, 1001, seed=5)
     rows = torch.tensor([0, 3, 4, 11, len(ids) - 2])
-    (some, whole), _ = VocabularyHead(model).score(
-        [RowRequest(ids, rows, DENSE), every_row(ids, DENSE)]
-    )
+    some, whole = engine("Llama", 1001).score([RowRequest(ids, rows, DENSE), every_row(ids, DENSE)])
     assert isinstance(some, DenseTargets)
     assert isinstance(whole, DenseTargets)
     assert torch.equal(some.logprobs, whole.logprobs[rows])
@@ -213,7 +219,7 @@ def test_results_come_in_the_order_of_the_batch_whatever_is_grouped() -> None:
     model = teacher("GPT2", 1000)
     specs: list[tuple[TargetSpec, float]] = [(TOP_64, 1.0), (DENSE, 1.0), (TOP_64, 2.0)]
     batch = [every_row(ids, *specs[i % 3]) for i, ids in enumerate(sequences_of_one_bucket(1000))]
-    results, _ = VocabularyHead(model).score(batch)
+    results = engine("GPT2", 1000).score(batch)
     for item, targets in zip(batch, results, strict=True):
         assert targets.kind == item.spec.kind
         assert targets.temperature == item.temperature
@@ -227,7 +233,7 @@ def test_results_come_in_the_order_of_the_batch_whatever_is_grouped() -> None:
 
 @pytest.mark.parametrize(("name", "vocab_size"), BYTE_EXACT)
 def test_a_sequence_gives_the_same_bytes_in_any_company(name: str, vocab_size: int) -> None:
-    head = VocabularyHead(teacher(name, vocab_size))
+    ours = engine(name, vocab_size)
     sequences = sequences_of_one_bucket(vocab_size)
     others = [
         every_row(ids, spec, temperature)
@@ -236,113 +242,106 @@ def test_a_sequence_gives_the_same_bytes_in_any_company(name: str, vocab_size: i
     ]
     for spec, temperature in ((TOP_64, 1.0), (DENSE, 2.0)):
         items = [every_row(ids, spec, temperature) for ids in sequences]
-        alone = [scored_bytes(head, [item])[0] for item in items]
-        assert scored_bytes(head, items) == alone
-        assert scored_bytes(head, items[::-1]) == alone[::-1]
-        assert scored_bytes(head, [items[1], items[1], items[2]]) == [alone[1], alone[1], alone[2]]
-        among_others = scored_bytes(head, [*others[:5], items[3], *others[5:], items[5]])
+        alone = [scored_bytes(ours, [item])[0] for item in items]
+        assert scored_bytes(ours, items) == alone
+        assert scored_bytes(ours, items[::-1]) == alone[::-1]
+        assert scored_bytes(ours, [items[1], items[1], items[2]]) == [alone[1], alone[1], alone[2]]
+        among_others = scored_bytes(ours, [*others[:5], items[3], *others[5:], items[5]])
         assert [among_others[5], among_others[-1]] == [alone[3], alone[5]]
 
 
 @pytest.mark.parametrize(("name", "vocab_size"), BYTE_EXACT)
-def test_where_chunks_begin_and_end_does_not_change_the_bytes(name: str, vocab_size: int) -> None:
+def test_wherever_chunks_begin_and_end_an_engine_gives_the_same_bytes(
+    name: str, vocab_size: int
+) -> None:
     model = teacher(name, vocab_size)
-    small, middle, large = (
-        VocabularyHead(model, chunk_nbytes=rows * 4 * vocab_size) for rows in (1, 96, 10_000)
-    )
-    assert (small.chunk_rows, middle.chunk_rows, large.chunk_rows) == (32, 96, 1024)
+    nbytes = [rows * 4 * vocab_size for rows in (1, 96, 10_000)]
+    engines = [Engine(model, chunk_nbytes=size) for size in nbytes]
+    sizes = [VocabularyHead(model, Device(CPU), chunk_nbytes=n).chunk_rows for n in nbytes]
+    assert sizes == [32, 64, 1024]
     for spec in (TOP_64, DENSE):
         items = [every_row(ids, spec) for ids in sequences_of_one_bucket(vocab_size)]
         rows = sum(len(item.rows) for item in items)
         assert rows % 32  # so the last sequence ends in a chunk that is not full
-        expected = scored_bytes(large, items)
-        assert scored_bytes(small, items) == expected
-        assert scored_bytes(middle, items) == expected
-        assert scored_bytes(large, items[-1:]) == expected[-1:]
+        for ours in engines:
+            alone = [scored_bytes(ours, [item])[0] for item in items]
+            assert scored_bytes(ours, items) == alone
+            assert scored_bytes(ours, items[::-1]) == alone[::-1]
 
 
 @pytest.mark.parametrize("context", [2, 5, 8, 20, 31, 97, 100])
-def test_what_is_called_exact_is_exact_in_contexts_that_are_no_multiple_of_32(
-    context: int,
-) -> None:
-    # The longest bucket then has as many rows as the context, and few rows round differently.
-    head = VocabularyHead(replace(teacher("Llama", 1001), max_sequence_tokens=context))
+@pytest.mark.parametrize("packed", [True, False])
+def test_bytes_are_equal_in_contexts_that_are_no_multiple_of_32(context: int, packed: bool) -> None:
+    # Few rows round differently: the longest canonical length has as many rows as the context.
+    model = replace(teacher("Llama", 1001), max_sequence_tokens=context, is_packed=packed)
+    ours = Engine(model)
     generator = torch.Generator().manual_seed(context)
     items = [
         every_row(torch.randint(1001, (context,), generator=generator), TOP_64) for _ in range(5)
     ]
-    alone = [scored_bytes(head, [item])[0] for item in items]
-    assert scored_bytes(head, items) == alone or not head.is_exact()
-    assert head.is_exact() or context < 32
+    alone = [scored_bytes(ours, [item])[0] for item in items]
+    assert scored_bytes(ours, items) == alone
+    assert is_exact(ours)
 
 
 def test_the_same_batch_gives_the_same_bytes_even_with_experts() -> None:
-    head = VocabularyHead(teacher("Mixtral", 1001))
     items = [every_row(ids, TOP_64) for ids in sequences_of_one_bucket(1001)]
-    assert scored_bytes(head, items) == scored_bytes(head, items)
+    ours = engine("Mixtral", 1001)
+    assert scored_bytes(ours, items) == scored_bytes(ours, items)
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_all_but_sparse_experts_are_exact(name: str) -> None:
-    assert VocabularyHead(teacher(name, 1001)).is_exact() == (name != "Mixtral")
+    assert is_exact(engine(name, 1001)) == (name != "Mixtral")
 
 
 # Memory.
 
 
 @pytest.mark.parametrize("nbytes", [1, 10**6, 32 << 20, 1 << 40])
-def test_chunks_are_multiples_of_32_rows_within_bounds(nbytes: int) -> None:
-    rows = VocabularyHead(teacher("Llama", 1001), chunk_nbytes=nbytes).chunk_rows
-    assert rows % ROW_MULTIPLE == 0
-    assert ROW_MULTIPLE <= rows <= MAX_CHUNK_ROWS
-    assert rows == ROW_MULTIPLE or rows * 4 * 1001 <= nbytes
+def test_chunks_are_powers_of_two_rows_within_bounds(nbytes: int) -> None:
+    head = VocabularyHead(teacher("Llama", 1001), Device(CPU), chunk_nbytes=nbytes)
+    rows = head.chunk_rows
+    assert rows.bit_count() == 1
+    assert MIN_TILE <= rows <= MAX_CHUNK_ROWS
+    assert rows == MIN_TILE or rows * 4 * 1001 <= nbytes
+    # So that a chunk of any size is a whole number of tiles.
+    assert rows % head.large == rows % head.small == 0
 
 
-BIG_VOCAB = 256_000
+BIG_VOCAB = 262_144
+CHUNK_NBYTES = 128 << 20
 
 
-def memory_of_projection(
+def memory_of_selection(
     spec_text: str, temperature: float, dtype: torch.dtype, effective: int, num_rows: int
 ) -> tuple[float, float]:
-    """Peak growth of resident memory in (C, V) float32 buffers, and the limit in the same unit."""
+    """Peak growth of resident memory in chunks of (C, V) logits, and the limit in the same unit."""
     torch.set_num_threads(2)
-    config = transformers.Gemma2Config(
-        vocab_size=BIG_VOCAB,
-        hidden_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=128,
-        head_dim=16,
-        max_position_embeddings=tiny.CONTEXT,
+    causal_lm = tiny.make_model("Gemma2", BIG_VOCAB, num_hidden_layers=1).to(dtype)
+    model = replace(
+        prepare(causal_lm, weights_fingerprint="", packed=False), effective_vocab_size=effective
     )
-    torch.manual_seed(0)
-    causal_lm = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
-    model = prepare(causal_lm, weights_fingerprint="")
-    head = VocabularyHead(replace(model, effective_vocab_size=effective))
-    hidden = torch.randn(num_rows, 64).to(dtype)
-    realized = torch.zeros(num_rows, dtype=torch.int64)
+    head = VocabularyHead(model, Device(CPU), chunk_nbytes=CHUNK_NBYTES)
+    hidden = torch.randn(num_rows + 1, 64).to(dtype)
     spec = parse_targets(spec_text)
 
-    def project(rows: int) -> Targets:
-        return head.project(
-            hidden[:rows], spec, temperature=temperature, realized_ids=realized[:rows]
-        )
+    def select(rows: int) -> list[Selection]:
+        draws = torch.rand(rows, dtype=torch.float64) if spec.needs_uniforms else None
+        ids = torch.zeros(rows + 1, dtype=torch.int64)
+        request = RowRequest(ids, torch.arange(rows), spec, temperature, draws)
+        (scored,) = head.download(head.select(hidden, [request], [0], [0])).values()
+        return [selection for selection, _ in scored.pieces]
 
-    project(32)  # pages of code and the threads' own buffers come once, whatever the size
+    select(32)  # pages of code and the threads' own buffers come once, whatever the size
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = resident_nbytes("VmRSS")
-    targets = project(num_rows)
+    selected = select(num_rows)
     growth = resident_nbytes("VmHWM") - before
-    kept = sum(value.nbytes for value in vars_of(targets))
-    unit = head.chunk_rows * BIG_VOCAB * 4
-    return growth / unit, 2.5 + (2 * kept + (2 << 20)) / unit
-
-
-def vars_of(targets: Targets) -> list[Tensor]:
-    names = ("row_splits", "token_ids", "logprobs", *targets.row_fields)
-    return [value for name in names if (value := getattr(targets, name, None)) is not None]
+    kept = sum(selection.nbytes for selection in selected) + 4 * 8 * num_rows
+    assert head.chunk_rows * BIG_VOCAB * dtype.itemsize == CHUNK_NBYTES
+    return growth / CHUNK_NBYTES, 1.25 + (kept + (2 << 20)) / CHUNK_NBYTES
 
 
 def resident_nbytes(name: str) -> int:
@@ -357,25 +356,28 @@ def resident_nbytes(name: str) -> int:
 @pytest.mark.parametrize(
     ("spec", "temperature", "dtype", "effective", "num_rows"),
     [
-        ("top_k:64", 1.0, torch.float32, BIG_VOCAB, 1024),
+        ("top_k:64", 1.0, torch.float32, BIG_VOCAB, 2048),
+        ("top_k:64", 1.0, torch.float32, BIG_VOCAB, 32_768),
         ("top_k:64", 2.0, torch.float32, BIG_VOCAB, 256),
         ("top_k:min_p=1/256,max_k=128", 1.0, torch.float32, BIG_VOCAB, 256),
+        ("sampled:64", 1.0, torch.float32, BIG_VOCAB, 256),
         # Teachers are served in bfloat16, and most heads have padding rows.
-        ("top_k:64", 1.0, torch.bfloat16, BIG_VOCAB, 256),
+        ("top_k:64", 1.0, torch.bfloat16, BIG_VOCAB, 512),
+        ("sampled:64", 1.0, torch.bfloat16, BIG_VOCAB, 32_768),
         ("top_k:64", 1.0, torch.float32, BIG_VOCAB - 100, 256),
     ],
-    ids=["top_k", "temperature", "min_p", "bfloat16", "padding"],
+    ids=["top_k", "many", "temperature", "min_p", "sampled", "bfloat16", "many_bf16", "padding"],
 )
-def test_projection_needs_two_and_a_half_chunks_of_memory(
+def test_the_head_needs_a_chunk_and_a_quarter_of_memory(
     spec: str, temperature: float, dtype: torch.dtype, effective: int, num_rows: int
 ) -> None:
     context = multiprocessing.get_context("forkserver")
     # Now and then the heap of a fresh process has a hole as large as a chunk, which then stays
-    # resident; what the projection itself needs is the least of a few tries.
+    # resident; what the head itself needs is the least of a few tries.
     for _ in range(3):
         with ProcessPoolExecutor(1, mp_context=context) as pool:  # a heap that nobody has used yet
             growth, limit = pool.submit(
-                memory_of_projection, spec, temperature, dtype, effective, num_rows
+                memory_of_selection, spec, temperature, dtype, effective, num_rows
             ).result()
         print(f"{growth:.2f} chunks of memory, {limit:.2f} allowed")
         if growth <= limit:

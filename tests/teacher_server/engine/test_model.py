@@ -14,9 +14,12 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from logit_codec import DenseSpec, DenseTargets, TopKSpec, TopKTargets
-from teacher_server.engine.batch import MIN_BUCKET, RowRequest, bucket_length
-from teacher_server.engine.head import VocabularyHead
+from teacher_server.engine.attention import NAME as PACKED_ATTENTION
+from teacher_server.engine.batch import RowRequest
+from teacher_server.engine.engine import Engine
 from teacher_server.engine.loading import load, prepare
+from teacher_server.engine.model import MIN_BUCKET, TeacherModel, bucket_length
+from teacher_server.engine.packing import Packer
 from teacher_server.errors import ModelError
 from tests.support import tiny
 
@@ -65,7 +68,7 @@ def refusal(model: str | Path, **options: str) -> str:
     return message
 
 
-# Canonical lengths.
+# Canonical lengths, for architectures that cannot pack.
 
 lengths = st.integers(1, 40_000)
 contexts = st.integers(2, 1 << 17)
@@ -118,6 +121,15 @@ def test_there_are_few_buckets() -> None:
 # What loads.
 
 
+def run_pack(model: TeacherModel, *sequences: Tensor) -> Tensor:
+    """Returns the hidden states of sequences in one pack, back to back, without its padding."""
+    rows = torch.empty(0, dtype=torch.int64)
+    requests = [RowRequest(ids, rows, TopKSpec(k=1)) for ids in sequences]
+    (pack,) = Packer("cpu", pack_tokens=4096).pack(requests)
+    hidden = model.hidden_states(pack.token_ids, pack.positions, pack.cu_seqlens, pack)
+    return hidden[: pack.num_tokens]
+
+
 def test_a_folder_of_save_pretrained_loads_with_its_dimensions(folder: Path) -> None:
     model = load(str(folder))
     assert (model.name, model.revision) == ("gemma", "")
@@ -134,9 +146,21 @@ def test_attention_is_eager_with_a_softcap_and_sdpa_without_unless_told_otherwis
     folder: Path, model_folder: ModelFolder
 ) -> None:
     llama = str(model_folder("Llama", VOCAB))
-    assert load(str(folder)).attention == "eager"
-    assert load(llama).attention == "sdpa"
-    assert load(llama, attention="eager").attention == "eager"
+    assert load(str(folder)).own_attention == "eager"
+    assert load(llama).own_attention == "sdpa"
+    assert load(llama, attention="eager").own_attention == "eager"
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_every_architecture_runs_packs_unless_an_attention_is_asked_for(
+    name: str, model_folder: ModelFolder
+) -> None:
+    path = str(model_folder(name, VOCAB))
+    assert load(path).is_packed
+    assert load(path).attention == PACKED_ATTENTION
+    chosen = load(path, attention="eager")
+    assert not chosen.is_packed
+    assert chosen.attention == "eager"
 
 
 def test_nothing_of_a_loaded_teacher_is_trained_or_random(folder: Path) -> None:
@@ -149,7 +173,8 @@ def test_the_weights_take_the_dtype_that_is_asked_for(folder: Path) -> None:
     model = load(str(folder), dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     (ids,) = tiny.random_sequences(1, VOCAB)
-    assert model.logits(model.hidden_states([ids])[0]).dtype == torch.bfloat16
+    assert model.logits(run_pack(model, ids)).dtype == torch.bfloat16
+    assert model.logits(model.padded_hidden_states([ids])[0]).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("asked", "longest"), [(None, 256), (100, 100), (1000, 256)])
@@ -170,15 +195,16 @@ def test_the_head_of_the_hidden_states_is_the_whole_forward(
 ) -> None:
     model = load(str(model_folder(name, VOCAB)))
     (ids,) = tiny.random_sequences(1, VOCAB, seed=2)
-    ours = model.logits(model.hidden_states([ids])[0])[: len(ids) - 1]
     theirs = tiny.dense_logits(model.causal_lm, ids)
-    assert (ours - theirs).abs().max() < 1e-4
+    for hidden in (run_pack(model, ids), model.padded_hidden_states([ids])[0]):
+        ours = model.logits(hidden)[: len(ids) - 1]
+        assert (ours - theirs).abs().max() < 1e-4
 
 
 def test_hidden_states_are_padded_to_the_canonical_length(folder: Path) -> None:
     model = load(str(folder))
     sequences = [torch.arange(n) for n in (33, 50, 64)]
-    assert model.hidden_states(sequences).shape == (3, 64, 64)
+    assert model.padded_hidden_states(sequences).shape == (3, 64, 64)
 
 
 # What is refused.
@@ -375,7 +401,7 @@ def test_padding_ids_have_probability_zero(folder: Path, temperature: float) -> 
     batch = [
         RowRequest(ids, rows, spec, temperature) for spec in (DenseSpec(bits=32), TopKSpec(k=900))
     ]
-    (dense, top_k), _ = VocabularyHead(model).score(batch)
+    dense, top_k = Engine(model).score(batch)
     assert isinstance(dense, DenseTargets)
     assert isinstance(top_k, TopKTargets)
     assert dense.vocab_size == top_k.vocab_size == VOCAB
@@ -444,11 +470,31 @@ def test_another_tokenizer_makes_another_teacher(folder: Path) -> None:
     assert without.weights_fingerprint == second.weights_fingerprint
 
 
-def test_a_limit_that_cuts_buckets_makes_another_teacher(folder: Path) -> None:
+def test_a_limit_makes_another_teacher_only_where_it_cuts_canonical_lengths(folder: Path) -> None:
+    def fingerprint(limit: int | None, attention: str | None) -> str:
+        model = load(str(folder), max_sequence_tokens=limit, attention=attention)
+        return Engine(model).model.teacher_fingerprint
+
     # A sequence that is padded to the limit and not to its bucket may round differently.
-    whole, cut = load(str(folder)), load(str(folder), max_sequence_tokens=100)
-    assert whole.weights_fingerprint == cut.weights_fingerprint
-    assert whole.teacher_fingerprint != cut.teacher_fingerprint
+    assert fingerprint(None, "eager") != fingerprint(100, "eager")
+    # In a pack nothing depends on the longest sequence that is allowed.
+    assert fingerprint(None, None) == fingerprint(100, None)
+
+
+def test_whether_packs_are_run_makes_another_teacher(folder: Path) -> None:
+    packed, own = load(str(folder)), load(str(folder), attention="eager")
+    assert packed.weights_fingerprint == own.weights_fingerprint
+    assert packed.teacher_fingerprint != own.teacher_fingerprint
+
+
+def test_the_sizes_that_bytes_depend_on_are_part_of_the_fingerprint(folder: Path) -> None:
+    model = load(str(folder))
+    fingerprint = Engine(model).model.teacher_fingerprint
+    assert fingerprint == Engine(model).model.teacher_fingerprint
+    # Where chunks begin and end may change a bit; another number of tokens in a pack may not.
+    assert fingerprint != Engine(model, chunk_nbytes=64 * 4 * VOCAB).model.teacher_fingerprint
+    assert fingerprint != Engine(model, exact=False).model.teacher_fingerprint
+    assert fingerprint == Engine(model, pack_tokens=1024).model.teacher_fingerprint
 
 
 def test_a_model_in_memory_is_known_by_its_content() -> None:
