@@ -44,7 +44,7 @@ class HeldEngine(Engine):
         return super().launch(requests)
 
     async def hold(self, pipeline: Pipeline) -> "asyncio.Task[list[int]]":
-        """The compute thread has a job in hand until `go` is set."""
+        """The launcher has a job in hand until `go` is set."""
         self.go.clear()
         self.begun.clear()
         first = asyncio.create_task(rows(pipeline, make_job()))
