@@ -15,8 +15,8 @@ lines of a table are
 
 The stages take turns on the same sequences. `tokens/s` is the median of the turns; `of forward` and
 `of before` are medians of the ratios within a turn, to the packed forward and to the line above.
-`fill` is real tokens by rows computed: of the packs, of the products of the forward pass, and of those
-of the head (rows that were asked for); `canonical` is what padding to the engine's canonical lengths
+`fill` is real tokens by rows computed: of the packs, and of the products of the head (rows that were
+asked for); `canonical` is what padding to the engine's canonical lengths
 would fill. A second table compares sequences of 64 to 4,096 tokens with sequences of 4,096.
 
 `--tiles` measures instead what a row of a product costs in products of 64 to 2,048 rows.
@@ -226,18 +226,11 @@ class Work:
     def fill(self) -> dict[str, float]:
         """Real tokens, or wanted rows, by rows computed."""
         in_packs = sum(len(pack.token_ids) for pack in self.packs)
-        in_products = sum(
-            len(pack.token_ids)
-            if pack.tiling is None
-            else len(pack.tiling.large_starts) * pack.tiling.large + len(pack.tiling.small_rows)
-            for pack in self.packs
-        )
         wanted = self.num_tokens - len(self.sequences)
         in_head = sum(rows for chunks in self.head_products for rows, _ in chunks)
         canonical = sum(self.model.bucket_length(len(sequence)) for sequence in self.sequences)
         return {
             "packs": self.num_tokens / in_packs,
-            "products": self.num_tokens / in_products,
             "head": wanted / in_head,
             "canonical": self.num_tokens / canonical,
         }

@@ -2,8 +2,10 @@
 
 Run `python -m benchmarks.stream`. A fixed model (Gemma 2, d=512, 8 layers, V=32,000, random
 weights), sequences of 512 tokens, top_k:64, CPU. The bare loop is forward + head + encode in one
-process, no gRPC; the service gets as many sequences from four client processes. The two take
-turns, so that what else the machine does hits both; quote the ratio. Then a trainer trains (its step
+process, no gRPC; the service gets the same sequences from four client processes, which discard the
+answers. The two take turns, so that what else the machine does hits both; quote the ratio. With
+`--mixed` the lengths are log-uniform, 32 to 2,048 tokens, and both sides fill packs of the engine's
+own size. Then a trainer trains (its step
 is a sleep), and another one whose batches are short and whose teacher is 200 ms away. Run it on a
 quiet machine: two busy processes on two cores make both sides wait for each other's threads.
 """
@@ -12,26 +14,35 @@ import argparse
 import itertools
 import multiprocessing
 import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from benchmarks.service import (
+    VOCABULARY,
+    Clients,
+    make_sequences,
+    save_teacher,
+    start_service,
+    stop_service,
+)
 from tests.support.proxy import Proxy
 
-VOCABULARY = 32_000
 SEQUENCE = 512  # tokens
 BATCH = 2  # sequences in one forward pass, on both sides
 CLIENTS = 4
 AHEAD = 4  # sequences in flight per client
 TARGETS = "top_k:64"
 ROUND_TRIP_S = 0.2
+MIXED = (32, 2048)  # tokens
 SHORT = 16  # tokens of a batch of the trainer that is far away
 FAR_STEPS = 200
 SPAWN = multiprocessing.get_context("spawn")
@@ -44,20 +55,28 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32, help="of each turn")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the teacher")
     parser.add_argument("--steps", type=int, default=60, help="of the trainer that waits or not")
+    parser.add_argument("--mixed", action="store_true", help="lengths of 32 to 2,048 tokens")
     options = parser.parse_args()
+    lengths = MIXED if options.mixed else (SEQUENCE, SEQUENCE)
+    pack_tokens = None if options.mixed else BATCH * SEQUENCE
+    turns = [
+        make_sequences(lengths, options.sequences * SEQUENCE, seed=seed)
+        for seed in range(options.rounds)
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        make_teacher(Path(folder))
-        bare, bare_end = worker(bare_loop, folder, options.threads)
-        service, address = start_service(folder, options.threads)
-        clients = [worker(client_loop, address, seed) for seed in range(CLIENTS)]
+        save_teacher(Path(folder))
+        bare, bare_end = start_bare_loop(folder, options.threads, pack_tokens)
+        flags = ["--threads", str(options.threads)]
+        flags += [] if pack_tokens is None else ["--batch.max-tokens", str(pack_tokens)]
+        service, address = start_service(folder, *flags)
         try:
-            for _, connection in clients:
-                connection.recv()
-            bare_end.recv()
             rates: dict[str, list[float]] = {"bare": [], "served": []}
-            for _ in range(options.rounds):
-                rates["bare"].append(ask([bare_end], options.sequences))
-                rates["served"].append(ask([end for _, end in clients], options.sequences))
+            with Clients(address, targets=TARGETS, count=CLIENTS, window=AHEAD) as clients:
+                bare_end.recv()
+                clients.stream(turns[0][:CLIENTS])
+                for sequences in turns:
+                    rates["bare"].append(rate_of(partial(ask, bare_end, sequences), sequences))
+                    rates["served"].append(rate_of(partial(clients.stream, sequences), sequences))
             trainer_step_s = 2 * SEQUENCE / statistics.median(rates["served"])
             waiting, later = trainer(address, SEQUENCE, options.steps, trainer_step_s)
             far_step_s = 2 * SHORT / short_rate(address)
@@ -65,12 +84,10 @@ def main() -> None:
                 proxy.up.delay_s = proxy.down.delay_s = ROUND_TRIP_S / 2
                 far, far_later = trainer(proxy.address, SHORT, FAR_STEPS, far_step_s)
         finally:
-            for process, connection in [(bare, bare_end), *clients]:
-                if process.is_alive():
-                    connection.send(0)
-                process.join(30)
-            service.send_signal(signal.SIGTERM)
-            service.wait(30)
+            if bare.is_alive():
+                bare_end.send(None)
+            bare.join(30)
+            stop_service(service)
     ratio = statistics.median(
         served / alone for served, alone in zip(rates["served"], rates["bare"], strict=True)
     )
@@ -91,68 +108,32 @@ def main() -> None:
     print(f"waiting {far:.2%} of {FAR_STEPS} steps, {far_later:.2%} without the first one's wait")
 
 
-def make_teacher(folder: Path) -> None:
-    """Saves the fixed model with random weights."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=2048,
-    )
-    transformers.utils.logging.disable_progress_bar()
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-
-
-def start_service(folder: str, threads: int) -> tuple[subprocess.Popen, str]:
-    """The service as an operator starts it, and its address."""
-    tokens = str(BATCH * SEQUENCE)
-    command = [sys.executable, "-m", "teacher_server", "serve", "--model", folder, "--standalone"]
-    flags = ["--port", "0", "--threads", str(threads), "--batch.max-tokens", tokens]
-    service = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
-    assert service.stdout is not None
-    words = service.stdout.readline().split()
-    if words[:1] != ["ready"]:
-        raise RuntimeError("the service did not start")
-    return service, words[1]
-
-
-def worker(target, *arguments) -> tuple[multiprocessing.Process, Connection]:
-    """A process that waits on a pipe for how many sequences to score, and says when it has.
-
-    0 ends it.
-    """
+def start_bare_loop(
+    folder: str, threads: int, pack_tokens: int | None
+) -> tuple[BaseProcess, Connection]:
+    """Starts the process of the bare loop, which says through a pipe when it is ready."""
     ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=target, args=(theirs, *arguments), daemon=True)
+    arguments = (theirs, folder, threads, pack_tokens)
+    process = SPAWN.Process(target=bare_loop, args=arguments, daemon=True)
     process.start()
-    return process, ours  # type: ignore[return-value]
+    return process, ours
 
 
-def ask(connections: list[Connection], sequences: int) -> float:
-    """Tokens per second of all workers together, from the first request to the last answer."""
+def ask(bare: Connection, sequences: list[Tensor]) -> None:
+    """Has the bare loop score some sequences."""
+    bare.send([sequence.numpy() for sequence in sequences])
+    bare.recv()
+
+
+def rate_of(run: Callable[[], None], sequences: list[Tensor]) -> float:
+    """Tokens per second, from the first request to the last answer."""
     started = time.perf_counter()
-    for connection in connections:
-        connection.send(sequences // len(connections))
-    for connection in connections:
-        connection.recv()
-    return sequences * SEQUENCE / (time.perf_counter() - started)
+    run()
+    return sum(map(len, sequences)) / (time.perf_counter() - started)
 
 
-def random_sequences(seed: int):
-    """(512,) int64 ids without end."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield torch.randint(VOCABULARY, (SEQUENCE,), generator=generator)
-
-
-def bare_loop(connection: Connection, folder: str, threads: int) -> None:
-    """Forward, head and encode, one batch after the other, in the service's own functions."""
+def bare_loop(connection: Connection, folder: str, threads: int, pack_tokens: int | None) -> None:
+    """Forward, head and encode, one pack after the other, in the service's own functions."""
     from logit_codec import encode_parts, parse_targets
     from teacher_server.engine.batch import RowRequest
     from teacher_server.engine.engine import Engine
@@ -160,38 +141,20 @@ def bare_loop(connection: Connection, folder: str, threads: int) -> None:
 
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as the service does
     torch.set_num_threads(threads)
-    engine = Engine(load(folder))
+    engine = Engine(load(folder), pack_tokens=pack_tokens)
     spec = parse_targets(TARGETS)
-    sequences = random_sequences(99)
-    rows = torch.arange(SEQUENCE - 1)
 
-    def one_batch() -> None:
-        batch = [RowRequest(next(sequences), rows, spec) for _ in range(BATCH)]
-        for targets in engine.score(batch):
-            list(encode_parts(targets, spec, max_nbytes=1 << 20))
+    def score(sequences: list[Tensor]) -> None:
+        requests = [RowRequest(ids, torch.arange(len(ids) - 1), spec) for ids in sequences]
+        for pack in engine.packer.pack(requests):
+            for targets in engine.score([requests[index] for index in pack.members]):
+                list(encode_parts(targets, spec, max_nbytes=1 << 20))
 
-    one_batch()
+    score(make_sequences((SEQUENCE, SEQUENCE), BATCH * SEQUENCE))
     connection.send("ready")
-    while count := connection.recv():
-        for _ in range(count // BATCH):
-            one_batch()
+    while (arrays := connection.recv()) is not None:
+        score([torch.from_numpy(array) for array in arrays])
         connection.send("done")
-
-
-def client_loop(connection: Connection, address: str, seed: int) -> None:
-    """Streams as many sequences as it is told to."""
-    from student_trainer import connect
-
-    torch.set_num_threads(1)
-    sequences = random_sequences(seed)
-    with connect(address) as teacher:
-        list(teacher.stream([next(sequences)], targets=TARGETS))
-        connection.send("ready")
-        while count := connection.recv():
-            wanted = itertools.islice(sequences, count)
-            for _ in teacher.stream(wanted, targets=TARGETS, ahead=AHEAD):
-                pass
-            connection.send("done")
 
 
 def short_rate(address: str) -> float:

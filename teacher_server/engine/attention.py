@@ -34,6 +34,7 @@ def attend_on_cpu(
     key: Tensor,
     value: Tensor,
     cu_seqlens: Tensor,
+    rest_seqlens: Tensor | None,
     window: int,
     softcap: float,
     scale: float,
@@ -42,27 +43,43 @@ def attend_on_cpu(
     """Computes (1, T, H, D) from (1, H, T, D) queries and (1, G, T, D) keys and values, on a CPU.
 
     cu_seqlens: (N+1,) int32: where each segment begins, and the end of the last. Tokens after it are
-    padding and get zeros. window: how many tokens a query sees, itself among them; NO_WINDOW for
-    all. softcap: 0 for none. sinks: (H,), a score per head that takes its part of the softmax.
+    padding and get zeros. rest_seqlens: the same of what follows in each segment, where the rows of
+    one are in two places. window: how many tokens a query sees, itself among them; NO_WINDOW for all.
+    softcap: 0 for none. sinks: (H,), a score per head that takes its part of the softmax.
 
     One operator, so that a compiled graph does not depend on where segments begin. A segment's
     arithmetic depends on its own length alone.
     """
     out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-    bounds = cu_seqlens.tolist()
-    for start, stop in itertools.pairwise(bounds):
-        if start == stop:
-            continue
-        q, k, v = (x[:, :, start:stop] for x in (query, key, value))
+    for places in _places_of_segments(cu_seqlens, rest_seqlens):
+        q, k, v = (_take(x, places) for x in (query, key, value))
         is_plain = softcap == 0.0 and sinks is None
-        if is_plain and not 0 <= window < stop - start:
+        if is_plain and not 0 <= window < q.shape[2]:
             attended = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
         else:
             attended = _attend_in_blocks(q, k, v, window, softcap, scale, sinks)
-        out[:, start:stop] = attended.transpose(1, 2)
+        first = 0
+        for place in places:
+            last = first + place.stop - place.start
+            out[:, place] = attended[:, :, first:last].transpose(1, 2)
+            first = last
     return out
+
+
+def _places_of_segments(cu_seqlens: Tensor, rest_seqlens: Tensor | None) -> Iterator[list[slice]]:
+    """Yields where the rows of each segment are that has any."""
+    bounds = [cu_seqlens.tolist()] + ([] if rest_seqlens is None else [rest_seqlens.tolist()])
+    for pairs in zip(*map(itertools.pairwise, bounds), strict=True):
+        if places := [slice(start, stop) for start, stop in pairs if start < stop]:
+            yield places
+
+
+def _take(x: Tensor, places: list[slice]) -> Tensor:
+    """Takes (1, H, L, D) out of (1, H, T, D); without a copy if the rows are in one place."""
+    parts = [x[:, :, place] for place in places]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 @attend_on_cpu.register_fake
@@ -71,6 +88,7 @@ def _(
     key: Tensor,
     value: Tensor,
     cu_seqlens: Tensor,
+    rest_seqlens: Tensor | None,
     window: int,
     softcap: float,
     scale: float,
@@ -181,10 +199,12 @@ def attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    rest_seqlens: Tensor | None = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
     """Computes (1, T, H, D) attention within segments, as transformers calls it.
 
+    rest_seqlens: only on a CPU.
     Raises CannotPack for a call that is not one of a packed causal language model.
     """
     if cu_seqlens is None:
@@ -195,7 +215,7 @@ def attend(
     window = NO_WINDOW if sliding_window is None else sliding_window
     if query.device.type == "cpu":
         attended = attend_on_cpu(
-            query, key, value, cu_seqlens, window, softcap or 0.0, scale, s_aux
+            query, key, value, cu_seqlens, rest_seqlens, window, softcap or 0.0, scale, s_aux
         )
     elif s_aux is not None:
         raise CannotPack("attention sinks are not built for this device")

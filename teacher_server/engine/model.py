@@ -9,7 +9,6 @@ attention mask is passed. Causal attention keeps the padding out of every real r
 shape of the computation, and so its rounding, depends on the sequence alone.
 """
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -147,13 +146,25 @@ class TeacherModel:
 
         Those of padding mean nothing.
         """
-        tiled = contextlib.nullcontext() if pack.tiling is None else TiledProducts(pack.tiling)
-        with packed_attention(self.causal_lm), tiled:
+        if pack.tiling is None:
+            return self._run_packed(token_ids, positions, cu_seqlens=cu_seqlens)
+        tiling = pack.tiling
+        with TiledProducts(tiling):
+            hidden_TD = self._run_packed(
+                tiling.to_tiles(token_ids),
+                tiling.to_tiles(positions),
+                cu_seqlens=tiling.large_seqlens,
+                rest_seqlens=tiling.small_seqlens,
+            )
+        return tiling.from_tiles(hidden_TD)
+
+    def _run_packed(self, token_ids: Tensor, positions: Tensor, **seqlens: Tensor) -> Tensor:
+        with packed_attention(self.causal_lm):
             output = self.causal_lm.base_model(
                 input_ids=token_ids[None],
                 position_ids=positions[None],
                 use_cache=False,
-                cu_seqlens=cu_seqlens,
+                **seqlens,
             )
         return output.last_hidden_state[0]
 

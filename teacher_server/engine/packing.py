@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from teacher_server.engine.batch import RowRequest
-from teacher_server.engine.products import SMALL, Tiling
+from teacher_server.engine.products import LARGE, SMALL, Tiling
 
 ROW_MULTIPLE = SMALL
 """A pack on a CPU is filled up to a multiple of this, so that short sequences need no other order
@@ -63,8 +63,13 @@ class Packer:
         pack_tokens: int,
         exact: bool = True,
         divide_at: int | None = None,
+        tiles: tuple[int, int] = (LARGE, SMALL),
     ) -> None:
-        """divide_at: longer sequences never share a pack with others, which longrope needs."""
+        """divide_at: longer sequences never share a pack with others, which longrope needs.
+
+        tiles: rows of a large and a small one.
+        """
+        self._tiles = tiles
         self.is_fixed = device_type != "cpu"
         self.pack_tokens = pack_tokens
         self._exact = exact
@@ -114,6 +119,7 @@ class Packer:
         if self.is_fixed:  # one more segment for the padding, and the same number in every pack
             most = size // SHORT if size > SHORT else size // MIN_SEQUENCE_TOKENS
             ends = torch.cat([ends, torch.full((most + 2 - len(ends),), num_rows)])
+        is_whole = self.is_fixed or not self._exact
         filled = [*sequences, torch.zeros(padding, dtype=torch.int64)]
         return Pack(
             token_ids=torch.cat(filled),
@@ -124,7 +130,7 @@ class Packer:
             members=tuple(members),
             starts=tuple(starts),
             num_tokens=num_tokens,
-            tiling=None if self.is_fixed or not self._exact else Tiling.of([*lengths, padding]),
+            tiling=None if is_whole else Tiling.of([*lengths, padding], *self._tiles),
         )
 
     def _num_rows(self, num_tokens: int, size: int) -> int:

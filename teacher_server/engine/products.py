@@ -28,53 +28,82 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiling:
-    """Divides the rows of a pack into tiles."""
+    """Divides the rows of a pack into tiles.
 
+    The model runs with the rows in the order of the tiles, first all that are in large ones, so that
+    no product has to gather its rows. All that a model computes beside attention is done row by row.
+    """
+
+    num_large: int
+    """Rows in large tiles, a multiple of `large`."""
     num_rows: int
-    large_starts: tuple[int, ...]
-    """First rows of the tiles of `large` rows."""
-    small_rows: Tensor
-    """(S,) int64: rows that are computed in small tiles, then zeros up to a whole tile."""
-    num_small: int
-    """How many of `small_rows` are rows, and not there to fill the last tile."""
+    large_seqlens: Tensor
+    """(N+1,) int32: where the rows of each sequence begin that are in large tiles, and the end."""
+    small_seqlens: Tensor
+    """(N+1,) int32: where its other rows begin, and the end."""
+    order: Tensor | None
+    """(T,) int64: rows of the pack in the order of the tiles; None if that is their own."""
+    places: Tensor | None
+    """(T,) int64: the place of each row of the pack in that order."""
     large: int
     small: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], large: int = LARGE, small: int = SMALL) -> Self:
-        """Tiles rows that stand back to back, those of each sequence on their own."""
-        large_starts: list[int] = []
-        rest: list[Tensor] = []
-        start = 0
-        for length in lengths:
-            whole = length // large * large
-            large_starts.extend(range(start, start + whole, large))
-            if whole < length:
-                rest.append(torch.arange(start + whole, start + length))
-            start += length
-        num_small = sum(map(len, rest))
-        rest.append(torch.zeros(-num_small % small, dtype=torch.int64))
-        return cls(start, tuple(large_starts), torch.cat(rest), num_small, large, small)
+        """Tiles rows that stand back to back, those of each sequence on their own.
+
+        Raises ValueError if they do not fill whole tiles.
+        """
+        num_rows = sum(lengths)
+        if num_rows % small or large % small:
+            raise ValueError(f"{num_rows} rows are not whole tiles of {small} and {large}")
+        length_N = torch.tensor(lengths)
+        large_N = length_N // large * large
+        small_N = length_N - large_N
+        num_large = int(large_N.sum())
+        order = places = None
+        if num_large < num_rows and bool(large_N.any()):
+            in_large = torch.repeat_interleave(
+                torch.tensor([True, False]).repeat(len(lengths)),
+                torch.stack([large_N, small_N], 1).flatten(),
+            )
+            order = torch.cat([in_large.nonzero()[:, 0], (~in_large).nonzero()[:, 0]])
+            places = order.argsort()
+        return cls(
+            num_large=num_large,
+            num_rows=num_rows,
+            large_seqlens=_bounds(large_N, 0),
+            small_seqlens=_bounds(small_N, num_large),
+            order=order,
+            places=places,
+            large=large,
+            small=small,
+        )
+
+    def to_tiles(self, rows: Tensor) -> Tensor:
+        """Puts the rows of the pack into the order of the tiles."""
+        return rows if self.order is None else rows.index_select(0, self.order)
+
+    def from_tiles(self, rows: Tensor) -> Tensor:
+        """Undoes `to_tiles`."""
+        return rows if self.places is None else rows.index_select(0, self.places)
 
     def multiply(
         self, rows_TD: Tensor, weight_DN: Tensor, bias: Tensor | None, out_TN: Tensor
     ) -> None:
-        """Writes rows_TD @ weight_DN + bias to `out_TN`."""
-        for start in self.large_starts:
-            tile = slice(start, start + self.large)
-            _multiply(rows_TD[tile], weight_DN, bias, out_TN[tile])
-        if self.num_small == self.num_rows == len(self.small_rows):  # they are all rows, in order
-            for start in range(0, self.num_rows, self.small):
-                tile = slice(start, start + self.small)
+        """Writes rows_TD @ weight_DN + bias to `out_TN`; the rows are in the order of the tiles."""
+        for first, last, size in (
+            (0, self.num_large, self.large),
+            (self.num_large, self.num_rows, self.small),
+        ):
+            for start in range(first, last, size):
+                tile = slice(start, start + size)
                 _multiply(rows_TD[tile], weight_DN, bias, out_TN[tile])
-        elif self.num_small:
-            small_SD = rows_TD[self.small_rows]
-            small_SN = out_TN.new_empty(len(small_SD), out_TN.shape[1])
-            for start in range(0, len(small_SD), self.small):
-                tile = slice(start, start + self.small)
-                _multiply(small_SD[tile], weight_DN, bias, small_SN[tile])
-            # Not index_put with repeated rows: what fills the last tile is left out.
-            out_TN.index_copy_(0, self.small_rows[: self.num_small], small_SN[: self.num_small])
+
+
+def _bounds(length_N: Tensor, first: int) -> Tensor:
+    """Where rows of these lengths begin that stand back to back from `first`, and the end."""
+    return torch.nn.functional.pad(length_N.cumsum(0), (1, 0)).add(first).to(torch.int32)
 
 
 def _multiply(rows_CD: Tensor, weight_DN: Tensor, bias: Tensor | None, out_CN: Tensor) -> None:
