@@ -157,13 +157,7 @@ class Replica:
 
         directory: by default one in this process.
         """
-        # Faulting in fresh pages for a chunk of logits costs several times the work on them, unless
-        # the pages are huge; torch reads this at its first large allocation (docs/log.md).
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-        keep_freed_memory()
-        allow_many_connections()
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        prepare_process(config)
         accounts = open_accounts(config.ledger_folder(), directory)
         model = load(
             config.model,
@@ -324,6 +318,17 @@ class Replica:
         await asyncio.sleep(EXIT_S)
         # Not sys.exit: a stuck thread would keep the process, and with it the device.
         os._exit(1)
+
+
+def prepare_process(config: ServeConfig) -> None:
+    """Sets what holds for the whole process: memory, threads, sockets."""
+    # Faulting in fresh pages for a chunk of logits costs several times the work on them, unless
+    # the pages are huge; torch reads this at its first large allocation (docs/log.md).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    keep_freed_memory()
+    allow_many_connections()
+    if config.threads:
+        torch.set_num_threads(config.threads)
 
 
 def make_engine(model: TeacherModel, config: ServeConfig) -> Engine:

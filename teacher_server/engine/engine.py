@@ -60,6 +60,7 @@ class Engine:
         exact: bool = True,
         device: Device | None = None,
     ) -> None:
+        self.exact = exact
         self.device = device or open_device(model.device)
         kind = model.device.type
         self.pack_tokens = pack_tokens or PACK_TOKENS.get(kind, PACK_TOKENS["cuda"])

@@ -17,20 +17,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import grpc
-import torch
-
 from logitstream.logs import first_line
 from teacher_server.engine.batch import PackTimes
 from teacher_server.engine.device import is_broken
 from teacher_server.engine.engine import Engine, Launched
 from teacher_server.engine.head import ScoredRows
-from teacher_server.errors import RequestRefused
 from teacher_server.ledger.accounts import Accounts
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.monitoring.replica_stats import ReplicaStats
 from teacher_server.pipeline.backlog import EncodeBacklog
 from teacher_server.pipeline.encoding import Encoder
+from teacher_server.pipeline.failures import (
+    forget_frames,
+    is_out_of_memory,
+    refuse_broken,
+    refuse_job,
+)
+from teacher_server.pipeline.passes import PassClock
 from teacher_server.scheduling.job import ForwardPass, SequenceJob
 from teacher_server.scheduling.scheduler import Scheduler
 
@@ -38,8 +41,6 @@ logger = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 2
 """Packs that are launched and not complete."""
-SLOW_FACTOR = 10
-"""A pass is not stuck before it has taken this many times as long as the longest one so far."""
 SUSPICIOUS_FAILURES = 3
 """After this many failures of single sequences in a row, a known answer is computed again."""
 
@@ -49,7 +50,7 @@ class _Flight:
     """Holds a batch that was launched."""
 
     jobs: list[SequenceJob]
-    started_s: float
+    started_s: float = 0.0
     launched: Launched | Exception | None = None
     """What the device was given, or why it was not."""
 
@@ -87,14 +88,9 @@ class Compute:
         self._repeats_known_answer = repeats_known_answer
         self._slots = threading.Semaphore(MAX_IN_FLIGHT)
         self._flights: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
-        self._begun_s: dict[object, float] = {}
-        """When each batch in flight was taken. Changed by both threads, whole keys at a time."""
-        self._completed_s = 0.0
-        self._longest_pass_s = 0.0
+        self.clock = PassClock()
         self._failures = 0
         """Sequences that failed alone, in a row."""
-        self._left_since_s: float | None = None
-        """Since when queued work has been seen that nobody takes."""
         self._threads = [
             threading.Thread(target=self._guard, args=(run,), name=name, daemon=True)
             for name, run in (("launch", self._launch_all), ("complete", self._complete_all))
@@ -104,15 +100,6 @@ class Compute:
         """Begins to take batches."""
         for thread in self._threads:
             thread.start()
-
-    @property
-    def busy_s(self) -> float:
-        """How long the oldest pass in flight has taken so far; 0 without one."""
-        begun = list(self._begun_s.values())  # once: a thread may end its pass in between
-        if not begun:
-            return 0.0
-        # A pass that was launched while another computed begins when that one ends.
-        return max(0.0, time.monotonic() - max(min(begun), self._completed_s))
 
     def find_trouble(self, after_s: float) -> str:
         """Says why nothing is computed, or is for too long; empty if all is well.
@@ -124,22 +111,12 @@ class Compute:
             return self.failure
         if any(thread.ident and not thread.is_alive() for thread in self._threads):
             return "a compute thread has ended"
-        if self._is_left_waiting(after_s):
+        has_work = self._scheduler.queued_tokens > 0 and self._backlog.has_room()
+        if self.clock.is_left_waiting(has_work, after_s):
             return f"queued work has not been taken for {after_s:.0f} s"
-        busy_s = self.busy_s
-        if busy_s > max(after_s, SLOW_FACTOR * self._longest_pass_s):
-            return f"a forward is stuck seconds={busy_s:.0f}"
+        if self.clock.is_stuck(after_s):
+            return f"a forward is stuck seconds={self.clock.busy_s:.0f}"
         return ""
-
-    def _is_left_waiting(self, after_s: float) -> bool:
-        """Whether work has been queued for long although nothing is in flight and there is room."""
-        now = time.monotonic()
-        is_taken = bool(self._begun_s) or not self._scheduler.queued_tokens
-        if is_taken or not self._backlog.has_room():
-            self._left_since_s = None
-        elif self._left_since_s is None:
-            self._left_since_s = now
-        return self._left_since_s is not None and now - self._left_since_s > after_s
 
     def close(self) -> None:
         """Takes no more batches; the jobs that still wait fail."""
@@ -162,7 +139,7 @@ class Compute:
         logger.critical("%s", why)
         self._backlog.close()
         self._scheduler.close()
-        self._encoder.fail_unscored(_refuse_broken())
+        self._encoder.fail_unscored(refuse_broken())
         self._on_failure()
 
     def _guard(self, run: Callable[[], None]) -> None:
@@ -180,9 +157,8 @@ class Compute:
             while batch := self._next_batch():
                 self._charge(batch)
                 self._slots.acquire()
-                started_s = time.monotonic()
-                flight = _Flight(batch, started_s)
-                self._begun_s[flight] = started_s
+                flight = _Flight(batch)
+                flight.started_s = self.clock.begin(flight)
                 try:
                     flight.launched = self._engine.launch([job.request for job in batch])
                 except Exception as error:
@@ -217,7 +193,7 @@ class Compute:
                 self._complete(flight)
             finally:
                 flight.launched = None  # this thread may wait long for the next one
-                del self._begun_s[flight]
+                self._count_time(flight.jobs, self.clock.end(flight))
                 self._slots.release()
 
     def _complete(self, flight: _Flight) -> None:
@@ -230,24 +206,19 @@ class Compute:
                 error = failed
             else:
                 self._deliver(flight.jobs, rows, times, flight.started_s)
-        now = time.monotonic()
-        if error is None:
-            self._count_time(flight, now)
-            return
-        flight.launched = None
-        self._recover(flight.jobs, error)
-        self._count_time(flight, time.monotonic())
+        if error is not None:
+            # Nothing may hold on to what the failed batch allocated.
+            flight.launched = None
+            self._recover(flight.jobs, error)
 
-    def _count_time(self, flight: _Flight, now: float) -> None:
-        seconds = now - max(flight.started_s, self._completed_s)
-        self._completed_s = now
-        self._longest_pass_s = max(self._longest_pass_s, seconds)
+    def _count_time(self, jobs: Sequence[SequenceJob], seconds: float) -> None:
+        """Counts how long a batch took, whatever became of it."""
         self._replica_stats.computed(seconds)
         self._metrics.busy_s.inc(seconds)
-        tokens = sum(job.num_tokens for job in flight.jobs)
-        self._scheduler.record_speed(tokens, seconds, sum(job.cost for job in flight.jobs))
+        tokens = sum(job.num_tokens for job in jobs)
+        self._scheduler.record_speed(tokens, seconds, sum(job.cost for job in jobs))
         logger.debug(
-            "batch scored sequences=%d tokens=%d ms=%.0f", len(flight.jobs), tokens, 1e3 * seconds
+            "batch scored sequences=%d tokens=%d ms=%.0f", len(jobs), tokens, 1e3 * seconds
         )
 
     def _deliver(
@@ -276,17 +247,17 @@ class Compute:
         Called outside of any `except`: what is handled there keeps the failed batch's tensors alive.
         """
         if is_broken(error):
-            self._fail_jobs(jobs, _refuse_broken())
+            self._fail_jobs(jobs, refuse_broken())
             self.fail(f"the device is broken error={type(error).__name__}: {first_line(error)}")
             return
         if len(jobs) == 1:
             # Its error keeps its frames: the incident that the client is told of logs them.
-            self._fail_jobs(jobs, self._to_refusal(error))
+            self._fail_jobs(jobs, refuse_job(error, self._engine.device))
             self._suspect()
             return
         logger.warning("batch of %d failed, halving it", len(jobs), exc_info=error)
-        _forget_frames(error)
-        if _is_out_of_memory(error):
+        forget_frames(error)
+        if is_out_of_memory(error):
             self._engine.device.release_memory()
             self._scheduler.lower_budget(sum(job.num_tokens for job in jobs) // 2)
         middle = len(jobs) // 2
@@ -296,7 +267,7 @@ class Compute:
     def _score_again(self, jobs: Sequence[SequenceJob]) -> None:
         """Scores a part of a failed batch, while this thread waits."""
         if self.failure:
-            self._fail_jobs(jobs, _refuse_broken())
+            self._fail_jobs(jobs, refuse_broken())
             return
         started_s = time.monotonic()
         try:
@@ -321,39 +292,6 @@ class Compute:
                 return
         self.fail("a known answer does not come out any more")
 
-    def _to_refusal(self, error: Exception) -> Exception:
-        """Turns running out of memory on one sequence into a refusal that its client can act on."""
-        if not _is_out_of_memory(error):
-            return error
-        _forget_frames(error)
-        self._engine.device.release_memory()
-        return RequestRefused(
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-            "OUT_OF_MEMORY",
-            "the teacher ran out of memory on this sequence alone. Send a shorter one or ask for "
-            "fewer rows.",
-        )
-
     def _fail_jobs(self, jobs: Sequence[SequenceJob], error: Exception) -> None:
         for job in jobs:
             self._encoder.fail(job, error)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def _forget_frames(error: BaseException | None) -> None:
-    """Drops the traceback of an error: its frames hold the tensors of the batch that failed."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
-
-
-def _refuse_broken() -> RequestRefused:
-    return RequestRefused(
-        grpc.StatusCode.UNAVAILABLE,
-        "STOPPED",
-        "this replica cannot compute any more and is about to end; send the request to another "
-        "one.",
-    )

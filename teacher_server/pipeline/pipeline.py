@@ -108,7 +108,7 @@ class Pipeline:
     @property
     def busy_s(self) -> float:
         """How long the forward pass in hand has taken so far; 0 without one."""
-        return self._compute.busy_s
+        return self._compute.clock.busy_s
 
     def find_trouble(self, after_s: float) -> str:
         """Says why nothing is computed or encoded any more; empty if all is well.

@@ -186,14 +186,14 @@ def test_a_pass_is_stuck_only_once_it_takes_far_longer_than_any_before(model: Te
 def test_work_that_nobody_takes_is_noticed(model: TeacherModel) -> None:
     async def test(pipeline: Pipeline, engine: HeldEngine) -> None:
         first = await engine.hold(pipeline)
-        compute = pipeline._compute
+        clock = pipeline._compute.clock
         waiting = asyncio.create_task(rows(pipeline, make_job()))
         await asyncio.sleep(0)
-        begun, compute._begun_s = compute._begun_s, {}  # as if the launcher slept
+        begun, clock._begun_s = clock._begun_s, {}  # as if the launcher slept
         assert not pipeline.find_trouble(0.0), "it was seen for the first time"
         await asyncio.sleep(0.01)
         assert "not been taken" in pipeline.find_trouble(0.0)
-        compute._begun_s = begun
+        clock._begun_s = begun
         engine.go.set()
         assert await first == await waiting == [19]
 
