@@ -9,6 +9,7 @@ the sums and maxima of blocks and the logits of the few blocks that they point t
 follows from the logits' shape, and a row's numbers do not depend on the rows beside it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +81,7 @@ class RowMasses:
             if logits.device.type == "cpu":  # whose cache then holds them, and as float32
                 chunk = weights.copy_(chunk)
             if maxima_QB is not None:
-                maxima_QB[rows] = _over_blocks(torch.amax, chunk)
+                maxima_QB[rows] = _over_blocks(chunk, torch.amax, -torch.inf)
                 peak_Q[rows] = maxima_QB[rows].amax(1)
             else:
                 peak_Q[rows] = chunk.amax(1)
@@ -88,10 +89,10 @@ class RowMasses:
             if width < num_columns:  # then a part may be nothing but -inf
                 peak_Q1 = peak_Q1.clamp(min=torch.finfo(torch.float32).min)
             exp_of_differences(chunk, peak_Q1, temperature, out=weights)
-            sums_QB[rows] = _over_blocks(torch.sum, weights)
+            sums_QB[rows] = _over_blocks(weights, torch.sum, 0.0)
             if plogp_QB is not None:
                 torch.special.entr(weights, out=weights)
-                plogp_QB[rows] = _over_blocks(torch.sum, weights)
+                plogp_QB[rows] = _over_blocks(weights, torch.sum, 0.0)
         shares_RPB = sums_QB.masked_fill_(sums_QB <= NO_MASS, 0.0).double()
         shares_RPB = shares_RPB.unflatten(0, (num_rows, -1))
         peak_RP = peak_Q.view(num_rows, -1)
@@ -170,12 +171,15 @@ def num_blocks(num_columns: int) -> int:
     return (num_columns + BLOCK - 1) // BLOCK
 
 
-def _over_blocks(reduce, values: Tensor) -> Tensor:
-    """Reduces (R, V) over blocks to (R, B)."""
-    whole = values.shape[1] // BLOCK * BLOCK
-    if whole == 0:
-        return reduce(values, 1, keepdim=True)
-    reduced = reduce(values[:, :whole].unflatten(1, (-1, BLOCK)), 2)
-    if whole == values.shape[1]:
+def _over_blocks(values: Tensor, reduce: Callable[..., Tensor], nothing: float) -> Tensor:
+    """Reduces (R, V) over blocks to (R, B); `nothing` stands for columns that do not exist."""
+    num_rest = values.shape[1] % BLOCK
+    if num_rest == 0:
+        return reduce(values.unflatten(1, (-1, BLOCK)), 2)
+    whole, rest = values[:, :-num_rest], values[:, -num_rest:]
+    # So that columns of -inf round like columns that do not exist.
+    rest = torch.nn.functional.pad(rest, (0, BLOCK - num_rest), value=nothing)
+    reduced = reduce(rest.unflatten(1, (-1, BLOCK)), 2)
+    if whole.shape[1] == 0:
         return reduced
-    return torch.cat([reduced, reduce(values[:, whole:], 1, keepdim=True)], 1)
+    return torch.cat([reduce(whole.unflatten(1, (-1, BLOCK)), 2), reduced], 1)

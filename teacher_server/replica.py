@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Self
@@ -60,6 +61,8 @@ logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5
 """How often the watchdog looks for a stuck forward pass."""
+SWITCH_INTERVAL_S = 5e-5
+"""How long a Python thread runs before it lets another one run, where a GPU is fed."""
 EXIT_S = 1.0
 """How long a stuck replica keeps running, so that its health checks and Describe can report it."""
 STOP_GRACE_S = 0.5
@@ -170,6 +173,10 @@ class Replica:
             attention=config.attention,
             max_sequence_tokens=config.admission.max_sequence_tokens,
         )
+        if model.device.type != "cpu":
+            # The launcher runs Python beside the encoders and the event loop; each waits for the
+            # others' turns, which last 5 ms by default, as long as a whole launch.
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
         engine = make_engine(model, config)
         warm_up(engine, config.warm_up_s)
         return cls(engine, config, accounts, service_id=service_id)

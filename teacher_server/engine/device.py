@@ -71,6 +71,9 @@ class CudaDevice(Device):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._stream = torch.cuda.Stream(device)
+        # (reduced precision, split-K): a sum that is split is added up in another order.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = (False, False)
 
     def queue(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)

@@ -31,7 +31,8 @@ class Pack:
     token_ids: Tensor
     """(T,) int64; padding has id 0."""
     positions: Tensor
-    """(T,) int64: the place of each token in its sequence."""
+    """(T,) int64: the place of each token in its sequence. Padding has 0: larger ones may be outside
+    of a model's context, or choose other frequencies of RoPE for all tokens."""
     cu_seqlens: Tensor
     """(N+1,) int32: where each sequence begins, and the end of the last; the end is repeated where
     the number of segments is fixed."""
@@ -77,7 +78,15 @@ class Packer:
     @property
     def shapes(self) -> list[int]:
         """Tokens of the packs of fixed size, and no others; none on a CPU."""
-        return sorted({min(SHORT, self.pack_tokens), self.pack_tokens}) if self.is_fixed else []
+        if not self.is_fixed:
+            return []
+        sizes = {min(SHORT, self.pack_tokens), self.pack_tokens}
+        if not self._exact:
+            size = SHORT
+            while size < self.pack_tokens:
+                sizes.add(size)
+                size *= 2
+        return sorted(sizes)
 
     def pack(self, requests: Sequence[RowRequest]) -> list[Pack]:
         """Divides requests into packs; only sequences longer than a pack make one exceed it."""
@@ -114,7 +123,9 @@ class Packer:
         filled = [*sequences, torch.zeros(padding, dtype=torch.int64)]
         return Pack(
             token_ids=torch.cat(filled),
-            positions=torch.cat([torch.arange(n) for n in [*lengths, padding]]),
+            positions=torch.cat(
+                [*(torch.arange(n) for n in lengths), torch.zeros(padding, dtype=torch.int64)]
+            ),
             cu_seqlens=ends.to(torch.int32),
             members=tuple(members),
             starts=tuple(starts),

@@ -93,6 +93,8 @@ class Compute:
         self._longest_pass_s = 0.0
         self._failures = 0
         """Sequences that failed alone, in a row."""
+        self._left_since_s: float | None = None
+        """Since when queued work has been seen that nobody takes."""
         self._threads = [
             threading.Thread(target=self._guard, args=(run,), name=name, daemon=True)
             for name, run in (("launch", self._launch_all), ("complete", self._complete_all))
@@ -115,17 +117,29 @@ class Compute:
     def find_trouble(self, after_s: float) -> str:
         """Says why nothing is computed, or is for too long; empty if all is well.
 
-        That is a failure, a thread that has ended, or a pass that takes longer than `after_s` and
-        far longer than any before.
+        That is a failure, a thread that has ended, work that nobody takes for `after_s`, or a pass
+        that takes longer than that and far longer than any before. Call it every now and then.
         """
         if self.failure:
             return self.failure
         if any(thread.ident and not thread.is_alive() for thread in self._threads):
             return "a compute thread has ended"
+        if self._is_left_waiting(after_s):
+            return f"queued work has not been taken for {after_s:.0f} s"
         busy_s = self.busy_s
         if busy_s > max(after_s, SLOW_FACTOR * self._longest_pass_s):
             return f"a forward is stuck seconds={busy_s:.0f}"
         return ""
+
+    def _is_left_waiting(self, after_s: float) -> bool:
+        """Whether work has been queued for long although nothing is in flight and there is room."""
+        now = time.monotonic()
+        is_taken = bool(self._begun_s) or not self._scheduler.queued_tokens
+        if is_taken or not self._backlog.has_room():
+            self._left_since_s = None
+        elif self._left_since_s is None:
+            self._left_since_s = now
+        return self._left_since_s is not None and now - self._left_since_s > after_s
 
     def close(self) -> None:
         """Takes no more batches; the jobs that still wait fail."""

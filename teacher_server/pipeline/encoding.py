@@ -186,6 +186,8 @@ class Encoder:
         self._virtual_time = 0.0
         self._order = itertools.count()
         self._closed = False
+        self._begun_s: dict[Encoding, float] = {}
+        """When each part in hand was begun."""
         self._threads = [
             threading.Thread(target=self._guard, name=f"encode-{number}", daemon=True)
             for number in range(num_threads)
@@ -257,6 +259,12 @@ class Encoder:
             if thread.ident is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
+    @property
+    def busy_s(self) -> float:
+        """How long the oldest part in hand has taken so far; 0 without one."""
+        with self._changed:
+            return max((time.monotonic() - begun for begun in self._begun_s.values()), default=0.0)
+
     def has_died(self) -> bool:
         """Whether a thread has ended although nothing was closed."""
         return not self._closed and any(t.ident and not t.is_alive() for t in self._threads)
@@ -309,6 +317,7 @@ class Encoder:
             encoding = heapq.heappop(team.waiting)
             encoding.state = State.IN_HAND
             team.num_in_hand += 1
+            self._begun_s[encoding] = time.monotonic()
             return encoding
 
     def _end_turn(self, encoding: Encoding, result: Part | Exception | None) -> None:
@@ -316,6 +325,7 @@ class Encoder:
         with self._changed:
             team = self._teams[encoding.job.team.name]
             team.num_in_hand -= 1
+            del self._begun_s[encoding]
             if encoding.state is State.ENDED:  # it was dropped, or the encoder closed, meanwhile
                 encoding.release()
             elif isinstance(result, Part):

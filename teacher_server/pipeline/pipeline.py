@@ -117,6 +117,8 @@ class Pipeline:
         """
         if self._encoder.has_died():
             return "an encode thread has ended"
+        if (busy_s := self._encoder.busy_s) > after_s:
+            return f"encoding is stuck seconds={busy_s:.0f}"
         return self._compute.find_trouble(after_s)
 
     def workload(self) -> ReplicaSnapshot:

@@ -45,7 +45,7 @@ def make_model(
     windowed = {"head_dim": head_dim, "sliding_window": 32} | common
     configs: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         "Gemma2": lambda: transformers.Gemma2Config(
-            **windowed, final_logit_softcapping=30.0, attn_logit_softcapping=50.0
+            **{"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0} | windowed
         ),
         "Gemma3": lambda: transformers.Gemma3TextConfig(
             **windowed, layer_types=["sliding_attention", "full_attention"]

@@ -14,7 +14,7 @@ from logit_codec.wire import OVERHEAD_NBYTES
 from protos import teacher_pb2
 from teacher_server.admission.limits import Limits
 from teacher_server.admission.requests import Admission
-from teacher_server.engine.head import VocabularyHead
+from teacher_server.engine.engine import Engine
 from teacher_server.engine.loading import prepare
 from teacher_server.engine.model import TeacherModel
 from teacher_server.errors import RequestRefused
@@ -146,11 +146,11 @@ def test_the_estimate_of_an_answer_bounds_it_but_for_the_containers_fixed_parts(
     targets: teacher_pb2.TargetSpec,
     temperature: float,
 ) -> None:
-    head = VocabularyHead(model)
+    engine = Engine(model)
     for length in (2, 3, 20):
         request = make_request(length, targets=targets, temperature=temperature)
         (item,) = admission.admit(request)
-        (kept,), _ = head.score([item.request])
+        (kept,) = engine.score([item.request])
         parts = list(encode_parts(kept, item.request.spec, max_nbytes=1 << 20))
         fixed = len(parts) * (OVERHEAD_NBYTES + 4 * 8)  # each plane ends in a whole word
         assert sum(len(payload) for _, _, payload in parts) <= item.reply_nbytes + fixed

@@ -1,4 +1,4 @@
-"""The encode thread among teams: turns, order, errors, and what is left when it closes."""
+"""The encoders among teams: turns, order, errors, and what is left when it closes."""
 
 import asyncio
 import threading

@@ -14,12 +14,14 @@ from teacher_server.engine.batch import RowRequest
 from teacher_server.engine.engine import Engine, Launched
 from teacher_server.engine.loading import prepare
 from teacher_server.engine.model import TeacherModel
+from teacher_server.errors import RequestRefused
 from teacher_server.ledger.accounts import open_accounts
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.pipeline import Pipeline
 from teacher_server.scheduling.job import SequenceJob
 from teacher_server.scheduling.scheduler import Scheduler
 from tests.support import tiny
+from tests.support.fleet import wait_until
 
 VOCAB = 1001
 BROKEN = 666
@@ -42,7 +44,7 @@ class HeldEngine(Engine):
         return super().launch(requests)
 
     async def hold(self, pipeline: Pipeline) -> "asyncio.Task[list[int]]":
-        """The compute thread has a job in hand until `go` is set."""
+        """The launcher has a job in hand until `go` is set."""
         self.go.clear()
         self.begun.clear()
         first = asyncio.create_task(rows(pipeline, make_job()))
@@ -177,5 +179,48 @@ def test_a_pass_is_stuck_only_once_it_takes_far_longer_than_any_before(model: Te
         assert not pipeline.find_trouble(60.0)
         engine.go.set()
         await first
+
+    run(model, test)
+
+
+def test_work_that_nobody_takes_is_noticed(model: TeacherModel) -> None:
+    async def test(pipeline: Pipeline, engine: HeldEngine) -> None:
+        first = await engine.hold(pipeline)
+        compute = pipeline._compute
+        waiting = asyncio.create_task(rows(pipeline, make_job()))
+        await asyncio.sleep(0)
+        begun, compute._begun_s = compute._begun_s, {}  # as if the launcher slept
+        assert not pipeline.find_trouble(0.0), "it was seen for the first time"
+        await asyncio.sleep(0.01)
+        assert "not been taken" in pipeline.find_trouble(0.0)
+        compute._begun_s = begun
+        engine.go.set()
+        assert await first == await waiting == [19]
+
+    run(model, test)
+
+
+def test_a_known_answer_that_does_not_come_out_after_three_failures_is_the_end(
+    model: TeacherModel,
+) -> None:
+    async def test(pipeline: Pipeline, engine: HeldEngine) -> None:
+        results = []
+        for _ in range(3):
+            with pytest.raises(ValueError, match="broken"):
+                await rows(pipeline, make_job(1, BROKEN, 3))
+            results.append(pipeline.find_trouble(60.0))
+        assert results == ["", "", ""], "a known answer still comes out"
+        pipeline._compute._repeats_known_answer = lambda: False
+        for _ in range(2):
+            with pytest.raises(ValueError, match="broken"):
+                await rows(pipeline, make_job(1, BROKEN, 3))
+        assert await rows(pipeline, make_job()) == [19]  # one that works in between counts anew
+        for _ in range(3):
+            assert pipeline.find_trouble(60.0) == ""
+            with pytest.raises(ValueError, match="broken"):
+                await rows(pipeline, make_job(1, BROKEN, 3))
+        await asyncio.to_thread(wait_until, lambda: pipeline.find_trouble(60.0), "it gives up")
+        with pytest.raises(RequestRefused, match="another"):
+            await rows(pipeline, make_job())
 
     run(model, test)
