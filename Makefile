@@ -30,6 +30,9 @@ protos: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.stream
+	$(BIN)/python -m benchmarks.stream --mixed
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.head
 	$(BIN)/python -m benchmarks.select
 	$(BIN)/python -m benchmarks.transport
 	$(BIN)/python -m benchmarks.codec

@@ -1,6 +1,7 @@
 """Attends within the segments of a pack: causal, and never across a boundary.
 
-Letters: T tokens of a pack, N segments, H query heads, G key and value heads, D head size.
+Letters: T tokens of a pack, N segments, L tokens of one, H query heads, G key and value heads, each
+shared by H / G query heads, D head size; S some of the G, M rows of a product: their queries.
 
 transformers calls a registered attention function with whatever keyword arguments its base model
 was called with, so that `cu_seqlens` arrives here without any change to a model. An attention that
@@ -19,8 +20,10 @@ from transformers import AttentionInterface
 
 NAME = "logitstream_packed"
 """The name under which transformers knows the attention of this module."""
-QUERY_BLOCK = 256
-"""Queries that a window or a softcap is applied to at a time: (H, 256, L) scores, never (H, L, L)."""
+QUERY_BLOCK = 128
+"""Queries that a window or a softcap is applied to at a time: (H, 128, L) scores, never (H, L, L)."""
+SCORES_NBYTES = 1 << 20
+"""Scores that are computed at a time, of at least one key head: a core's cache should hold them."""
 NO_WINDOW = -1
 
 
@@ -100,29 +103,58 @@ def _(
 def _attend_in_blocks(
     q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, scale: float, sinks: Tensor | None
 ) -> Tensor:
-    """Computes (1, H, L, D) for one segment, a block of queries at a time."""
-    length, groups = q.shape[2], q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    blocks = []
+    """Computes (1, H, L, D) for one segment, some queries of some heads at a time.
+
+    Query heads that share a key head are one product.
+    """
+    num_kv_heads, length = k.shape[1], q.shape[2]
+    q_GHLD = q[0].unflatten(0, (num_kv_heads, -1))
+    k_GLD, v_GLD = k[0].contiguous(), v[0].contiguous()
+    shared = q_GHLD.shape[1]
+    out_GHLD = q.new_empty(num_kv_heads, shared, length, v.shape[3])
     for first in range(0, length, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, length)
         begin = max(0, first - window + 1) if window >= 0 else 0
-        at_q = torch.arange(first, last)[:, None]
-        at_k = torch.arange(begin, last)
-        hidden = at_k > at_q
-        if window >= 0:
-            hidden |= at_q - at_k >= window
-        scores = (q[:, :, first:last] @ k[:, :, begin:last].transpose(2, 3)).mul_(scale)
-        if softcap:
-            scores.div_(softcap).tanh_().mul_(softcap)
-        scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min).float()
-        if sinks is None:
-            weights = torch.softmax(scores, 3)
-        else:
-            column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-            weights = torch.softmax(torch.cat([scores, column], 3), 3)[..., :-1]
-        blocks.append(weights.to(q.dtype) @ v[:, :, begin:last])
-    return torch.cat(blocks, 2)
+        score_nbytes = shared * (last - first) * (last - begin) * 4
+        step = max(1, SCORES_NBYTES // score_nbytes)
+        for head in range(0, num_kv_heads, step):
+            some = slice(head, head + step)
+            q_SMD = q_GHLD[some, :, first:last].flatten(1, 2)
+            scores_SML = torch.baddbmm(
+                q_SMD.new_empty(()),
+                q_SMD,
+                k_GLD[some, begin:last].transpose(1, 2),
+                beta=0,
+                alpha=scale / (softcap or 1.0),
+            )
+            if softcap:
+                scores_SML.tanh_().mul_(softcap)
+            scores = scores_SML.unflatten(1, (shared, -1))
+            _hide(scores, first, last, begin, window)
+            weights = _softmax(scores, None if sinks is None else sinks.view(-1, shared)[some])
+            attended = torch.bmm(weights.to(q.dtype).flatten(1, 2), v_GLD[some, begin:last])
+            out_GHLD[some, :, first:last] = attended.unflatten(1, (shared, -1))
+    return out_GHLD.flatten(0, 1)[None]
+
+
+def _hide(scores: Tensor, first: int, last: int, begin: int, window: int) -> None:
+    """Hides from queries `first` to `last` those of the keys from `begin` on that they do not see."""
+    lowest = torch.finfo(scores.dtype).min
+    num_queries = last - first
+    later = torch.ones(num_queries, num_queries, dtype=torch.bool).triu_(1)
+    scores[..., first - begin :].masked_fill_(later, lowest)
+    if window >= 0 and last - window > begin:  # the other keys are in every window
+        distance = torch.arange(first, last)[:, None] - torch.arange(begin, last - window)
+        scores[..., : last - window - begin].masked_fill_(distance >= window, lowest)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Normalises the scores of (S, H) heads in float32; sinks: (S, H), one score more for each."""
+    scores = scores.float()
+    if sinks is None:
+        return torch.softmax(scores, 3)
+    column = sinks.float()[:, :, None, None].expand(*scores.shape[:3], 1)
+    return torch.softmax(torch.cat([scores, column], 3), 3)[..., :-1]
 
 
 def _attend_on_gpu(
