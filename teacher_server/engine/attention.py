@@ -9,6 +9,7 @@ is registered without a mask function gets no mask, and none is built.
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -182,6 +183,14 @@ def _attend_on_gpu(
     return attended[None]
 
 
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    """Returns flex_attention as one kernel; as it is, it makes all (H, T, T) scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
 def _attend_with_softcap(
     query: Tensor,
     key: Tensor,
@@ -192,7 +201,7 @@ def _attend_with_softcap(
     scale: float,
 ) -> Tensor:
     """Computes what `attend_on_cpu` does with flex_attention, on a device; without sinks."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask
 
     num_tokens = query.shape[2]
     at_T = torch.arange(num_tokens, device=query.device)
@@ -206,7 +215,7 @@ def _attend_with_softcap(
         return torch.tanh(score / softcap) * softcap
 
     mask = create_block_mask(may_see, None, None, num_tokens, num_tokens, device=query.device)
-    attended = flex_attention(
+    attended = _compiled_flex_attention()(
         query,
         key,
         value,

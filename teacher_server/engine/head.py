@@ -61,7 +61,7 @@ class VocabularyHead:
         fitting = max(MIN_TILE, chunk_nbytes // (model.vocab_size * model.dtype.itemsize))
         # A power of two, so that chunks of any size are whole numbers of tiles.
         self.chunk_rows = min(1 << (fitting.bit_length() - 1), MAX_CHUNK_ROWS)
-        self.large = min(LARGE, self.chunk_rows) if self._is_tiled else self.chunk_rows
+        self.large = min(LARGE // 2, self.chunk_rows) if self._is_tiled else self.chunk_rows
         self.small = min(SMALL, self.chunk_rows) if self._is_tiled else self.chunk_rows
 
     @torch.inference_mode()

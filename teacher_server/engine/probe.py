@@ -59,10 +59,13 @@ def is_exact(engine: Engine) -> bool:
 
 def _is_exact_for(engine: Engine, requests: list[RowRequest]) -> bool:
     alone = [encode(engine.score([request])[0]) for request in requests]
-    others = make_requests(engine, (7, 33), seed=2)
-    around = [others[0], *requests[::-1], others[1]]
+    lengths: tuple[int, ...] = (7, 33)
+    if not engine.model.is_packed:  # only sequences of one length then share a forward pass
+        lengths = tuple(len(request.token_ids) for request in requests) * 3
+    first, *others = make_requests(engine, lengths, seed=2)
+    around = [first, *requests[::-1], *others]
     among = [encode(targets) for targets in engine.score(around)]
-    return among[1:-1] == alone[::-1]
+    return among[1 : 1 + len(requests)] == alone[::-1]
 
 
 class KnownAnswer:

@@ -106,10 +106,15 @@ def _bounds(length_N: Tensor, first: int) -> Tensor:
     return torch.nn.functional.pad(length_N.cumsum(0), (1, 0)).add(first).to(torch.int32)
 
 
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether its memory begins where products on a CPU do not depend on it."""
+    return tensor.device.type != "cpu" or tensor.data_ptr() % ALIGNMENT == 0
+
+
 def _multiply(rows_CD: Tensor, weight_DN: Tensor, bias: Tensor | None, out_CN: Tensor) -> None:
-    if rows_CD.data_ptr() % ALIGNMENT:
+    if not _is_aligned(rows_CD):
         rows_CD = rows_CD.clone()
-    into = torch.empty_like(out_CN) if out_CN.data_ptr() % ALIGNMENT else out_CN
+    into = out_CN if _is_aligned(out_CN) else torch.empty_like(out_CN)
     if bias is None:
         torch.mm(rows_CD, weight_DN, out=into)
     else:
@@ -190,7 +195,8 @@ class InPlaceHead(TorchFunctionMode):
         first = args[0]
         return (
             isinstance(first, Tensor)
-            and first.data_ptr() == self._buffer.data_ptr()
+            and first.untyped_storage()._cdata == self._buffer.untyped_storage()._cdata
+            and first.storage_offset() == self._buffer.storage_offset()
             and first.dtype == self._buffer.dtype
             and first.numel() == self._buffer.numel()
             and all(isinstance(other, int | float) for other in args[1:])

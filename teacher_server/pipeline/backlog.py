@@ -21,43 +21,50 @@ AHEAD_FACTOR = 1.5
 
 
 class EncodeBacklog:
-    """Counts scored answers until they are encoded or dropped.
+    """Counts answers from when they are computed until they are encoded or dropped.
 
-    Thread-safe. Each answer is counted once; forgetting one that is not counted does nothing.
+    Their bytes count from the launch on: what is in flight will be added to what waits. Packs count
+    once they are scored. Thread-safe. Forgetting an answer that is not counted does nothing.
     """
 
     def __init__(self, max_nbytes: int) -> None:
         self._max_nbytes = max_nbytes
         self._changed = threading.Condition()
         self._nbytes = 0
-        self._packs: dict[SequenceJob, set[SequenceJob]] = {}
-        """Of each answer that waits, those of its pack that wait."""
+        self._packs: dict[SequenceJob, set[SequenceJob] | None] = {}
+        """Of each answer, those of its pack that wait to be encoded; None while it is in flight."""
         self._num_packs = 0
         self._closed = False
 
     @property
     def nbytes(self) -> int:
-        """Upper bound of the answers that wait."""
+        """Upper bound of the answers that are in flight or wait."""
         return self._nbytes
 
-    def add(self, jobs: Sequence[SequenceJob]) -> None:
-        """Counts the answers of a pack, whose rows have been selected."""
+    def reserve(self, jobs: Sequence[SequenceJob]) -> None:
+        """Counts the answers of a pack that is about to be launched."""
         with self._changed:
-            pack = set(jobs)
-            self._packs.update(dict.fromkeys(jobs, pack))
+            self._packs.update(dict.fromkeys(jobs))
             self._nbytes += sum(job.reply_nbytes for job in jobs)
-            self._num_packs += bool(jobs)
+
+    def add(self, jobs: Sequence[SequenceJob]) -> None:
+        """Counts a pack whose rows have been selected, as far as its answers are still wanted."""
+        with self._changed:
+            pack = {job for job in jobs if job in self._packs}
+            self._packs.update(dict.fromkeys(pack, pack))
+            self._num_packs += bool(pack)
 
     def forget(self, job: SequenceJob) -> None:
         """Stops counting an answer: it is encoded, or its client has gone."""
         with self._changed:
             # Encoding, failing and cancelling may each report the same job.
-            pack = self._packs.pop(job, None)
-            if pack is None:
+            if job not in self._packs:
                 return
-            pack.remove(job)
+            pack = self._packs.pop(job)
             self._nbytes -= job.reply_nbytes
-            self._num_packs -= not pack
+            if pack is not None:
+                pack.remove(job)
+                self._num_packs -= not pack
             self._changed.notify()
 
     def wait(self, has_ahead: Callable[[], bool] = lambda: False) -> bool:

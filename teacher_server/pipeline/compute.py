@@ -156,6 +156,8 @@ class Compute:
         try:
             while batch := self._next_batch():
                 self._charge(batch)
+                # Before the next batch is chosen: it must find this one counted.
+                self._backlog.reserve(batch)
                 self._slots.acquire()
                 flight = _Flight(batch)
                 flight.started_s = self.clock.begin(flight)
@@ -234,7 +236,6 @@ class Compute:
         self._metrics.passed(tokens, times.by_stage())
         self._replica_stats.passed(tokens, times.by_stage())
         forward_pass = ForwardPass(started_s, times, len(jobs), tokens)
-        # Before the encoder has them: the next batch must find them counted.
         self._backlog.add(jobs)
         for job, scored in zip(jobs, rows, strict=True):
             job.forward_pass = forward_pass

@@ -230,6 +230,8 @@ class Encoder:
         with self._changed:
             if (encoding := self._answers.get(job)) is not None:
                 self._end(encoding, error)
+            else:  # its client has left
+                self._on_end(job)
 
     def fail_unscored(self, error: Exception) -> None:
         """Ends all answers that have no rows yet with an error."""

@@ -31,6 +31,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
@@ -70,6 +71,8 @@ class FakeCuda:
 class _Split(TorchDispatchMode):
     """Runs operations on host tensors for real, and others on fake tensors."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self._pinned: dict[int, Tensor] = {}
@@ -83,6 +86,8 @@ class _Split(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if isinstance(func, HigherOrderOperator):
+            return func(*args, **kwargs)
         if is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)

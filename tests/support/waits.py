@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -71,6 +72,8 @@ class Waits(TorchDispatchMode):
     the CPU stands in for the device: every tensor counts, and there are no copies to count.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, device: str = "cuda") -> None:
         super().__init__()
         self._type = device
@@ -84,6 +87,8 @@ class Waits(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if isinstance(func, HigherOrderOperator):  # flex_attention: no operation of its own waits
+            return func(*args, **kwargs)
         if is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
