@@ -10,6 +10,7 @@ tiles of LARGE rows as fit into the sequence, and what is left over in tiles of 
 shares with what is left of its neighbours.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -57,17 +58,18 @@ class Tiling:
         num_rows = sum(lengths)
         if num_rows % small or large % small:
             raise ValueError(f"{num_rows} rows are not whole tiles of {small} and {large}")
-        length_N = torch.tensor(lengths)
-        large_N = length_N // large * large
-        small_N = length_N - large_N
-        num_large = int(large_N.sum())
+        large_N = [length // large * large for length in lengths]
+        small_N = [length - whole for length, whole in zip(lengths, large_N, strict=True)]
+        num_large = sum(large_N)
         order = places = None
-        if num_large < num_rows and bool(large_N.any()):
-            in_large = torch.repeat_interleave(
-                torch.tensor([True, False]).repeat(len(lengths)),
-                torch.stack([large_N, small_N], 1).flatten(),
-            )
-            order = torch.cat([in_large.nonzero()[:, 0], (~in_large).nonzero()[:, 0]])
+        if 0 < num_large < num_rows:
+            starts = itertools.accumulate(lengths, initial=0)
+            cuts = [(start, start + whole) for start, whole in zip(starts, large_N, strict=False)]
+            in_large = [torch.arange(start, cut) for start, cut in cuts]
+            in_small = [
+                torch.arange(cut, cut + rest) for (_, cut), rest in zip(cuts, small_N, strict=True)
+            ]
+            order = torch.cat([*in_large, *in_small])
             places = order.argsort()
         return cls(
             num_large=num_large,
@@ -101,9 +103,9 @@ class Tiling:
                 _multiply(rows_TD[tile], weight_DN, bias, out_TN[tile])
 
 
-def _bounds(length_N: Tensor, first: int) -> Tensor:
+def _bounds(lengths: Sequence[int], first: int) -> Tensor:
     """Where rows of these lengths begin that stand back to back from `first`, and the end."""
-    return torch.nn.functional.pad(length_N.cumsum(0), (1, 0)).add(first).to(torch.int32)
+    return torch.tensor([*itertools.accumulate(lengths, initial=first)], dtype=torch.int32)
 
 
 def _is_aligned(tensor: Tensor) -> bool:

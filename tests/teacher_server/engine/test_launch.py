@@ -161,11 +161,11 @@ def test_softcapped_attention_of_a_gpu_is_that_of_a_cpu(window: int, num_kv_head
     ends = torch.tensor([0, 5, 133, 134, 256, 256], dtype=torch.int32)
     query = torch.randn(1, 4, 256, 16)
     key, value = (torch.randn(1, num_kv_heads, 256, 16) for _ in range(2))
-    expected = attention.attend_on_cpu(query, key, value, ends, window, 2.0, 0.25, None)
+    expected = attention.attend_on_cpu(query, key, value, ends, None, window, 2.0, 0.25, None)
     with torch.compiler.set_stance("force_eager"):
         found = attention._attend_with_softcap(query, key, value, ends, window, 2.0, 0.25)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
-    uncapped = attention.attend_on_cpu(query, key, value, ends, window, 0.0, 0.25, None)
+    uncapped = attention.attend_on_cpu(query, key, value, ends, None, window, 0.0, 0.25, None)
     assert window == 1 or (uncapped - expected).abs().max() > 1e-3
 
 
