@@ -5,6 +5,7 @@ counted, and fake tensors of a CUDA device, which have no values that anything c
 """
 
 import functools
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -167,6 +168,24 @@ def test_softcapped_attention_of_a_gpu_is_that_of_a_cpu(window: int, num_kv_head
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
     uncapped = attention.attend_on_cpu(query, key, value, ends, None, window, 0.0, 0.25, None)
     assert window == 1 or (uncapped - expected).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@ignore_flex_attention
+def test_softcapped_attention_of_a_gpu_is_compiled_once_for_each_window() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    query, key, value = (torch.randn(1, 4, 256, 16) for _ in range(3))
+    for bounds in ([0, 5, 133, 134, 256, 256], [0, 100, 200, 256, 256, 256]):
+        ends = torch.tensor(bounds, dtype=torch.int32)
+        for window in (attention.NO_WINDOW, 32):
+            expected = attention.attend_on_cpu(query, key, value, ends, window, 2.0, 0.25, None)
+            with torch.inference_mode():
+                found = attention._attend_with_softcap(query, key, value, ends, window, 2.0, 0.25)
+            torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
 
 
 # One graph.
