@@ -107,7 +107,8 @@ class ServeConfig(LogOptions, _Teacher):  # pydantic puts fields of the last bas
     attention: str | None = None
     """Attention implementation of transformers, such as sdpa or eager. By default the engine's own,
     which runs sequences of any lengths together; with another one, and for architectures that it
-    does not fit, sequences of one padded length at a time, which is slower."""
+    does not fit, sequences are padded and run one by one (at --exactness tolerance, those of one
+    length together), which is slower."""
     exactness: Literal["bytes", "tolerance"] = "bytes"
     """bytes: a sequence has the same targets, to the bit, whatever it is computed with. tolerance:
     they may differ by rounding; on a CPU bfloat16 is then faster, on a GPU short packs are."""

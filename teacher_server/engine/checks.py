@@ -76,7 +76,7 @@ def can_pack(model: TeacherModel) -> bool:
         worst = _compare_packed(model, sequences)
     except Exception as error:  # what an architecture cannot do shows in any way
         logger.warning(
-            "%s cannot run packs (%s): it runs sequences of one length at a time, which is slower",
+            "%s cannot run packs (%s): it runs sequences one by one, which is slower",
             model.architecture,
             first_line(error),
         )
@@ -84,8 +84,8 @@ def can_pack(model: TeacherModel) -> bool:
     if worst <= _tolerance(model):
         return True
     logger.warning(
-        "%s does not keep the sequences of a pack apart (error %.1e): it runs sequences of one "
-        "length at a time, which is slower",
+        "%s does not keep the sequences of a pack apart (error %.1e): it runs sequences one by "
+        "one, which is slower",
         model.architecture,
         worst,
     )

@@ -18,7 +18,7 @@ from logit_codec import Targets
 from teacher_server.engine.batch import PackTimes, RowRequest
 from teacher_server.engine.device import Device, Event, open_device
 from teacher_server.engine.head import ScoredRows, VocabularyHead
-from teacher_server.engine.model import MIN_BUCKET, TeacherModel
+from teacher_server.engine.model import TeacherModel
 from teacher_server.engine.packing import ROW_MULTIPLE, Pack, Packer
 from teacher_server.engine.products import LARGE, SMALL
 
@@ -196,12 +196,12 @@ class Engine:
     def _by_canonical_length(self, requests: Sequence[RowRequest]) -> list[list[int]]:
         """Groups requests that share a forward pass.
 
-        Below MIN_BUCKET, where a context is that short, each runs alone: products of so few rows
-        would round differently with each sequence more.
+        At level `bytes` each runs alone: products round differently with each sequence more.
         """
-        groups: dict[tuple[int, int], list[int]] = {}
+        if self.exact:
+            return [[index] for index in range(len(requests))]
+        groups: dict[int, list[int]] = {}
         for index, request in enumerate(requests):
             length = self.model.bucket_length(len(request.token_ids))
-            number = index if length < MIN_BUCKET else 0
-            groups.setdefault((length, number), []).append(index)
+            groups.setdefault(length, []).append(index)
         return list(groups.values())

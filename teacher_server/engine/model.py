@@ -3,10 +3,10 @@
 Letters: T tokens of a pack, B sequences, L tokens of a padded sequence, D hidden size, V vocabulary.
 
 Any causal LM of transformers works. Most run packs (packing.py). An architecture whose attention
-does not keep the sequences of a pack apart runs one sequence length at a time instead: each
-sequence is padded on the right to its own canonical length, never to its neighbours', and no
-attention mask is passed. Causal attention keeps the padding out of every real row. Either way the
-shape of the computation, and so its rounding, depends on the sequence alone.
+does not keep the sequences of a pack apart runs padded sequences instead, each to its own canonical
+length and never to its neighbours', without an attention mask: causal attention keeps the padding
+out of every real row. Either way the shape of the computation, and so its rounding, depends on the
+sequence alone.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ class TeacherModel:
     head: nn.Module = field(repr=False)
     """The causal LM with its base model taken out: hidden states in, logits out."""
     is_packed: bool = True
-    """Whether it runs packs; else it runs sequences of one canonical length at a time."""
+    """Whether it runs packs; else it runs padded sequences."""
     shape: dict[str, Any] = field(default_factory=dict)
     """What an engine adds to the fingerprint: the sizes that its bytes depend on."""
     id_table: IdTable | None = None

@@ -15,7 +15,7 @@ from teacher_server.engine.device import Device
 from teacher_server.engine.engine import Engine
 from teacher_server.engine.loading import prepare
 from teacher_server.engine.model import TeacherModel
-from teacher_server.engine.probe import KnownAnswer, is_exact, make_requests, warm_up
+from teacher_server.engine.probe import KnownAnswer, is_exact, keeps_bytes, make_requests, warm_up
 from teacher_server.errors import ModelError
 from tests.conftest import one_torch_thread
 from tests.support import tiny
@@ -55,11 +55,19 @@ def test_an_engine_that_tiles_its_products_is_exact(name: str) -> None:
 def test_an_engine_that_does_not_tile_is_found_out_where_products_round_differently() -> None:
     wide = teacher(hidden_size=512)
     assert is_exact(Engine(wide))
-    assert not is_exact(Engine(wide, exact=False))
+    assert not keeps_bytes(Engine(wide, exact=False))
+
+
+def test_the_level_is_tolerance_where_that_was_asked_for() -> None:
+    ours = Engine(teacher(), exact=False)
+    assert keeps_bytes(ours), "float32 of this size does not need the tiles"
+    assert not is_exact(ours)
 
 
 def test_padded_sequences_are_found_out_where_products_round_differently() -> None:
-    assert not is_exact(Engine(replace(teacher(hidden_size=512), is_packed=False)))
+    padded = replace(teacher(hidden_size=512), is_packed=False)
+    assert not keeps_bytes(Engine(padded, exact=False))
+    assert is_exact(Engine(padded)), "each runs alone"
 
 
 def add_noise_by_place(hidden: Tensor) -> Tensor:
