@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 LARGE, SMALL = 512, 128
-"""Rows of a tile: a product of 512 rows is about as fast per row as one of any more, one of 128 rows
-takes a fifth longer (`python -m benchmarks.engine --tiles`)."""
+"""Rows of a tile: in float32 a product of 512 rows costs 10 to 25 % more per row than one of 2,048, one
+of 128 rows 10 to 60 % (docs/log.md, `python -m benchmarks.engine --tiles`)."""
 ALIGNMENT = 64
 """Bytes; the same product may round differently where its memory begins elsewhere."""
 
