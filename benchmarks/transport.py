@@ -74,7 +74,7 @@ def score_server(pipe: Connection) -> None:
     rows = ScoredRows(((selection, slice(None)),))
 
     def launch(batch: Sequence[RowRequest]) -> Launched:
-        return Launched((rows,) * len(batch), (), 0, 0.0, 0.0)
+        return Launched((rows,) * len(batch), (), 0.0, 0.0)
 
     def result(launched: Launched) -> tuple[tuple[ScoredRows, ...], PackTimes]:
         return launched.rows, PackTimes(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)

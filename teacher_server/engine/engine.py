@@ -37,7 +37,6 @@ class Launched:
     """In the order of the requests; not to be read before `done`."""
     events: tuple[Marks, ...]
     """Of each pack."""
-    num_tokens: int
     fill_s: float
     launch_s: float
 
@@ -123,7 +122,6 @@ class Engine:
         return Launched(
             rows=tuple(rows[index] for index in range(len(requests))),
             events=tuple(events),
-            num_tokens=sum(len(request.token_ids) for request in requests),
             fill_s=fill_s,
             launch_s=time.perf_counter() - began - fill_s,
         )

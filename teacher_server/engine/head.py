@@ -185,9 +185,9 @@ class _Order:
             for number, (member, start) in enumerate(group):
                 cut = slice(whole[number], None) if is_rest else slice(whole[number])
                 part = _rows_of(requests[member], start)[cut]
+                parts.append(part)
                 if len(part.index):
                     places[number].append(slice(at, at + len(part.index)))
-                    parts.append(part)
                     at += len(part.index)
             if not is_rest:
                 num_large = at

@@ -206,6 +206,12 @@ def test_only_the_wanted_rows_come_back() -> None:
     assert_top_k_is_the_oracle(one, logits[11:12], ids[12:13], 8, 1.0)
 
 
+def test_no_rows_at_all_are_an_error_that_says_so() -> None:
+    (ids,) = tiny.random_sequences(1, 1001, seed=5)
+    with pytest.raises(ValueError, match="at least one part"):
+        Engine(teacher("Llama", 1001)).score([RowRequest(ids, torch.arange(0), DENSE)])
+
+
 def test_a_row_is_the_same_whichever_other_rows_are_wanted() -> None:
     (ids,) = tiny.random_sequences(1, 1001, seed=5)
     rows = torch.tensor([0, 3, 4, 11, len(ids) - 2])
