@@ -103,7 +103,9 @@ class TrainConfig(CorpusConfig):
     output: Annotated[Path, MayChange]
     """Folder for the trained student and the report."""
     batch_size: int = Field(default=16, ge=1)
-    """Sequences per step."""
+    """Sequences per batch, over all processes."""
+    accumulation: int = Field(default=1, ge=1)
+    """Batches per optimizer step."""
     steps: int = Field(default=1000, ge=1)
     """Optimizer steps."""
     learning_rate: float = Field(default=3e-4, gt=0)
@@ -112,6 +114,10 @@ class TrainConfig(CorpusConfig):
     """Steps of warm-up."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the layers, AdamW for everything else."""
+    divergence: str = "forward_kl"
+    """Divergence from the teacher: forward_kl, reverse_kl, jsd, ..."""
+    beta: float | None = None
+    """Parameter of the divergences that have one."""
     kd_weight: float = Field(default=1.0, ge=0)
     """Weight of the divergence from the teacher."""
     ce_weight: float = Field(default=0.0, ge=0)
@@ -119,6 +125,8 @@ class TrainConfig(CorpusConfig):
     ahead: Annotated[str, MayChange] = "30s"
     """How far to request targets ahead of training: for a time, using up to 512 MiB of memory
     ("30s,2048MiB": up to that), or a number of batches."""
+    training: dict[str, Any] = {}
+    """Table of fields of transformers' TrainingArguments, by their own names."""
     control: Annotated[bool, MayChange] = False
     """Also train a second student on labels alone: same seed, data order and steps."""
     shuffled_control: Annotated[bool, MayChange] = False

@@ -25,6 +25,21 @@ class Corpus:
     held_out: Tensor
     """(M, L) int64: what is measured on."""
 
+    @property
+    def train(self) -> Any:
+        return [{"input_ids": ids} for ids in self.sequences]
+
+    def collate(self, rows: list[Any]) -> dict[str, Tensor]:
+        return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
+
+    @property
+    def digest(self) -> str:
+        return data.digest(self.sequences)
+
+    @property
+    def held_out_digest(self) -> str:
+        return data.digest(self.held_out)
+
 
 def read_tokenizer(student: Path) -> Any:
     """Of a student's folder. Raises ValueError if it has none."""

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from logit_codec import Targets
 from logit_codec.targets import UNKNOWN
 from student_trainer.teachers.teacher import Teacher
-from student_trainer.training.ranks import Ranks, unwrapped
 from student_trainer.training.results import Bin, Scores
 
 NUM_BINS = 10
@@ -37,13 +36,13 @@ def evaluate(
     behind so many ids is padding, and has no probability (default: nothing is). The ranks of a student in
     DistributedDataParallel measure a share each; all have to ask, and all get the scores of the whole.
     """
-    ranks, student = Ranks.of(student), unwrapped(student).eval()
+    student = student.eval()
     device = next(student.parameters()).device
     num, rows = len(sequences), sequences.shape[1] - 1
     nll = torch.zeros(num, rows, device=device)
     best = torch.zeros(num, rows, dtype=torch.int64, device=device)
     confidence = torch.zeros(num, rows, device=device)
-    mine = torch.arange(num)[ranks.rank :: ranks.count]
+    mine = torch.arange(num)
     for first in range(0, len(mine), batch_size):  # nothing, where there is no share of it
         number_B = mine[first : first + batch_size]
         ids = sequences[number_B].to(device)
@@ -60,9 +59,7 @@ def evaluate(
         for whole, parts in zip((nll, best, confidence), zip(*found, strict=True), strict=True):
             whole[where_B] = torch.cat(parts).view(-1, rows)
     # Each rank measured a share, and nothing of the others'.
-    nll_R, best_R, confidence_R = (
-        ranks.add_up(whole).flatten().cpu() for whole in (nll, best, confidence)
-    )
+    nll_R, best_R, confidence_R = (whole.flatten().cpu() for whole in (nll, best, confidence))
     scores = _scores(sequences, nll_R, best_R, confidence_R)
     if best_ids is None:
         return scores

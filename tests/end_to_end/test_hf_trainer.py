@@ -25,7 +25,7 @@ from student_trainer.hf_trainer import (
     DistillationMixin,
     DistillationTrainer,
 )
-from student_trainer.training.alignment import check_alignment
+from student_trainer.hf.alignment import check_alignment
 from tests.conftest import one_torch_thread
 from tests.support import tiny
 from tests.support.fake_cuda import DEVICE, FakeCuda, backward

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from student_trainer import LocalTeacher, ProtocolError, distillation_loss, prefetch
 from student_trainer.cli import main
-from student_trainer.training.alignment import check_alignment
+from student_trainer.hf.alignment import check_alignment
 from tests.end_to_end.conftest import WORDS, write_config
 from tests.support import tiny
 
