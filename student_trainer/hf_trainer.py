@@ -19,6 +19,7 @@ from transformers.trainer_utils import has_length
 from logit_codec import Targets
 from student_trainer.client.remote import RemoteTeacher, connect
 from student_trainer.errors import ProtocolError
+from student_trainer.hf.alignment import Alignment, warn_of_tail
 from student_trainer.hf.arguments import (
     DistillationArguments,
     check_arguments,
@@ -31,12 +32,11 @@ from student_trainer.hf.checkpoints import (
     find_newest_complete,
     write_identity,
 )
+from student_trainer.hf.meter import TrainerMeter
 from student_trainer.hf.passes import Passes
 from student_trainer.losses.causal import check_causal
 from student_trainer.teachers.local import LocalTeacher
 from student_trainer.teachers.teacher import Teacher
-from student_trainer.hf.alignment import Alignment, warn_of_tail
-from student_trainer.hf.meter import TrainerMeter
 from student_trainer.transfer import move_to_device
 
 __all__ = [

@@ -36,7 +36,7 @@ def make_training_arguments(config: TrainConfig, folder: Path) -> transformers.T
         "warmup_steps": config.warmup_steps,
         "lr_scheduler_type": "linear",
         "adam_beta2": 0.95,
-        "weight_decay": 0.01,
+        "weight_decay": 0.0 if config.optimizer == "muon" else 0.01,
         "max_grad_norm": 1.0,
         "seed": config.seed % 2**32,  # what NumPy takes
         "logging_steps": config.log_every,

@@ -3,7 +3,6 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from student_trainer.training import checkpoints
 from student_trainer.training.corpus import Corpus
 from student_trainer.training.held_out import HeldOut
 from student_trainer.training.interrupts import CtrlC
-from student_trainer.training.optimizers import make_optimizers
+from student_trainer.training.optimizers import make_muon
 from student_trainer.training.order import EpochOrder
-from student_trainer.training.progress import Counts, Progress, read_history, read_measurements
+from student_trainer.training.progress import Progress, read_history, read_measurements
 from student_trainer.training.results import Scores, StudentResults
 
 
@@ -113,7 +112,13 @@ class StudentTrainer(DistillationTrainer):
         if self._uses_muon and self.optimizer is None:
             wrapped = self.model if model is None else model
             assert wrapped is not None
-            self.optimizer = make_optimizers(wrapped, "muon", self.args.learning_rate)[0]
+            args = self.args
+            self.optimizer = make_muon(
+                wrapped,
+                learning_rate=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                weight_decay=args.weight_decay,
+            )
         return super().create_optimizer(model)
 
     def get_batch_samples(
@@ -188,7 +193,6 @@ class StudentTrainer(DistillationTrainer):
 
     def _measure(self) -> Scores:
         assert self.model is not None
-        rank, num_ranks = self.args.process_index, self.args.world_size
         return self._held_out.measure(self.model, self.args.eval_batch_size)
 
     def _take_waiting(self) -> float:
