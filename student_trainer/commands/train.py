@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from student_trainer import data, disk
+from student_trainer import disk
 from student_trainer.commands.student import find_student
 from student_trainer.config import TrainConfig
 from student_trainer.ray_train.checkpoints import newest_step
@@ -56,14 +56,14 @@ def train(config: TrainConfig) -> Results:
         corpus = read_corpus(config, read.tokenizer)
         check_ids(corpus, num_ids)
         check_checkpoints(config, corpus, teacher.info.teacher_fingerprint)
-        held_out = HeldOut.ask(config, teacher, corpus.held_out, num_ids)
+        held_out = HeldOut.ask(config, teacher, corpus, num_ids)
         trained = train_them(config, corpus, teacher, held_out)
         info = teacher.info
     student = trained.student
     return Results(
         settings=settings,
-        data_digest=data.digest(corpus.sequences),
-        held_out_digest=data.digest(corpus.held_out),
+        data_digest=corpus.digest,
+        held_out_digest=corpus.held_out_digest,
         held_out_sequences=len(corpus.held_out),
         student_parameters=sum(parameter.numel() for parameter in student.parameters()),
         student_architecture=type(student).__name__,
