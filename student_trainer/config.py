@@ -47,14 +47,38 @@ class CorpusConfig(ServiceOptions):
     """Hugging Face folder or hub id: config and tokenizer, and weights unless training starts from
     random ones."""
     data: Annotated[list[str], MayChange] = Field(min_length=1)
-    """Text or .jsonl files to train on: paths, folders, glob patterns."""
+    """What to train on: .txt, .jsonl or .parquet files (paths, folders, glob patterns, URLs such as
+    s3://bucket/*.parquet), or data sets of the hub (ORG/NAME or ORG/NAME:CONFIG)."""
     held_out: Annotated[list[str], MayChange] = Field(default=[])
-    """Files to evaluate on; by default every 20th sequence of --data, which is then left out of
-    training."""
+    """Files or data sets to evaluate on; by default every 20th sequence of --data, which is then
+    left out of training."""
     held_out_sequences: Annotated[int, MayDiffer] = Field(default=256, ge=1)
     """Maximum number of held-out sequences to evaluate on."""
+    split: Annotated[str, MayChange] = "train"
+    """Split to train on, of a data set of the hub or a folder of Parquet files."""
+    held_out_split: Annotated[str, MayChange] = ""
+    """Split to evaluate on, of the data sets in --held-out or else in --data."""
+    streaming: bool = False
+    """Read and tokenize the data while training, instead of before: it starts at once and needs no
+    disk. --held-out or --held-out-split must then be given."""
+    data_weights: list[Annotated[float, Field(gt=0)]] = Field(default=[])
+    """How often to draw from each --data, one number for each. An epoch ends when all of it was
+    drawn; what is smaller is repeated. By default everything is drawn once."""
+    text_column: Annotated[str, MayChange] = ""
+    """Column of .jsonl, Parquet and data sets that holds text, messages or token ids. By default it
+    is found: text, messages, prompt with completion, or input_ids."""
+    packing: Literal["", "concatenate", "isolate", "pad"] = ""
+    """concatenate: documents one after another, cut every --sequence-length tokens. isolate: whole
+    documents in a sequence, none of which sees another. pad: one document per sequence. Default:
+    concatenate for text, pad for chats and prompts."""
+    trained_rows: Literal["", "all", "assistant", "completion"] = ""
+    """Tokens to learn to predict: all, those of the assistant's messages, or those of the
+    completions; the rest is not asked for. Default: assistant for messages, completion for prompts
+    with completions."""
+    chat_template: Annotated[str, MayChange] = ""
+    """File of a chat template (Jinja), instead of the tokenizer's own; saved with the student."""
     sequence_length: int = Field(default=512, ge=2)
-    """Tokens per sequence."""
+    """Tokens per sequence; longer chats are cut there."""
     targets: str = "sampled"
     """Targets to request from the teacher, such as sampled, sampled:256, top_k:64 or dense:bf16."""
     temperature: float = Field(default=1.0, gt=0)
@@ -83,7 +107,8 @@ class RecordConfig(CorpusConfig):
     student: Path
     """Hugging Face folder or hub id of the student to be trained: its tokenizer reads the text."""
     data: list[str] = Field(min_length=1)
-    """Text or .jsonl files whose targets to record: paths, folders, glob patterns."""
+    """What to record the targets of: .txt, .jsonl or .parquet files (paths, folders, glob patterns,
+    URLs), or data sets of the hub (ORG/NAME or ORG/NAME:CONFIG)."""
     held_out: list[str] = Field(default=[])
     """Files that `train` will evaluate on, recorded too; by default it evaluates on a part of
     --data."""

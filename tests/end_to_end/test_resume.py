@@ -103,7 +103,7 @@ def make_trainer(
         tiny.make_student(dropout=0.2),
         make_training_arguments(config, folder),
         corpus,
-        HeldOut(corpus.held_out),
+        HeldOut(corpus.held_out, corpus.collate),
         label="student",
         teacher=teacher,
         distillation=make_distillation_arguments(config, is_aligned=True),
