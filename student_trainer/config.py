@@ -157,6 +157,12 @@ class TrainConfig(CorpusConfig):
     shuffled_control: Annotated[bool, MayChange] = False
     """Also train a student on targets shuffled among the rows of each batch: same loss, same bytes,
     wrong places. It must be worse, or it was not the teacher's knowledge that helped."""
+    eval_tasks: Annotated[list[str], MayChange] = Field(default=[])
+    """Tasks of lm-eval to measure every student and the teacher on at the end: names such as sciq,
+    or paths of task files (*.yaml) or of folders of them. Tasks that let a model generate are
+    refused: a served teacher only scores."""
+    eval_limit: Annotated[int | None, MayChange] = Field(default=None, ge=1)
+    """Documents of each task to measure on; by default all."""
     log_every: Annotated[int, MayChange] = Field(default=10, ge=1)
     """Steps between updates of the progress bar, and between points in --tensorboard."""
     tensorboard: Annotated[bool, MayChange] = False
@@ -181,6 +187,12 @@ class TrainConfig(CorpusConfig):
     def _check_source(self) -> Self:
         if not (self.teacher or self.record):
             raise ValueError("give --teacher HOST:PORT, --record FOLDER or both")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Self:
+        if self.eval_limit and not self.eval_tasks:
+            raise ValueError("--eval-limit is for tasks: give --eval-tasks NAME too")
         return self
 
     @model_validator(mode="after")
