@@ -64,7 +64,7 @@ def _work(job: _Job) -> tuple[dict[str, Any], float | None]:
     texts = load_file(job.texts)
     corpus = Corpus(job.tokenizer, texts["sequences"], texts["held_out"])
     device = ray.train.torch.get_device() if job.on_gpus else torch.device("cpu")
-    student = make_student(config.student, seed=config.seed, device=str(device))
+    student = make_student(config).to(device)
     if rank:  # else all would drop the same units
         torch.manual_seed(_seed_of(config.seed, rank))
     student = DistributedDataParallel(

@@ -175,7 +175,7 @@ def train_students(
     )
     nbytes = bytes_per_token(made, run.history)
     students["distilled"] = results_of(run, held_out.measure(student, config.batch_size))
-    save_student(student, corpus, config.output / "student")
+    save_student(student, corpus.tokenizer, config.output / "student")
     if config.shuffled_control:
         other, checkpoints = begin(config, corpus, "shuffled", teacher_fingerprint=fingerprint)
         again = DistilledPairs(config, teacher, batches(config, corpus))
@@ -255,7 +255,7 @@ def begin(
     )
     if config.start_over:
         checkpoints.clear()
-    return make_student(config.student, seed=config.seed, device=find_device(config)), checkpoints
+    return make_student(config).to(find_device(config)), checkpoints
 
 
 def folder_of(config: TrainConfig, name: str) -> Path:

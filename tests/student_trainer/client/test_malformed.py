@@ -316,7 +316,12 @@ def test_a_trainers_checkpoint_that_cannot_be_read_is_left_out(tmp_path: Path, w
 
 @pytest.mark.parametrize(
     "read",
-    [read_tokenizer, lambda folder: make_student(folder, seed=0, device="cpu")],
+    [
+        read_tokenizer,
+        lambda folder: make_student(
+            TrainConfig(student=folder, data=["*"], output=folder, record="targets")
+        ),
+    ],
     ids=["tokenizer", "model"],
 )
 def test_a_student_whose_config_is_nested_too_deep_is_named(
