@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> Results:
     """
     check_settings(config)
     settings = config.model_dump(mode="json")
-    config = config.model_copy(update={"student": find_student(config.student)})
+    config = config.model_copy(update={"student": find_student(config.student, config.revision)})
     with _make_output(config.output), ExitStack() as ending:
         # What is refused soon comes before what takes long.
         read = read_student(config.student)
