@@ -57,21 +57,6 @@ class Corpus:
         """Whether the rows to train on have no number and no end."""
         return self.num_sequences is None
 
-    @property
-    def train(self) -> Any:
-        return [{"input_ids": ids} for ids in self.sequences]
-
-    def collate(self, rows: list[Any]) -> dict[str, Tensor]:
-        return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
-
-    @property
-    def digest(self) -> str:
-        return data.digest(self.sequences)
-
-    @property
-    def held_out_digest(self) -> str:
-        return data.digest(self.held_out)
-
 
 def read_tokenizer(student: Path) -> Any:
     """Of a student's folder. Raises ValueError if it has none."""

@@ -173,7 +173,7 @@ def test_however_a_step_is_cut_into_batches_it_is_the_same_step(
             training={"dataloader_num_workers": 0},
         )
         trainer.model.eval()  # dropout draws anew for each batch
-        trainer.model.train = lambda mode=True: trainer.model  # type: ignore[method-assign]
+        trainer.model.train = lambda mode=True, model=trainer.model: model  # type: ignore[method-assign]
         order, rows = [], trainer.data_collator
 
         def collate(some: list[Any], rows=rows, order=order) -> Any:
