@@ -46,6 +46,8 @@ class CorpusConfig(ServiceOptions):
     student: Annotated[Path, MayChange]
     """Hugging Face folder or hub id: config and tokenizer, and weights unless training starts from
     random ones."""
+    revision: Annotated[str | None, MayChange] = None
+    """Branch, tag or commit of a student of the hub; by default its main branch."""
     data: Annotated[list[str], MayChange] = Field(min_length=1)
     """What to train on: .txt, .jsonl or .parquet files (paths, folders, glob patterns, URLs such as
     s3://bucket/*.parquet), or data sets of the hub (ORG/NAME or ORG/NAME:CONFIG)."""
@@ -136,13 +138,78 @@ class RecordConfig(CorpusConfig):
     """Print JSON."""
 
 
-class TrainConfig(CorpusConfig):
+class StudentOptions(Settings):
+    """How the student is loaded, which of its weights are trained, and where it goes in the end."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Type of the student's weights; auto: as its folder says. To train float32 weights with
+    arithmetic of 16 bits, set bf16 or fp16 in [training] instead."""
+    attn_implementation: str | None = None
+    """Attention of transformers: eager, sdpa, flash_attention_2, ...; by default what it takes."""
+    lora_r: int = Field(default=0, ge=0)
+    """Rank of LoRA adapters: only they are trained and saved, the student's weights stay as they
+    are. 0 trains all weights."""
+    lora_alpha: int | None = Field(default=None, ge=1)
+    """LoRA's alpha: adapters are scaled by alpha / rank. Default: twice the rank."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in front of the adapters."""
+    lora_target_modules: list[str] = Field(default=["all-linear"], min_length=1)
+    """Layers that get an adapter: ends of their names, one regular expression, or all-linear for
+    every linear layer except for the head."""
+    load_in_8bit: bool = False
+    """Keep the student's own weights in 8 bits (bitsandbytes, on a GPU); needs --lora-r."""
+    load_in_4bit: bool = False
+    """QLoRA: keep the student's own weights in 4 bits (bitsandbytes, on a GPU); needs --lora-r."""
+    push_to_hub: Annotated[bool, MayChange] = False
+    """Upload the student with its model card to the Hugging Face hub at the end."""
+    hub_model_id: Annotated[str | None, MayChange] = None
+    """ORG/NAME to upload to. Default: the name of the output folder, of the token's owner."""
+    hub_private_repo: Annotated[bool | None, MayChange] = None
+    """Whether a new repository is private. Default: as its organisation has it, mostly public."""
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("give --load-in-8bit or --load-in-4bit, not both")
+        if self.lora_r:
+            return self
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{_flag(name)} does nothing without --lora-r N: give both")
+        for name in ("load_in_8bit", "load_in_4bit"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{_flag(name)} needs --lora-r N: weights of so few bits cannot be trained, "
+                    "only adapters of them"
+                )
+        if self.dtype == "float16":
+            raise ValueError(
+                "--dtype float16 needs --lora-r N: Adam divides by zero in weights of that type. To "
+                "train all weights, use float32 and set fp16 = true in [training]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_hub(self) -> Self:
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) is not None and not self.push_to_hub:
+                raise ValueError(f"{_flag(name)} does nothing without --push-to-hub: give both")
+        return self
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class TrainConfig(StudentOptions, CorpusConfig):
     """Train a student on a served teacher's distributions."""
 
     output: Annotated[Path, MayChange]
     """Folder for the trained student and the report."""
     batch_size: int = Field(default=16, ge=1)
-    """Sequences per step."""
+    """Sequences per batch, over all processes."""
+    accumulation: int = Field(default=1, ge=1)
+    """Batches per optimizer step."""
     steps: int = Field(default=1000, ge=1)
     """Optimizer steps."""
     learning_rate: float = Field(default=3e-4, gt=0)
@@ -151,6 +218,10 @@ class TrainConfig(CorpusConfig):
     """Steps of warm-up."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the layers, AdamW for everything else."""
+    divergence: str = "forward_kl"
+    """Divergence from the teacher: forward_kl, reverse_kl, jsd, ..."""
+    beta: float | None = None
+    """Parameter of the divergences that have one."""
     kd_weight: float = Field(default=1.0, ge=0)
     """Weight of the divergence from the teacher."""
     ce_weight: float = Field(default=0.0, ge=0)
@@ -158,11 +229,19 @@ class TrainConfig(CorpusConfig):
     ahead: Annotated[str, MayChange] = "30s"
     """How far to request targets ahead of training: for a time, using up to 512 MiB of memory
     ("30s,2048MiB": up to that), or a number of batches."""
+    training: dict[str, Any] = {}
+    """Table of fields of transformers' TrainingArguments, by their own names."""
     control: Annotated[bool, MayChange] = False
     """Also train a second student on labels alone: same seed, data order and steps."""
     shuffled_control: Annotated[bool, MayChange] = False
     """Also train a student on targets shuffled among the rows of each batch: same loss, same bytes,
     wrong places. It must be worse, or it was not the teacher's knowledge that helped."""
+    eval_tasks: Annotated[list[str], MayChange] = Field(default=[])
+    """Tasks of lm-eval to measure every student and the teacher on at the end: names such as sciq,
+    or paths of task files (*.yaml) or of folders of them. Tasks that let a model generate are
+    refused: a served teacher only scores."""
+    eval_limit: Annotated[int | None, MayChange] = Field(default=None, ge=1)
+    """Documents of each task to measure on; by default all."""
     log_every: Annotated[int, MayChange] = Field(default=10, ge=1)
     """Steps between updates of the progress bar, and between points in --tensorboard."""
     tensorboard: Annotated[bool, MayChange] = False
@@ -187,6 +266,12 @@ class TrainConfig(CorpusConfig):
     def _check_source(self) -> Self:
         if not (self.teacher or self.record):
             raise ValueError("give --teacher HOST:PORT, --record FOLDER or both")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Self:
+        if self.eval_limit and not self.eval_tasks:
+            raise ValueError("--eval-limit is for tasks: give --eval-tasks NAME too")
         return self
 
     @model_validator(mode="after")

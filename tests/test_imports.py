@@ -42,9 +42,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "student_trainer.client": ("teachers",),
     "student_trainer.record": ("teachers",),
     "student_trainer.data": ("teachers",),
-    "student_trainer.training": ("teachers", "losses", "data", "disk", "transfer"),
-    "student_trainer.hf": ("losses", "teachers", "training", "transfer"),
-    "student_trainer.hf_trainer": ("hf", "losses", "teachers", "client", "training", "transfer"),
+    "student_trainer.hf": ("losses", "teachers", "transfer"),
+    "student_trainer.hf_trainer": ("hf", "losses", "teachers", "client", "transfer"),
+    "student_trainer.training": (
+        *("hf_trainer", "hf", "teachers", "losses", "data", "disk", "transfer"),
+    ),
     "student_trainer.report": ("training.results", "disk"),
     "student_trainer.ray_train": (
         "disk",
@@ -82,8 +84,8 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
         "student_trainer.config",
         "student_trainer.client.remote",
         "student_trainer.record.recorded",
-        "student_trainer.ray_train.job",
     ),
+    "student_trainer/training/arguments.py": ("student_trainer.config",),
     # The settings say themselves in which of them two runs may differ.
     "student_trainer/report/groups.py": ("student_trainer.config",),
 }

@@ -11,10 +11,8 @@ from pathlib import Path
 from student_trainer import disk
 from student_trainer.commands.student import find_student
 from student_trainer.config import TrainConfig
-from student_trainer.ray_train.checkpoints import newest_step
-from student_trainer.ray_train.job import FOLDER
 from student_trainer.report import model_card
-from student_trainer.training.checkpoint import Checkpoints, step_of
+from student_trainer.training import checkpoints
 from student_trainer.training.corpus import check_ids, find_texts, read_corpus
 from student_trainer.training.held_out import HeldOut
 from student_trainer.training.results import Results, TeacherResults
@@ -37,13 +35,9 @@ def train(config: TrainConfig) -> Results:
 
     Raises ValueError, OSError, NotWritten, TrainingFailed, and what a teacher can raise.
     """
-    if config.workers:
-        from student_trainer.ray_train.driver import train_students as train_them
-    else:
-        train_them = train_students
     check_settings(config)
     settings = config.model_dump(mode="json")
-    config = config.model_copy(update={"student": find_student(config.student)})
+    config = config.model_copy(update={"student": find_student(config.student, config.revision)})
     with _make_output(config.output), ExitStack() as ending:
         # What is refused soon comes before what takes long.
         read = read_student(config.student)
@@ -57,7 +51,7 @@ def train(config: TrainConfig) -> Results:
         check_ids(corpus, num_ids)
         check_checkpoints(config, corpus, teacher.info.teacher_fingerprint)
         held_out = HeldOut.ask(config, teacher, corpus, num_ids)
-        trained = train_them(config, corpus, teacher, held_out)
+        trained = train_students(config, corpus, teacher, held_out)
         info = teacher.info
     student = trained.student
     return Results(
@@ -108,13 +102,9 @@ def _make_output(folder: Path) -> Iterator[None]:
 def describe_checkpoints(config: TrainConfig) -> str:
     """Says which checkpoints an interrupted run left, and how to resume from them."""
     folder, newest = config.output / "checkpoints", {}
-    if config.workers:
-        folder = config.output / FOLDER
-        newest = {name: newest_step(folder / name) for name in NAMES}
-    else:
-        for name in NAMES:
-            found = Checkpoints(folder_of(config, name), every=0, identity={}).newest()
-            newest[name] = None if found is None else step_of(found)
+    for name in NAMES:
+        found = checkpoints.find_all(folder_of(config, name))
+        newest[name] = checkpoints.read_step(found[-1]) if found else None
     newest = {name: step for name, step in newest.items() if step is not None}
     again = "the same command without --start-over" if config.start_over else "the same command"
     if not newest:

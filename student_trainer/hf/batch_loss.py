@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from logit_codec import Targets
 from student_trainer.hf.arguments import DistillationArguments
+from student_trainer.hf.meter import TrainerMeter, cross_entropy_sum
 from student_trainer.losses.checks import check_labels, shared_vocabulary
 from student_trainer.losses.distillation import distillation_loss, within
 from student_trainer.losses.fused import fused_distillation_loss
 from student_trainer.losses.fused_chunk import RowStatistics
 from student_trainer.losses.fused_head import FusedHead, Unfusable
 from student_trainer.teachers.batch_targets import Taken
-from student_trainer.training.meter import TrainerMeter, cross_entropy_sum
 from student_trainer.transfer import move_to_device
 
 logger = logging.getLogger(__name__)
