@@ -88,6 +88,20 @@ class CorpusConfig(ServiceOptions):
     seed: Annotated[int, MayDiffer] = Field(default=0, ge=0)
     """Seed of the student's random weights, the order of the data and the teacher's draws."""
 
+    @model_validator(mode="after")
+    def _check_data(self) -> Self:
+        if self.data_weights and len(self.data_weights) != len(self.data):
+            raise ValueError(
+                f"--data-weights must have one number for each --data: {len(self.data)}, got "
+                f"{len(self.data_weights)}"
+            )
+        if self.streaming and not (self.held_out or self.held_out_split):
+            raise ValueError(
+                "--streaming needs --held-out or --held-out-split: nothing can be held out of data "
+                "that is not read before it is trained on"
+            )
+        return self
+
     @field_validator("teacher")
     @classmethod
     def _check_teacher(cls, teacher: str) -> str:
