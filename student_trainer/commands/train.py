@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> Results:
     """
     check_settings(config)
     settings = config.model_dump(mode="json")
-    config = config.model_copy(update={"student": find_student(config.student)})
+    config = config.model_copy(update={"student": find_student(config.student, config.revision)})
     with _make_output(config.output), ExitStack() as ending:
         # What is refused soon comes before what takes long.
         read = read_student(config.student)
@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> Results:
         corpus = read_corpus(config, read.tokenizer)
         check_ids(corpus, num_ids)
         check_checkpoints(config, corpus, teacher.info.teacher_fingerprint)
-        held_out = HeldOut.ask(config, teacher, corpus.held_out, num_ids)
+        held_out = HeldOut.ask(config, teacher, corpus, num_ids)
         trained = train_students(config, corpus, teacher, held_out)
         info = teacher.info
     student = trained.student

@@ -87,10 +87,10 @@ def train_students(
             fit("control")
         fingerprint = teacher.info.teacher_fingerprint
         fitted = fit("distilled", teacher_fingerprint=fingerprint)
-        student = make_student(config.student, seed=config.seed, device="cpu")
+        student = make_student(config)
         with fitted.last.as_directory() as folder:
             load_model(student, Path(folder) / "student.safetensors")
-        save_student(student, corpus, config.output / "student")
+        save_student(student, corpus.tokenizer, config.output / "student")
         if config.shuffled_control:
             fit("shuffled", teacher_fingerprint=fingerprint)
     return runs.Trained(student, students, fitted.bytes_per_token)

@@ -155,7 +155,7 @@ def train_students(
     trainer = train("distilled", teacher)
     history = students["distilled"].history
     nbytes = next((e["bytes_per_token"] for e in reversed(history) if "bytes_per_token" in e), None)
-    save_student(trainer.model, corpus, config.output / "student")
+    save_student(trainer.model, corpus.tokenizer, config.output / "student")
     if config.shuffled_control:
         train("shuffled", ShuffledTeacher(teacher, seed=config.seed))
     return Trained(trainer.model, students, nbytes)
@@ -175,7 +175,7 @@ def make_trainer(
     if config.tensorboard:
         callbacks.append(make_tensorboard(config.output / "tensorboard" / name, folder))
     return StudentTrainer(
-        make_student(config.student, seed=config.seed, device=find_device(config)),
+        make_student(config),
         make_training_arguments(config, folder),
         corpus,
         held_out,
