@@ -24,6 +24,7 @@ from logitstream.option_arguments import (
     Names,
     allowed,
     allows_none,
+    append_to_table,
     find,
     is_list,
     is_plain,
@@ -176,7 +177,7 @@ def _show_default(value: Any) -> str | None:
     """Shows a default in the help, unless it is empty."""
     if isinstance(value, list | tuple):
         value = " ".join(map(str, value))
-    return None if value is None or value is False or value == "" else str(value)
+    return None if value is None or value is False or value in ("", {}) else str(value)
 
 
 @dataclass(slots=True)
@@ -292,7 +293,7 @@ class _Reader:
                 self.mistakes.append(f"{label} must be a table, got {show(value)}")
             if "." not in key:
                 return
-            self._append_to_table(argument, token.evolve(implicit_value=value, keys=keys_of(key)))
+            append_to_table(argument, token.evolve(implicit_value=value, keys=keys_of(key)))
             return
         if self.names.find_conversion(token) is not None:
             value = json.dumps(value).strip('"')
@@ -318,9 +319,10 @@ class _Reader:
     def _find_owner(self, name: str) -> Argument | None:
         """Returns the option of a name; a name in a table may be that of an option too."""
         argument = find(self.arguments, f"--{name}")
-        if argument is not None and is_table(argument) and (keys := keys_of(name)):
-            owner = find(self.arguments, f"--{keys[0]}")
-            return argument if owner is None or len(keys) > 1 or not owner.keys else owner
+        keys = keys_of(name)
+        if argument is not None and is_table(argument) and len(keys) == 1:
+            is_shared = keys[0] in self.command.shared_names
+            return find(self.arguments, f"--{keys[0]}") if is_shared else argument
         return argument
 
     def _settle_table(self, argument: Argument) -> None:
@@ -331,15 +333,9 @@ class _Reader:
             keys = tuple(key.replace("-", "_") for key in token.keys)
             owner = self._find_owner(".".join([argument.name.lstrip("-"), *keys]))
             if owner is None or owner is argument:
-                self._append_to_table(argument, token.evolve(keys=keys))
+                append_to_table(argument, token.evolve(keys=keys))
             else:
                 owner.append(token.evolve(keys=()))
-
-    def _append_to_table(self, argument: Argument, token: Token) -> None:
-        for other in argument.tokens:
-            if other.keys == token.keys and other.source != token.source:
-                return
-        argument.append(token)
 
     def _drop_unknown(self, tokens: Sequence[str]) -> list[str]:
         """Reports unknown options; drops them and their values, which may be secret, unseen."""

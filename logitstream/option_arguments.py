@@ -54,6 +54,14 @@ def keys_of(name: str) -> tuple[str, ...]:
     return tuple(key.replace("-", "_") for key in name.split(".")[1:])
 
 
+def append_to_table(argument: Argument, token: Token) -> None:
+    """Adds a value to a table, unless an earlier source gave the same name another."""
+    for other in argument.tokens:
+        if other.keys == token.keys and other.source != token.source:
+            return
+    argument.append(token)
+
+
 def meaning(argument: Argument) -> str:
     """Returns the first sentence of an option's help."""
     return re.split(r"(?<=\w)\. |[;.]$", argument.parameter.help or "")[0]

@@ -1,6 +1,6 @@
 """What the options of both programs have in common: their base class, and how to reach a service."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -26,6 +26,8 @@ class Settings(pydantic.BaseModel):
 
     aliases: ClassVar[Mapping[str, Alias]] = {}
     """Other names of options, by which flags, files and the environment may call them too."""
+    shared_names: ClassVar[Collection[str]] = ()
+    """Of those and of options, the names that a table may hold too, with the same meaning."""
 
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
