@@ -22,6 +22,7 @@ from student_trainer.training.run import (
     check_checkpoints,
     check_settings,
     check_teacher,
+    count_steps,
     folder_of,
     open_teacher,
     read_student,
@@ -36,7 +37,7 @@ def train(config: TrainConfig) -> Results:
     Raises ValueError, OSError, NotWritten, TrainingFailed, and what a teacher can raise.
     """
     check_settings(config)
-    settings = config.model_dump(mode="json")
+    named = config.student
     config = config.model_copy(update={"student": find_student(config.student, config.revision)})
     with _make_output(config.output), ExitStack() as ending:
         # What is refused soon comes before what takes long.
@@ -49,13 +50,14 @@ def train(config: TrainConfig) -> Results:
         check_checkpoints(config, None, teacher.info.teacher_fingerprint)
         corpus = read_corpus(config, read.tokenizer)
         check_ids(corpus, num_ids)
+        config = count_steps(config, corpus)
         check_checkpoints(config, corpus, teacher.info.teacher_fingerprint)
         held_out = HeldOut.ask(config, teacher, corpus, num_ids)
         trained = train_students(config, corpus, teacher, held_out)
         info = teacher.info
     student = trained.student
     return Results(
-        settings=settings,
+        settings={**config.model_dump(mode="json"), "student": str(named)},
         data_digest=corpus.digest,
         held_out_digest=corpus.held_out_digest,
         held_out_sequences=len(corpus.held_out),
