@@ -4,7 +4,7 @@ Letters: N sequences, L tokens of each, B of one forward pass, R rows, C rows of
 V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,15 @@ def evaluate(
     *,
     batch_size: int = 32,
     num_ids: int | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
+    add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Scores:
     """A student on (N, L) sequences.
 
     best_ids: (N, L-1), the teacher's likeliest id of each row, or UNKNOWN. num_ids: what the head has
-    behind so many ids is padding, and has no probability (default: nothing is). The ranks of a student in
-    DistributedDataParallel measure a share each; all have to ask, and all get the scores of the whole.
+    behind so many ids is padding, and has no probability (default: nothing is). The ranks measure a share
+    each, in equally many forward passes; add_up: sums a tensor over them. All get the scores of the whole.
     """
     student = student.eval()
     device = next(student.parameters()).device
@@ -42,10 +45,12 @@ def evaluate(
     nll = torch.zeros(num, rows, device=device)
     best = torch.zeros(num, rows, dtype=torch.int64, device=device)
     confidence = torch.zeros(num, rows, device=device)
-    mine = torch.arange(num)
-    for first in range(0, len(mine), batch_size):  # nothing, where there is no share of it
+    # A student in parts computes on all ranks together, so where shares are unequal, the last of one
+    # is measured and not counted.
+    mine = torch.arange(rank, -(-num // num_ranks) * num_ranks, num_ranks)
+    for first in range(0, len(mine), batch_size):
         number_B = mine[first : first + batch_size]
-        ids = sequences[number_B].to(device)
+        ids = sequences[number_B % num].to(device)
         logits = student(input_ids=ids).logits[:, :-1, :num_ids].flatten(0, 1)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         chunks = zip(logits.split(CHUNK_ROWS), ids[:, 1:].flatten().split(CHUNK_ROWS), strict=True)
@@ -55,11 +60,14 @@ def evaluate(
             largest_C, best_C = some_CV.max(1)
             nll_C = total_C - some_CV.gather(1, labels_C[:, None])[:, 0]
             found.append((nll_C, best_C, (largest_C - total_C).exp()))
-        where_B = number_B.to(device)
+        counted_B = number_B < num
+        where_B = number_B[counted_B].to(device)
         for whole, parts in zip((nll, best, confidence), zip(*found, strict=True), strict=True):
-            whole[where_B] = torch.cat(parts).view(-1, rows)
+            whole[where_B] = torch.cat(parts).view(-1, rows)[counted_B.to(device)]
     # Each rank measured a share, and nothing of the others'.
-    nll_R, best_R, confidence_R = (whole.flatten().cpu() for whole in (nll, best, confidence))
+    nll_R, best_R, confidence_R = (
+        add_up(whole).flatten().cpu() for whole in (nll, best, confidence)
+    )
     scores = _scores(sequences, nll_R, best_R, confidence_R)
     if best_ids is None:
         return scores

@@ -1,6 +1,7 @@
 """Measures students and their teacher on the held-out text."""
 
 import logging
+from collections.abc import Callable
 from typing import Self
 
 from torch import Tensor, nn
@@ -71,10 +72,23 @@ class HeldOut:
         unknown = f"{found}, which does not tell it; with --teacher too, the teacher is asked"
         return cls(sequences, best_ids, scores, unknown, num_ids)
 
-    def measure(self, student: nn.Module, batch_size: int) -> Scores:
-        """A student on the text, beside the teacher."""
+    def measure(
+        self,
+        student: nn.Module,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> Scores:
+        """A student on the text, beside the teacher; the ranks share the work, see `evaluate`."""
         self.last = evaluate(
-            *(student, self.sequences, self.best_ids), batch_size=batch_size, num_ids=self.num_ids
+            *(student, self.sequences, self.best_ids),
+            batch_size=batch_size,
+            num_ids=self.num_ids,
+            rank=rank,
+            num_ranks=num_ranks,
+            add_up=add_up,
         )
         return self.last
 

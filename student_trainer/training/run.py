@@ -18,7 +18,7 @@ from student_trainer.hf.alignment import shared_ids
 from student_trainer.hf.arguments import check_arguments
 from student_trainer.record.recorded import Recorded
 from student_trainer.teachers.teacher import Teacher
-from student_trainer.training import checkpoints
+from student_trainer.training import checkpoints, ranks
 from student_trainer.training.arguments import make_distillation_arguments, make_training_arguments
 from student_trainer.training.corpus import TOKENIZER_FILES, Corpus, read_tokenizer
 from student_trainer.training.held_out import HeldOut
@@ -28,7 +28,6 @@ from student_trainer.training.students import (
     find_device,
     make_student,
     outline,
-    save_student,
     student_digest,
 )
 from student_trainer.training.trainer import StudentTrainer
@@ -59,6 +58,11 @@ def check_settings(config: CorpusConfig) -> None:
     except ValueError as error:
         raise ValueError(f"--targets: {error}") from None
     if isinstance(config, TrainConfig):
+        if config.workers and ranks.count() > 1:
+            raise ValueError(
+                f"--workers {config.workers} starts processes with Ray Train, and torchrun or accelerate "
+                f"launch has started {ranks.count()} already: use one of the two"
+            )
         if config.workers:
             check_installed("ray-train", "ray", "pandas")
         if config.tensorboard:
@@ -155,7 +159,7 @@ def train_students(
     trainer = train("distilled", teacher)
     history = students["distilled"].history
     nbytes = next((e["bytes_per_token"] for e in reversed(history) if "bytes_per_token" in e), None)
-    save_student(trainer.model, corpus, config.output / "student")
+    trainer.save_student(config.output / "student")
     if config.shuffled_control:
         train("shuffled", ShuffledTeacher(teacher, seed=config.seed))
     return Trained(trainer.model, students, nbytes)
@@ -166,16 +170,18 @@ def make_trainer(
 ) -> StudentTrainer:
     """Makes the Trainer of one student of the run, which is not trained yet."""
     folder = folder_of(config, name)
+    # Where there are several processes, the Trainer moves it to the device of each.
+    device = find_device(config) if ranks.count() == 1 else "cpu"
     if config.start_over:
-        checkpoints.clear(folder)
+        ranks.share(lambda: checkpoints.clear(folder))
     known = {}
     if teacher is not None:
         known = {"teacher_fingerprint": teacher.info.teacher_fingerprint}
     callbacks: list[transformers.TrainerCallback] = []
-    if config.tensorboard:
+    if config.tensorboard and ranks.is_first():
         callbacks.append(make_tensorboard(config.output / "tensorboard" / name, folder))
     return StudentTrainer(
-        make_student(config.student, seed=config.seed, device=find_device(config)),
+        make_student(config.student, seed=config.seed, device=device),
         make_training_arguments(config, folder),
         corpus,
         held_out,

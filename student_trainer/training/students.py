@@ -1,18 +1,18 @@
 """Makes students, identifies them by a digest, and saves them."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from torch import nn
+from torch import Tensor, nn
 
 from logitstream.files import whole_folder
 from student_trainer import disk
 from student_trainer.config import TrainConfig
 from student_trainer.losses.causal import check_causal, refuse_encoder_decoder
-from student_trainer.training.corpus import Corpus
 
 
 def has_weights(folder: Path) -> bool:
@@ -94,11 +94,17 @@ def find_device(config: TrainConfig) -> str:
     return config.device
 
 
-def save_student(student: Any, corpus: Corpus, folder: Path) -> None:
-    """Writes a Hugging Face folder, whole or not at all. Raises NotWritten."""
+def save_student(
+    student: Any, tokenizer: Any, folder: Path, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes a Hugging Face folder, whole or not at all. Raises NotWritten.
+
+    state_dict: the weights, where they have been gathered from several processes.
+    """
+    options: dict[str, Any] = {} if state_dict is None else {"state_dict": state_dict}
     disk.give_room(folder.parent)
     with disk.writing(folder), whole_folder(folder) as partial:
-        student.save_pretrained(partial)
-        corpus.tokenizer.save_pretrained(partial)
+        student.save_pretrained(partial, **options)
+        tokenizer.save_pretrained(partial)
         for weights in partial.glob("*.safetensors"):  # which safetensors writes for the owner only
             shutil.copymode(partial / "config.json", weights)
