@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> Results:
 
 def train_here(config: TrainConfig) -> Results:
     """Trains in this process, together with the others that were started like it."""
-    ranks.meet(config)
+    ranks.meet(config.training, on_cpu=config.device == "cpu")
     settings = config.model_dump(mode="json")
     config = _with_folder(config)
     with _make_output(config.output), _opened(config) as (read, teacher, num_ids):

@@ -5,7 +5,7 @@ is only one, everything here is a plain call.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,7 +13,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from student_trainer.config import TrainConfig
 from student_trainer.errors import FailedElsewhere
 
 T = TypeVar("T")
@@ -32,15 +31,15 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def meet(config: TrainConfig) -> None:
-    """Waits until all processes of the run are there."""
+def meet(settings: Mapping[str, Any], *, on_cpu: bool) -> None:
+    """Waits until all processes of the run are there; settings: of TrainingArguments."""
     if count() == 1:
         return
-    settings: dict[str, Any] = {}
-    if backend := config.training.get("ddp_backend"):
-        settings["backend"] = backend
-    timeout = timedelta(seconds=config.training.get("ddp_timeout", TIMEOUT_S))
-    PartialState(cpu=config.device == "cpu", timeout=timeout, **settings)
+    options: dict[str, Any] = {}
+    if backend := settings.get("ddp_backend"):
+        options["backend"] = backend
+    timeout = timedelta(seconds=settings.get("ddp_timeout", TIMEOUT_S))
+    PartialState(cpu=on_cpu, timeout=timeout, **options)
 
 
 def share(make: Callable[[], T]) -> T:

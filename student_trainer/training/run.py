@@ -192,6 +192,7 @@ def make_trainer(
         identity=identity_of(config, corpus, **known),
         keep_checkpoints=config.keep_checkpoints,
         callbacks=callbacks,
+        say=logger.info if config.workers else None,
     )
 
 
