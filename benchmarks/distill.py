@@ -22,7 +22,6 @@ from logit_codec import Targets, decode, encode, ids_digest, parse_targets, sele
 from student_trainer import LocalTeacher, data
 from student_trainer.losses.distillation import prepare
 from student_trainer.training import loop as trainer
-from student_trainer.training.students import make_student
 
 KINDS: dict[str, tuple[str | None, bool]] = {
     "labels": (None, False),
@@ -98,7 +97,7 @@ def main() -> None:
 
             distils = KINDS[kind][0] is not None
             run = trainer.train(
-                make_student(demo_teacher.student_folder(options.teacher), seed=seed, device="cpu"),
+                demo_teacher.make_student(options.teacher, seed),
                 pairs(batches, dense, kind, seed, sent),
                 steps=options.steps,
                 learning_rate=LEARNING_RATE,

@@ -26,15 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from student_trainer.training.loop import held_out_loss
 from torch import Tensor, nn
 
 from examples import demo_teacher
 from examples.demo_teacher import SEQUENCE, WARMUP
 from logit_codec import Targets
 from student_trainer import LocalTeacher, Recorded, data, distillation_loss
-from student_trainer.training.loop import held_out_loss
 from student_trainer.training.optimizers import make_optimizers
-from student_trainer.training.students import make_student
 
 LEARNING_RATE = 1e-2
 TOKENS = 20_480
@@ -158,9 +157,7 @@ def run(arm: str, seed: int, settings: Settings) -> Curve:
     batches = data.batches(
         sequences, batch_size=BATCH, steps=settings.epochs * steps_per_epoch, seed=seed
     )
-    student = make_student(
-        demo_teacher.student_folder(Path(settings.teacher)), seed=seed, device="cpu"
-    )
+    student = demo_teacher.make_student(Path(settings.teacher), seed)
 
     def losses(pairs: Iterable[tuple[dict[str, Any], Targets | None]]) -> list[float]:
         return train(

@@ -157,6 +157,12 @@ def student_folder(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-student")
 
 
+def make_student(folder: Path, seed: int) -> Gemma2ForCausalLM:
+    """Makes that student with random weights."""
+    torch.manual_seed(seed)
+    return Gemma2ForCausalLM(Gemma2Config.from_pretrained(student_folder(folder)))
+
+
 def main() -> None:
     """Build or reuse the teacher in the folder named on the command line."""
     parser = argparse.ArgumentParser(description="Make the demo's teacher.")

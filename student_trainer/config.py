@@ -46,15 +46,41 @@ class CorpusConfig(ServiceOptions):
     student: Annotated[Path, MayChange]
     """Hugging Face folder or hub id: config and tokenizer, and weights unless training starts from
     random ones."""
+    revision: Annotated[str | None, MayChange] = None
+    """Branch, tag or commit of a student of the hub; by default its main branch."""
     data: Annotated[list[str], MayChange] = Field(min_length=1)
-    """Text or .jsonl files to train on: paths, folders, glob patterns."""
+    """What to train on: .txt, .jsonl or .parquet files (paths, folders, glob patterns, URLs such as
+    s3://bucket/*.parquet), or data sets of the hub (ORG/NAME or ORG/NAME:CONFIG)."""
     held_out: Annotated[list[str], MayChange] = Field(default=[])
-    """Files to evaluate on; by default every 20th sequence of --data, which is then left out of
-    training."""
+    """Files or data sets to evaluate on; by default every 20th sequence of --data, which is then
+    left out of training."""
     held_out_sequences: Annotated[int, MayDiffer] = Field(default=256, ge=1)
     """Maximum number of held-out sequences to evaluate on."""
+    split: Annotated[str, MayChange] = "train"
+    """Split to train on, of a data set of the hub or a folder of Parquet files."""
+    held_out_split: Annotated[str, MayChange] = ""
+    """Split to evaluate on, of the data sets in --held-out or else in --data."""
+    streaming: bool = False
+    """Read and tokenize the data while training, instead of before: it starts at once and needs no
+    disk. --held-out or --held-out-split must then be given."""
+    data_weights: list[Annotated[float, Field(gt=0)]] = Field(default=[])
+    """How often to draw from each --data, one number for each. An epoch ends when all of it was
+    drawn; what is smaller is repeated. By default everything is drawn once."""
+    text_column: Annotated[str, MayChange] = ""
+    """Column of .jsonl, Parquet and data sets that holds text, messages or token ids. By default it
+    is found: text, messages, prompt with completion, or input_ids."""
+    packing: Literal["", "concatenate", "isolate", "pad"] = ""
+    """concatenate: documents one after another, cut every --sequence-length tokens. isolate: whole
+    documents in a sequence, none of which sees another. pad: one document per sequence. Default:
+    concatenate for text, pad for chats and prompts."""
+    trained_rows: Literal["", "all", "assistant", "completion"] = ""
+    """Tokens to learn to predict: all, those of the assistant's messages, or those of the
+    completions; the rest is not asked for. Default: assistant for messages, completion for prompts
+    with completions."""
+    chat_template: Annotated[str, MayChange] = ""
+    """File of a chat template (Jinja), instead of the tokenizer's own; saved with the student."""
     sequence_length: int = Field(default=512, ge=2)
-    """Tokens per sequence."""
+    """Tokens per sequence; longer chats are cut there."""
     targets: str = "sampled"
     """Targets to request from the teacher, such as sampled, sampled:256, top_k:64 or dense:bf16."""
     temperature: float = Field(default=1.0, gt=0)
@@ -83,7 +109,8 @@ class RecordConfig(CorpusConfig):
     student: Path
     """Hugging Face folder or hub id of the student to be trained: its tokenizer reads the text."""
     data: list[str] = Field(min_length=1)
-    """Text or .jsonl files whose targets to record: paths, folders, glob patterns."""
+    """What to record the targets of: .txt, .jsonl or .parquet files (paths, folders, glob patterns,
+    URLs), or data sets of the hub (ORG/NAME or ORG/NAME:CONFIG)."""
     held_out: list[str] = Field(default=[])
     """Files that `train` will evaluate on, recorded too; by default it evaluates on a part of
     --data."""
@@ -97,7 +124,70 @@ class RecordConfig(CorpusConfig):
     """Print JSON."""
 
 
-class TrainConfig(CorpusConfig):
+class StudentOptions(Settings):
+    """How the student is loaded, which of its weights are trained, and where it goes in the end."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Type of the student's weights; auto: as its folder says. To train float32 weights with
+    arithmetic of 16 bits, set bf16 or fp16 in [training] instead."""
+    attn_implementation: str | None = None
+    """Attention of transformers: eager, sdpa, flash_attention_2, ...; by default what it takes."""
+    lora_r: int = Field(default=0, ge=0)
+    """Rank of LoRA adapters: only they are trained and saved, the student's weights stay as they
+    are. 0 trains all weights."""
+    lora_alpha: int | None = Field(default=None, ge=1)
+    """LoRA's alpha: adapters are scaled by alpha / rank. Default: twice the rank."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in front of the adapters."""
+    lora_target_modules: list[str] = Field(default=["all-linear"], min_length=1)
+    """Layers that get an adapter: ends of their names, one regular expression, or all-linear for
+    every linear layer except for the head."""
+    load_in_8bit: bool = False
+    """Keep the student's own weights in 8 bits (bitsandbytes, on a GPU); needs --lora-r."""
+    load_in_4bit: bool = False
+    """QLoRA: keep the student's own weights in 4 bits (bitsandbytes, on a GPU); needs --lora-r."""
+    push_to_hub: Annotated[bool, MayChange] = False
+    """Upload the student with its model card to the Hugging Face hub at the end."""
+    hub_model_id: Annotated[str | None, MayChange] = None
+    """ORG/NAME to upload to. Default: the name of the output folder, of the token's owner."""
+    hub_private_repo: Annotated[bool | None, MayChange] = None
+    """Whether a new repository is private. Default: as its organisation has it, mostly public."""
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("give --load-in-8bit or --load-in-4bit, not both")
+        if self.lora_r:
+            return self
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{_flag(name)} does nothing without --lora-r N: give both")
+        for name in ("load_in_8bit", "load_in_4bit"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{_flag(name)} needs --lora-r N: weights of so few bits cannot be trained, "
+                    "only adapters of them"
+                )
+        if self.dtype == "float16":
+            raise ValueError(
+                "--dtype float16 needs --lora-r N: Adam divides by zero in weights of that type. To "
+                "train all weights, use float32 and set fp16 = true in [training]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_hub(self) -> Self:
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) is not None and not self.push_to_hub:
+                raise ValueError(f"{_flag(name)} does nothing without --push-to-hub: give both")
+        return self
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class TrainConfig(StudentOptions, CorpusConfig):
     """Train a student on a served teacher's distributions."""
 
     output: Annotated[Path, MayChange]
@@ -132,6 +222,12 @@ class TrainConfig(CorpusConfig):
     shuffled_control: Annotated[bool, MayChange] = False
     """Also train a student on targets shuffled among the rows of each batch: same loss, same bytes,
     wrong places. It must be worse, or it was not the teacher's knowledge that helped."""
+    eval_tasks: Annotated[list[str], MayChange] = Field(default=[])
+    """Tasks of lm-eval to measure every student and the teacher on at the end: names such as sciq,
+    or paths of task files (*.yaml) or of folders of them. Tasks that let a model generate are
+    refused: a served teacher only scores."""
+    eval_limit: Annotated[int | None, MayChange] = Field(default=None, ge=1)
+    """Documents of each task to measure on; by default all."""
     log_every: Annotated[int, MayChange] = Field(default=10, ge=1)
     """Steps between updates of the progress bar, and between points in --tensorboard."""
     tensorboard: Annotated[bool, MayChange] = False
@@ -156,6 +252,12 @@ class TrainConfig(CorpusConfig):
     def _check_source(self) -> Self:
         if not (self.teacher or self.record):
             raise ValueError("give --teacher HOST:PORT, --record FOLDER or both")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Self:
+        if self.eval_limit and not self.eval_tasks:
+            raise ValueError("--eval-limit is for tasks: give --eval-tasks NAME too")
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ def run_record(config: RecordConfig) -> int:
     from student_trainer.training import run as runs
 
     runs.check_settings(config)
-    student = runs.read_student(find_student(config.student))
+    student = runs.read_student(find_student(config.student, config.revision))
     find_texts(config)
     record, sequences = None, torch.empty(0, 0)
     try:

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from torch import Tensor
+
 from student_trainer import disk
 from student_trainer.client.remote import RemoteTeacher
 from student_trainer.commands.student import find_student
@@ -19,7 +21,7 @@ from student_trainer.report import model_card
 from student_trainer.training import checkpoints, ranks
 from student_trainer.training.corpus import check_ids, find_texts, read_corpus
 from student_trainer.training.held_out import HeldOut
-from student_trainer.training.results import Results, TeacherResults
+from student_trainer.training.results import Results, Scores, TeacherResults
 from student_trainer.training.run import (
     NAMES,
     RESULTS_NBYTES,
@@ -65,9 +67,15 @@ def train_here(config: TrainConfig) -> Results:
     with _make_output(config.output), _opened(config) as (read, teacher, num_ids):
         corpus = ranks.take_turns(lambda: read_corpus(config, read.tokenizer))
         check_ids(corpus, num_ids)
+        ranks.check_same(corpus.digest + corpus.held_out_digest, "the data")
         fingerprint = teacher.info.teacher_fingerprint
         ranks.share(lambda: check_checkpoints(config, corpus, fingerprint))
-        held_out = ranks.share(lambda: HeldOut.ask(config, teacher, corpus.held_out, num_ids))
+
+        def ask() -> tuple[Tensor | None, Scores, str]:
+            asked = HeldOut.ask(config, teacher, corpus, num_ids)
+            return asked.best_ids, asked.teacher, asked.unknown
+
+        held_out = HeldOut(corpus.held_out, corpus.collate, *ranks.share(ask), num_ids)
         trained = train_students(config, corpus, teacher, held_out)
         info = teacher.info
     student = trained.student
@@ -99,7 +107,7 @@ def train_here(config: TrainConfig) -> Results:
 
 def _with_folder(config: TrainConfig) -> TrainConfig:
     """Returns the settings with the folder of a student that may be on the hub."""
-    student = ranks.take_turns(lambda: find_student(config.student))
+    student = ranks.take_turns(lambda: find_student(config.student, config.revision))
     return config.model_copy(update={"student": student})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from student_trainer.config import MayChange, MayDiffer, marked
 from student_trainer.report import pictures
-from student_trainer.report.numbers import compute_numbers
+from student_trainer.report.numbers import MODELS, compute_numbers
 from student_trainer.report.verdict import judge
 from student_trainer.training.results import Results
 
@@ -89,9 +89,31 @@ def _make_group(members: Mapping[str, Results], differs: Mapping[str, Any]) -> d
         "verdict": verdict,
         "sentences": sentences,
         "statistics": stats,
+        "tasks": _summarize_tasks([run["tasks"] for run in first_of_seed]),
         "pictures": pictures.make_pictures(list(members.values()), first_of_seed),
         "runs": numbers,
     }
+
+
+def _summarize_tasks(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Returns the rows of tasks of all runs, with statistics instead of scores.
+
+    Those of a single run have its standard error.
+    """
+    rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in (row for run in runs for row in run):
+        rows.setdefault((row["task"], row["metric"]), []).append(row)
+    summarized = []
+    for found in rows.values():
+        summary = dict(found[0])
+        for model in MODELS:
+            scores = [row[model] for row in found if row[model] is not None]
+            of_model = _summarize([score["value"] for score in scores])
+            if of_model is not None:
+                of_model["stderr"] = scores[0]["stderr"] if len(scores) == 1 else None
+            summary[model] = of_model
+        summarized.append(summary)
+    return summarized
 
 
 def _summarize(values: Sequence[float | None]) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from student_trainer.config import TrainConfig
@@ -47,6 +48,7 @@ def make_training_arguments(config: TrainConfig, folder: Path) -> transformers.T
         "save_steps": every or 500,
         "report_to": "none",
         "use_cpu": config.device == "cpu",
+        "dataloader_pin_memory": config.device != "cpu" and torch.cuda.is_available(),
         "remove_unused_columns": False,
         "disable_tqdm": True,
         **config.training,

@@ -25,7 +25,7 @@ from student_trainer.training.progress import Counts
 logger = logging.getLogger(__name__)
 
 SEAL = "run.json"
-FILE_DIGESTS, COUNTS = "file_digests", "counts"
+FILE_DIGESTS, COUNTS, OWN_DIGEST = "file_digests", "counts", "run"
 DIGEST = "_digest"
 """How the names of those settings end that stand for content."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -61,13 +61,17 @@ def seal(checkpoint: Path, identity: Mapping[str, Any], counts: Counts) -> None:
         COUNTS: asdict(counts),
         FILE_DIGESTS: {name: _digest(checkpoint / name) for name in names},
     }
+    run[OWN_DIGEST] = _digest_of_json(run)
     write_atomically(checkpoint / SEAL, json.dumps(run, indent=2) + "\n")
+    for name in names:  # safetensors writes for the owner only
+        shutil.copymode(checkpoint / SEAL, checkpoint / name)
 
 
 def rotate(folder: Path, keep: int, *, also: str | None = None) -> None:
     """Removes all but the newest `keep` checkpoints; also: the path of another one to keep."""
-    for path in find_all(folder)[:-keep]:
-        if str(path) != also:
+    kept = {str(path) for path in find_all(folder)[-keep:]} | {also}
+    for path in _find_folders(folder):  # also what was left of one when a process ended
+        if str(path) not in kept:
             _remove(path)
 
 
@@ -85,6 +89,8 @@ def check(checkpoint: Path, identity: Mapping[str, Any]) -> Counts:
     name = SEAL
     try:
         saved = json.loads((checkpoint / SEAL).read_text())
+        if saved.pop(OWN_DIGEST) != _digest_of_json(saved):
+            raise ValueError("its bytes have changed")
         digests, counts = saved.pop(FILE_DIGESTS), Counts(**saved.pop(COUNTS))
         different = _differences(saved, _as_json(identity))
         for name in digests if not different else ():
@@ -137,6 +143,10 @@ def _digest(path: Path) -> str:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return xxhash.xxh3_128_hexdigest(np.memmap(path, np.uint8, "r").data)
+
+
+def _digest_of_json(values: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:

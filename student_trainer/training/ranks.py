@@ -5,6 +5,7 @@ is only one, everything here is a plain call.
 """
 
 import os
+import socket
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -84,6 +85,20 @@ def together(make: Callable[[], T]) -> T:
     if errors:
         raise FailedElsewhere(errors[0])
     return found  # type: ignore[return-value]
+
+
+def check_same(digest: str, what: str) -> None:
+    """Raises ValueError where what a process has read is not what the first has."""
+
+    def check() -> None:
+        if digest != of_first:
+            raise ValueError(
+                f"{what} is not the same on {socket.gethostname()} as on the machine of the first "
+                "process: all machines must have the same files under the same paths"
+            )
+
+    of_first = share(lambda: digest)
+    together(check)
 
 
 def has_lost(error: RuntimeError) -> bool:

@@ -170,8 +170,6 @@ def make_trainer(
 ) -> StudentTrainer:
     """Makes the Trainer of one student of the run, which is not trained yet."""
     folder = folder_of(config, name)
-    # Where there are several processes, the Trainer moves it to the device of each.
-    device = find_device(config) if ranks.count() == 1 else "cpu"
     if config.start_over:
         ranks.share(lambda: checkpoints.clear(folder))
     known = {}
@@ -181,7 +179,7 @@ def make_trainer(
     if config.tensorboard and ranks.is_first():
         callbacks.append(make_tensorboard(config.output / "tensorboard" / name, folder))
     return StudentTrainer(
-        make_student(config.student, seed=config.seed, device=device),
+        make_student(config),
         make_training_arguments(config, folder),
         corpus,
         held_out,

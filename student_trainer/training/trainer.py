@@ -1,5 +1,6 @@
 """Trains one student of a run: DistillationTrainer with the run's order, measurements and checkpoints."""
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from student_trainer.training.order import EpochOrder
 from student_trainer.training.progress import Counts, Progress, read_history, read_measurements
 from student_trainer.training.results import Scores, StudentResults
 from student_trainer.training.students import save_student
+
+logger = logging.getLogger(__name__)
 
 
 class StudentTrainer(DistillationTrainer):
@@ -71,8 +74,8 @@ class StudentTrainer(DistillationTrainer):
             train_dataset=corpus.train,
             eval_dataset=corpus.held_out,
             processing_class=corpus.tokenizer,
-            data_collator=corpus.collate if teacher else _with_labels(corpus.collate),
-            compute_loss_func=None if teacher else _make_label_loss(held_out.num_ids),
+            data_collator=corpus.collate if teacher is not None else _with_labels(corpus.collate),
+            compute_loss_func=None if teacher is not None else _make_label_loss(held_out.num_ids),
             callbacks=[*callbacks],
             teacher=teacher,
             distillation=distillation,
@@ -91,6 +94,7 @@ class StudentTrainer(DistillationTrainer):
         newest, counts = ranks.share(self._find_newest)
         if counts is not None:
             self.progress.resume(counts)
+            logger.info("%s: resuming from %s", self._label, newest)
         try:
             with self._ctrl_c.caught():
                 self.train(resume_from_checkpoint=None if newest is None else str(newest))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from safetensors.torch import load_file
 
@@ -132,7 +131,7 @@ def note_sequences(folder: Path, config: dict[str, Any], cuts: list[tuple[int, i
             output=folder / f"{batch_size}-{accumulation}",
         )
         corpus = read_corpus(settings, read_tokenizer(settings.student))
-        held_out = HeldOut(corpus.held_out)
+        held_out = HeldOut(corpus.held_out, corpus.collate)
         trainer = runs.make_trainer(settings, corpus, held_out, "control", None)
         noted, take = [], trainer.get_batch_samples
 

@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 
+from student_trainer.config import TrainConfig
 from student_trainer.hf_trainer import DistillationTrainer
 from student_trainer.losses.causal import check_causal
 from student_trainer.training.students import make_student
@@ -60,7 +61,7 @@ def test_an_encoder_decoder_is_refused_when_the_trainer_is_made(tmp_path: Path):
 def test_their_folders_are_refused_as_students(tmp_path: Path, make):
     make().config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"looks ahead|is an encoder-decoder"):
-        make_student(tmp_path, seed=0, device="cpu")
+        make_student(TrainConfig(student=tmp_path, data=["*"], output=tmp_path, record="targets"))
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
