@@ -20,7 +20,7 @@ from student_trainer.hf.alignment import shared_ids
 from student_trainer.hf.arguments import check_arguments
 from student_trainer.record.recorded import Recorded
 from student_trainer.teachers.teacher import Teacher
-from student_trainer.training import checkpoints
+from student_trainer.training import checkpoints, ranks
 from student_trainer.training.arguments import (
     check_reporters,
     make_distillation_arguments,
@@ -35,9 +35,9 @@ from student_trainer.training.students import (
     find_device,
     make_student,
     outline,
-    save_student,
     student_digest,
 )
+from student_trainer.training.tasks import Tasks
 from student_trainer.training.trainer import StudentTrainer
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,11 @@ def check_settings(config: CorpusConfig) -> None:
     except ValueError as error:
         raise ValueError(f"--targets: {error}") from None
     if isinstance(config, TrainConfig):
+        if config.workers and ranks.count() > 1:
+            raise ValueError(
+                f"--workers {config.workers} starts processes with Ray Train, and torchrun or accelerate "
+                f"launch has started {ranks.count()} already: use one of the two"
+            )
         if config.workers:
             check_installed("ray-train", "ray", "pandas")
         if config.tensorboard:
@@ -161,28 +166,35 @@ def count_steps(config: TrainConfig, corpus: Corpus) -> TrainConfig:
 
 
 def train_students(
-    config: TrainConfig, corpus: Corpus, teacher: RemoteTeacher | Recorded, held_out: HeldOut
+    config: TrainConfig,
+    corpus: Corpus,
+    teacher: RemoteTeacher | Recorded,
+    held_out: HeldOut,
+    tasks: Tasks,
 ) -> Trained:
     """Trains the student and saves it, and the controls if asked for."""
     students: dict[str, StudentResults] = {}
-    trainer = None
 
-    def train(name: str, teacher: Teacher | None) -> StudentTrainer:
+    def train(name: str, teacher: Teacher | None, folder: Path | None = None) -> nn.Module:
         trainer = make_trainer(config, corpus, held_out, name, teacher)
-        students[name] = trainer.run()
+        results = trainer.run()
         if "wandb" in config.report_to:  # whose callback leaves the run open: the next has its own
             import_module("wandb").finish()
-        return trainer
+        if folder is not None:
+            trainer.save_student(folder)  # before anything else can fail
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        scores = tasks.measure(student, f"student {name}", batch_size=config.batch_size)
+        students[name] = results.model_copy(update={"tasks": scores})
+        return student
 
     if config.control:
         train("control", None)
-    trainer = train("distilled", teacher)
-    history = students["distilled"].history
-    nbytes = next((e["bytes_per_token"] for e in reversed(history) if "bytes_per_token" in e), None)
-    save_student(trainer.model, corpus.tokenizer, config.output / "student")
+    student = train("distilled", teacher, config.output / "student")
     if config.shuffled_control:
         train("shuffled", ShuffledTeacher(teacher, seed=config.seed))
-    return Trained(trainer.model, students, nbytes)
+    history = students["distilled"].history
+    nbytes = next((e["bytes_per_token"] for e in reversed(history) if "bytes_per_token" in e), None)
+    return Trained(student, students, nbytes)
 
 
 def make_trainer(
@@ -191,14 +203,14 @@ def make_trainer(
     """Makes the Trainer of one student of the run, which is not trained yet."""
     folder = folder_of(config, name)
     if config.start_over:
-        checkpoints.clear(folder)
+        ranks.share(lambda: checkpoints.clear(folder))
     known = {}
     if teacher is not None:
         known = {"teacher_fingerprint": teacher.info.teacher_fingerprint}
     callbacks: list[transformers.TrainerCallback] = []
     if config.early_stopping:
         callbacks.append(EarlyStopping(config.early_stopping))
-    if config.tensorboard:
+    if config.tensorboard and ranks.is_first():
         callbacks.append(make_tensorboard(config.output / "tensorboard" / name, folder))
     return StudentTrainer(
         make_student(config),
@@ -212,6 +224,7 @@ def make_trainer(
         identity=identity_of(config, corpus, **known),
         keep_checkpoints=config.keep_checkpoints,
         callbacks=callbacks,
+        say=logger.info if config.workers else None,
     )
 
 
