@@ -36,6 +36,7 @@ from student_trainer.training.run import (
     train_students,
 )
 from student_trainer.training.students import has_weights
+from student_trainer.training.tasks import Tasks
 
 
 def train(config: TrainConfig) -> Results:
