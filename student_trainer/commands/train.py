@@ -29,12 +29,14 @@ from student_trainer.training.run import (
     check_checkpoints,
     check_settings,
     check_teacher,
+    count_steps,
     folder_of,
     open_teacher,
     read_student,
     train_students,
 )
 from student_trainer.training.students import has_weights
+from student_trainer.training.tasks import Tasks
 
 
 def train(config: TrainConfig) -> Results:
@@ -56,17 +58,22 @@ def train(config: TrainConfig) -> Results:
             pass
         alike = config.model_copy(update={"start_over": False})
         results = Results.model_validate_json(run_workers(alike, _train_as_worker))
-    return results.model_copy(update={"settings": config.model_dump(mode="json")})
+    settings = {**config.model_dump(mode="json"), "steps": results.settings["steps"]}
+    return results.model_copy(update={"settings": settings})
 
 
 def train_here(config: TrainConfig) -> Results:
     """Trains in this process, together with the others that were started like it."""
     ranks.meet(config.training, on_cpu=config.device == "cpu")
-    settings = config.model_dump(mode="json")
+    named = config.student
     config = _with_folder(config)
     with _make_output(config.output), _opened(config) as (read, teacher, num_ids):
+        tasks = Tasks.load(config.eval_tasks, read.tokenizer, limit=config.eval_limit)
+        live = teacher.fallback if isinstance(teacher, Recorded) else teacher
+        ranks.share(lambda: tasks.rehearse(live))
         corpus = ranks.take_turns(lambda: read_corpus(config, read.tokenizer))
         check_ids(corpus, num_ids)
+        config = count_steps(config, corpus)
         ranks.check_same(corpus.digest + corpus.held_out_digest, "the data")
         fingerprint = teacher.info.teacher_fingerprint
         ranks.share(lambda: check_checkpoints(config, corpus, fingerprint))
@@ -76,11 +83,13 @@ def train_here(config: TrainConfig) -> Results:
             return asked.best_ids, asked.teacher, asked.unknown
 
         held_out = HeldOut(corpus.held_out, corpus.collate, *ranks.share(ask), num_ids)
-        trained = train_students(config, corpus, teacher, held_out)
+        trained = train_students(config, corpus, teacher, held_out, tasks)
         info = teacher.info
+        teacher_tasks = ranks.share(lambda: tasks.measure_teacher(live))
     student = trained.student
+    packages = ("logitstream", "torch", "transformers", *(["lm_eval"] if config.eval_tasks else []))
     return Results(
-        settings=settings,
+        settings={**config.model_dump(mode="json"), "student": str(named)},
         data_digest=corpus.digest,
         held_out_digest=corpus.held_out_digest,
         held_out_sequences=len(corpus.held_out),
@@ -89,7 +98,7 @@ def train_here(config: TrainConfig) -> Results:
         student_license=model_card.license_of(config.student),
         starts_from_weights=has_weights(config.student),
         bytes_per_token=trained.bytes_per_token,
-        versions={name: version(name) for name in ("logitstream", "torch", "transformers")},
+        versions={name: version(name) for name in packages},
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         teacher=TeacherResults(
             model=info.model,
@@ -100,6 +109,7 @@ def train_here(config: TrainConfig) -> Results:
             vocab_size=info.vocab_size,
             scores=held_out.teacher,
             unknown=held_out.unknown,
+            tasks=teacher_tasks,
         ),
         students=trained.students,
     )

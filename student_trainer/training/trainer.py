@@ -185,7 +185,8 @@ class StudentTrainer(DistillationTrainer):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self._order = EpochOrder(len(data_set), per_step, args.seed)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self._order = EpochOrder(len(data_set), per_step, seed)
         return self._order
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
