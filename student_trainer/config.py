@@ -296,12 +296,14 @@ class TrainConfig(StudentOptions, CorpusConfig):
     device: Annotated[str, MayChange] = "auto"
     """auto, cpu or cuda."""
     workers: Annotated[int, MayChange] = Field(default=0, ge=0)
-    """Processes that train together with Ray Train, each on a share of every batch, with a stream
-    of its own, and on GPUs with a GPU of its own. 0: this process, without Ray."""
+    """Processes that train together with Ray Train, each on an equal share of every batch, with a
+    stream of its own, and on GPUs with a GPU of its own. 0: this process, or those that torchrun or
+    accelerate launch started."""
     ray_address: Annotated[str, MayChange] = ""
     """Ray cluster to run the workers on: HOST:PORT or auto. By default they run on this machine."""
     max_failures: Annotated[int, MayChange] = Field(default=3, ge=0)
-    """How often to restart the workers from the newest checkpoint after one of them failed."""
+    """How often to restart the workers after one of them failed: from the newest checkpoint, or at
+    step 0 without --checkpoint-every."""
 
     dry_run: Annotated[bool, MayChange] = False
     """Read data and teacher, measure a few steps, print what the run would take, and stop. Nothing is
@@ -383,10 +385,10 @@ class TrainConfig(StudentOptions, CorpusConfig):
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:
-        if self.workers > self.batch_size:
+        if self.workers and self.batch_size % self.workers:
             raise ValueError(
-                f"--workers must be at most --batch-size {self.batch_size}, got {self.workers}: "
-                "each trains at least one sequence of a batch"
+                f"--batch-size must be a multiple of --workers {self.workers}, which share each batch "
+                f"equally; got {self.batch_size}"
             )
         if self.ray_address and not self.workers:
             raise ValueError("--ray-address is for several workers: give --workers N too")

@@ -209,10 +209,12 @@ class StudentTrainer(DistillationTrainer):
 
     def save_student(self, folder: Path) -> None:
         """Writes the student as it is into a Hugging Face folder. Raises NotWritten."""
-        weights = None
+        weights: Any = None
+        student = self.accelerator.unwrap_model(self.model)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # it is in parts
             weights = self.accelerator.get_state_dict(self.model_wrapped)
-        student = self.accelerator.unwrap_model(self.model)
+            for name in getattr(student, "all_tied_weights_keys", ()):
+                weights.pop(name, None)  # a head that is the embeddings is gathered as a copy
         ranks.share(lambda: save_student(student, self.processing_class, folder, weights))
 
     # How it is done.
