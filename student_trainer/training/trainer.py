@@ -181,7 +181,8 @@ class StudentTrainer(DistillationTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data_set = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "random" or not hasattr(data_set, "__len__"):
+        strategy = getattr(self.args, "train_sampling_strategy", "random")  # since transformers 5.2
+        if strategy != "random" or not hasattr(data_set, "__len__"):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

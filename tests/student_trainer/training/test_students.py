@@ -1,6 +1,7 @@
 """Students as people have them: of which type and with which adapters they are made, and what is saved."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def logits(student: Any) -> torch.Tensor:
 def test_a_student_has_the_weights_of_its_folder_in_the_type_that_is_asked_for(folder: Path):
     saved = transformers.AutoModelForCausalLM.from_pretrained(folder)
     for dtype in ("float32", "bfloat16", "auto"):
-        student = make_student(make_config(folder, dtype=dtype, attn_implementation="eager"))
+        student: Any = make_student(make_config(folder, dtype=dtype, attn_implementation="eager"))
         expected = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         assert student.config._attn_implementation == "eager"
         for name, parameter in saved.named_parameters():
@@ -118,13 +119,16 @@ ROWS = [
 
 
 class WithMuon(DistillationTrainer):
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> Any:
+        student: Any = self.model if model is None else model
         if self.optimizer is None:
-            self.optimizer = make_muon(model or self.model, learning_rate=self.args.learning_rate)
+            self.optimizer = make_muon(student, learning_rate=self.args.learning_rate)
         return self.optimizer
 
 
-def make_adapter_trainer(folder: Path, output: Path, *, fused: bool = True, **arguments: Any):
+def make_adapter_trainer(
+    folder: Path, output: Path, *, fused: bool = True, **arguments: Any
+) -> Any:
     return make_trainer(
         output,
         ROWS,
@@ -196,8 +200,9 @@ def test_adapters_train_with_checkpointed_activations(
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch hides it where none is an error
 def test_adapters_train_inside_a_compiled_student(
-    folder: Path, tmp_path: Path, moved: torch.Tensor
+    folder: Path, tmp_path: Path, moved: torch.Tensor, caplog: pytest.LogCaptureFixture
 ):
+    caplog.set_level(logging.WARNING, "torch.__trace")  # traces take longer than compilation
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     found, trainer = train_adapters(
