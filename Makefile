@@ -53,5 +53,5 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		"$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt -e '.[server,train,ray-train,dev,bench]'
+		-c constraints.txt -e '.[server,train,ray-train,eval,dev,bench]'
 	touch $@

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import torch
+from student_trainer.training.loop import held_out_loss
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer import Recorded, connect, data, distillation_loss
-from student_trainer.training.loop import held_out_loss
 
 SEQUENCES, HELD_OUT, EPOCHS, DRAWS = 240, 128, 16, 4
 BATCH, LEARNING_RATE = 8, 3e-3

@@ -19,6 +19,7 @@ from transformers.trainer_utils import has_length
 from logit_codec import Targets
 from student_trainer.client.remote import RemoteTeacher, connect
 from student_trainer.errors import ProtocolError
+from student_trainer.hf.alignment import Alignment, warn_of_tail
 from student_trainer.hf.arguments import (
     DistillationArguments,
     check_arguments,
@@ -31,12 +32,11 @@ from student_trainer.hf.checkpoints import (
     find_newest_complete,
     write_identity,
 )
+from student_trainer.hf.meter import TrainerMeter
 from student_trainer.hf.passes import Passes
 from student_trainer.losses.causal import check_causal
 from student_trainer.teachers.local import LocalTeacher
 from student_trainer.teachers.teacher import Teacher
-from student_trainer.training.alignment import Alignment, warn_of_tail
-from student_trainer.training.meter import TrainerMeter
 from student_trainer.transfer import move_to_device
 
 __all__ = [
@@ -101,6 +101,7 @@ class DistillationMixin(_Trainer):
         self._batch_loss = BatchLoss(
             self.distillation,
             self._meter,
+            used_ids=self.teacher.info.effective_vocab_size or self.teacher.info.vocab_size,
             may_fuse=True,
             unwrap=lambda model: self.accelerator.unwrap_model(model, keep_torch_compile=False),
         )
@@ -239,9 +240,16 @@ class DistillationMixin(_Trainer):
         if self._passes.in_flight is not None:
             logs["lookahead"] = float(self._passes.in_flight)
         counters = getattr(self.teacher, "counters", None)
-        if counters is not None and counters.rows:
-            logs["bytes_per_token"] = counters.payload_nbytes / counters.rows
+        if counters is not None and counters.rows > self._rows_before:
+            nbytes = counters.payload_nbytes - self._nbytes_before
+            logs["bytes_per_token"] = nbytes / (counters.rows - self._rows_before)
         return logs
+
+    def _begin_counting(self) -> None:
+        """Leaves what the teacher was asked before this training out of the bytes per token."""
+        counters = getattr(self.teacher, "counters", None)
+        self._rows_before = counters.rows if counters else 0
+        self._nbytes_before = counters.payload_nbytes if counters else 0
 
     def _get_identity(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of the teacher and of the loss."""
@@ -269,6 +277,7 @@ class _Callback(transformers.TrainerCallback):
         self._trainer._passes.start_at(int(state.epoch or 0) if has_epochs else 0)
         self._trainer._alignment = Alignment()
         self._trainer._meter.reset()
+        self._trainer._begin_counting()
         self._trainer._batch_loss.begin_training()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

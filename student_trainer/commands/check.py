@@ -15,8 +15,8 @@ from student_trainer.client.remote import connect
 from student_trainer.commands.show import show
 from student_trainer.commands.student import find_student
 from student_trainer.config import CheckConfig, parse_count
+from student_trainer.hf.alignment import nll_by_shift, shared_ids
 from student_trainer.teachers.teacher import Teacher
-from student_trainer.training.alignment import nll_by_shift, shared_ids
 
 
 def run_check(config: CheckConfig) -> int:

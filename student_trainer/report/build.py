@@ -1,16 +1,16 @@
 """Builds the report of finished runs as one dict, and writes it: as JSON, as a page, as a table."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from student_trainer.disk import put
 from student_trainer.report import page
 from student_trainer.report.drawing import draw_png
-from student_trainer.report.formats import format_value
+from student_trainer.report.formats import ARROWS, format_score, format_value
 from student_trainer.report.groups import group_runs
-from student_trainer.report.numbers import compute_curves
+from student_trainer.report.numbers import MODELS, compute_curves
 from student_trainer.report.verdict import rank_settings
 from student_trainer.training.results import FILE_NAME, Results
 
@@ -64,9 +64,24 @@ def format_table(report: dict[str, Any]) -> str:
     for group in report["groups"]:
         for numbers in group["runs"]:
             known = {name: value for name, value in numbers.items() if value is not None}
+            tasks = known.pop("tasks")
             width = max(map(len, known))
             for name, value in known.items():
                 text = format_value(value) if isinstance(value, float) else str(value)
                 lines.append(f"{name:{width}}  {text}")
-            lines.append("")
-    return "\n".join(lines[:-1])
+            lines += ["", *_format_tasks(tasks)]
+    return "\n".join(lines).rstrip("\n")
+
+
+def _format_tasks(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Formats the scores on tasks as lines, aligned, with a column for each model that has any."""
+    if not tasks:
+        return []
+    models = [model for model in MODELS if any(row[model] for row in tasks)]
+    table = [["task", "metric", *models]]
+    for row in tasks:
+        metric = row["metric"] + ARROWS[row["higher_is_better"]]
+        table.append([row["task"], metric, *(format_score(row[model]) for model in models)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
+    return [*lines, ""]

@@ -1,6 +1,18 @@
 """Formats the numbers of a report for people."""
 
+from collections.abc import Mapping
 from typing import Any
+
+ARROWS = {True: " ↑", False: " ↓", None: ""}
+"""By whether a higher score is better, as lm-eval shows it."""
+
+
+def format_score(score: Mapping[str, Any] | None) -> str:
+    """Formats the score of one model on a task, with its standard error."""
+    if score is None or score["value"] is None:
+        return "-"
+    error = "" if score["stderr"] is None else f" ± {format_value(score['stderr'])}"
+    return format_value(score["value"]) + error
 
 
 def format_value(value: Any, unit: str = "") -> str:

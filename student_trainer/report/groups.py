@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from student_trainer.config import MayChange, MayDiffer, marked
+from student_trainer.config import MayChange, MayDiffer, find_deciding, marked
 from student_trainer.report import pictures
-from student_trainer.report.numbers import compute_numbers
+from student_trainer.report.numbers import MODELS, compute_numbers
 from student_trainer.report.verdict import judge
 from student_trainer.training.results import Results
 
@@ -49,7 +49,11 @@ def group_runs(runs: Mapping[str, Results]) -> list[dict[str, Any]]:
 def _get_settings(results: Results) -> dict[str, Any]:
     """Returns what decides the result of a run, apart from the seed."""
     return {
-        **{name: value for name, value in results.settings.items() if name not in NOT_A_SETTING},
+        **{
+            name: value
+            for name, value in find_deciding(results.settings).items()
+            if name not in NOT_A_SETTING
+        },
         "teacher": results.teacher.teacher_fingerprint,
         "student": f"{results.student_architecture}, {results.student_parameters:,} parameters"
         + (", from weights" if results.starts_from_weights else ""),
@@ -89,9 +93,31 @@ def _make_group(members: Mapping[str, Results], differs: Mapping[str, Any]) -> d
         "verdict": verdict,
         "sentences": sentences,
         "statistics": stats,
+        "tasks": _summarize_tasks([run["tasks"] for run in first_of_seed]),
         "pictures": pictures.make_pictures(list(members.values()), first_of_seed),
         "runs": numbers,
     }
+
+
+def _summarize_tasks(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Returns the rows of tasks of all runs, with statistics instead of scores.
+
+    Those of a single run have its standard error.
+    """
+    rows: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in (row for run in runs for row in run):
+        rows.setdefault((row["task"], row["metric"]), []).append(row)
+    summarized = []
+    for found in rows.values():
+        summary = dict(found[0])
+        for model in MODELS:
+            scores = [row[model] for row in found if row[model] is not None]
+            of_model = _summarize([score["value"] for score in scores])
+            if of_model is not None:
+                of_model["stderr"] = scores[0]["stderr"] if len(scores) == 1 else None
+            summary[model] = of_model
+        summarized.append(summary)
+    return summarized
 
 
 def _summarize(values: Sequence[float | None]) -> dict[str, Any] | None:

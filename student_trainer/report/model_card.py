@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from student_trainer.disk import put
-from student_trainer.report.formats import format_value
+from student_trainer.report.formats import ARROWS, format_score, format_value
 from student_trainer.training.results import Results
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def write_model_card(folder: Path, results: Results, report: Mapping[str, Any]) 
         held_out_rows=format_value(report["held_out_rows"]),
         held_out_digest=results.held_out_digest,
         scores=_list_scores(report),
+        tasks=_list_task_scores(report),
         settings=_format_settings(results.settings),
         versions=report["versions"],
         finished=results.finished,
@@ -131,6 +132,17 @@ def _make_metadata(
             )
             for metric, value in metrics.items()
             if value is not None
+        ]
+        + [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=row["task"],
+                dataset_name=row["task"],
+                metric_type=row["metric"],
+                metric_value=row["distilled"]["value"],
+            )
+            for row in report["tasks"]
+            if row["distilled"] is not None and row["distilled"]["value"] is not None
         ],
     )
 
@@ -192,6 +204,18 @@ def _list_scores(report: Mapping[str, Any]) -> dict[str, list[str]]:
         for label, scores in values.items()
         if any(score is not None for score in scores)
     }
+
+
+def _list_task_scores(report: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the rows of the table of tasks, the first one with its titles; [] without tasks."""
+    rows = report["tasks"]
+    models = {who: label for who, label in STUDENTS.items() if any(row[who] for row in rows)}
+    found = [
+        [row["task"], row["metric"] + ARROWS[row["higher_is_better"]]]
+        + [format_score(row[who]) for who in models]
+        for row in rows
+    ]
+    return [["task", "metric", *models.values()], *found] if rows else []
 
 
 def _format_settings(settings: Mapping[str, Any]) -> str:

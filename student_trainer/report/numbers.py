@@ -15,6 +15,8 @@ SETTINGS = (
 )
 """Settings of a run that are among its numbers."""
 
+MODELS = ("teacher", "distilled", "control", "shuffled")
+
 AllScores = Mapping[str, Scores | None]
 """Scores by model: teacher, control, distilled, shuffled."""
 
@@ -40,6 +42,7 @@ def compute_numbers(name: str, results: Results) -> dict[str, Any]:
         **_collect(scores, "calibration_error"),
         **_measure_speed(results),
         **_describe(results),
+        "tasks": _list_tasks(results),
     }
 
 
@@ -138,6 +141,24 @@ def _describe(results: Results) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in results.versions.items()),
         "finished": results.finished,
     }
+
+
+def _list_tasks(results: Results) -> list[dict[str, Any]]:
+    """Returns a row for each metric of each task: the score of every model, None if it has none."""
+    found = {"teacher": results.teacher.tasks} | {
+        name: student.tasks for name, student in results.students.items()
+    }
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for model, tasks in found.items():
+        for task, scores in tasks.items():
+            for metric, score in scores.items():
+                new = {"task": task, "metric": metric, "higher_is_better": score.higher_is_better}
+                row = rows.setdefault((task, metric), new | dict.fromkeys(MODELS))
+                row[model] = {
+                    "value": keep_finite(score.value),
+                    "stderr": keep_finite(score.stderr),
+                }
+    return [*rows.values()]
 
 
 def _divide(part: float, whole: float) -> float | None:

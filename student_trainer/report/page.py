@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from student_trainer.report.drawing import draw_svg
-from student_trainer.report.formats import format_value
+from student_trainer.report.formats import ARROWS, format_value
 
 BADGES = {
     "helped": ("helped", "It helped"),
@@ -84,6 +84,7 @@ def _make_environment() -> jinja2.Environment:
         seed_columns=SEED_COLUMNS,
         setting_columns=SETTING_COLUMNS,
         units=UNITS,
+        arrows=ARROWS,
         measured_students=_find_measured_students,
         measured_columns=_find_measured_columns,
         format_value=format_value,

@@ -1,7 +1,8 @@
 """Measures students and their teacher on the held-out text."""
 
 import logging
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -9,7 +10,8 @@ from student_trainer.client.remote import RemoteTeacher
 from student_trainer.config import CorpusConfig
 from student_trainer.errors import NotRecorded
 from student_trainer.record.recorded import Recorded
-from student_trainer.training.evaluate import evaluate, evaluate_teacher
+from student_trainer.training.corpus import Corpus
+from student_trainer.training.evaluate import Collate, evaluate, evaluate_teacher
 from student_trainer.training.results import Scores
 
 logger = logging.getLogger(__name__)
@@ -20,15 +22,17 @@ class HeldOut:
 
     def __init__(
         self,
-        sequences: Tensor,
+        rows: Any,
+        collate: Collate,
         best_ids: Tensor | None = None,
         teacher: Scores | None = None,
         unknown: str = "",
         num_ids: int | None = None,
     ) -> None:
-        """best_ids, num_ids: as for `evaluate`. teacher: its scores; unknown: why some of them are
-        not known."""
-        self.sequences = sequences
+        """rows, collate, best_ids, num_ids: as for `evaluate`. teacher: its scores; unknown: why some
+        of them are not known."""
+        self.rows = rows
+        self.collate = collate
         self.num_ids = num_ids
         self.best_ids = best_ids
         self.teacher = teacher or Scores(loss=None)
@@ -40,17 +44,19 @@ class HeldOut:
         cls,
         config: CorpusConfig,
         teacher: RemoteTeacher | Recorded,
-        sequences: Tensor,
+        corpus: Corpus,
         num_ids: int | None = None,
     ) -> Self:
-        """Asks the teacher, as far as it can tell. Raises what `Teacher.stream` does."""
+        """Asks the teacher, as far as it can tell. Raises what `Teacher.stream_batches` does."""
+        rows, collate = corpus.held_out, corpus.collate
         if not isinstance(teacher, Recorded):
-            scores, best_ids = evaluate_teacher(teacher, sequences)
-            return cls(sequences, best_ids, scores, num_ids=num_ids)
+            scores, best_ids = evaluate_teacher(teacher, rows, collate=collate)
+            return cls(rows, collate, best_ids, scores, num_ids=num_ids)
         try:
             scores, best_ids = evaluate_teacher(
                 teacher,
-                sequences,
+                rows,
+                collate=collate,
                 targets=config.targets,
                 temperature=config.temperature,
                 seed=config.seed,
@@ -58,23 +64,39 @@ class HeldOut:
         except NotRecorded:
             unknown = "the held-out text was not recorded"
             logger.warning("%s: the teacher's own loss is unknown", unknown)
-            return cls(sequences, unknown=unknown, num_ids=num_ids)
+            return cls(rows, collate, unknown=unknown, num_ids=num_ids)
         if None not in (scores.loss, scores.accuracy, scores.calibration_error):
-            return cls(sequences, best_ids, scores, num_ids=num_ids)
+            return cls(rows, collate, best_ids, scores, num_ids=num_ids)
         if teacher.fallback is not None:
-            live, best_ids = evaluate_teacher(teacher.fallback, sequences)
+            live, best_ids = evaluate_teacher(teacher.fallback, rows, collate=collate)
             if scores.loss is not None:  # the same, whether there is a live teacher or not
                 same = {"loss": scores.loss, "sequence_losses": scores.sequence_losses}
                 live = live.model_copy(update=same)
-            return cls(sequences, best_ids, live, num_ids=num_ids)
+            return cls(rows, collate, best_ids, live, num_ids=num_ids)
         found = f"the record holds {config.targets} at temperature {config.temperature:g}"
         unknown = f"{found}, which does not tell it; with --teacher too, the teacher is asked"
-        return cls(sequences, best_ids, scores, unknown, num_ids)
+        return cls(rows, collate, best_ids, scores, unknown, num_ids)
 
-    def measure(self, student: nn.Module, batch_size: int) -> Scores:
-        """A student on the text, beside the teacher."""
+    def measure(
+        self,
+        student: nn.Module,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        add_up: Callable[[Tensor], Tensor] = lambda values: values,
+    ) -> Scores:
+        """Measures a student on the text, beside the teacher; with several ranks as `evaluate` does."""
         self.last = evaluate(
-            *(student, self.sequences, self.best_ids), batch_size=batch_size, num_ids=self.num_ids
+            student,
+            self.rows,
+            self.best_ids,
+            collate=self.collate,
+            batch_size=batch_size,
+            num_ids=self.num_ids,
+            rank=rank,
+            num_ranks=num_ranks,
+            add_up=add_up,
         )
         return self.last
 

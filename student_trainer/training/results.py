@@ -60,6 +60,20 @@ class Scores(_Part):
     """Rows whose likeliest token the teacher told."""
 
 
+class TaskScore(_Part):
+    """One metric of one task of lm-eval."""
+
+    value: float
+    stderr: float | None = None
+    """None for a metric that lm-eval knows no standard error of."""
+    higher_is_better: bool | None = None
+    """None if the task does not say."""
+
+
+TaskScores = dict[str, dict[str, TaskScore]]
+"""By task or group, and by metric: "acc"; "exact_match,strict" for one behind a filter."""
+
+
 class StudentResults(_Part):
     """One student that was trained, and how."""
 
@@ -74,6 +88,8 @@ class StudentResults(_Part):
     """About ten: step, tokens, seconds, held_out_loss and what else was measured then."""
     scores: Scores
     """At the end."""
+    tasks: TaskScores = {}
+    """Of --eval-tasks, at the end."""
 
 
 class TeacherResults(_Part):
@@ -89,6 +105,8 @@ class TeacherResults(_Part):
     scores: Scores
     unknown: str = ""
     """Why some of the scores could not be known."""
+    tasks: TaskScores = {}
+    """Of --eval-tasks; empty for a teacher that is only recorded."""
 
 
 class Results(_Part):

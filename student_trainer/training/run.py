@@ -1,41 +1,44 @@
 """One training run as `student-trainer train` describes it: its text, its teacher, its students."""
 
 import logging
-import os
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 
 from logit_codec import parse_targets
 from logitstream.extras import check_installed
-from student_trainer import data
 from student_trainer.client.remote import RemoteTeacher, connect
-from student_trainer.config import CorpusConfig, MayChange, TrainConfig, marked
-from student_trainer.ray_train.job import FOLDER
+from student_trainer.config import CorpusConfig, TrainConfig, find_deciding
+from student_trainer.hf.alignment import shared_ids
+from student_trainer.hf.arguments import check_arguments
 from student_trainer.record.recorded import Recorded
-from student_trainer.teachers.look_ahead import parse_ahead
-from student_trainer.teachers.prefetch import prefetch
-from student_trainer.training import checkpoint
-from student_trainer.training import loop as trainer
-from student_trainer.training.alignment import shared_ids
-from student_trainer.training.checkpoint import Checkpoints, KeepsCheckpoints
+from student_trainer.teachers.teacher import Teacher
+from student_trainer.training import checkpoints, ranks
+from student_trainer.training.arguments import (
+    check_reporters,
+    make_distillation_arguments,
+    make_training_arguments,
+)
 from student_trainer.training.corpus import TOKENIZER_FILES, Corpus, read_tokenizer
+from student_trainer.training.early_stopping import EarlyStopping
 from student_trainer.training.held_out import HeldOut
-from student_trainer.training.ranks import Ranks
-from student_trainer.training.results import Scores, StudentResults
-from student_trainer.training.shuffled_control import ShuffledTargets
+from student_trainer.training.results import StudentResults
+from student_trainer.training.shuffled_control import ShuffledTeacher
 from student_trainer.training.students import (
     find_device,
     make_student,
     outline,
-    save_student,
     student_digest,
 )
-from student_trainer.training.tensorboard import Curves
+from student_trainer.training.tasks import Tasks
+from student_trainer.training.trainer import StudentTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -58,31 +61,27 @@ class Student:
 
 def check_settings(config: CorpusConfig) -> None:
     """Raises ValueError or InvalidRequest for what can be refused before anything is read."""
-    refuse_launchers()
     try:
         parse_targets(config.targets)
     except ValueError as error:
         raise ValueError(f"--targets: {error}") from None
     if isinstance(config, TrainConfig):
+        if config.workers and ranks.count() > 1:
+            raise ValueError(
+                f"--workers {config.workers} starts processes with Ray Train, and torchrun or accelerate "
+                f"launch has started {ranks.count()} already: use one of the two"
+            )
         if config.workers:
             check_installed("ray-train", "ray", "pandas")
         if config.tensorboard:
             check_installed("train", "tensorboard")
+        check_reporters(config.report_to)
+        if config.streaming and config.epochs:
+            raise ValueError("--streaming data has no epochs that could be counted: give --steps")
+        check_arguments(make_distillation_arguments(config, is_aligned=True))
         if not config.workers:  # theirs may be on other machines
             find_device(config)
-        parse_ahead(ahead_of(config))
-
-
-def refuse_launchers() -> None:
-    """Raises ValueError in one of several processes of torchrun: each would make the whole run."""
-    count = os.environ.get("WORLD_SIZE", "")
-    if count.isdecimal() and int(count) > 1:
-        rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "?"))
-        raise ValueError(
-            f"this is process {rank} of {count} that torchrun or accelerate started (WORLD_SIZE), and "
-            "each would make the whole run in the same folder. Start student-trainer once, without "
-            f"them; train --workers {count} trains with {count} processes."
-        )
+            make_training_arguments(config, config.output)
 
 
 def read_student(folder: Path) -> Student:
@@ -146,7 +145,7 @@ def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """What a run made."""
+    """Holds what a run made."""
 
     student: nn.Module
     students: dict[str, StudentResults]
@@ -155,107 +154,88 @@ class Trained:
     """Of the targets that were received; None if none were."""
 
 
+def count_steps(config: TrainConfig, corpus: Corpus) -> TrainConfig:
+    """Returns the configuration with as many steps as its epochs have. Raises ValueError."""
+    if config.epochs is None:
+        return config
+    if corpus.num_sequences is None:
+        raise ValueError("--epochs cannot be counted, for the data is a stream: give --steps")
+    per_step = config.batch_size * config.accumulation
+    steps = math.ceil(config.epochs * max(corpus.num_sequences // per_step, 1))
+    return config.model_copy(update={"steps": steps})
+
+
 def train_students(
-    config: TrainConfig, corpus: Corpus, teacher: RemoteTeacher | Recorded, held_out: HeldOut
+    config: TrainConfig,
+    corpus: Corpus,
+    teacher: RemoteTeacher | Recorded,
+    held_out: HeldOut,
+    tasks: Tasks,
 ) -> Trained:
-    """Trains the student in this process and saves it, and the controls if asked for."""
+    """Trains the student and saves it, and the controls if asked for."""
     students: dict[str, StudentResults] = {}
+
+    def train(name: str, teacher: Teacher | None, folder: Path | None = None) -> nn.Module:
+        trainer = make_trainer(config, corpus, held_out, name, teacher)
+        results = trainer.run()
+        if "wandb" in config.report_to:  # whose callback leaves the run open: the next has its own
+            import_module("wandb").finish()
+        if folder is not None:
+            trainer.save_student(folder)  # before anything else can fail
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        scores = tasks.measure(student, f"student {name}", batch_size=config.batch_size)
+        students[name] = results.model_copy(update={"tasks": scores})
+        return student
+
     if config.control:
-        student, checkpoints = begin(config, corpus, "control")
-        pairs = control_pairs(batches(config, corpus))
-        run = train_student(*(config, student, pairs, "control", checkpoints), held_out=held_out)
-        students["control"] = results_of(run, held_out.measure(student, config.batch_size))
-    fingerprint = teacher.info.teacher_fingerprint
-    student, checkpoints = begin(config, corpus, "distilled", teacher_fingerprint=fingerprint)
-    made = DistilledPairs(config, teacher, batches(config, corpus))
-    run = train_student(
-        *(config, student, made.stream, "distilled", checkpoints),
-        held_out=held_out,
-        also=made.measured,
-    )
-    nbytes = bytes_per_token(made, run.history)
-    students["distilled"] = results_of(run, held_out.measure(student, config.batch_size))
-    save_student(student, corpus.tokenizer, config.output / "student")
+        train("control", None)
+    student = train("distilled", teacher, config.output / "student")
     if config.shuffled_control:
-        other, checkpoints = begin(config, corpus, "shuffled", teacher_fingerprint=fingerprint)
-        again = DistilledPairs(config, teacher, batches(config, corpus))
-        pairs = ShuffledTargets(again.stream, seed=config.seed)
-        run = train_student(*(config, other, pairs, "shuffled", checkpoints), held_out=held_out)
-        students["shuffled"] = results_of(run, held_out.measure(other, config.batch_size))
+        train("shuffled", ShuffledTeacher(teacher, seed=config.seed))
+    history = students["distilled"].history
+    nbytes = next((e["bytes_per_token"] for e in reversed(history) if "bytes_per_token" in e), None)
     return Trained(student, students, nbytes)
 
 
-def results_of(run: trainer.Run, scores: Scores) -> StudentResults:
-    """One student's; scores: at the end, for a run that went on behind its last step measured
-    nothing on the way."""
-    return StudentResults(
-        seconds=run.seconds,
-        waiting_s=run.waiting_s,
-        tokens=run.tokens,
-        history=run.history,
-        measurements=run.measurements,
-        scores=scores,
-    )
-
-
-def batches(config: TrainConfig, corpus: Corpus) -> Iterator[dict[str, Any]]:
-    """What the run trains on, in this order."""
-    return data.batches(
-        corpus.sequences, batch_size=config.batch_size, steps=config.steps, seed=config.seed
-    )
-
-
-def control_pairs(batches: Iterator[dict[str, Any]]) -> Any:
-    """Batches without targets."""
-    return prefetch(((batch, None) for batch in batches), ahead=1)
-
-
-class DistilledPairs:
-    """Batches with their targets, and what the targets weigh."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        teacher: RemoteTeacher | Recorded,
-        batches: Iterator[dict[str, Any]],
-    ) -> None:
-        self._counters = teacher.counters
-        self._before = self._counters.payload_nbytes, self._counters.rows
-        self.stream = teacher.stream_batches(
-            batches,
-            targets=config.targets,
-            temperature=config.temperature,
-            seed=config.seed,
-            ahead=ahead_of(config),
-        )
-
-    def bytes_per_token(self) -> float | None:
-        """None before the first targets."""
-        nbytes, rows = self._before
-        received = self._counters.rows - rows
-        return (self._counters.payload_nbytes - nbytes) / received if received else None
-
-    def measured(self) -> dict[str, float]:
-        """For the curves."""
-        return {"lookahead": self.stream.in_flight, "bytes_per_token": self.bytes_per_token() or 0}
-
-
-def begin(
-    config: TrainConfig, corpus: Corpus, name: str, **identity: str
-) -> tuple[nn.Module, Checkpoints]:
-    """One student of the run, untrained, and its checkpoints; "distilled" is what the run is about.
-
-    identity: as for `identity_of`.
-    """
-    checkpoints = Checkpoints(
-        folder_of(config, name),
-        every=config.checkpoint_every,
-        identity=identity_of(config, corpus, **identity),
-        keep=config.keep_checkpoints,
-    )
+def make_trainer(
+    config: TrainConfig, corpus: Corpus, held_out: HeldOut, name: str, teacher: Teacher | None
+) -> StudentTrainer:
+    """Makes the Trainer of one student of the run, which is not trained yet."""
+    folder = folder_of(config, name)
     if config.start_over:
-        checkpoints.clear()
-    return make_student(config).to(find_device(config)), checkpoints
+        ranks.share(lambda: checkpoints.clear(folder))
+    known = {}
+    if teacher is not None:
+        known = {"teacher_fingerprint": teacher.info.teacher_fingerprint}
+    callbacks: list[transformers.TrainerCallback] = []
+    if config.early_stopping:
+        callbacks.append(EarlyStopping(config.early_stopping))
+    if config.tensorboard and ranks.is_first():
+        callbacks.append(make_tensorboard(config.output / "tensorboard" / name, folder))
+    return StudentTrainer(
+        make_student(config),
+        make_training_arguments(config, folder, label=name),
+        corpus,
+        held_out,
+        label=f"student {name}",
+        teacher=teacher,
+        distillation=make_distillation_arguments(config, is_aligned=name != "shuffled"),
+        uses_muon=config.optimizer == "muon",
+        identity=identity_of(config, corpus, **known),
+        keep_checkpoints=config.keep_checkpoints,
+        callbacks=callbacks,
+        say=logger.info if config.workers else None,
+    )
+
+
+def make_tensorboard(folder: Path, checkpoints_folder: Path) -> transformers.TrainerCallback:
+    """Writes curves into a folder; points after the step that the run resumes from are hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    newest = checkpoints.find_newest(checkpoints_folder)
+    step = 0 if newest is None else checkpoints.read_step(newest)
+    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=step + 1))
 
 
 def folder_of(config: TrainConfig, name: str) -> Path:
@@ -271,10 +251,13 @@ def identity_of(config: TrainConfig, corpus: Corpus | None, **more: str) -> dict
     """
     texts = {}
     if corpus is not None:
-        texts["data_digest"] = data.digest(corpus.sequences)
-        texts["held_out_digest"] = data.digest(corpus.held_out)
+        texts["data_digest"] = corpus.digest
+        texts["held_out_digest"] = corpus.held_out_digest
+    settings = find_deciding(config.model_dump(mode="json"))
+    if config.steps is None:  # which the data will tell
+        del settings["steps"]
     return {
-        **config.model_dump(mode="json", exclude=marked(MayChange)),
+        **settings,
         "student_digest": student_digest(config.student),
         **texts,
         **more,
@@ -287,70 +270,10 @@ def check_checkpoints(config: TrainConfig, corpus: Corpus | None, fingerprint: s
         return
     wanted = {"control": config.control, "shuffled": config.shuffled_control, "distilled": True}
     folders = {name: folder_of(config, name) for name in NAMES if wanted[name]}
-    if config.workers:
-        folders = {name: config.output / FOLDER / name for name in folders}
-    folders = {name: folder for name, folder in folders.items() if checkpoint.all_in(folder)}
+    folders = {name: folder for name, folder in folders.items() if checkpoints.find_all(folder)}
     if not folders:
         return
     identity = identity_of(config, corpus)  # which reads the student's weights and the whole text
     for name, folder in folders.items():
         more = {} if name == "control" else {"teacher_fingerprint": fingerprint}
-        checkpoint.refuse_another_run(folder, {**identity, **more})
-
-
-def train_student(
-    config: TrainConfig,
-    student: nn.Module,
-    pairs: Any,
-    name: str,
-    checkpoints: KeepsCheckpoints,
-    *,
-    held_out: HeldOut,
-    also: Callable[[], dict[str, float]] = dict,
-    log: Callable[[str], None] | None = None,
-) -> trainer.Run:
-    """Trains one student of the run on its pairs.
-
-    held_out: what to measure on. also, log: as for `trainer.train`.
-    """
-    curves = None
-    if config.tensorboard:
-        is_first = Ranks.of(student).rank == 0
-        curves = Curves(config.output / "tensorboard" / name if is_first else None)
-
-    def measure(model: nn.Module) -> float:
-        loss = held_out.measure(model, config.batch_size).loss
-        assert loss is not None
-        return loss
-
-    return trainer.train(
-        student,
-        pairs,
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        optimizer=config.optimizer,
-        kd_weight=config.kd_weight,
-        ce_weight=config.ce_weight,
-        measure=measure,
-        label=f"student {name}",
-        checkpoints=checkpoints,
-        log_every=config.log_every,
-        curves=curves,
-        also=also,
-        log=log,
-        measured=held_out.beside_the_loss,
-        num_ids=held_out.num_ids,
-        is_aligned=name != "shuffled",
-    )
-
-
-def bytes_per_token(pairs: DistilledPairs, history: list[dict[str, float]]) -> float | None:
-    """Of the targets of a run; what it last logged, if it was at its end when it went on."""
-    logged = (entry["bytes_per_token"] for entry in reversed(history) if "bytes_per_token" in entry)
-    return pairs.bytes_per_token() or next(logged, None) or None
-
-
-def ahead_of(config: TrainConfig) -> int | str:
-    """As `stream_batches` takes it."""
-    return int(config.ahead) if config.ahead.isdecimal() else config.ahead
+        checkpoints.refuse_another_run(folder, {**identity, **more})

@@ -9,12 +9,13 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 
 from student_trainer.cli import main
-from student_trainer.training import checkpoint
+from student_trainer.training.progress import Progress
 from tests.conftest import Served, one_torch_thread
 from tests.end_to_end.test_resume import student_trainer
 
@@ -81,7 +82,7 @@ def test_a_checkpoint_without_room_leaves_the_one_before_and_the_run_goes_on_fro
         )
         assert said, line
         assert int(said[1]) == int(said[2]) + 1
-        assert [one.name for one in where.iterdir()] == [f"step-{said[2]}"]
+        assert [one.name for one in where.iterdir()] == [f"checkpoint-{said[2]}"]
         (output / "other").unlink()
         assert not (output / ".room").exists()
         assert main([*kept, "--output", str(output), "--keep-checkpoints", "1"]) == 0
@@ -92,17 +93,17 @@ def test_what_others_write_meanwhile_cannot_take_the_room_of_the_student(
     command, tmp_path: Path, monkeypatch, capsys
 ):
     """The disk is full when the last step is done."""
-    fill = checkpoint.Checkpoints.is_due
+    fill = Progress.on_step_end
 
     with small_disk(tmp_path / "disk", 4096) as disk:
 
-        def filled(*arguments: object) -> bool:
+        def filled(*arguments: Any, **options: Any) -> None:
             with (disk / "log").open("ab") as file, suppress(OSError):
                 while True:
                     os.write(file.fileno(), bytes(4096))
-            return fill(*arguments)  # type: ignore[arg-type]
+            fill(*arguments, **options)
 
-        monkeypatch.setattr(checkpoint.Checkpoints, "is_due", filled)
+        monkeypatch.setattr(Progress, "on_step_end", filled)
         assert main([*command, "--output", str(disk / "out")]) == 0, last_line(capsys)
         student = disk / "out" / "student"
         assert transformers.AutoModelForCausalLM.from_pretrained(student) is not None

@@ -18,6 +18,7 @@ from student_trainer import (
     connect,
     distillation_loss,
 )
+from student_trainer.hf.alignment import check_alignment
 from student_trainer.hf_trainer import (
     ATTACHED,
     IDENTITY_FILE,
@@ -25,7 +26,6 @@ from student_trainer.hf_trainer import (
     DistillationMixin,
     DistillationTrainer,
 )
-from student_trainer.training.alignment import check_alignment
 from tests.conftest import one_torch_thread
 from tests.support import tiny
 from tests.support.fake_cuda import DEVICE, FakeCuda, backward

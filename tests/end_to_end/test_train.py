@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from student_trainer import LocalTeacher, ProtocolError, distillation_loss, prefetch
 from student_trainer.cli import main
-from student_trainer.training.alignment import check_alignment
+from student_trainer.hf.alignment import check_alignment
 from tests.end_to_end.conftest import WORDS, write_config
 from tests.support import tiny
 
@@ -84,13 +84,14 @@ def test_train_writes_a_student_and_a_report(trained_service, student_folder, te
         for name in ("distilled", "control", "shuffled")
     }
     for name, events in curves.items():
-        assert [event.step for event in events.Scalars("loss")] == [10, 20, 30]
-        last = events.Scalars("held_out_loss")[-1]
+        assert [event.step for event in events.Scalars("train/loss")] == [10, 20, 30]
+        last = events.Scalars("eval/loss")[-1]
         assert (last.step, last.value) == (30, pytest.approx(report[f"{name}_loss"], rel=1e-6))
-    last = {name: curves["distilled"].Scalars(name)[-1].value for name in ONLY_DISTILLED}
+    tags = [f"train/{name}" for name in ONLY_DISTILLED]
+    last = {tag[6:]: curves["distilled"].Scalars(tag)[-1].value for tag in tags}
     assert last["bytes_per_token"] == pytest.approx(report["bytes_per_token"], rel=0.1)
     assert last["lookahead"] == 0
-    assert not set(ONLY_DISTILLED) & set(curves["control"].Tags()["scalars"])
+    assert not set(tags) & set(curves["control"].Tags()["scalars"])
 
 
 def test_a_run_that_diverged_is_reported_and_no_success(

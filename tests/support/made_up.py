@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from student_trainer.config import TrainConfig
-from student_trainer.training.results import Bin, Results, Scores, StudentResults, TeacherResults
+from student_trainer.training.results import (
+    Bin,
+    Results,
+    Scores,
+    StudentResults,
+    TaskScore,
+    TaskScores,
+    TeacherResults,
+)
 
 NUM_SEQUENCES = 64
 STEPS = 100
@@ -24,9 +32,11 @@ def make_results(
     waiting: float = 0.02,
     agreement: float = 0.61,
     settings: dict[str, Any] | None = None,
+    tasks: bool = False,
     **more: Any,
 ) -> Results:
-    """noise: standard deviation of one student's loss of a sequence, around what all share."""
+    """noise: standard deviation of one student's loss of a sequence, around what all share. tasks:
+    whether teacher and students were measured on tasks."""
     config = TrainConfig(
         student="student",  # type: ignore[arg-type]
         data=["text"],
@@ -61,18 +71,31 @@ def make_results(
                 vocab_size=1024,
                 scores=make_scores(teacher, "teacher", seed, noise),
                 unknown=unknown,
+                tasks=make_tasks(teacher) if tasks else {},
             ),
             "students": {
                 name: _student(
                     *(loss, name, seed, noise, waiting if name == "distilled" else 0.0),
                     agreement={"distilled": agreement, "control": 0.48, "shuffled": 0.2}[name],
-                )
+                ).model_copy(update={"tasks": make_tasks(loss) if tasks else {}})
                 for name, loss in final.items()
                 if loss is not None
             },
             **more,
         }
     )
+
+
+def make_tasks(loss: float | None) -> TaskScores:
+    if loss is None:
+        return {}
+    return {
+        "sciq": {
+            "acc": TaskScore(value=1 - loss / 10, stderr=0.013, higher_is_better=True),
+            "acc_norm": TaskScore(value=1 - loss / 9, stderr=0.012, higher_is_better=True),
+        },
+        "wikitext": {"word_perplexity": TaskScore(value=math.exp(loss), higher_is_better=False)},
+    }
 
 
 def make_scores(

@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import xxhash
+from student_trainer.ray_train.checkpoints import SNAPSHOT, _mended, newest_step
+from student_trainer.ray_train.job import _Job
+from student_trainer.training.checkpoint import Checkpoints
 from torch import nn
 
 from student_trainer import IncompatibleTeacher, LocalTeacher, Recorded, RecordError
@@ -19,13 +22,10 @@ from student_trainer.cli import main
 from student_trainer.config import TrainConfig
 from student_trainer.data import documents
 from student_trainer.hf import checkpoints
-from student_trainer.ray_train.checkpoints import SNAPSHOT, _mended, newest_step
-from student_trainer.ray_train.job import _Job
 from student_trainer.record.folder import BESIDE
 from student_trainer.record.schema import METADATA, SCHEMA
 from student_trainer.report import drawing, page
 from student_trainer.report.build import make_report, write_report
-from student_trainer.training.checkpoint import Checkpoints
 from student_trainer.training.corpus import read_tokenizer
 from student_trainer.training.results import Results
 from student_trainer.training.students import make_student

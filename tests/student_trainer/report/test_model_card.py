@@ -14,6 +14,20 @@ from student_trainer.training.results import Results
 from tests.support.made_up import make_results
 
 
+def test_the_card_has_the_scores_on_tasks(tmp_path: Path):
+    results = make_results(tasks=True)
+    card, _ = card_of(tmp_path, results)
+    for line in (
+        "| task | metric | teacher | **this student** | same student, labels alone |",
+        "|---|---|---:|---:|---:|",
+        "| sciq | acc ↑ | 0.7 ± 0.013 | 0.66 ± 0.013 | 0.6 ± 0.013 |",
+    ):
+        assert line in card.text.splitlines()
+    assert "like its training text and on these tasks. It" in card.text
+    found = {(one.dataset_name, one.metric_type) for one in card.data.eval_results or []}  # type: ignore[attr-defined]
+    assert {("sciq", "acc"), ("wikitext", "word_perplexity")} <= found
+
+
 def card_of(
     folder: Path, results: Results, adapter: dict[str, Any] | None = None
 ) -> tuple[ModelCard, dict[str, Any]]:

@@ -17,7 +17,7 @@ from student_trainer.training.results import Results
 from tests.support.made_up import NUM_SEQUENCES, make_results, seeds
 
 CASES = {
-    "helped": {"runs/a": make_results()},
+    "helped": {"runs/a": make_results(tasks=True)},
     "barely helped": {"runs/a": make_results(distilled=3.97)},
     "did not help": {"runs/a": make_results(distilled=4.2)},
     "unclear": {"runs/a": make_results(distilled=3.999)},
@@ -25,7 +25,10 @@ CASES = {
     "something is wrong": {"runs/a": make_results(shuffled=3.4)},
     "diverged": {"runs/a": make_results(distilled=math.nan)},
     "several": {
-        **{f"a{name}": run for name, run in seeds([0.5, 0.55, 0.45], shuffled=5.0).items()},
+        **{
+            f"a{name}": run
+            for name, run in seeds([0.5, 0.55, 0.45], shuffled=5.0, tasks=True).items()
+        },
         **{f"b{n}": r for n, r in seeds([0.3, 0.4], settings={"targets": "top_k:8"}).items()},
     },
 }
@@ -51,6 +54,27 @@ def test_one_run_has_its_numbers_at_the_top():
     assert report["curves"]["distilled"][-1] == (100, pytest.approx(3.4))
     assert {"seed 0"} == {"seed " + str(one["seed"]) for one in report["groups"][0]["runs"]}
     assert "gain" in format_table(report)
+
+
+def test_tasks_are_in_a_table_and_in_report_json():
+    report = make_report({"runs/a": make_results(tasks=True, teacher=None, shuffled=math.inf)})
+    first, _, last = report["tasks"]
+    assert (first["task"], first["metric"], first["higher_is_better"]) == ("sciq", "acc", True)
+    assert first["distilled"] == {"value": pytest.approx(0.66), "stderr": 0.013}
+    assert first["teacher"] is None
+    assert last["shuffled"] == {"value": None, "stderr": None}  # which JSON could not hold
+    table = format_table(report).splitlines()
+    titles = table.index("task      metric             distilled       control         shuffled")
+    assert table[titles + 1 :] == [
+        "sciq      acc ↑              0.66 ± 0.013    0.6 ± 0.013     -",
+        "sciq      acc_norm ↑         0.6222 ± 0.012  0.5556 ± 0.012  -",
+        "wikitext  word_perplexity ↓  29.96           54.6            -",
+    ]
+    assert "tasks" not in {line.split()[0] for line in table if line}
+    (group,) = make_report(seeds([0.5, 0.6], tasks=True))["groups"]
+    assert group["tasks"][0]["distilled"]["mean"] == pytest.approx(0.655)
+    assert group["tasks"][0]["distilled"]["stderr"] is None
+    assert "Tasks of lm-eval." not in render(make_report({"a": make_results()}))
 
 
 def test_a_single_seed_is_reported_to_prove_little():

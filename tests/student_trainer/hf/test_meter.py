@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from logit_codec import select
-from student_trainer.training.meter import CHUNK_ROWS, Meter, cross_entropy_sum, means
+from student_trainer.hf.meter import CHUNK_ROWS, Meter, cross_entropy_sum, means
 
 VOCAB = 50
 

@@ -80,12 +80,15 @@ class TrainerMeter:
         self.num_without = 0
         self._waiting_s = 0.0
         self._busy_s = 0.0
+        self.total_waiting_s = 0.0
+        """Seconds that this process has waited for targets since the training began."""
         self._began_s = time.perf_counter()
 
     def begin_step(self, began_s: float, waited_s: float) -> None:
         """Notes when a step began, and how long it waited for targets."""
         self._began_s = began_s
         self._waiting_s += waited_s
+        self.total_waiting_s += waited_s
 
     def end_step(self) -> None:
         """Notes that the step has ended."""
