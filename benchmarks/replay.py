@@ -33,7 +33,7 @@ from examples import demo_teacher
 from examples.demo_teacher import SEQUENCE, WARMUP
 from logit_codec import Targets
 from student_trainer import LocalTeacher, Recorded, data, distillation_loss
-from student_trainer.training.optimizers import make_optimizers
+from student_trainer.training.optimizers import make_muon
 
 LEARNING_RATE = 1e-2
 TOKENS = 20_480
@@ -121,7 +121,7 @@ def train(
     learning_rate: float,
 ) -> list[float]:
     """Trains on (batch, targets) pairs, on the labels where targets is None; a loss per epoch."""
-    optimizers = make_optimizers(student, "muon", learning_rate)
+    optimizers = [make_muon(student, learning_rate=learning_rate)]
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(one, lambda step: min(1.0, (step + 1) / WARMUP))
         for one in optimizers

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from student_trainer import disk
 from student_trainer.client.remote import RemoteTeacher
-from student_trainer.commands.student import find_student
+from student_trainer.commands.student import find_student, make_hub_repo, push_student
 from student_trainer.config import TrainConfig
 from student_trainer.errors import FailedElsewhere, Interrupted, NotWritten, TrainingFailed
 from student_trainer.record.recorded import Recorded
@@ -133,6 +133,8 @@ def _opened(config: TrainConfig) -> Iterator[tuple[Student, RemoteTeacher | Reco
     """
     read = read_student(config.student)
     find_texts(config)
+    if config.push_to_hub:
+        ranks.share(lambda: make_hub_repo(config, config.output))
     with ExitStack() as ending:
         if ranks.is_first():
             ending.callback(disk.give_room, config.output)
@@ -228,4 +230,6 @@ def write_report(config: TrainConfig, results: Results) -> int:
     print(
         f"written: {config.output / 'report.html'}, report.json, results.json, loss.png, student/"
     )
+    if config.push_to_hub:
+        print(f"uploaded: {push_student(config, config.output)}")
     return 1 if found["verdict"] == "diverged" else 0

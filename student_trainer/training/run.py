@@ -32,7 +32,7 @@ from student_trainer.training.held_out import HeldOut
 from student_trainer.training.results import StudentResults
 from student_trainer.training.shuffled_control import ShuffledTeacher
 from student_trainer.training.students import (
-    find_device,
+    check_student_options,
     make_student,
     outline,
     student_digest,
@@ -80,7 +80,7 @@ def check_settings(config: CorpusConfig) -> None:
             raise ValueError("--streaming data has no epochs that could be counted: give --steps")
         check_arguments(make_distillation_arguments(config, is_aligned=True))
         if not config.workers:  # theirs may be on other machines
-            find_device(config)
+            check_student_options(config)
             make_training_arguments(config, config.output)
 
 
