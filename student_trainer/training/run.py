@@ -119,10 +119,12 @@ def check_teacher(config: CorpusConfig, teacher: RemoteTeacher | Recorded, stude
 
 
 @contextmanager
-def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher | Recorded]:
+def open_teacher(
+    config: CorpusConfig, tokenizer: Any, *, write: bool = True
+) -> Iterator[RemoteTeacher | Recorded]:
     """The teacher that the run is to learn from: served, recorded, or both.
 
-    Raises ValueError if its sequences cannot be as long as those of the run.
+    write: whether what a record lacks is added to it. Raises ValueError if its sequences cannot be as long as those of the run.
     """
     with ExitStack() as ending:
         live = None
@@ -136,7 +138,9 @@ def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher
                     f"{config.teacher}, got {config.sequence_length}"
                 )
         if config.record:
-            record = Recorded(config.record, live, tokenizer=tokenizer, draws=config.draws)
+            record = Recorded(
+                config.record, live, tokenizer=tokenizer, draws=config.draws, write=write
+            )
             yield ending.enter_context(record)
         else:
             assert live is not None

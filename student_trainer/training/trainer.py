@@ -85,6 +85,11 @@ class StudentTrainer(DistillationTrainer):
         self.add_callback(self.progress)
         self.add_callback(_RunCallback(self))
 
+    @property
+    def has_fused_loss(self) -> bool:
+        """Whether the steps so far have made no logits in full."""
+        return self.teacher is not None and self._batch_loss.head is not None
+
     def run(self) -> StudentResults:
         """Trains from the newest checkpoint, if there is one, and measures the student.
 
