@@ -11,7 +11,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer import Recorded, connect, data, distillation_loss
-from student_trainer.training.loop import held_out_loss
 
 SEQUENCES, HELD_OUT, EPOCHS, DRAWS = 240, 128, 16, 4
 BATCH, LEARNING_RATE = 8, 3e-3
@@ -51,7 +50,9 @@ def main(address: str, folder: str, record: str, *texts: str) -> dict[str, list[
             optimizer.step()
             optimizer.zero_grad()
             if step % per_epoch == 0:
-                losses.append(held_out_loss(student, held_out))
+                student.eval()
+                with torch.no_grad():
+                    losses.append(float(student(input_ids=held_out, labels=held_out).loss))
                 student.train()
         return losses
 
