@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from student_trainer.training.loop import held_out_loss
 from torch import Tensor, nn
 
 from examples import demo_teacher
 from examples.demo_teacher import SEQUENCE, WARMUP
 from logit_codec import Targets
 from student_trainer import LocalTeacher, Recorded, data, distillation_loss
-from student_trainer.training.loop import held_out_loss
 from student_trainer.training.optimizers import make_optimizers
 
 LEARNING_RATE = 1e-2

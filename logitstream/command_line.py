@@ -8,13 +8,11 @@ refuses becomes one line per mistake, which says what was given and what is allo
 import difflib
 import json
 import re
-import tomllib
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any
 
 import pydantic
 from cyclopts import App, Parameter, Token
@@ -22,7 +20,23 @@ from cyclopts.argument import Argument, ArgumentCollection
 from cyclopts.config import Env
 from cyclopts.exceptions import CycloptsError, MissingArgumentError
 
+from logitstream.option_arguments import (
+    Names,
+    allowed,
+    allows_none,
+    append_to_table,
+    find,
+    is_list,
+    is_plain,
+    is_table,
+    keys_of,
+    label_argument,
+    meaning,
+    plain,
+    show,
+)
 from logitstream.options import ServiceOptions, Settings
+from logitstream.settings_files import flatten, format_toml, read_settings_file
 
 HELP = ("-h", "--help")
 PREFIX = "LOGITSTREAM"
@@ -37,7 +51,6 @@ SERVICES = (
     "The token of a service comes from --token-file, from the environment variable TEACHER_TOKEN, "
     "or from the variable that a connection file names; it is never an option itself."
 )
-KINDS = {int: "an integer", float: "a number", bool: "true or false"}
 
 Command = type[Settings]
 
@@ -85,8 +98,10 @@ def parse(prog: str, group: Group, arguments: Sequence[str]) -> Any:
             what = f"{tokens[0][:40]!r} is not a command{_suggest(tokens[0], command.commands)}"
         see = f"; see {' '.join([prog, *path])} --help"
         raise WrongUsage([f"{what}: give {' or '.join(command.commands)}{see}"])
-    return _Reader(" ".join([prog, *path]), path[-1], command, siblings).read(
-        tokens, Env(f"{_prefix(path)}_", command=False)
+    prefix = f"{_prefix(path)}_"
+    names = Names(command.aliases, prefix)
+    return _Reader(" ".join([prog, *path]), path[-1], command, siblings, names).read(
+        tokens, Env(prefix, command=False)
     )
 
 
@@ -97,8 +112,9 @@ def read_settings(
 
     where: what messages call the table. Raises WrongUsage.
     """
-    reader = _Reader(f"{prog} {name}", name, command, Group("", {name: command}))
-    reader.tables.append((where, _flatten(settings)))
+    names = Names(command.aliases)
+    reader = _Reader(f"{prog} {name}", name, command, Group("", {name: command}), names)
+    reader.tables.append((where, flatten(settings)))
     return reader.read([])
 
 
@@ -161,7 +177,7 @@ def _show_default(value: Any) -> str | None:
     """Shows a default in the help, unless it is empty."""
     if isinstance(value, list | tuple):
         value = " ".join(map(str, value))
-    return None if value is None or value is False or value == "" else str(value)
+    return None if value is None or value is False or value in ("", {}) else str(value)
 
 
 @dataclass(slots=True)
@@ -173,6 +189,7 @@ class _Reader:
     name: str
     command: Command
     group: Group
+    names: Names
     tables: list[tuple[str, list[tuple[str, Any]]]] = field(default_factory=list)
     """Names of files and the settings in them; a later one wins."""
     arguments: ArgumentCollection = field(init=False)
@@ -182,13 +199,17 @@ class _Reader:
     """Options that a file set to what cannot be read: they are not missing."""
     all_read: bool = True
     """Whether every file could be read: what is missing may be in another."""
+    held: dict[tuple[str, ...], list[Token]] = field(default_factory=dict)
+    """Of each table, what the command line says."""
     dropped_values: bool = False
     """Whether values of an unknown option were dropped: what is missing may be among them."""
 
     def read(self, tokens: list[str], *sources: Any) -> Settings:
         """Returns the configuration. sources: what cyclopts is to read before files. Raises
         WrongUsage."""
-        app = _make_app(self.name, self.command, config=[*sources, self.read_files])
+        app = _make_app(
+            self.name, self.command, config=[self.hold_tables, *sources, self.read_files]
+        )
         self.arguments = app.assemble_argument_collection()
         tokens = self._drop_unknown(tokens)
         settings, print_config, invalid = None, False, None
@@ -221,55 +242,100 @@ class _Reader:
 
     # Sources.
 
+    def hold_tables(self, app: App, commands: Any, arguments: ArgumentCollection) -> None:
+        """Takes away what the command line says of tables: a source of cyclopts', which would not
+        read the environment's share of a table too."""
+        for argument in arguments:
+            if is_table(argument):
+                self.held[argument.keys], argument.tokens = argument.tokens, []
+
     def read_files(self, app: App, commands: Any, arguments: ArgumentCollection) -> None:
         """Fills in what neither the command line nor the environment gave: a source of
         cyclopts'."""
         self.arguments = arguments
         for argument in arguments:
-            if [token.value for token in argument.tokens] == ["None"] and _allows_none(argument):
+            if [token.value for token in argument.tokens] == ["None"] and allows_none(argument):
                 argument.tokens = [argument.tokens[0].evolve(value="", implicit_value=None)]
+            if is_table(argument):
+                self._settle_table(argument)
+        for argument in arguments:
+            for token in argument.tokens:
+                if token.source != "cli":
+                    self.names.note(argument, token)
         for token in arguments["--config"].tokens:
             self._read_file(Path(token.value))
         for where, settings in reversed(self.tables):
             given = {id(argument) for argument in arguments if argument.tokens}
             for key, value in settings:
                 self._read_setting(where, key, value, given)
+        self.mistakes += self.names.settle(arguments)
 
     def _read_file(self, path: Path) -> None:
-        is_yaml = path.suffix in (".yaml", ".yml")
         try:
-            text = path.read_text()
-            content = _load_yaml(text) if is_yaml else tomllib.loads(text)
-            self.tables.append((str(path), _flatten(content)))
+            self.tables.append((str(path), read_settings_file(path)))
             return
         except OSError as error:
             self.mistakes.append(f"cannot read {path}: {error.strerror}")
-        except (ValueError, RecursionError) as error:
-            why = "it is nested too deep" if isinstance(error, RecursionError) else error
-            self.mistakes.append(f"{path} is not {'YAML' if is_yaml else 'TOML'}: {why}")
+        except ValueError as error:
+            self.mistakes.append(str(error))
         self.all_read = False
 
     def _read_setting(self, where: str, key: str, value: Any, given: set[int]) -> None:
         name = key.replace("_", "-")
-        argument, label = _find(self.arguments, f"--{name}"), f"{key} in {where}"
+        argument, label = self._find_owner(name), f"{key} in {where}"
         if argument is None or name in ("config", "print-config"):
             if self.group.files_of.get(self.name) not in self._takers(name):
                 self.mistakes.append(self._explain_unknown(label, name, ""))
             return
+        token = Token(keyword=key, source=where)
+        if is_table(argument):
+            if "." not in key and value != {}:
+                self.mistakes.append(f"{label} must be a table, got {show(value)}")
+            if "." not in key:
+                return
+            append_to_table(argument, token.evolve(implicit_value=value, keys=keys_of(key)))
+            return
+        if self.names.find_conversion(token) is not None:
+            value = json.dumps(value).strip('"')
         is_flag = argument.hint is bool
-        values = value if isinstance(value, list) and _is_list(argument) else [value]
-        if not (value is None and _allows_none(argument)) and not all(
-            _is_plain(one) and isinstance(one, bool) is is_flag for one in values
+        values = value if isinstance(value, list) and is_list(argument) else [value]
+        if not (value is None and allows_none(argument)) and not all(
+            is_plain(one) and isinstance(one, bool) is is_flag for one in values
         ):
-            self.mistakes.append(f"{label} must be {_allowed(argument)}, got {_show(value)}")
+            self.mistakes.append(f"{label} must be {allowed(argument)}, got {show(value)}")
             self.refused.add(argument.keys)
-        elif id(argument) in given:
-            pass
-        elif is_flag or value in (None, []):
-            argument.append(Token(keyword=key, source=where, implicit_value=value))
+            return
+        self.names.note(argument, token)
+        if id(argument) in given:
+            return
+        if is_flag or value in (None, []):
+            argument.append(token.evolve(implicit_value=value))
         else:
             for index, one in enumerate(values):
-                argument.append(Token(keyword=key, source=where, index=index, value=str(one)))
+                argument.append(token.evolve(index=index, value=str(one)))
+
+    # Aliases, and tables whose names are not ours.
+
+    def _find_owner(self, name: str) -> Argument | None:
+        """Returns the option of a name; a name in a table may be that of an option too."""
+        argument = find(self.arguments, f"--{name}")
+        keys = keys_of(name)
+        if argument is not None and is_table(argument) and len(keys) == 1:
+            is_shared = keys[0] in self.command.shared_names
+            return find(self.arguments, f"--{keys[0]}") if is_shared else argument
+        return argument
+
+    def _settle_table(self, argument: Argument) -> None:
+        """Gives what belongs to other options to them; the first source of a name wins."""
+        tokens = [*self.held.pop(argument.keys, ()), *argument.tokens]
+        argument.tokens = []
+        for token in tokens:
+            keys = tuple(key.replace("-", "_") for key in token.keys)
+            owner = self._find_owner(".".join([argument.name.lstrip("-"), *keys]))
+            if owner is None or owner is argument:
+                append_to_table(argument, token.evolve(keys=keys))
+            else:
+                owner.append(token.evolve(keys=()))
 
     def _drop_unknown(self, tokens: Sequence[str]) -> list[str]:
         """Reports unknown options; drops them and their values, which may be secret, unseen."""
@@ -280,8 +346,14 @@ class _Reader:
                 return [*kept, *tokens[index:]]
             if re.match("--?[A-Za-z]", token):
                 flag = token.partition("=")[0]
-                dropping = _find(self.arguments, flag) is None
-                if dropping:
+                argument = self._find_owner(flag.lstrip("-").replace("_", "-"))
+                dropping = argument is None
+                if argument is not None and is_table(argument) and "." not in flag:
+                    self.mistakes.append(f"{flag} is a table: give {flag}.NAME VALUE")
+                    dropping = True
+                elif argument is not None:
+                    self.names.note(argument, Token(keyword=flag, source="cli"))
+                else:
                     self.mistakes.append(self._explain_unknown(flag, flag.lstrip("-"), "--"))
             elif dropping:
                 self.dropped_values = True
@@ -298,7 +370,7 @@ class _Reader:
             for other, command in self.group.commands.items()
             if not isinstance(command, Group)
             and command is not self.command
-            and _find(_make_app(other, command).assemble_argument_collection(), f"--{name}")
+            and find(_make_app(other, command).assemble_argument_collection(), f"--{name}")
         ]
 
     def _explain_unknown(self, label: str, name: str, dashes: str) -> str:
@@ -310,7 +382,9 @@ class _Reader:
             )
         if takers := self._takers(name):
             return f"{label} is an option of {' and '.join(takers)}, not of {self.name}"
-        names = [argument.name.lstrip("-") for argument in self.arguments if argument.show]
+        if more := self.command.explain_unknown(name.replace("-", "_")):
+            return f"{label} is not an option of {self.name}: {more}"
+        names = [name.lstrip("-") for one in self.arguments if one.show for name in one.names]
         return f"{label} is not an option of {self.name}{_suggest(name, names, dashes)}"
 
     def _explain_usage(self, error: CycloptsError) -> str:
@@ -319,9 +393,9 @@ class _Reader:
         if argument is None:
             return str(error)
         if token is not None:
-            return f"{token.keyword} must be {_allowed(argument)}, got {token.value[:40]!r}"
+            return f"{token.keyword} must be {allowed(argument)}, got {token.value[:40]!r}"
         keyword = getattr(error, "keyword", None) or argument.name
-        return f"{keyword} needs {_allowed(argument)}, got nothing"
+        return f"{keyword} needs {allowed(argument)}, got nothing"
 
     def _explain_unused(self, token: str, tokens: list[str]) -> str:
         """Explains a value that belongs to no option."""
@@ -330,8 +404,8 @@ class _Reader:
             self.all_read = False
             return f"{text}: give @{token} to read options from it"
         before = [one for one in tokens[: tokens.index(token)] if one.startswith("--")]
-        argument = _find(self.arguments, before[-1].partition("=")[0]) if before else None
-        if argument is None or _is_list(argument):
+        argument = find(self.arguments, before[-1].partition("=")[0]) if before else None
+        if argument is None or is_list(argument):
             return text
         return f"{text}: {argument.name} takes {'no' if argument.hint is bool else 'one'} value"
 
@@ -340,124 +414,33 @@ class _Reader:
         for found in error.errors():
             argument = by_keys.get(tuple(key for key in found["loc"] if isinstance(key, str)))
             if argument is None:  # found by a validator of the whole
-                self.mistakes.append(_plain(found))
+                self.mistakes.append(plain(found))
             elif found["type"] == "missing":
                 may_be_dropped = self.dropped_values and argument.index is not None
                 if self.all_read and not may_be_dropped and argument.keys not in self.refused:
-                    self.mistakes.append(f"{_label(argument)} is missing: {_meaning(argument)}")
+                    self.mistakes.append(
+                        f"{label_argument(argument)} is missing: {meaning(argument)}"
+                    )
+            elif is_table(argument):  # whose validator names what is wrong, one line for each
+                self.mistakes += plain(found).splitlines()
             elif found["type"] == "value_error":  # of a validator, which says what is allowed
-                self.mistakes.append(f"{_label(argument)}: {_plain(found)}")
+                self.mistakes.append(f"{label_argument(argument)}: {plain(found)}")
             else:
                 got = found["input"] if "than" in found["type"] else repr(found["input"])
-                self.mistakes.append(f"{_label(argument)} {_plain(found)}, got {got}")
-
-
-def _load_yaml(text: str) -> dict[Any, Any]:
-    """Reads the settings in YAML. Raises ValueError."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    if not isinstance(content, dict | None):
-        raise ValueError("it holds no settings, such as `steps: 100`")
-    return content or {}
-
-
-def _find(arguments: ArgumentCollection, flag: str) -> Argument | None:
-    """Returns the option of a flag, such as "--batch.max-tokens"."""
-    try:
-        argument, _, _ = arguments.match(flag.replace("_", "-"))
-    except ValueError:
-        return None
-    return None if argument.children else argument
-
-
-def _allows_none(argument: Argument) -> bool:
-    return types.NoneType in get_args(argument.hint)
-
-
-def _is_list(argument: Argument) -> bool:
-    return get_origin(argument.hint) in (list, tuple)
-
-
-def _label(argument: Argument) -> str:
-    """Names an option as it was given: as a flag, a variable or a setting in a file."""
-    token = argument.tokens[0] if argument.tokens else None
-    if token is None or token.keyword is None:
-        return argument.name if argument.index is None else argument.name.lstrip("-").upper()
-    in_file = token.source not in ("cli", "env")
-    return f"{token.keyword} in {token.source}" if in_file else token.keyword
-
-
-def _meaning(argument: Argument) -> str:
-    """Returns the first sentence of an option's help."""
-    return re.split(r"(?<=\w)\. |[;.]$", argument.parameter.help or "")[0]
-
-
-def _allowed(argument: Argument) -> str:
-    """Says what an option takes."""
-    if _is_list(argument):
-        return "one or more values"
-    kinds = [argument.hint, *get_args(argument.hint)]
-    for kind in kinds:
-        if get_origin(kind) is Literal:
-            return " or ".join(map(str, get_args(kind)))
-    return next((KINDS[kind] for kind in kinds if kind in KINDS), "a value")
-
-
-def _plain(found: Any) -> str:
-    """Says what pydantic wanted, in our words."""
-    text = found["msg"].removeprefix("Value error, ").partition(", unable to")[0]
-    return re.sub(r"^(Input|String|List|Tuple) should (\w+)", r"must \2", text)
-
-
-def _flatten(content: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Lists all settings of a table; those of a table within it have dotted names."""
-    settings = []
-    for key, value in content.items():
-        if isinstance(value, dict) and value:
-            settings += _flatten(value, f"{prefix}{key}.")
-        else:
-            settings.append((f"{prefix}{key}", value))
-    return settings
-
-
-def _is_plain(value: Any) -> bool:
-    """Tells whether some option can take a value of a file; Python prints no number that is
-    huge."""
-    is_huge = isinstance(value, int) and value.bit_length() > 64
-    return not (value is None or is_huge or isinstance(value, dict | list))
-
-
-def _show(value: Any) -> str:
-    """Shows a value about as it stands in the file."""
-    if isinstance(value, int) and not _is_plain(value):
-        return "a number of more than 64 bits"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_show, value[:3]))}{', ...' if len(value) > 3 else ''}]"
-    if isinstance(value, dict):
-        return "a table"
-    return json.dumps(value[:40] if isinstance(value, str) else value, default=str)
+                self.mistakes.append(f"{label_argument(argument)} {plain(found)}, got {got}")
 
 
 def _format_toml(settings: Settings, arguments: ArgumentCollection) -> str:
     """Writes a configuration as a TOML file that the same command reads."""
     values = settings.model_dump(mode="json")
-    sections: dict[str, list[str]] = {"": []}
+    named: dict[str, Any] = {}
     for argument in arguments:
         value = values
         for key in argument.keys:
             value = value[key]
-        if argument.keys and not argument.children and value is not None:
-            section, _, name = argument.name.lstrip("-").replace("-", "_").rpartition(".")
-            text = json.dumps(value, ensure_ascii=False)
-            sections.setdefault(section, []).append(f"{name} = {text}\n")
-    return "\n".join(
-        (f"[{section}]\n" if section else "") + "".join(lines)
-        for section, lines in sections.items()
-    )
+        if argument.keys and not argument.children:
+            named[argument.name.lstrip("-").replace("-", "_")] = value
+    return format_toml(named)
 
 
 def _suggest(name: str, names: Iterable[str], dashes: str = "") -> str:

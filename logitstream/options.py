@@ -1,7 +1,9 @@
 """What the options of both programs have in common: their base class, and how to reach a service."""
 
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pydantic
 from cyclopts import Group, Parameter
@@ -10,8 +12,22 @@ from logitstream import logs
 from logitstream.connection import check_address
 
 
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """The name that another program has for an option."""
+
+    option: str
+    convert: Callable[[str, Mapping[str, str]], str] | None = None
+    """Turns a value under this name into the option's own, given all options' values as text."""
+
+
 class Settings(pydantic.BaseModel):
     """Base of commands and of their sections. A field with kw_only=False is positional too."""
+
+    aliases: ClassVar[Mapping[str, Alias]] = {}
+    """Other names of options, by which flags, files and the environment may call them too."""
+    shared_names: ClassVar[Collection[str]] = ()
+    """Of those and of options, the names that a table may hold too, with the same meaning."""
 
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
@@ -23,6 +39,25 @@ class Settings(pydantic.BaseModel):
             # cyclopts also takes a field by position unless the field is keyword-only.
             info.kw_only = info.kw_only is not False
             info.description = " ".join((info.description or "").split())
+        for name, info in cls.model_fields.items():
+            others = [f"--{one.replace('_', '-')}" for one in cls.find_aliases(name)]
+            if others:
+                known = [one for one in info.metadata if not isinstance(one, _Aliased)]
+                info.metadata = [*known, _Aliased(alias=others)]
+
+    @classmethod
+    def find_aliases(cls, option: str) -> list[str]:
+        """Returns the other names of an option."""
+        return [name for name, alias in cls.aliases.items() if alias.option == option]
+
+    @classmethod
+    def explain_unknown(cls, name: str) -> str:
+        """Says what to do instead of giving an option of this name, if there is more to say."""
+        return ""
+
+
+class _Aliased(Parameter):
+    """Marks the parameter that carries an option's aliases."""
 
 
 LOGGING = Group("Logging", sort_key=1)

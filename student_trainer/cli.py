@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 something went wrong, 2 command line or configuration, 130
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -28,23 +29,33 @@ RUNNERS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    # Of several processes that torchrun or accelerate launch started, all but the first say so.
+    rank, count = (int(os.environ.get(key, "0")) for key in ("RANK", "WORLD_SIZE"))
+    name = f"student-trainer: process {rank} of {count}" if rank else "student-trainer"
     try:
         config = parse("student-trainer", COMMANDS, sys.argv[1:] if argv is None else argv)
     except WrongUsage as error:
         for mistake in error.mistakes:
-            print(f"student-trainer: {mistake}", file=sys.stderr)
+            print(f"{name}: {mistake}", file=sys.stderr)
         return 2
+    if rank:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     log_above_bars(config)
-    from student_trainer.errors import TeacherError, TrainingFailed
+    if rank:
+        logging.getLogger().setLevel(logging.WARNING)
+    from student_trainer.errors import FailedElsewhere, TeacherError, TrainingFailed
 
     try:
         module, _, function = RUNNERS[type(config)].partition(".")
         return getattr(import_module(f"student_trainer.commands.{module}"), function)(config)
     except KeyboardInterrupt:
-        print("student-trainer: interrupted", file=sys.stderr)
+        if not rank:
+            print(f"{name}: interrupted", file=sys.stderr)
         return 130
+    except FailedElsewhere:
+        return 1
     except (TeacherError, TrainingFailed, OSError, ValueError) as error:
-        print(f"student-trainer: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
 
 

@@ -1,13 +1,16 @@
 """Declares every option of `student-trainer`, one class for each command."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from logitstream.connection import check_address
 from logitstream.options import AddressedService, Json, ServiceOptions, Settings
+from student_trainer import trainer_fields
+from student_trainer.aliases import ADVICE, ALIASES
 
 
 class MayChange:
@@ -33,6 +36,9 @@ def parse_count(text: str) -> int:
 
 class CorpusConfig(ServiceOptions):
     """Which teacher to ask for which targets of which text."""
+
+    aliases: ClassVar = ALIASES
+    shared_names: ClassVar = trainer_fields.OPTIONS
 
     teacher: Annotated[str, MayChange] = ""
     """HOST:PORT of the service, or a connection file (*.toml) of it; not needed if --record is
@@ -88,10 +94,32 @@ class CorpusConfig(ServiceOptions):
     seed: Annotated[int, MayDiffer] = Field(default=0, ge=0)
     """Seed of the student's random weights, the order of the data and the teacher's draws."""
 
+    @model_validator(mode="after")
+    def _check_data(self) -> Self:
+        if self.data_weights and len(self.data_weights) != len(self.data):
+            raise ValueError(
+                f"--data-weights must have one number for each --data: {len(self.data)}, got "
+                f"{len(self.data_weights)}"
+            )
+        if self.streaming and not (self.held_out or self.held_out_split):
+            raise ValueError(
+                "--streaming needs --held-out or --held-out-split: nothing can be held out of data "
+                "that is not read before it is trained on"
+            )
+        return self
+
     @field_validator("teacher")
     @classmethod
     def _check_teacher(cls, teacher: str) -> str:
         return check_address(teacher) if teacher else teacher
+
+    @classmethod
+    def explain_unknown(cls, name: str) -> str:
+        if name in trainer_fields.REFUSED:
+            return trainer_fields.REFUSED[name]
+        if name in trainer_fields.FREE | trainer_fields.MEASURING | trainer_fields.DECIDING:
+            return f"set {name} in the table [training], or give {_flag(f'training.{name}')}"
+        return ADVICE.get(name, "")
 
 
 class RecordConfig(CorpusConfig):
@@ -187,6 +215,18 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+Schedule = Literal[
+    *("linear", "cosine", "constant", "wsd", "constant_with_warmup", "cosine_with_restarts"),
+    *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial", "inverse_sqrt"),
+    *("reduce_lr_on_plateau", "greedy"),
+]
+"""wsd, and schedules of transformers by their own names."""
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
+]
+Reporter = Literal["wandb", "trackio", "tensorboard", "none"]
+
+
 class TrainConfig(StudentOptions, CorpusConfig):
     """Train a student on a served teacher's distributions."""
 
@@ -196,18 +236,27 @@ class TrainConfig(StudentOptions, CorpusConfig):
     """Sequences per batch, over all processes."""
     accumulation: int = Field(default=1, ge=1)
     """Batches per optimizer step."""
-    steps: int = Field(default=1000, ge=1)
-    """Optimizer steps."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps. Default: 1000, unless --epochs is given."""
+    epochs: Annotated[float | None, MayChange] = Field(default=None, gt=0)
+    """Passes over the data, instead of --steps."""
     learning_rate: float = Field(default=3e-4, gt=0)
-    """Peak learning rate; linear warm-up, then linear decay to zero."""
-    warmup_steps: int = Field(default=10, ge=0)
-    """Steps of warm-up."""
+    """Peak learning rate."""
+    schedule: Schedule = "linear"
+    """How the learning rate goes on after the warm-up: linear and cosine fall to zero, constant has
+    no warm-up, wsd is constant and falls over the last fifth of the steps. [training]
+    lr_scheduler_kwargs has more."""
+    warmup_steps: float = Field(default=10, ge=0)
+    """Steps of linear warm-up; below 1, a share of all steps."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient: a larger one is scaled down to it. 0 leaves all as they are."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the layers, AdamW for everything else."""
-    divergence: str = "forward_kl"
-    """Divergence from the teacher: forward_kl, reverse_kl, jsd, ..."""
+    divergence: Divergence = "forward_kl"
+    """Divergence from the teacher."""
     beta: float | None = None
-    """Parameter of the divergences that have one."""
+    """Parameter of jsd, skew_kl and skew_reverse_kl. Without --divergence, as in TRL: 0 is
+    forward_kl, 1 reverse_kl, and in between jsd."""
     kd_weight: float = Field(default=1.0, ge=0)
     """Weight of the divergence from the teacher."""
     ce_weight: float = Field(default=0.0, ge=0)
@@ -215,8 +264,12 @@ class TrainConfig(StudentOptions, CorpusConfig):
     ahead: Annotated[str, MayChange] = "30s"
     """How far to request targets ahead of training: for a time, using up to 512 MiB of memory
     ("30s,2048MiB": up to that), or a number of batches."""
-    training: dict[str, Any] = {}
-    """Table of fields of transformers' TrainingArguments, by their own names."""
+    training: dict[str, Any] = Field(default={})
+    """Table of any other fields of transformers' TrainingArguments, by their own names:
+    --training.bf16 true, or bf16 = true below [training] in a file."""
+    early_stopping: int = Field(default=0, ge=0)
+    """Stop after so many measurements on the held-out text without a smaller loss, and go back to the
+    student of the smallest. 0 never stops."""
     control: Annotated[bool, MayChange] = False
     """Also train a second student on labels alone: same seed, data order and steps."""
     shuffled_control: Annotated[bool, MayChange] = False
@@ -232,6 +285,8 @@ class TrainConfig(StudentOptions, CorpusConfig):
     """Steps between updates of the progress bar, and between points in --tensorboard."""
     tensorboard: Annotated[bool, MayChange] = False
     """Write curves to output/tensorboard."""
+    report_to: Annotated[list[Reporter], MayChange] = Field(default=[])
+    """Where to send curves: wandb, trackio, tensorboard (the same as --tensorboard) or none."""
     checkpoint_every: Annotated[int, MayChange] = Field(default=0, ge=0)
     """Steps between two checkpoints in output/checkpoints; 0 writes none."""
     keep_checkpoints: Annotated[int, MayChange] = Field(default=2, ge=1)
@@ -241,12 +296,80 @@ class TrainConfig(StudentOptions, CorpusConfig):
     device: Annotated[str, MayChange] = "auto"
     """auto, cpu or cuda."""
     workers: Annotated[int, MayChange] = Field(default=0, ge=0)
-    """Processes that train together with Ray Train, each on a share of every batch, with a stream
-    of its own, and on GPUs with a GPU of its own. 0: this process, without Ray."""
+    """Processes that train together with Ray Train, each on an equal share of every batch, with a
+    stream of its own, and on GPUs with a GPU of its own. 0: this process, or those that torchrun or
+    accelerate launch started."""
     ray_address: Annotated[str, MayChange] = ""
     """Ray cluster to run the workers on: HOST:PORT or auto. By default they run on this machine."""
     max_failures: Annotated[int, MayChange] = Field(default=3, ge=0)
-    """How often to restart the workers from the newest checkpoint after one of them failed."""
+    """How often to restart the workers after one of them failed: from the newest checkpoint, or at
+    step 0 without --checkpoint-every."""
+
+    dry_run: Annotated[bool, MayChange] = False
+    """Read data and teacher, measure a few steps, print what the run would take, and stop. Nothing is
+    written."""
+    as_json: Annotated[Json, MayChange] = False
+    """Print the results, or those of --dry-run, as JSON."""
+
+    @field_validator("training")
+    @classmethod
+    def _check_training(cls, table: dict[str, Any]) -> dict[str, Any]:
+        return trainer_fields.check_fields(table)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        """Chooses what is not given by what is."""
+        if not isinstance(given, dict):
+            return given
+        filled = dict(given)
+        if filled.get("steps") is None and filled.get("epochs") is None:
+            filled["steps"] = 1000
+        if filled.get("schedule") == "constant":
+            filled.setdefault("warmup_steps", 0)
+        if "tensorboard" in (filled.get("report_to") or ()):
+            filled["tensorboard"] = True
+        if filled.get("beta") is not None and "divergence" not in filled:
+            try:
+                beta = float(filled["beta"])
+            except (TypeError, ValueError):
+                return filled  # and is refused
+            ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
+            filled["divergence"] = ends.get(beta, "jsd")
+            if beta in ends:
+                del filled["beta"]
+        return filled
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("--steps and --epochs both say how long to train: give one of them")
+        if self.schedule == "constant" and self.warmup_steps:
+            raise ValueError(
+                "--schedule constant has no warm-up: give --schedule constant_with_warmup, or leave "
+                "--warmup-steps out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_divergence(self) -> Self:
+        has_beta = self.divergence in ("jsd", "skew_kl", "skew_reverse_kl")
+        if self.beta is not None and not has_beta:
+            raise ValueError(f"--divergence {self.divergence} has no --beta: leave it out")
+        if self.divergence == "jsd" and self.beta is not None and not 0 < self.beta < 1:
+            raise ValueError(
+                f"--beta of jsd must be between 0 and 1, got {self.beta:g}. Without --divergence, "
+                "--beta 0 is forward_kl and 1 is reverse_kl"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_optimizer(self) -> Self:
+        if self.optimizer == "muon" and "optim" in self.training:
+            raise ValueError(
+                "--optimizer muon and [training] optim both choose one: give one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -262,10 +385,10 @@ class TrainConfig(StudentOptions, CorpusConfig):
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:
-        if self.workers > self.batch_size:
+        if self.workers and self.batch_size % self.workers:
             raise ValueError(
-                f"--workers must be at most --batch-size {self.batch_size}, got {self.workers}: "
-                "each trains at least one sequence of a batch"
+                f"--batch-size must be a multiple of --workers {self.workers}, which share each batch "
+                f"equally; got {self.batch_size}"
             )
         if self.ray_address and not self.workers:
             raise ValueError("--ray-address is for several workers: give --workers N too")
@@ -282,6 +405,18 @@ def marked(*marks: type[Any]) -> set[str]:
     return names | {
         name for name, info in TrainConfig.model_fields.items() if {*marks} & {*info.metadata}
     }
+
+
+def find_deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a training run that decide its result, of all of them as JSON."""
+    free = marked(MayChange)
+    table = trainer_fields.find_deciding(
+        settings.get("training", {}),
+        by_measurements=bool(settings.get("early_stopping"))
+        or settings.get("schedule") in ("reduce_lr_on_plateau", "greedy"),
+    )
+    found = {name: value for name, value in settings.items() if name not in free}
+    return {**found, "training": table}
 
 
 class ReportConfig(Settings):

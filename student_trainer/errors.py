@@ -105,3 +105,7 @@ class TrainingFailed(RuntimeError):
 
 class NotWritten(OSError):
     """A run cannot write a file, mostly because the disk is full; the message names it."""
+
+
+class FailedElsewhere(RuntimeError):
+    """Another process of a run failed with the error that this one holds, and says so itself."""

@@ -101,8 +101,9 @@ class DistillationMixin(_Trainer):
         self._batch_loss = BatchLoss(
             self.distillation,
             self._meter,
-            may_fuse=not self.args.torch_compile,
-            unwrap=lambda model: self.accelerator.unwrap_model(model),
+            used_ids=self.teacher.info.effective_vocab_size or self.teacher.info.vocab_size,
+            may_fuse=True,
+            unwrap=lambda model: self.accelerator.unwrap_model(model, keep_torch_compile=False),
         )
         self.add_callback(_Callback(self))
 

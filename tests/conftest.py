@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from tests.support import tiny
 torch.set_num_threads(2)
 # The client sets it too; which test file is imported first, and with it gRPC, is chance.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+if "HF_DATASETS_CACHE" not in os.environ:  # of this run of the tests, not the user's
+    DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="datasets-")
+    os.environ["HF_DATASETS_CACHE"] = DATASETS_CACHE.name
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A script's `make test &` has it ignored, and so would have every program that a test interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)

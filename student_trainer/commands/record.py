@@ -1,50 +1,47 @@
 """`student-trainer record`: records a teacher's targets without training."""
 
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
 
 from student_trainer.commands.show import show
 from student_trainer.commands.student import find_student
 from student_trainer.config import RecordConfig
-from student_trainer.training.corpus import check_ids, find_texts, read_corpus
+from student_trainer.record.recorded import Recorded
+from student_trainer.teachers.layout import split_batch
+from student_trainer.training.corpus import Corpus, check_ids, find_texts, read_corpus
+
+
+@dataclass(slots=True)
+class _Found:
+    """Counts what the data has, in all draws."""
+
+    sequences: int = 0
+    """As the teacher is asked for them: of a row with isolated documents, each of these."""
+    missing_tokens: int = 0
 
 
 def run_record(config: RecordConfig) -> int:
     """Requests the targets that the record lacks, of data and held-out text; prints what it has."""
-    import torch
-    from tqdm import tqdm
-
-    from student_trainer.record.recorded import Recorded
     from student_trainer.training import run as runs
 
     runs.check_settings(config)
     student = runs.read_student(find_student(config.student, config.revision))
     find_texts(config)
-    record, sequences = None, torch.empty(0, 0)
+    record, found = None, _Found()
     try:
         with runs.open_teacher(config, student.tokenizer) as record:
             assert isinstance(record, Recorded)
             num_ids = runs.check_teacher(config, record, student)
-            corpus = read_corpus(config, student.tokenizer)
+            corpus = read_corpus(config, student.tokenizer, repeat=False)
             check_ids(corpus, num_ids)
-            sequences = torch.cat([corpus.sequences, corpus.held_out])
             for epoch in range(config.draws):
-                missing = [ids for ids in sequences if not record.has(ids, config.seed, epoch)]
-                pairs = record.stream_batches(
-                    ({"input_ids": ids} for ids in missing),
-                    targets=config.targets,
-                    temperature=config.temperature,
-                    seed=config.seed,
-                    epoch=epoch,
-                )
-                with tqdm(
-                    total=len(missing) * config.sequence_length,
-                    desc=f"recording, draw {epoch + 1} of {config.draws}",
-                    unit=" tokens",
-                    unit_scale=True,
-                    disable=not missing,
-                ) as progress:
-                    for _ in pairs:
-                        progress.update(config.sequence_length)
+                _record_draw(config, record, corpus, epoch, found)
     except KeyboardInterrupt:
         kept = "nothing was requested yet"
         if isinstance(record, Recorded) and len(record):  # closed by now: what arrived is sealed
@@ -59,8 +56,8 @@ def run_record(config: RecordConfig) -> int:
         "record": config.record,
         "sequences": len(record),
         "asked": asked,
-        "already_recorded": len(sequences) * config.draws - asked,
-        "tokens": asked * config.sequence_length,
+        "already_recorded": found.sequences - asked,
+        "tokens": found.missing_tokens,
         "bytes_per_token": record.counters.payload_nbytes / rows if rows else None,
         "targets": record.default_targets,
         "teacher": record.info.model,
@@ -68,3 +65,42 @@ def run_record(config: RecordConfig) -> int:
     }
     show(numbers, as_json=config.as_json)
     return 0
+
+
+def _record_draw(
+    config: RecordConfig, record: Recorded, corpus: Corpus, epoch: int, found: _Found
+) -> None:
+    """Requests what the record lacks of one draw: what a Trainer will ask for, row by row."""
+    total = None
+    if corpus.num_sequences is not None:
+        total = corpus.num_sequences + len(corpus.held_out)
+    with tqdm(
+        chain(corpus.train, corpus.held_out),
+        total=total,
+        desc=f"recording, draw {epoch + 1} of {config.draws}",
+        unit=" rows",
+        unit_scale=True,
+    ) as rows:
+        batches = (corpus.collate([row]) for row in rows)
+        pairs = record.stream_batches(
+            _find_missing(batches, config.seed, epoch, record, found),
+            targets=config.targets,
+            temperature=config.temperature,
+            seed=config.seed,
+            epoch=epoch,
+        )
+        for _ in pairs:
+            pass
+
+
+def _find_missing(
+    batches: Iterator[dict[str, Tensor]], seed: int, epoch: int, record: Recorded, found: _Found
+) -> Iterator[dict[str, Any]]:
+    """Yields the batches of which the record lacks anything, and counts."""
+    for number, batch in enumerate(batches):
+        pieces = split_batch(batch, number)
+        missing = [ids for ids, rows in pieces if not record.has(ids, seed, epoch, rows)]
+        found.sequences += len(pieces)
+        found.missing_tokens += sum(map(len, missing))
+        if missing:
+            yield batch

@@ -8,54 +8,88 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from torch import Tensor
+
 from student_trainer import disk
+from student_trainer.client.remote import RemoteTeacher
 from student_trainer.commands.student import find_student
 from student_trainer.config import TrainConfig
+from student_trainer.errors import FailedElsewhere, Interrupted, NotWritten, TrainingFailed
+from student_trainer.record.recorded import Recorded
+from student_trainer.report import build as report
 from student_trainer.report import model_card
-from student_trainer.training import checkpoints
+from student_trainer.training import checkpoints, ranks
 from student_trainer.training.corpus import check_ids, find_texts, read_corpus
 from student_trainer.training.held_out import HeldOut
-from student_trainer.training.results import Results, TeacherResults
+from student_trainer.training.results import Results, Scores, TeacherResults
 from student_trainer.training.run import (
     NAMES,
     RESULTS_NBYTES,
+    Student,
     check_checkpoints,
     check_settings,
     check_teacher,
+    count_steps,
     folder_of,
     open_teacher,
     read_student,
     train_students,
 )
 from student_trainer.training.students import has_weights
+from student_trainer.training.tasks import Tasks
 
 
 def train(config: TrainConfig) -> Results:
     """Trains the student and the requested controls, and saves the student.
 
-    Raises ValueError, OSError, NotWritten, TrainingFailed, and what a teacher can raise.
+    Where torchrun or accelerate launch runs this in several processes, they train together. Raises
+    ValueError, OSError, NotWritten, TrainingFailed, FailedElsewhere, and what a teacher can raise.
     """
     check_settings(config)
-    settings = config.model_dump(mode="json")
-    config = config.model_copy(update={"student": find_student(config.student, config.revision)})
-    with _make_output(config.output), ExitStack() as ending:
-        # What is refused soon comes before what takes long.
-        read = read_student(config.student)
-        find_texts(config)
-        ending.callback(disk.give_room, config.output)
-        disk.keep_room(config.output, read.nbytes + RESULTS_NBYTES, "the student")
-        teacher = ending.enter_context(open_teacher(config, read.tokenizer))
-        num_ids = check_teacher(config, teacher, read)
-        check_checkpoints(config, None, teacher.info.teacher_fingerprint)
-        corpus = read_corpus(config, read.tokenizer)
+    if not config.workers:
+        return train_here(config)
+    from student_trainer.ray_train.driver import run_workers
+
+    with _make_output(config.output):
+        if config.start_over:  # here, since workers that are started again resume
+            for name in NAMES:
+                checkpoints.clear(folder_of(config, name))
+        with _opened(_with_folder(config)):  # what is refused soon comes before Ray is started
+            pass
+        alike = config.model_copy(update={"start_over": False})
+        results = Results.model_validate_json(run_workers(alike, _train_as_worker))
+    settings = {**config.model_dump(mode="json"), "steps": results.settings["steps"]}
+    return results.model_copy(update={"settings": settings})
+
+
+def train_here(config: TrainConfig) -> Results:
+    """Trains in this process, together with the others that were started like it."""
+    ranks.meet(config.training, on_cpu=config.device == "cpu")
+    named = config.student
+    config = _with_folder(config)
+    with _make_output(config.output), _opened(config) as (read, teacher, num_ids):
+        tasks = Tasks.load(config.eval_tasks, read.tokenizer, limit=config.eval_limit)
+        live = teacher.fallback if isinstance(teacher, Recorded) else teacher
+        ranks.share(lambda: tasks.rehearse(live))
+        corpus = ranks.take_turns(lambda: read_corpus(config, read.tokenizer))
         check_ids(corpus, num_ids)
-        check_checkpoints(config, corpus, teacher.info.teacher_fingerprint)
-        held_out = HeldOut.ask(config, teacher, corpus, num_ids)
-        trained = train_students(config, corpus, teacher, held_out)
+        config = count_steps(config, corpus)
+        ranks.check_same(corpus.digest + corpus.held_out_digest, "the data")
+        fingerprint = teacher.info.teacher_fingerprint
+        ranks.share(lambda: check_checkpoints(config, corpus, fingerprint))
+
+        def ask() -> tuple[Tensor | None, Scores, str]:
+            asked = HeldOut.ask(config, teacher, corpus, num_ids)
+            return asked.best_ids, asked.teacher, asked.unknown
+
+        held_out = HeldOut(corpus.held_out, corpus.collate, *ranks.share(ask), num_ids)
+        trained = train_students(config, corpus, teacher, held_out, tasks)
         info = teacher.info
+        teacher_tasks = ranks.share(lambda: tasks.measure_teacher(live))
     student = trained.student
+    packages = ("logitstream", "torch", "transformers", *(["lm_eval"] if config.eval_tasks else []))
     return Results(
-        settings=settings,
+        settings={**config.model_dump(mode="json"), "student": str(named)},
         data_digest=corpus.digest,
         held_out_digest=corpus.held_out_digest,
         held_out_sequences=len(corpus.held_out),
@@ -64,7 +98,7 @@ def train(config: TrainConfig) -> Results:
         student_license=model_card.license_of(config.student),
         starts_from_weights=has_weights(config.student),
         bytes_per_token=trained.bytes_per_token,
-        versions={name: version(name) for name in ("logitstream", "torch", "transformers")},
+        versions={name: version(name) for name in packages},
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         teacher=TeacherResults(
             model=info.model,
@@ -75,27 +109,64 @@ def train(config: TrainConfig) -> Results:
             vocab_size=info.vocab_size,
             scores=held_out.teacher,
             unknown=held_out.unknown,
+            tasks=teacher_tasks,
         ),
         students=trained.students,
     )
 
 
+def _with_folder(config: TrainConfig) -> TrainConfig:
+    """Returns the settings with the folder of a student that may be on the hub."""
+    student = ranks.take_turns(lambda: find_student(config.student, config.revision))
+    return config.model_copy(update={"student": student})
+
+
+def _train_as_worker(config: TrainConfig) -> str:
+    return train_here(config).model_dump_json()
+
+
+@contextmanager
+def _opened(config: TrainConfig) -> Iterator[tuple[Student, RemoteTeacher | Recorded, int]]:
+    """Yields what the student is, its teacher, and how many ids they share.
+
+    What is refused soon comes before what takes long. Keeps room for what is written last.
+    """
+    read = read_student(config.student)
+    find_texts(config)
+    with ExitStack() as ending:
+        if ranks.is_first():
+            ending.callback(disk.give_room, config.output)
+        nbytes = read.nbytes + RESULTS_NBYTES
+        ranks.share(lambda: disk.keep_room(config.output, nbytes, "the student"))
+        teacher = ending.enter_context(open_teacher(config, read.tokenizer))
+        num_ids = check_teacher(config, teacher, read)
+        fingerprint = teacher.info.teacher_fingerprint
+        ranks.share(lambda: check_checkpoints(config, None, fingerprint))
+        yield read, teacher, num_ids
+
+
 @contextmanager
 def _make_output(folder: Path) -> Iterator[None]:
     """Creates the output folder before anything is computed; removes it if it stays empty."""
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output {folder} cannot be created: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--output {folder} is not writable for this user")
+
+    def make() -> list[Path]:
+        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--output {folder} cannot be created: {error.strerror}") from None
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"--output {folder} is not writable for this user")
+        return missing
+
+    missing = ranks.share(make)
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # a folder that is not empty stays
-            for parent in missing:
-                parent.rmdir()
+        if ranks.is_first():
+            with suppress(OSError):  # a folder that is not empty stays
+                for parent in missing:
+                    parent.rmdir()
         raise
 
 
@@ -118,28 +189,40 @@ def describe_checkpoints(config: TrainConfig) -> str:
 
 def run_train(config: TrainConfig) -> int:
     """Trains the student and the requested controls; prints and writes the report."""
-    from student_trainer.errors import Interrupted, NotWritten
-    from student_trainer.report import build as report
-    from student_trainer.report import model_card
-
-    saved = ""
+    results = None
     try:
         results = train(config)
-        saved = f"the student is saved in {config.output / 'student'}; "
-        found = report.make_report({str(config.output): results})
-        results.save(config.output)
-        report.write_report(config.output / "report.html", found)
-        report.draw_losses(config.output / "loss.png", found)
-        model_card.write_model_card(config.output / "student", results, found)
+        code = ranks.share(lambda: write_report(config, results))
+        ranks.part()
+        return code
     except KeyboardInterrupt as error:
-        where = f" {error}" if isinstance(error, Interrupted) else ""  # workers do not say where
-        kept = describe_checkpoints(config)
-        print(f"student-trainer: interrupted{where}; {kept}", file=sys.stderr)
+        if ranks.is_first():
+            where = (
+                f" {error}" if isinstance(error, Interrupted) else ""
+            )  # workers do not say where
+            kept = describe_checkpoints(config)
+            print(f"student-trainer: interrupted{where}; {kept}", file=sys.stderr)
         return 130
     except NotWritten as error:
+        saved = f"the student is saved in {config.output / 'student'}; " if results else ""
         kept = f"; {saved}{describe_checkpoints(config)}" if config.output.is_dir() else ""
-        print(f"student-trainer: {error}{kept}", file=sys.stderr)
-        return 1
+        raise NotWritten(f"{error}{kept}") from error
+    except RuntimeError as error:
+        if not ranks.has_lost(error):
+            raise
+        if not ranks.is_first():
+            raise FailedElsewhere(error) from error
+        kept = describe_checkpoints(config)
+        raise TrainingFailed(f"another process of the run has ended; {kept}") from error
+
+
+def write_report(config: TrainConfig, results: Results) -> int:
+    """Writes and prints what a run found; returns the exit code. Raises NotWritten."""
+    found = report.make_report({str(config.output): results})
+    results.save(config.output)
+    report.write_report(config.output / "report.html", found)
+    report.draw_losses(config.output / "loss.png", found)
+    model_card.write_model_card(config.output / "student", results, found)
     print(report.format_table(found))
     print("\n".join(found["sentences"]))
     print(

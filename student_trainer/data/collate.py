@@ -34,9 +34,15 @@ class Collator:
         leave out.
         """
         columns = {
-            name: [torch.as_tensor(row[name], dtype=torch.int64) for row in rows]
+            name: [
+                # In a mixture, rows of which all tokens are trained need not have labels.
+                torch.as_tensor(
+                    row["input_ids"] if row.get(name) is None else row[name], dtype=torch.int64
+                )
+                for row in rows
+            ]
             for name in ("input_ids", "labels", "position_ids")
-            if name in rows[0]
+            if any(row.get(name) is not None for row in rows)
         }
         ids = columns["input_ids"]
         lengths = torch.tensor([len(one) for one in ids])

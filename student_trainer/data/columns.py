@@ -232,7 +232,9 @@ def _find_form(row: Mapping[str, Any], place: str, column: str) -> tuple[Form, t
             f"{place}: column {column!r} must hold text, a list of messages or a list of token ids, "
             f"got {type(value).__name__}"
         )
-    found = [form for form, names in COLUMNS.items() if all(name in row for name in names)]
+    found: list[Form] = [
+        form for form, names in COLUMNS.items() if all(name in row for name in names)
+    ]
     if len(found) == 1:
         (form,) = found
         return form, COLUMNS[form]

@@ -6,6 +6,7 @@ tokens are not trained; position_ids, if the row has several documents that must
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -31,8 +32,6 @@ class Counts:
     untrained_documents: int = 0
     untrained_rows: int = 0
     """Of concatenated documents."""
-    left_over: int = 0
-    """Tokens at the end that fill no row."""
 
     def describe(self, length: int) -> list[str]:
         """Says in sentences what was cut, split, and left out."""
@@ -68,16 +67,17 @@ def lay_out(
     counts: Counts,
     *,
     has_labels: bool = False,
+    keep_rest: bool = False,
 ) -> Iterator[Row]:
     """Yields the rows of documents, with at most `length` tokens each, and counts what is cut.
 
-    concatenate: documents one after another, cut wherever a row is full. isolate: several whole
-    documents in a row. pad: one document in a row. has_labels: whether rows have labels; if so, those
-    of documents without any are their ids.
+    concatenate: documents one after another, cut wherever a row is full; with keep_rest the last row
+    may be shorter (of two tokens at least), or else it is left out. isolate: several whole documents in a row. pad: one document
+    in a row. has_labels: whether rows have labels; if so, those of documents without any are their ids.
     """
     counted = _count(documents, counts)
     if packing == "concatenate":
-        rows = _concatenate(counted, length, counts, has_labels)
+        rows = _concatenate(counted, length, counts, has_labels, keep_rest)
     else:
         fitting = _fit(counted, length, counts, may_split=packing == "isolate")
         if packing == "isolate":
@@ -95,7 +95,7 @@ def _count(documents: Iterable[Document], counts: Counts) -> Iterator[Document]:
 
 
 def _concatenate(
-    documents: Iterable[Document], length: int, counts: Counts, has_labels: bool
+    documents: Iterable[Document], length: int, counts: Counts, has_labels: bool, keep_rest: bool
 ) -> Iterator[Row]:
     waiting: list[Document] = []
     size = 0
@@ -108,13 +108,18 @@ def _concatenate(
         end = size - size % length
         for start in range(0, end, length):
             row = {name: values[start : start + length] for name, values in joined.items()}
-            if "labels" in row and not (row["labels"][1:] != IGNORE_INDEX).any():
+            if _is_trained(row):
+                yield row
+            else:
                 counts.untrained_rows += 1
-                continue
-            yield row
         rest = {name: values[end:] for name, values in joined.items()}
         waiting, size = [Document(rest["input_ids"], rest.get("labels"))], size - end
-    counts.left_over += size
+    if keep_rest and waiting and _is_trained(row := _join(waiting, has_labels)):
+        yield row
+
+
+def _is_trained(row: Row) -> bool:
+    return bool((row.get("labels", row["input_ids"])[1:] != IGNORE_INDEX).any())
 
 
 def _fit(
@@ -126,8 +131,9 @@ def _fit(
         parts = [document]
         if size > length and may_split and document.may_split:
             counts.split_documents += 1
-            parts = [_part(document, start, length) for start in range(0, size, length)]
-            parts = [part for part in parts if len(part.ids) > 1]  # a token alone trains nothing
+            bounds = [*range(0, size, length), size]
+            bounds[-2] -= size % length == 1  # a token alone would train nothing
+            parts = [_part(document, start, end) for start, end in pairwise(bounds)]
         elif size > length:
             counts.cut_documents += 1
             counts.cut_tokens += size - length
@@ -167,12 +173,12 @@ def _isolate(documents: Iterable[Document], length: int, has_labels: bool) -> It
         yield _join(row, has_labels, isolated=True)
 
 
-def _part(document: Document, start: int, length: int) -> Document:
+def _part(document: Document, start: int, end: int) -> Document:
     labels = document.labels
     return replace(
         document,
-        ids=document.ids[start : start + length],
-        labels=None if labels is None else labels[start : start + length],
+        ids=document.ids[start:end],
+        labels=None if labels is None else labels[start:end],
     )
 
 

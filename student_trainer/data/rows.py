@@ -8,13 +8,14 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute
 import xxhash
 from tqdm import tqdm
 
@@ -26,6 +27,11 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Of the rows in the cache: to be raised when the same data would give other ones."""
+STREAM_PARTS = 64
+"""Of a stream: as many loader workers, of all processes together, can have something to read."""
+
+
+coalesce: Any = pyarrow.compute.coalesce  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +104,29 @@ def build_rows(
     return rows, [f"{label}: {note}" for note in notes]
 
 
-def stream_rows(shards: Sequence[Shard], settings: RowSettings, tokenizer: Any) -> tuple[Any, Plan]:
-    """Returns a `datasets.IterableDataset` of rows that are made when they are taken, once each.
+def stream_rows(shards: Sequence[Shard], settings: RowSettings, tokenizer: Any) -> Any:
+    """Returns a `datasets.IterableDataset` of rows that are made when they are taken.
 
-    Loader workers share the shards. Raises ValueError if the first rows cannot be read as wanted.
+    It ends when each row was taken once. Loader workers share the shards, in up to STREAM_PARTS parts.
+    Raises ValueError if the first rows cannot be read as wanted.
     """
     import datasets
 
     reader = DocumentReader(tokenizer)
-    plan = Plan.make(shards, settings, reader)
-    maker = _RowMaker(plan, settings, reader)
-    rows = datasets.IterableDataset.from_generator(maker, gen_kwargs={"shards": list(shards)})
-    return rows.with_format("torch"), plan
+    maker = RowMaker(Plan.make(shards, settings, reader), settings, reader)
+    count = min(len(shards), STREAM_PARTS)
+    bounds = [len(shards) * part // count for part in range(count + 1)]
+    parts = [list(shards[start:end]) for start, end in pairwise(bounds)]
+    rows = datasets.IterableDataset.from_generator(maker, gen_kwargs={"parts": parts})
+    return rows.with_format("torch")
+
+
+def identify_stream(
+    shards: Sequence[Shard], settings: RowSettings, tokenizer: Any, *more: Any
+) -> str:
+    """Returns a digest of what decides the rows of a stream, as far as is known before it is read."""
+    identities = [[shard.group, *shard.identity] for shard in shards]
+    return hash_values([identities, astuple(settings), hash_tokenizer(tokenizer), *more])
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +149,8 @@ class Summary:
         widths: set[int] = set()
         for table in rows.with_format("arrow").iter(1000):
             columns = {name: table[name].combine_chunks() for name in names}
+            if "labels" in columns:  # null where all tokens are trained, in a mixture
+                columns["labels"] = coalesce(columns["labels"], columns["input_ids"])
             lengths = columns["input_ids"].value_lengths().to_numpy()
             values = {name: column.flatten().to_numpy() for name, column in columns.items()}
             for name in names:
@@ -155,32 +174,36 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _RowMaker:
+class RowMaker:
     """Makes rows of shards; can be sent to the workers of a loader."""
 
     plan: Plan
     settings: RowSettings
     reader: DocumentReader
 
-    def __call__(
-        self,
-        shards: Sequence[Shard],
-        counts: Counts | None = None,
-        show: Callable[[Iterable[Document]], Iterable[Document]] = iter,
-    ) -> Iterator[Row]:
-        """Yields the rows of shards. show: follows the documents on their way."""
-        return lay_out(
-            show(self._documents(shards)),
-            self.settings.length,
-            self.plan.packing,
-            counts or Counts(),
-            has_labels=self.plan.has_labels,
-        )
+    def __call__(self, parts: Sequence[Sequence[Shard]]) -> Iterator[Row]:
+        """Yields the rows of each part of a stream."""
+        for shards in parts:
+            yield from self.lay_out(self.read(shards), Counts(), keep_rest=True)
 
-    def _documents(self, shards: Sequence[Shard]) -> Iterator[Document]:
+    def read(self, shards: Iterable[Shard]) -> Iterator[Document]:
+        """Yields the documents in shards."""
         for shard in shards:
             if shard.group in self.plan.columns:  # or else it is empty
                 yield from self.reader.read(shard.rows(), self.plan.columns[shard.group])
+
+    def lay_out(
+        self, documents: Iterable[Document], counts: Counts, *, keep_rest: bool = False
+    ) -> Iterator[Row]:
+        """Yields the rows of documents; see `packing.lay_out`."""
+        return lay_out(
+            documents,
+            self.settings.length,
+            self.plan.packing,
+            counts,
+            has_labels=self.plan.has_labels,
+            keep_rest=keep_rest,
+        )
 
 
 def _generate(
@@ -194,15 +217,10 @@ def _generate(
     reader, counts = DocumentReader(tokenizer), Counts()
     plan = Plan.make(shards, settings, reader)
     _look_through(shards, plan, label)
-    row: Row | None = None
-    with tqdm(desc=f"tokens of {label}", unit=" documents", leave=False) as progress:
-
-        def show(documents: Iterable[Document]) -> Iterator[Document]:
-            for document in documents:
-                progress.update()
-                yield document
-
-        for row in islice(_RowMaker(plan, settings, reader)(shards, counts, show), limit):
+    maker, row = RowMaker(plan, settings, reader), None
+    shown = {"desc": f"tokens of {label}", "unit": " documents", "leave": False}
+    with tqdm(maker.read(shards), **shown) as documents:
+        for row in islice(maker.lay_out(documents, counts), limit):
             yield {**row, "notes": ""}
     if row is None:
         raise ValueError(
@@ -242,13 +260,13 @@ def _fingerprint(
     shards: Sequence[Shard], settings: RowSettings, tokenizer: Any, limit: int | None
 ) -> str:
     """Returns a hash of everything that decides the rows."""
-    parts = [
-        FORMAT,
-        *([shard.group, *shard.stamp] for shard in shards),
-        [settings.length, settings.packing, settings.trained_rows, settings.text_column, limit],
-        hash_tokenizer(tokenizer),
-    ]
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+    stamps = [[shard.group, *shard.stamp] for shard in shards]
+    return hash_values([FORMAT, stamps, astuple(settings), limit, hash_tokenizer(tokenizer)])
+
+
+def hash_values(values: list[Any]) -> str:
+    """Returns a hash of values that JSON can express."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(values).encode())
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

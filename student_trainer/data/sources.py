@@ -33,7 +33,12 @@ class Shard(Protocol):
 
     @property
     def stamp(self) -> tuple[Any, ...]:
-        """What differs if the content does; its first item alone may change when data is moved."""
+        """Where it is and what shows that it changed: what is in a cache belongs to this."""
+        ...
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What is known of its content without reading it; the same when it is moved."""
         ...
 
     def rows(self) -> Rows:
@@ -46,7 +51,18 @@ class FileShard:
     """A file, or a URL that fsspec can open."""
 
     path: Path | str
-    stamp: tuple[Any, ...]
+    nbytes: int
+    changed: Any
+    """When it was written, or what the file system tells of it."""
+
+    @property
+    def stamp(self) -> tuple[Any, ...]:
+        path = self.path.resolve() if isinstance(self.path, Path) else self.path
+        return str(path), self.nbytes, self.changed
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        return Path(self.path).name, self.nbytes
 
     @property
     def group(self) -> str:
@@ -79,10 +95,18 @@ class SplitShard:
     """Its name or folder, with its configuration behind a colon if that is given."""
     split: str
     streaming: bool
-    stamp: tuple[Any, ...]
+    version: str
     number: int = 0
     count: int = 1
     """How many such parts there are."""
+
+    @property
+    def stamp(self) -> tuple[Any, ...]:
+        return (self.data_set, *self.identity)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        return self.split, self.version, self.number
 
     @property
     def group(self) -> str:
@@ -122,7 +146,7 @@ def find_shards(names: Sequence[str], *, split: str, streaming: bool) -> list[Sh
 
 def _of_file(path: Path) -> FileShard:
     status = path.stat()
-    return FileShard(path, (str(path.resolve()), path.name, status.st_size, status.st_mtime_ns))
+    return FileShard(path, status.st_size, status.st_mtime_ns)
 
 
 def _find_at_url(url: str) -> list[Shard]:
@@ -146,10 +170,7 @@ def _find_at_url(url: str) -> list[Shard]:
     if not found:
         raise FileNotFoundError(f"no file matches {url!r}")
     return [
-        FileShard(
-            system.unstrip_protocol(one),
-            (system.unstrip_protocol(one), one.rpartition("/")[2], system.ukey(one)),
-        )
+        FileShard(system.unstrip_protocol(one), system.info(one)["size"], system.ukey(one))
         for one in found
     ]
 
@@ -174,18 +195,19 @@ def _is_hub_name(name: str) -> bool:
     return not is_here and not name.endswith(SUFFIXES) and HUB_NAME.fullmatch(name) is not None
 
 
-def _find_split(data_set: str, split: str, streaming: bool) -> list[Shard]:
+def _find_split(data_set: str, split: str, streaming: bool) -> Sequence[Shard]:
+    if not split:
+        raise ValueError(f"which split of the data set {data_set}? Give --held-out-split too")
     found = _load(data_set, split, streaming)
     if not streaming:
-        return [SplitShard(data_set, split, streaming, (data_set, split, found._fingerprint))]
+        return [SplitShard(data_set, split, streaming, found._fingerprint)]
     import datasets
 
     name, config = _name_and_config(data_set)
-    version = datasets.load_dataset_builder(name, config).hash
+    version = str(datasets.load_dataset_builder(name, config).hash)
     count = max(found.num_shards, 1)
     return [
-        SplitShard(data_set, split, streaming, (data_set, split, version, number), number, count)
-        for number in range(count)
+        SplitShard(data_set, split, streaming, version, number, count) for number in range(count)
     ]
 
 

@@ -13,8 +13,8 @@ model once with known numbers in place of the head's output and compares the res
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,21 @@ class Unfusable(Exception):
     """Raised with the reason why the logits of this student are needed."""
 
 
+class StandIn:
+    """Is called in place of the head's forward.
+
+    For a compiler this is the same object in every step, so that nothing is compiled again, and it
+    is left alone: the student is compiled as far as the head.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+
+    @torch.compiler.disable
+    def __call__(self, hidden_BTD: Tensor) -> Tensor:
+        """Runs what stands in at this time."""
+        return self.forward(hidden_BTD)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class FusedHead:
     """Describes a head that is a plain matrix product, and what the model does to its output.
@@ -46,6 +61,7 @@ class FusedHead:
     head: nn.Linear
     softcap: float | None
     logit_scale: float
+    stand_in: StandIn = field(default_factory=StandIn)
 
     @classmethod
     def of(cls, model: nn.Module, student: nn.Module, inputs: Mapping[str, Any]) -> "FusedHead":
@@ -66,8 +82,6 @@ class FusedHead:
     def loss(self, model: nn.Module, inputs: Mapping[str, Any], compute: Compute) -> Tensor:
         """Runs `model(**inputs)` and returns what `compute` makes of its hidden states."""
         losses: list[Tensor] = []
-        marks: list[Tensor] = []
-        """Zeros that depend on the loss, as the head's wrapper returned them."""
 
         def forward(hidden_BTD: Tensor) -> Tensor:
             losses.append(compute(hidden_BTD, self.head.weight, self.head.bias))
@@ -75,20 +89,12 @@ class FusedHead:
             zeros = hidden_BTD.new_zeros(1, len(TRIED_LOGITS), self.head.out_features)
             return zeros + (losses[0] * 0.0).to(zeros.dtype)
 
+        with self._replace_head(forward):
+            outputs = model(**inputs)
         # DDP looks for used parameters in what the wrapped module returns. FSDP2 gathers the
-        # parameters of a unit again when the gradient comes to what the unit returned: head and
-        # student return zeros, and the loss, which might be rounded there, waits for theirs.
-        handles = (
-            self.head.register_forward_hook(lambda _, __, zeros: marks.append(zeros.sum())),
-            self.student.register_forward_hook(lambda *_: {"loss": marks[0]}, prepend=True),
-        )
-        try:
-            with self._replace_head(forward):
-                mark = model(**inputs)["loss"]
-        finally:
-            for handle in handles:
-                handle.remove()
-        return losses[0] + mark.to(losses[0].dtype)
+        # parameters of a unit again when the gradient comes to what the unit returned: the loss,
+        # which might be rounded on its way through head and student, waits for their zeros.
+        return losses[0] + _logits_of(outputs).sum().to(losses[0].dtype) * 0.0
 
     @torch.no_grad()
     def _check(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -102,13 +108,13 @@ class FusedHead:
             return ramps.to(hidden_BTD)[None]
 
         try:
-            with evaluating(model), self._replace_head(forward):
+            with evaluating(model), self._replace_head(forward), _without_compiling():
                 outputs = model(**inputs)
         except (RuntimeError, IndexError) as error:
             raise Unfusable(f"its forward pass needs a logit for each token: {error}") from error
         if [hidden.shape[:-1] for hidden in seen] != [inputs["input_ids"].shape]:
             raise Unfusable("its forward pass does not use the head once, on every token")
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        logits = _logits_of(outputs)
         expected = ramps.to(seen[0]).to(logits)[None] * self.logit_scale
         if self.softcap is not None:
             expected = self.softcap * torch.tanh(expected / self.softcap)
@@ -121,11 +127,12 @@ class FusedHead:
     @contextmanager
     def _replace_head(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
         # On the instance, so that hooks and wrappers of the module still run.
-        vars(self.head)["forward"] = forward
+        self.stand_in.forward = forward
+        vars(self.head)["forward"] = self.stand_in
         try:
             yield
         finally:
-            del vars(self.head)["forward"]
+            del vars(self.head)["forward"], self.stand_in.forward
 
 
 def _plain_head(student: nn.Module) -> nn.Linear:
@@ -139,6 +146,13 @@ def _plain_head(student: nn.Module) -> nn.Linear:
         raise Unfusable("something replaces the forward method of its head")
     if any(hasattr(parameter, "ds_status") for parameter in student.parameters()):
         raise Unfusable("DeepSpeed ZeRO-3 keeps its parameters in parts, and gathers them itself")
-    if student._compiled_call_impl is not None or hasattr(student, "_orig_mod"):
-        raise Unfusable("it is compiled as a whole")
     return head
+
+
+def _without_compiling() -> AbstractContextManager[None]:
+    """Runs what is compiled as it was: to compile it for one batch would take minutes."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def _logits_of(outputs: Any) -> Tensor:
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]

@@ -1,9 +1,8 @@
-"""Several workers train one student: `student-trainer train --workers N`, on Ray Train.
+"""Runs a training in several workers of Ray Train: `student-trainer train --workers N`.
 
-Every worker goes through the same batches, takes its share of each (`data.share`) and has a stream of
-its own, from the service or from a record. The loop is that of trainer.py; Ray starts the workers,
-notices when one fails, starts all of them again and keeps the checkpoints. A position counts
-whole batches, so a run may go on with another number of workers.
+Each worker does what a process of torchrun does. Ray starts them, notices when one fails, and starts
+all of them again; then they resume from the newest checkpoint in the output folder, which all machines
+share. Ray keeps none of its own.
 
 Nothing of Ray is imported before something is trained here: what this module puts into the
 environment for a Ray of its own is read when Ray is imported.
@@ -14,175 +13,123 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from safetensors.torch import load_model, save_file
-
-from logitstream.connection import FILE_SUFFIX, PUBLIC_AUTHORITIES
+from logitstream.connection import Connection
 from logitstream.extras import install_command
 from logitstream.local_ray import LocalRay, set_ray_environment
-from logitstream.logs import first_line
-from student_trainer.client.remote import RemoteTeacher
+from logitstream.logs import first_line, log_to_stderr
 from student_trainer.config import TrainConfig
 from student_trainer.errors import (
     AccessDenied,
+    FailedElsewhere,
     NotRecorded,
     NotWritten,
     ProtocolError,
     TrainingFailed,
 )
-from student_trainer.record.recorded import Recorded
-from student_trainer.training import run as runs
-from student_trainer.training.corpus import Corpus
-from student_trainer.training.held_out import HeldOut
-from student_trainer.training.results import StudentResults
-from student_trainer.training.students import make_student, save_student
-
-if TYPE_CHECKING:
-    pass
-from student_trainer.ray_train.checkpoints import _mended
-from student_trainer.ray_train.job import FOLDER, _Fitted, _Job
-from student_trainer.ray_train.worker import _meet, _work
 
 logger = logging.getLogger(__name__)
 
+FOLDER = "ray_train"
+"""In the output folder, while the workers run: what Ray Train writes for itself."""
 POLL_S = 0.5
-"""How often the workers of a Ray of our own are looked at; Ray's 2 s delay each checkpoint by 1 s."""
+"""How often the workers of a Ray of our own are looked at."""
 PERMANENT = (ValueError, AccessDenied, NotRecorded, NotWritten, ProtocolError)
 """What a worker would fail with again; IncompatibleTeacher and InvalidRequest are ValueErrors."""
 
 
-def train_students(
-    config: TrainConfig,
-    corpus: Corpus,
-    teacher: RemoteTeacher | Recorded,
-    held_out: HeldOut,
-) -> runs.Trained:
-    """Trains the student with `config.workers` workers and saves it, and the controls if asked for.
+def run_workers(config: TrainConfig, train: Callable[[TrainConfig], str]) -> str:
+    """Trains in `config.workers` processes; returns what `train` returns in the first of them.
 
-    teacher: only says who it is; each worker opens its own. The output folder, the student, a record
-    and certificates must be reachable under the same paths on all machines of a cluster. Uses the
-    Ray that this process is connected to, the one at `config.ray_address`, or starts one on this
-    machine. Raises TrainingFailed, ValueError, OSError.
+    train: does the whole run in a process of several. Uses the Ray that this process is connected
+    to, the one at `config.ray_address`, or starts one on this machine. Raises TrainingFailed, and
+    what `train` raises if that would be raised again.
     """
-    config = _with_whole_paths(config)
-    students: dict[str, StudentResults] = {}
-    with _ray(config), _written(corpus, held_out, config.output / FOLDER) as texts:
-        on_gpus = _has_gpus(config)
+    with _ray(config), _sigint_kept():
+        import ray.train
+        from ray.exceptions import RayError
 
-        def fit(name: str, **identity: str) -> _Fitted:
-            identified = runs.identity_of(config, corpus, **identity)
-            fitted = _fit(
-                _Job(config, name, texts, corpus.tokenizer, identified, on_gpus, held_out.num_ids)
-            )
-            students[name] = fitted.results
-            return fitted
-
-        if config.control:
-            fit("control")
-        fingerprint = teacher.info.teacher_fingerprint
-        fitted = fit("distilled", teacher_fingerprint=fingerprint)
-        student = make_student(config)
-        with fitted.last.as_directory() as folder:
-            load_model(student, Path(folder) / "student.safetensors")
-        save_student(student, corpus.tokenizer, config.output / "student")
-        if config.shuffled_control:
-            fit("shuffled", teacher_fingerprint=fingerprint)
-    return runs.Trained(student, students, fitted.bytes_per_token)
-
-
-# The driver: what runs in the process that was started.
-
-
-def _fit(job: _Job) -> _Fitted:
-    """Trains one student."""
-    import ray.train
-    from ray.exceptions import RayError
-
-    config = job.config
-    if config.start_over:
-        shutil.rmtree(job.folder, ignore_errors=True)
-    job = _mended(job)
-    with tempfile.TemporaryDirectory(prefix="student-ranks-") as meeting, _sigint_kept():
+        folder, here, on_gpus = config.output / FOLDER, os.getcwd(), _has_gpus(config)
+        meeting = tempfile.mkdtemp(prefix="student-ranks-")
         fitting = _trainer_class()(
-            lambda: _work(job),
+            lambda: _work(config, train, here),
             torch_config=_on_loopback(meeting) if _is_on_loopback() else None,
-            scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=job.on_gpus),
+            scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=on_gpus),
             run_config=ray.train.RunConfig(
-                name=job.name,
-                storage_path=str(job.folder.parent),
+                name=secrets.token_hex(4),  # Ray's own notes of an earlier run are not read
+                storage_path=str(folder.absolute()),
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-                callbacks=[_give_up_callback()],
+                callbacks=[_failure_callback(config)],
+                # The first logs how it gets on.
+                worker_runtime_env={"env_vars": {"TQDM_DISABLE": "1"}},
             ),
         )
         try:
-            result = fitting.fit()
+            return fitting.fit().return_value
         except SystemExit:  # how Ray Train's own handler of Ctrl-C ends
             raise KeyboardInterrupt from None
         except (ray.train.TrainingFailedError, RayError) as error:
             cause = getattr(error, "controller_failure", None)
             if isinstance(cause, PERMANENT):
                 raise cause from error
-            raise TrainingFailed(_reason(job, error)) from error
-    last = result.checkpoint
-    if last is None:  # nothing was left to do, and so nothing was reported
-        assert job.found is not None
-        last = ray.train.Checkpoint(job.found)
-    results, nbytes = result.return_value
-    return _Fitted(StudentResults.model_validate(results), nbytes, last)
+            raise TrainingFailed(_reason(config, error)) from error
+        finally:
+            for left in (folder, meeting):
+                shutil.rmtree(left, ignore_errors=True)
 
 
-def _with_whole_paths(config: TrainConfig) -> TrainConfig:
-    """Workers have working directories of their own."""
-    whole: dict[str, Any] = {
-        name: path.absolute()
-        for name in ("student", "output", "ca", "cert", "key", "token_file")
-        if (path := getattr(config, name)) is not None and str(path) != PUBLIC_AUTHORITIES
-    }
-    if config.record and "://" not in config.record:
-        whole["record"] = str(Path(config.record).absolute())
-    if config.teacher.endswith(FILE_SUFFIX):
-        whole["teacher"] = str(Path(config.teacher).absolute())
-    return config.model_copy(update=whole)
+def _work(config: TrainConfig, train: Callable[[TrainConfig], str], here: str) -> str:
+    """Runs in every worker."""
+    import ray.train
 
-
-@contextmanager
-def _written(corpus: Corpus, held_out: HeldOut, folder: Path) -> Iterator[Path]:
-    """A file with the text, while the workers need it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "texts.safetensors"
-    texts = {"sequences": corpus.sequences, "held_out": corpus.held_out}
-    if held_out.best_ids is not None:
-        texts["best_ids"] = held_out.best_ids
-    save_file({name: ids.contiguous() for name, ids in texts.items()}, path)
+    log_to_stderr(config, name="student_trainer")  # which Ray hands on
+    if ray.train.get_context().get_world_rank():
+        logging.getLogger("student_trainer").setLevel(logging.WARNING)
+    if not os.path.isdir(here):
+        raise ValueError(
+            f"the machine {socket.gethostname()} has no folder {here}: start the command in one that "
+            "all machines share, as they must share the output folder"
+        )
+    os.chdir(here)  # a worker has a folder of its own
     try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-        with suppress(OSError):  # what Ray Train keeps is in it
-            folder.rmdir()
+        return train(config)
+    except AccessDenied as error:
+        seen = Connection.to(config.teacher, **config.credentials())
+        if seen.token is not None or seen.cert is not None:
+            raise
+        # It is in no setting: a worker has it from its environment.
+        raise AccessDenied(
+            f"the worker on {socket.gethostname()} has no token in its environment: set "
+            "TEACHER_TOKEN (or what the connection file names) where `ray start` is called, on every "
+            f"machine of the cluster; it is not sent to them. {error}"
+        ) from error
 
 
-def _reason(job: _Job, error: BaseException) -> str:
-    """What to tell a person: the first worker's own error, rather than Ray's account of it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+def _reason(config: TrainConfig, error: BaseException) -> str:
+    """Returns what to tell a person: the first worker's own error, rather than Ray's account."""
+    said = first_line(error)
     failures = getattr(error, "worker_failures", {})
     if failures:
         rank, first = min(failures.items())
         lines = str(first).strip().splitlines() or [type(first).__name__]
-        lines = [f"worker {rank}: {lines[-1]}"]
-    again = f"--max-failures {job.config.max_failures}"
+        said = f"worker {rank}: {lines[-1]}"
     return (
-        f"student {job.name}: {lines[0]} (the workers failed more often than {again} allows; the "
-        f"same command goes on from the newest checkpoint in {job.folder})"
+        f"{said} (the workers failed more often than --max-failures {config.max_failures} allows; the "
+        f"same command {_begins(config)})"
     )
+
+
+def _begins(config: TrainConfig) -> str:
+    if config.checkpoint_every:
+        return "resumes from the newest checkpoint"
+    return "begins again at step 0: --checkpoint-every N writes checkpoints to resume from"
 
 
 def _trainer_class() -> Any:
@@ -202,18 +149,23 @@ def _trainer_class() -> Any:
     return Trainer
 
 
-def _give_up_callback() -> Any:
-    """Ends a run at once whose workers failed with what would happen again."""
+def _failure_callback(config: TrainConfig) -> Any:
+    """Ends a run at once whose workers failed with what would happen again; else says what follows."""
     from ray.train import UserCallback
 
-    class GiveUp(UserCallback):
+    class Failure(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
-            for error in worker_exceptions.values():
+            for rank, error in worker_exceptions.items():
                 error = getattr(error, "_base_exc", error)
+                if isinstance(error, FailedElsewhere):
+                    (error,) = error.args
                 if isinstance(error, PERMANENT):
                     raise error
+                logger.warning(
+                    "worker %d failed (%s): the run %s", rank, first_line(error), _begins(config)
+                )
 
-    return GiveUp()
+    return Failure()
 
 
 @contextmanager
@@ -260,13 +212,9 @@ def _ray(config: TrainConfig) -> Iterator[None]:
 def _own_ray_settings(num_workers: int) -> dict[str, str]:
     """How a Ray that is started here behaves; its processes inherit this."""
     threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
-    files = {
-        name: os.environ.get(name, "") for name in ("TEACHER_CA", "TEACHER_CERT", "TEACHER_KEY")
-    }
     wanted = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(POLL_S), "OMP_NUM_THREADS": str(threads)}
     return {
         **{name: os.environ.get(name) or value for name, value in wanted.items()},
-        **{name: os.path.abspath(value) for name, value in files.items() if os.path.isfile(value)},
         # One machine is not taken away with notice.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         # What Ray will do anyway, and warns of until then.
@@ -298,23 +246,31 @@ def _is_on_loopback() -> bool:
 
 def _on_loopback(folder: str) -> Any:
     """A TorchConfig whose ranks meet in a file: the store of torch would listen on all addresses."""
-    from ray.train.torch.config import TorchConfig, _TorchBackend
+    from ray.train.torch import config as of_ray
 
-    class Backend(_TorchBackend):
+    def set_environment() -> None:
+        os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        of_ray._set_torch_distributed_env_vars()
+
+    class Backend(of_ray._TorchBackend):
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             import ray
 
-            backend = "nccl" if worker_group.get_resources_per_worker().get("GPU") else "gloo"
-            file = f"{folder}/{secrets.token_hex(8)}"  # of this start of the workers alone
-            count = len(worker_group)
+            worker_group.execute(set_environment)
+            settings = {
+                "backend": "nccl" if worker_group.get_resources_per_worker().get("GPU") else "gloo",
+                "init_method": f"file://{folder}/{secrets.token_hex(8)}",  # of this start alone
+                "world_size": len(worker_group),
+            }
+            meet = of_ray._setup_torch_process_group
             ray.get(
                 [
-                    worker_group.execute_single_async(rank, _meet, backend, file, rank, count)
-                    for rank in range(count)
+                    worker_group.execute_single_async(rank, meet, world_rank=rank, **settings)
+                    for rank in range(len(worker_group))
                 ]
             )
 
-    class Config(TorchConfig):
+    class Config(of_ray.TorchConfig):
         @property
         def backend_cls(self) -> type[Backend]:
             return Backend
@@ -331,6 +287,3 @@ def _sigint_kept() -> Iterator[None]:
     finally:
         if signal.getsignal(signal.SIGINT) is not before:
             signal.signal(signal.SIGINT, before)
-
-
-# The workers.

@@ -101,11 +101,16 @@ class Recorded(Teacher):
         """Sequences and draws that can be replayed now; after `close`, those that are sealed."""
         return len(self._catalog)
 
-    def has(self, token_ids: Any, seed: int = 0, epoch: int = 0) -> bool:
-        """Whether all rows of a sequence would be replayed, without asking the live teacher."""
+    def has(
+        self, token_ids: Any, seed: int = 0, epoch: int = 0, rows: Tensor | None = None
+    ) -> bool:
+        """Whether a sequence would be replayed without asking the live teacher.
+
+        rows: (N,) int64, the wanted ones; None for all.
+        """
         if self._catalog.provenance is None:
             return False
-        return self._catalog.find(self._make_request(token_ids, seed, epoch)) is not None
+        return self._catalog.find(self._make_request(token_ids, seed, epoch, rows)) is not None
 
     @property
     def info(self) -> teacher_pb2.TeacherInfo:
@@ -216,9 +221,11 @@ class Recorded(Teacher):
         assert self._catalog.provenance is not None
         self.default_targets = self._catalog.provenance.spec
 
-    def _make_request(self, token_ids: Any, seed: int, epoch: int) -> Request:
+    def _make_request(
+        self, token_ids: Any, seed: int, epoch: int, rows: Tensor | None = None
+    ) -> Request:
         options = self.make_options(None, self.temperature, seed, epoch)
-        return Request.of(as_token_ids(token_ids, 0), None, self._catalog.assign_draw(options))
+        return Request.of(as_token_ids(token_ids, 0), rows, self._catalog.assign_draw(options))
 
     def _answer(self, request: Request, future: "Future[Answer]") -> None:
         """Makes sure that the future gets an answer, from the record or the live teacher."""

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from student_trainer.config import MayChange, MayDiffer, marked
+from student_trainer.config import MayChange, MayDiffer, find_deciding, marked
 from student_trainer.report import pictures
 from student_trainer.report.numbers import MODELS, compute_numbers
 from student_trainer.report.verdict import judge
@@ -49,7 +49,11 @@ def group_runs(runs: Mapping[str, Results]) -> list[dict[str, Any]]:
 def _get_settings(results: Results) -> dict[str, Any]:
     """Returns what decides the result of a run, apart from the seed."""
     return {
-        **{name: value for name, value in results.settings.items() if name not in NOT_A_SETTING},
+        **{
+            name: value
+            for name, value in find_deciding(results.settings).items()
+            if name not in NOT_A_SETTING
+        },
         "teacher": results.teacher.teacher_fingerprint,
         "student": f"{results.student_architecture}, {results.student_parameters:,} parameters"
         + (", from weights" if results.starts_from_weights else ""),

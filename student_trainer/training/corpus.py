@@ -1,5 +1,6 @@
 """Reads the data of a run with the student's tokenizer."""
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -11,8 +12,15 @@ from torch import Tensor
 
 from student_trainer.config import CorpusConfig
 from student_trainer.data.collate import Collator
-from student_trainer.data.rows import RowSettings, Summary, build_rows
-from student_trainer.data.sources import Shard, find_shards
+from student_trainer.data.rows import (
+    RowSettings,
+    Summary,
+    build_rows,
+    hash_values,
+    identify_stream,
+    stream_rows,
+)
+from student_trainer.data.sources import Shard, SplitShard, find_shards
 
 logger = logging.getLogger(__name__)
 
@@ -102,56 +110,113 @@ def find_texts(config: CorpusConfig) -> Texts:
     found = [find_shards(one, split=config.split, streaming=config.streaming) for one in names]
     held_out = find_shards(
         config.held_out or (config.data if config.held_out_split else []),
-        split=config.held_out_split or "",
+        split=config.held_out_split,
         streaming=config.streaming,
     )
+    if config.held_out_split and not any(isinstance(one, SplitShard) for one in held_out):
+        raise ValueError(
+            f"--held-out-split {config.held_out_split} is for data sets of the hub and folders of "
+            f"Parquet files, and {held_out[0].name} is a file: give --held-out files"
+        )
+    if config.chat_template:
+        read_template(config.chat_template)
     return Texts(found, held_out)
 
 
-def read_corpus(config: CorpusConfig, tokenizer: Any) -> Corpus:
-    """Reads, tokenizes and lays out the data. Raises ValueError, FileNotFoundError, OSError."""
+def read_template(path: str) -> str:
+    """Reads a file with a chat template. Raises ValueError."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--chat-template {path} cannot be read: {error}") from None
+
+
+def read_corpus(config: CorpusConfig, tokenizer: Any, *, repeat: bool = True) -> Corpus:
+    """Reads, tokenizes and lays out the data.
+
+    repeat: whether a stream begins again when it ends, in the same order. Raises ValueError,
+    FileNotFoundError, OSError.
+    """
     texts = find_texts(config)
+    if config.chat_template:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = read_template(config.chat_template)
     settings = RowSettings(
         config.sequence_length, config.packing, config.trained_rows, config.text_column
     )
     notes: list[str] = []
-    most = config.held_out_sequences
-    held_out = None
+
+    def build(shards: list[Shard], label: str, limit: int | None = None) -> Any:
+        rows, found = build_rows(shards, settings, tokenizer, label=label, limit=limit)
+        notes.extend(found)
+        return rows
+
+    held_out: Any = None
     if texts.held_out:
-        held_out, found = build_rows(
-            texts.held_out, settings, tokenizer, label="held-out data", limit=most
-        )
-        notes += found
-    (shards,) = texts.data
-    rows, found = build_rows(shards, settings, tokenizer, label="data")
-    notes += found
-    if held_out is None:
-        rows, held_out = _hold_out(rows, config.sequence_length)
-        held_out = held_out.select(range(min(most, len(held_out))))
+        held_out = build(texts.held_out, "held-out data", config.held_out_sequences)
+    labels = config.data if config.data_weights else ["data"]
+    if config.streaming:
+        sources = [stream_rows(one, settings, tokenizer) for one in texts.data]
+    else:
+        sources = [build(one, label) for one, label in zip(texts.data, labels, strict=True)]
+        if held_out is None:
+            kept = [
+                _hold_out(*one, config.sequence_length) for one in zip(sources, labels, strict=True)
+            ]
+            sources = [train for train, _ in kept]
+            # The same for every seed, so that runs can be compared.
+            held_out = _mix([part for _, part in kept], config, "first_exhausted", seed=0)
+            held_out = held_out.select(range(min(config.held_out_sequences, len(held_out))))
     for note in notes:
-        logger.info(note)
-    whole, part = Summary.of(rows), Summary.of(held_out)
+        logger.warning(note)
+    train = _mix(sources, config, "all_exhausted", seed=config.seed)
+    of_held_out = Summary.of(held_out)
+    found: dict[str, int] = {}
+    if config.streaming:
+        train = train.shuffle(seed=config.seed, buffer_size=SHUFFLED_ROWS)
+        train = train.repeat(None) if repeat else train
+        shards = [shard for source in texts.data for shard in source]
+        digest = identify_stream(shards, settings, tokenizer, config.data_weights)
+        sizes = None, None, None
+    else:
+        whole = Summary.of(train)
+        found["data"] = whole.largest_id
+        digest, sizes = whole.digest, (len(train), whole.num_tokens, whole.num_trained)
+        if len(sources) > 1:  # the order is the seed's
+            parts = [Summary.of(one).digest for one in sources]
+            digest = hash_values([*parts, config.data_weights])
     return Corpus(
         tokenizer,
-        rows,
+        train,
         held_out,
         Collator.of(tokenizer),
-        whole.digest,
-        part.digest,
-        num_sequences=len(rows),
-        num_tokens=whole.num_tokens,
-        num_trained_tokens=whole.num_trained,
-        largest_ids={"data": whole.largest_id, "the held-out text": part.largest_id},
+        digest,
+        of_held_out.digest,
+        *sizes,
+        largest_ids={**found, "the held-out text": of_held_out.largest_id},
         notes=notes,
     )
 
 
-def _hold_out(rows: Any, length: int) -> tuple[Any, Any]:
+def _mix(sources: list[Any], config: CorpusConfig, stopping_strategy: Any, *, seed: int) -> Any:
+    """Returns the rows of sources, each drawn from one of them by their weights."""
+    if len(sources) == 1:
+        return sources[0]
+    import datasets
+
+    weights = [weight / sum(config.data_weights) for weight in config.data_weights]
+    mixed = datasets.interleave_datasets(
+        sources, probabilities=weights, seed=seed, stopping_strategy=stopping_strategy
+    )
+    return mixed.with_format("torch")
+
+
+def _hold_out(rows: Any, label: str, length: int) -> tuple[Any, Any]:
     """Splits rows into those to train on and every 20th. Raises ValueError if there are too few."""
     held_out = range(HELD_OUT_EVERY - 1, len(rows), HELD_OUT_EVERY)
     if not held_out:
         raise ValueError(
-            f"data is too short to hold some out: it has {len(rows)} sequences of {length} "
+            f"{label} is too short to hold some out: it has {len(rows)} sequences of {length} "
             "tokens, and every 20th is held out. Give more, or --held-out files."
         )
     kept = [at for at in range(len(rows)) if at % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]

@@ -101,7 +101,8 @@ def _measure_batch(
     labels_R = layout.ids[:, 1:][layout.trained[:, :-1]].to(device)
     names = ("input_ids", "attention_mask", "position_ids")
     inputs = {name: copy_to(batch[name], device) for name in names if name in batch}
-    logits = student(**inputs).logits.flatten(0, 1)
+    # With a cache, models do not keep the documents of a row apart.
+    logits = student(**inputs, use_cache=False).logits.flatten(0, 1)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     chunks = zip(rows_R.split(CHUNK_ROWS), labels_R.split(CHUNK_ROWS), strict=True)
     for rows_C, labels_C in chunks:

@@ -83,7 +83,7 @@ def make_muon(
 
 def _find_embeddings(student: nn.Module) -> list[nn.Module]:
     """Returns every embedding and the head, with the adapters that wrap them."""
-    found = [module for module in student.modules() if isinstance(module, nn.Embedding)]
+    found: list[nn.Module] = [one for one in student.modules() if isinstance(one, nn.Embedding)]
     for name in ("get_input_embeddings", "get_output_embeddings"):
         get = getattr(student, name, None)
         module = None if get is None else get()

@@ -1,9 +1,11 @@
 """One training run as `student-trainer train` describes it: its text, its teacher, its students."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,19 @@ from torch import nn
 from logit_codec import parse_targets
 from logitstream.extras import check_installed
 from student_trainer.client.remote import RemoteTeacher, connect
-from student_trainer.config import CorpusConfig, MayChange, TrainConfig, marked
+from student_trainer.config import CorpusConfig, TrainConfig, find_deciding
 from student_trainer.hf.alignment import shared_ids
 from student_trainer.hf.arguments import check_arguments
 from student_trainer.record.recorded import Recorded
 from student_trainer.teachers.teacher import Teacher
-from student_trainer.training import checkpoints
-from student_trainer.training.arguments import make_distillation_arguments, make_training_arguments
+from student_trainer.training import checkpoints, ranks
+from student_trainer.training.arguments import (
+    check_reporters,
+    make_distillation_arguments,
+    make_training_arguments,
+)
 from student_trainer.training.corpus import TOKENIZER_FILES, Corpus, read_tokenizer
+from student_trainer.training.early_stopping import EarlyStopping
 from student_trainer.training.held_out import HeldOut
 from student_trainer.training.results import StudentResults
 from student_trainer.training.shuffled_control import ShuffledTeacher
@@ -28,9 +35,9 @@ from student_trainer.training.students import (
     find_device,
     make_student,
     outline,
-    save_student,
     student_digest,
 )
+from student_trainer.training.tasks import Tasks
 from student_trainer.training.trainer import StudentTrainer
 
 logger = logging.getLogger(__name__)
@@ -59,13 +66,22 @@ def check_settings(config: CorpusConfig) -> None:
     except ValueError as error:
         raise ValueError(f"--targets: {error}") from None
     if isinstance(config, TrainConfig):
+        if config.workers and ranks.count() > 1:
+            raise ValueError(
+                f"--workers {config.workers} starts processes with Ray Train, and torchrun or accelerate "
+                f"launch has started {ranks.count()} already: use one of the two"
+            )
         if config.workers:
             check_installed("ray-train", "ray", "pandas")
         if config.tensorboard:
             check_installed("train", "tensorboard")
+        check_reporters(config.report_to)
+        if config.streaming and config.epochs:
+            raise ValueError("--streaming data has no epochs that could be counted: give --steps")
+        check_arguments(make_distillation_arguments(config, is_aligned=True))
         if not config.workers:  # theirs may be on other machines
             find_device(config)
-        check_arguments(make_distillation_arguments(config, is_aligned=True))
+            make_training_arguments(config, config.output)
 
 
 def read_student(folder: Path) -> Student:
@@ -138,27 +154,47 @@ class Trained:
     """Of the targets that were received; None if none were."""
 
 
+def count_steps(config: TrainConfig, corpus: Corpus) -> TrainConfig:
+    """Returns the configuration with as many steps as its epochs have. Raises ValueError."""
+    if config.epochs is None:
+        return config
+    if corpus.num_sequences is None:
+        raise ValueError("--epochs cannot be counted, for the data is a stream: give --steps")
+    per_step = config.batch_size * config.accumulation
+    steps = math.ceil(config.epochs * max(corpus.num_sequences // per_step, 1))
+    return config.model_copy(update={"steps": steps})
+
+
 def train_students(
-    config: TrainConfig, corpus: Corpus, teacher: RemoteTeacher | Recorded, held_out: HeldOut
+    config: TrainConfig,
+    corpus: Corpus,
+    teacher: RemoteTeacher | Recorded,
+    held_out: HeldOut,
+    tasks: Tasks,
 ) -> Trained:
     """Trains the student and saves it, and the controls if asked for."""
     students: dict[str, StudentResults] = {}
-    trainer = None
 
-    def train(name: str, teacher: Teacher | None) -> StudentTrainer:
+    def train(name: str, teacher: Teacher | None, folder: Path | None = None) -> nn.Module:
         trainer = make_trainer(config, corpus, held_out, name, teacher)
-        students[name] = trainer.run()
-        return trainer
+        results = trainer.run()
+        if "wandb" in config.report_to:  # whose callback leaves the run open: the next has its own
+            import_module("wandb").finish()
+        if folder is not None:
+            trainer.save_student(folder)  # before anything else can fail
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        scores = tasks.measure(student, f"student {name}", batch_size=config.batch_size)
+        students[name] = results.model_copy(update={"tasks": scores})
+        return student
 
     if config.control:
         train("control", None)
-    trainer = train("distilled", teacher)
-    history = students["distilled"].history
-    nbytes = next((e["bytes_per_token"] for e in reversed(history) if "bytes_per_token" in e), None)
-    save_student(trainer.model, corpus.tokenizer, config.output / "student")
+    student = train("distilled", teacher, config.output / "student")
     if config.shuffled_control:
         train("shuffled", ShuffledTeacher(teacher, seed=config.seed))
-    return Trained(trainer.model, students, nbytes)
+    history = students["distilled"].history
+    nbytes = next((e["bytes_per_token"] for e in reversed(history) if "bytes_per_token" in e), None)
+    return Trained(student, students, nbytes)
 
 
 def make_trainer(
@@ -167,16 +203,18 @@ def make_trainer(
     """Makes the Trainer of one student of the run, which is not trained yet."""
     folder = folder_of(config, name)
     if config.start_over:
-        checkpoints.clear(folder)
+        ranks.share(lambda: checkpoints.clear(folder))
     known = {}
     if teacher is not None:
         known = {"teacher_fingerprint": teacher.info.teacher_fingerprint}
     callbacks: list[transformers.TrainerCallback] = []
-    if config.tensorboard:
+    if config.early_stopping:
+        callbacks.append(EarlyStopping(config.early_stopping))
+    if config.tensorboard and ranks.is_first():
         callbacks.append(make_tensorboard(config.output / "tensorboard" / name, folder))
     return StudentTrainer(
         make_student(config),
-        make_training_arguments(config, folder),
+        make_training_arguments(config, folder, label=name),
         corpus,
         held_out,
         label=f"student {name}",
@@ -186,6 +224,7 @@ def make_trainer(
         identity=identity_of(config, corpus, **known),
         keep_checkpoints=config.keep_checkpoints,
         callbacks=callbacks,
+        say=logger.info if config.workers else None,
     )
 
 
@@ -214,8 +253,11 @@ def identity_of(config: TrainConfig, corpus: Corpus | None, **more: str) -> dict
     if corpus is not None:
         texts["data_digest"] = corpus.digest
         texts["held_out_digest"] = corpus.held_out_digest
+    settings = find_deciding(config.model_dump(mode="json"))
+    if config.steps is None:  # which the data will tell
+        del settings["steps"]
     return {
-        **config.model_dump(mode="json", exclude=marked(MayChange)),
+        **settings,
         "student_digest": student_digest(config.student),
         **texts,
         **more,

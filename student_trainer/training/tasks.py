@@ -126,15 +126,16 @@ class Tasks:
                 bootstrap_iters=BOOTSTRAP_DRAWS,
                 log_samples=False,
             )
-        return {
+        read = {
             name: _read_scores(metrics, found["higher_is_better"].get(name, {}))
             for name, metrics in found["results"].items()
         }
+        return {name: scores for name, scores in read.items() if scores}  # not every group has any
 
 
 def _load_tasks(names: Sequence[str]) -> "TaskDict":
-    folders = [_resolve(name) for name in names if _is_path(name)]
-    manager = _make_manager([folder for folder in folders if folder.is_dir()])
+    paths = [_resolve(name) for name in names if _is_path(name)]
+    manager = _make_manager(tuple(path for path in paths if path.is_dir()))
     loaded: TaskDict = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in dict.fromkeys(known for one in names for known in _find(one, manager)):
         entry = manager.task_index.get(name)
@@ -170,22 +171,13 @@ def _resolve(name: str) -> Path:
     return Path(name).expanduser().resolve()
 
 
-def _make_manager(folders: Sequence[Path]) -> "TaskManager":
+@cache
+def _make_manager(folders: tuple[Path, ...]) -> "TaskManager":
+    """Reads the task files of lm-eval and of these folders, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    if not folders:
-        return _make_own_manager()
     with _quietly():
         return TaskManager(include_path=[*folders])
-
-
-@cache
-def _make_own_manager() -> "TaskManager":
-    """Reads all task files of lm-eval, which takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    with _quietly():
-        return TaskManager()
 
 
 def _find(name: str, manager: "TaskManager") -> list[str]:
@@ -243,7 +235,7 @@ def _read_scores(
 def _log(found: TaskScores, label: str) -> TaskScores:
     for task, scores in found.items():
         told = ", ".join(f"{metric} {score.value:.4g}" for metric, score in scores.items())
-        logger.info("%s on the task %s: %s", label, task, told or "no score of its own")
+        logger.info("%s on the task %s: %s", label, task, told)
     return found
 
 

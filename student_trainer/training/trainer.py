@@ -4,29 +4,33 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+import xxhash
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from student_trainer import disk
-from student_trainer.errors import Interrupted, NotWritten
+from student_trainer.errors import FailedElsewhere, Interrupted, NotWritten
 from student_trainer.hf.arguments import DistillationArguments
 from student_trainer.hf.meter import cross_entropy_sum
 from student_trainer.hf_trainer import DistillationTrainer
 from student_trainer.teachers.layout import IGNORE_INDEX, Layout
 from student_trainer.teachers.teacher import Teacher
-from student_trainer.training import checkpoints
+from student_trainer.training import checkpoints, ranks
 from student_trainer.training.corpus import Corpus
 from student_trainer.training.held_out import HeldOut
 from student_trainer.training.interrupts import CtrlC
 from student_trainer.training.optimizers import make_muon
 from student_trainer.training.order import EpochOrder
-from student_trainer.training.progress import Progress, read_history, read_measurements
+from student_trainer.training.progress import Counts, Progress, read_history, read_measurements
 from student_trainer.training.results import Scores, StudentResults
+from student_trainer.training.students import save_student
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,8 @@ class StudentTrainer(DistillationTrainer):
         self._identity = identity
         self._keep_checkpoints = keep_checkpoints
         self._ctrl_c = CtrlC()
+        self._were_pressed: Tensor | None = None
+        """Of a step ago: in how many processes Ctrl-C was pressed."""
         self._counted_waiting_s = 0.0
         super().__init__(
             model=model,
@@ -85,9 +91,9 @@ class StudentTrainer(DistillationTrainer):
         Raises ValueError for a checkpoint of another run or a damaged one, NotWritten, Interrupted
         after Ctrl-C, and what a teacher can raise.
         """
-        newest = checkpoints.find_newest(Path(str(self.args.output_dir)))
-        if newest is not None:
-            self.progress.resume(checkpoints.check(newest, self._identity))
+        newest, counts = ranks.share(self._find_newest)
+        if counts is not None:
+            self.progress.resume(counts)
             logger.info("%s: resuming from %s", self._label, newest)
         try:
             with self._ctrl_c.caught():
@@ -97,7 +103,7 @@ class StudentTrainer(DistillationTrainer):
         finally:
             self.progress.close()
             self.close()
-        if self._ctrl_c.was_pressed:
+        if any(gather_object([self._ctrl_c.was_pressed])):
             raise self._interrupted()
         counts, log = self.progress.counts, self.state.log_history
         return StudentResults(
@@ -130,8 +136,10 @@ class StudentTrainer(DistillationTrainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """Returns what a step needs. Ctrl-C while it waits saves a checkpoint of the step before."""
         began_s, random = time.perf_counter(), torch.get_rng_state()
+        # Several processes have to agree on the step after which they stop.
+        waiting = self._ctrl_c.idle() if self.args.world_size == 1 else nullcontext()
         try:
-            with self._ctrl_c.idle():
+            with waiting:
                 samples, num_rows = super().get_batch_samples(epoch_iterator, num_batches, device)
         except KeyboardInterrupt:
             if self.state.global_step > self._initial_global_step and self.args.world_size == 1:
@@ -173,11 +181,13 @@ class StudentTrainer(DistillationTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data_set = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "random" or not hasattr(data_set, "__len__"):
+        strategy = getattr(self.args, "train_sampling_strategy", "random")  # since transformers 5.2
+        if strategy != "random" or not hasattr(data_set, "__len__"):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self._order = EpochOrder(len(data_set), per_step, args.seed)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self._order = EpochOrder(len(data_set), per_step, seed)
         return self._order
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -186,18 +196,55 @@ class StudentTrainer(DistillationTrainer):
         if (checkpoint / checkpoints.SEAL).exists():
             return
         what = f"the checkpoint of step {self.state.global_step} to {folder}"
-        try:
+
+        def save() -> None:
             with disk.writing(folder, what):
-                super()._save_checkpoint(model, trial)
-        except NotWritten:
-            shutil.rmtree(checkpoint, ignore_errors=True)  # so that its room is free again
+                super(StudentTrainer, self)._save_checkpoint(model, trial)
+
+        try:
+            ranks.together(save)
+        except (NotWritten, FailedElsewhere):
+            if ranks.is_first():
+                shutil.rmtree(checkpoint, ignore_errors=True)  # so that its room is free again
             raise
+
+    def save_student(self, folder: Path) -> None:
+        """Writes the student as it is into a Hugging Face folder. Raises NotWritten."""
+        weights: Any = None
+        student = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # it is in parts
+            weights = self.accelerator.get_state_dict(self.model_wrapped)
+            for name in getattr(student, "all_tied_weights_keys", ()):
+                weights.pop(name, None)  # a head that is the embeddings is gathered as a copy
+        ranks.share(lambda: save_student(student, self.processing_class, folder, weights))
 
     # How it is done.
 
+    def _find_newest(self) -> tuple[Path | None, Counts | None]:
+        newest = checkpoints.find_newest(Path(str(self.args.output_dir)))
+        return newest, newest and checkpoints.check(newest, self._identity)
+
     def _measure(self) -> Scores:
         assert self.model is not None
-        return self._held_out.measure(self.model, self.args.eval_batch_size)
+        return self._held_out.measure(
+            self.model,
+            self.args.eval_batch_size,
+            rank=self.args.process_index,
+            num_ranks=self.args.world_size,
+            add_up=lambda tensor: self.accelerator.reduce(tensor, "sum"),  # type: ignore[arg-type]
+        )
+
+    def _agree_to_stop(self) -> bool:
+        """Returns whether Ctrl-C was pressed, which all processes find out after the same step.
+
+        Where there are several, each looks at what they knew a step ago: no device is waited for.
+        """
+        pressed, before = self._ctrl_c.was_pressed, self._were_pressed
+        if self.args.world_size > 1:
+            own = torch.tensor(float(pressed), device=self.args.device)
+            self._were_pressed = self.accelerator.reduce(own, "sum")  # type: ignore[arg-type]
+            pressed = before is not None and bool(before > 0)
+        return pressed
 
     def _take_waiting(self) -> float:
         """Returns how long the steps have waited for targets since the last time."""
@@ -217,6 +264,14 @@ class _RunCallback(transformers.TrainerCallback):
     def __init__(self, trainer: StudentTrainer) -> None:
         self._trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Else all ranks would drop the same units. What a checkpoint has of this rank replaces it.
+        if args.process_index or state.global_step:
+            numbers = f"{args.seed} {args.process_index} {state.global_step}"
+            torch.manual_seed(
+                xxhash.xxh32_intdigest(numbers.encode())
+            )  # of which a CPU takes 32 bits
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The loader of a resumed epoch hides the sampler from accelerate.
         order = getattr(self._trainer, "_order", None)
@@ -224,22 +279,21 @@ class _RunCallback(transformers.TrainerCallback):
             order.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Several processes would have to agree on the step: there, Ctrl-C ends them at once.
-        if self._trainer._ctrl_c.was_pressed:
-            if args.world_size > 1:
-                raise KeyboardInterrupt
+        if self._trainer._agree_to_stop():
             control.should_training_stop = control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
         trainer.progress.count(trainer._take_waiting())
-        trainer.accelerator.wait_for_everyone()  # each rank has written files of its own
-        if args.should_save:
-            folder = Path(args.output_dir)
-            checkpoint = folder / f"checkpoint-{state.global_step}"
+        folder = Path(args.output_dir)
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+
+        def seal() -> None:
             with disk.writing(folder, f"the checkpoint of step {state.global_step} to {folder}"):
                 checkpoints.seal(checkpoint, trainer._identity, trainer.progress.counts)
             checkpoints.rotate(folder, trainer._keep_checkpoints, also=state.best_model_checkpoint)
+
+        ranks.share(seal)  # every process has written its files
 
 
 def _with_labels(collate: Callable[[list[Any]], dict[str, Any]]) -> Any:

@@ -6,17 +6,14 @@ import os
 import warnings
 from pathlib import Path
 
-import accelerate
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 
 from student_trainer.hf_trainer import DistillationArguments, DistillationTrainer
 from tests.conftest import one_torch_thread
 from tests.support import tiny
-from tests.support.hf import make_trainer
+from tests.support.hf import make_trainer, shard_on_cpu
 from tests.support.ranks import run_ranks
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
@@ -40,20 +37,9 @@ def zero(stage: int) -> dict[str, object]:
 
 
 class Sharded(DistillationTrainer):
-    """Under FSDP2, which accelerate offers for GPUs only; it shards on a CPU as there."""
+    """Under FSDP2."""
 
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        plugin = accelerate.FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        )
-        for state in (AcceleratorState, PartialState):
-            state._shared_state["distributed_type"] = DistributedType.FSDP
-        AcceleratorState._shared_state["fsdp_plugin"] = plugin
-        self.is_fsdp_enabled = True
-        assert self.accelerator.is_fsdp2
+    create_accelerator_and_postprocess = shard_on_cpu
 
 
 class Reshards(transformers.TrainerCallback):

@@ -16,13 +16,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from student_trainer.ray_train.checkpoints import SNAPSHOT
+from student_trainer.ray_train.job import FOLDER
 from torch import Tensor
 
 from student_trainer import LocalTeacher, Recorded
 from student_trainer.cli import main
 from student_trainer.config import TrainConfig
-from student_trainer.ray_train.checkpoints import SNAPSHOT
-from student_trainer.ray_train.job import FOLDER
 from student_trainer.training import run as runs
 from student_trainer.training.corpus import read_corpus, read_tokenizer
 from student_trainer.training.results import Results

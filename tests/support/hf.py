@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 import transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch import nn
 
 from student_trainer.hf_trainer import DistillationArguments, DistillationTrainer
@@ -63,6 +66,24 @@ def make_trainer(
         teacher=teacher,
         distillation=distillation,
     )
+
+
+def shard_on_cpu(trainer: Any) -> None:
+    """Puts a Trainer under FSDP2, which accelerate offers for GPUs only; it shards on a CPU as there.
+
+    Takes the place of its `create_accelerator_and_postprocess`.
+    """
+    transformers.Trainer.create_accelerator_and_postprocess(trainer)
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[f"{type(trainer.model).__name__[:-11]}DecoderLayer"],
+    )
+    for state in (AcceleratorState, PartialState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    trainer.is_fsdp_enabled = True
+    assert trainer.accelerator.is_fsdp2
 
 
 def weights(trainer) -> torch.Tensor:

@@ -65,4 +65,5 @@ def _run(
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # a process group whose other ranks wait cannot be taken down
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # a command has parted already
+        torch.distributed.destroy_process_group()

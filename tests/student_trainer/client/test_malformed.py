@@ -13,6 +13,7 @@ import pytest
 import torch
 import xxhash
 from student_trainer.ray_train.checkpoints import SNAPSHOT, _mended, newest_step
+from student_trainer.ray_train.job import _Job
 from student_trainer.training.checkpoint import Checkpoints
 from torch import nn
 
@@ -21,7 +22,6 @@ from student_trainer.cli import main
 from student_trainer.config import TrainConfig
 from student_trainer.data import documents
 from student_trainer.hf import checkpoints
-from student_trainer.ray_train.job import _Job
 from student_trainer.record.folder import BESIDE
 from student_trainer.record.schema import METADATA, SCHEMA
 from student_trainer.report import drawing, page

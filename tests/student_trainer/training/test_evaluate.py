@@ -1,14 +1,21 @@
 """What is measured on held-out text, against plain sums over all rows; and the shuffled control."""
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from logit_codec import Targets, TopKTargets
 from student_trainer import LocalTeacher, Recorded
 from student_trainer.config import TrainConfig
-from student_trainer.training import loop as trainer
+from student_trainer.data.collate import Collator
+from student_trainer.data.columns import Document
+from student_trainer.data.packing import Counts, lay_out
+from student_trainer.teachers.layout import Layout
+from student_trainer.training.corpus import Corpus
 from student_trainer.training.evaluate import (
     NUM_BINS,
     UNKNOWN,
@@ -16,9 +23,11 @@ from student_trainer.training.evaluate import (
     evaluate_teacher,
 )
 from student_trainer.training.held_out import HeldOut
-from student_trainer.training.shuffled_control import ShuffledTargets
+from student_trainer.training.shuffled_control import ShuffledTeacher
 from tests.conftest import one_torch_thread
 from tests.support import tiny
+
+COLLATE = Collator()
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 
@@ -39,23 +48,33 @@ def sequences() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
+def rows(sequences) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": ids} for ids in sequences]
+
+
+@pytest.fixture(scope="module")
 def dense(model, sequences) -> torch.Tensor:
-    """(N, L-1, V) float64 logprobs of the teacher."""
-    return torch.stack([tiny.dense_logits(model, ids).log_softmax(-1) for ids in sequences])
+    """(R, V) float64 logprobs of the teacher."""
+    return torch.cat([tiny.dense_logits(model, ids).log_softmax(-1) for ids in sequences])
 
 
-def test_a_student_is_measured_as_plain_sums_over_the_rows_say(sequences, dense):
+def held_out(rows: list[dict[str, torch.Tensor]]) -> Corpus:
+    return Corpus(None, rows, rows, COLLATE, "", "")
+
+
+def test_a_student_is_measured_as_plain_sums_over_the_rows_say(sequences, rows, dense):
     student = tiny.make_student()
-    found = evaluate(student, sequences, dense.argmax(-1), batch_size=5)
+    found = evaluate(student, rows, dense.argmax(-1), collate=COLLATE, batch_size=5)
     with torch.no_grad():
         logprobs = student(input_ids=sequences).logits[:, :-1].log_softmax(-1)
     labels = sequences[:, 1:]
     nll = -logprobs.gather(2, labels[:, :, None])[:, :, 0]
     confidence, best = logprobs.exp().max(-1)
-    assert found.loss == pytest.approx(trainer.held_out_loss(student, sequences), rel=1e-6)
+    assert found.loss == pytest.approx(float(nll.mean()), rel=1e-6)
     assert found.sequence_losses == pytest.approx(nll.mean(1).tolist(), rel=1e-5)
     assert found.accuracy == pytest.approx(float((best == labels).double().mean()))
-    assert found.top1_agreement == pytest.approx(float((best == dense.argmax(-1)).double().mean()))
+    agrees = best.flatten() == dense.argmax(-1)
+    assert found.top1_agreement == pytest.approx(float(agrees.double().mean()))
     assert found.agreement_rows == labels.numel()
     error = 0.0
     for number in range(NUM_BINS):
@@ -67,21 +86,85 @@ def test_a_student_is_measured_as_plain_sums_over_the_rows_say(sequences, dense)
     assert sum(one.count for one in found.bins) == labels.numel()
 
 
-def test_without_a_teachers_ids_there_is_no_agreement(sequences):
-    unknown = torch.full((len(sequences), sequences.shape[1] - 1), UNKNOWN)
+@pytest.fixture(scope="module")
+def texts() -> list[Document]:
+    """Of unequal lengths; of every second one only the last tokens are trained."""
+    found = []
+    for number, ids in enumerate(tiny.random_sequences(11, 64, seed=5)):
+        ids = ids[:30].numpy()
+        labels = np.where(np.arange(len(ids)) < len(ids) // 2, -100, ids)
+        found.append(Document(ids, labels if number % 2 else None))
+    return found
+
+
+@pytest.mark.parametrize("packing", ["pad", "isolate"])
+def test_of_padded_packed_and_masked_rows_the_trained_ones_are_measured(
+    model, teacher, texts, packing
+):
+    rows = list(lay_out(texts, 40, packing, Counts(), has_labels=True))
+    nll, confidence, of_each = [], [], []
+    for row in rows:
+        for ids, wanted in Layout.of(COLLATE([row])).pieces():
+            logprobs = tiny.dense_logits(model, ids).log_softmax(-1)[wanted]
+            nll.append(-logprobs.gather(1, ids[wanted + 1][:, None])[:, 0])
+            confidence.append(logprobs.exp().max(1).values)
+        of_each.append(len(nll))
+    starts = [0, *of_each]
+    means = [float(torch.cat(nll[a:b]).mean()) for a, b in pairwise(starts)]
+    found = evaluate(model, rows, collate=COLLATE, batch_size=3)
+    scores, best_ids = evaluate_teacher(teacher, rows, collate=COLLATE)
+    assert found.sequence_losses == pytest.approx(means, rel=1e-4)
+    assert scores.sequence_losses == pytest.approx(means, rel=1e-3)
+    assert len(best_ids) == len(torch.cat(nll)) == sum(one.count for one in found.bins)
+    mean = sum(one.count * one.confidence for one in found.bins) / len(best_ids)
+    assert mean == pytest.approx(float(torch.cat(confidence).mean()), rel=1e-4)
+    again = evaluate(model, rows, best_ids, collate=COLLATE, batch_size=2)
+    assert again.top1_agreement == 1.0
+
+
+def test_ranks_measure_a_share_each_in_as_many_forward_passes(rows, dense):
+    student = tiny.make_student()
+    whole = evaluate(student, rows, dense.argmax(-1), collate=COLLATE, batch_size=2)
+    passes = []
+    student.register_forward_hook(lambda *_: passes.append(1))
+    parts: list[list[torch.Tensor]] = []
+    for rank in range(5):  # 12 rows: two ranks have none in their last pass
+        passes.clear()
+        parts.append([])
+
+        def keep(values: torch.Tensor) -> torch.Tensor:
+            parts[-1].append(values)
+            return values
+
+        share = {"rank": rank, "num_ranks": 5, "add_up": keep}
+        evaluate(student, rows, collate=COLLATE, batch_size=2, **share)
+        assert len(passes) == 2
+    sums = iter([sum(each) for each in zip(*parts, strict=True)])
+    found = evaluate(
+        *(student, rows, dense.argmax(-1)),
+        collate=COLLATE,
+        rank=4,
+        num_ranks=5,
+        add_up=lambda _: next(sums),
+    )
+    assert found == whole
+
+
+def test_without_a_teachers_ids_there_is_no_agreement(rows, dense):
+    student, unknown = tiny.make_student(), torch.full((len(dense),), UNKNOWN)
     for best_ids in (None, unknown):
-        assert evaluate(tiny.make_student(), sequences, best_ids).top1_agreement is None
+        assert evaluate(student, rows, best_ids, collate=COLLATE).top1_agreement is None
     some = unknown.clone()
-    some[0, :3] = 5
-    assert evaluate(tiny.make_student(), sequences, some).agreement_rows == 3
+    some[:3] = 5
+    assert evaluate(student, rows, some, collate=COLLATE).agreement_rows == 3
 
 
-def test_top_1_tells_all_of_a_teacher(teacher, sequences, dense):
-    scores, best_ids = evaluate_teacher(teacher, sequences)
+def test_top_1_tells_all_of_a_teacher(teacher, sequences, rows, dense):
+    scores, best_ids = evaluate_teacher(teacher, rows, collate=COLLATE)
     largest, best = dense.max(-1)
-    labels = sequences[:, 1:]
+    labels = sequences[:, 1:].flatten()
     assert torch.equal(best_ids, best)
-    loss = -dense.gather(2, labels[:, :, None]).mean()
+    loss = -dense.gather(1, labels[:, None]).mean()
     assert scores.loss == pytest.approx(float(loss), rel=1e-3)  # float16 per row
     assert scores.accuracy == pytest.approx(float((best == labels).double().mean()))
     mean = sum(one.count * one.confidence for one in scores.bins) / labels.numel()
@@ -89,8 +172,8 @@ def test_top_1_tells_all_of_a_teacher(teacher, sequences, dense):
 
 
 @pytest.mark.parametrize("targets", ["dense:f32", "top_k:16"])
-def test_other_kinds_tell_the_likeliest_id_too(teacher, sequences, dense, targets: str):
-    _, best_ids = evaluate_teacher(teacher, sequences, targets=targets)
+def test_other_kinds_tell_the_likeliest_id_too(teacher, rows, dense, targets: str):
+    _, best_ids = evaluate_teacher(teacher, rows, collate=COLLATE, targets=targets)
     is_known = best_ids != UNKNOWN
     assert is_known.double().mean() > 0.9
     assert torch.equal(best_ids[is_known], dense.argmax(-1)[is_known])
@@ -108,19 +191,21 @@ def test_equal_logprobs_leave_the_likeliest_id_unknown(sequences):
     assert rows.mode()[0].tolist() == [UNKNOWN, 7]
 
 
-def test_samples_do_not_tell_the_likeliest_id_nor_a_temperature_the_loss(teacher, sequences):
-    scores, best_ids = evaluate_teacher(teacher, sequences, targets="sampled:16")
+def test_samples_do_not_tell_the_likeliest_id_nor_a_temperature_the_loss(teacher, rows):
+    scores, best_ids = evaluate_teacher(teacher, rows, collate=COLLATE, targets="sampled:16")
     assert (best_ids == UNKNOWN).all()
     assert scores.loss is not None
     assert scores.accuracy is scores.calibration_error is None
-    scores, best_ids = evaluate_teacher(teacher, sequences, targets="top_k:4", temperature=2.0)
+    scores, best_ids = evaluate_teacher(
+        teacher, rows, collate=COLLATE, targets="top_k:4", temperature=2.0
+    )
     assert (best_ids != UNKNOWN).any()
     assert scores.loss is scores.calibration_error is None
     assert scores.accuracy is not None
 
 
 def test_a_record_of_samples_says_what_it_cannot_tell_and_a_live_teacher_is_asked(
-    teacher, sequences, tmp_path: Path
+    teacher, sequences, rows, tmp_path: Path
 ):
     config = TrainConfig(
         student=tmp_path,
@@ -130,17 +215,18 @@ def test_a_record_of_samples_says_what_it_cannot_tell_and_a_live_teacher_is_aske
         targets="sampled:16",
     )
     with Recorded(tmp_path / "record", teacher) as record:
-        found = HeldOut.ask(config, record, sequences)
+        found = HeldOut.ask(config, record, held_out(rows))
         assert found.unknown == ""
         assert found.teacher.accuracy is not None
     with Recorded(tmp_path / "record") as record:
-        found = HeldOut.ask(config, record, sequences)
+        found = HeldOut.ask(config, record, held_out(rows))
         assert "sampled:16" in found.unknown
         assert "--teacher" in found.unknown
         assert found.teacher.loss is not None
         assert found.measure(tiny.make_student(), 4).top1_agreement is None
         assert set(found.beside_the_loss()) == {"held_out_accuracy"}
-        other = HeldOut.ask(config, record, sequences + 1 - sequences % 2)
+        others = [{"input_ids": ids} for ids in sequences + 1 - sequences % 2]
+        other = HeldOut.ask(config, record, held_out(others))
         assert "was not recorded" in other.unknown
         assert other.teacher.loss is None
 
@@ -148,9 +234,10 @@ def test_a_record_of_samples_says_what_it_cannot_tell_and_a_live_teacher_is_aske
 # The shuffled control.
 
 
-def shuffled(teacher: LocalTeacher, sequences: torch.Tensor, seed: int = 0) -> ShuffledTargets:
+def shuffled(teacher: LocalTeacher, sequences: torch.Tensor, seed: int = 0) -> list[Any]:
     loader = [{"input_ids": some} for some in sequences.split(4)]
-    return ShuffledTargets(teacher.stream_batches(loader, targets="top_k:8"), seed=seed)
+    wrong = ShuffledTeacher(teacher, seed=seed)
+    return list(wrong.stream_batches(loader, targets="top_k:8"))
 
 
 def row(targets: Targets, number: int) -> tuple[float, ...]:
@@ -171,17 +258,13 @@ def test_shuffled_rows_are_the_same_rows_and_none_is_in_its_place(teacher, seque
 
 
 def test_a_run_that_goes_on_shuffles_as_it_would_have(teacher, sequences):
-    whole = shuffled(teacher, sequences)
-    next(whole)
-    again = shuffled(teacher, sequences)
-    again.load_state_dict(whole.state_dict())
-    other = shuffled(teacher, sequences, seed=1)
-    other.load_state_dict(whole.state_dict())
-    (_, expected), (_, found), (_, different) = next(whole), next(again), next(other)
-    assert torch.equal(found.token_ids, expected.token_ids)  # type: ignore[attr-defined]
-    assert not torch.equal(found.realized_logprob, different.realized_logprob)  # type: ignore[arg-type]
+    whole, rest = shuffled(teacher, sequences), shuffled(teacher, sequences[4:])
+    (_, expected), (_, found) = whole[1], rest[0]
+    assert torch.equal(found.token_ids, expected.token_ids)
+    _, different = shuffled(teacher, sequences, seed=1)[1]
+    assert not torch.equal(found.realized_logprob, different.realized_logprob)
 
 
 def test_a_single_row_cannot_be_shuffled(teacher):
     with pytest.raises(ValueError, match="single row"):
-        next(shuffled(teacher, torch.tensor([[2, 3]])))
+        shuffled(teacher, torch.tensor([[2, 3]]))

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from logitstream import extras
-from student_trainer import LocalTeacher
+from student_trainer import LocalTeacher, connect
 from student_trainer.training.tasks import Tasks
 from student_trainer.training.teacher_lm import TeacherLM
 from tests.support import tiny
@@ -197,7 +198,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_measured_is_refused_before_a_training(
-    name: str, tmp_path: Path, tokenizer, monkeypatch
+    name: str, tmp_path: Path, folder, tokenizer, monkeypatch
 ):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -205,18 +206,18 @@ def test_what_cannot_be_measured_is_refused_before_a_training(
     config = {"output_type": "loglikelihood", "doc_to_text": "", "doc_to_target": "text"}
     path = write_task(tmp_path, name, [{"text": "w1 w2"}] * 2, **{**config, **changes})
     with pytest.raises(ValueError, match=message):
-        Tasks.load([str(path)], tokenizer)
+        Tasks.load([str(folder), str(path)], tokenizer)
 
 
 def test_a_task_that_loads_but_cannot_be_measured_fails_in_the_rehearsal(
-    tmp_path: Path, teacher, tokenizer, tasks
+    tmp_path: Path, folder, teacher, tokenizer, tasks
 ):
     tasks.rehearse(teacher)
     # Without a space the target becomes a part of the context's last word.
     config = {"output_type": "loglikelihood", "doc_to_text": "w1", "doc_to_target": "text"}
     path = write_task(tmp_path, "glued", [{"text": "w2"}] * 2, **config)
     with pytest.raises(ValueError, match=r"first documents failed.*continuation has 0 tokens"):
-        Tasks.load([str(path)], tokenizer).rehearse(teacher)
+        Tasks.load([str(folder), str(path)], tokenizer).rehearse(teacher)
 
 
 @pytest.mark.parametrize(
@@ -226,9 +227,11 @@ def test_a_task_that_loads_but_cannot_be_measured_fails_in_the_rehearsal(
         ("./nothing.yaml", "nothing.yaml is neither a file nor a folder"),
     ],
 )
-def test_a_task_that_does_not_exist_is_named_with_what_is_near(name: str, message: str, tokenizer):
+def test_a_task_that_does_not_exist_is_named_with_what_is_near(
+    name: str, message: str, folder, tokenizer
+):
     with pytest.raises(ValueError, match=f"--eval-tasks: .*{message}"):
-        Tasks.load([name], tokenizer)
+        Tasks.load([str(folder), name], tokenizer)
 
 
 def test_without_tasks_nothing_is_measured_and_lm_eval_is_not_needed(
@@ -250,3 +253,18 @@ def test_a_teacher_of_which_there_is_only_a_record_is_not_measured(tasks):
 def test_a_teacher_does_not_generate(teacher, tokenizer):
     with pytest.raises(ValueError, match="scores texts and does not generate"):
         TeacherLM(teacher, tokenizer).generate_until([])
+
+
+def test_a_served_teacher_is_asked_for_the_rows_of_continuations_alone(
+    gemma_service, model_folder, tokenizer
+):
+    own = transformers.AutoModelForCausalLM.from_pretrained(model_folder("Gemma2", 1001)).eval()
+    hflm = HFLM(own, tokenizer=tokenizer, batch_size=8, max_length=tiny.CONTEXT - 1)
+    asked = requests("loglikelihood", [(text(30, n), " " + text(1 + n % 3, -n)) for n in range(40)])
+    with connect(gemma_service.address) as teacher:
+        found = TeacherLM(teacher, tokenizer).loglikelihood(asked)
+        assert teacher.counters.rows == sum(1 + n % 3 for n in range(40))
+    expected = hflm.loglikelihood(asked, disable_tqdm=True)
+    for (logprob, is_greedy), (right, is_right_greedy) in zip(found, expected, strict=True):
+        assert logprob == pytest.approx(right, abs=3 * ROUNDING + 1e-5)
+        assert is_greedy == is_right_greedy
