@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-from student_trainer.training.loop import held_out_loss
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer import Recorded, connect, data, distillation_loss
