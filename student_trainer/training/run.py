@@ -66,11 +66,6 @@ def check_settings(config: CorpusConfig) -> None:
     except ValueError as error:
         raise ValueError(f"--targets: {error}") from None
     if isinstance(config, TrainConfig):
-        if config.workers and ranks.count() > 1:
-            raise ValueError(
-                f"--workers {config.workers} starts processes with Ray Train, and torchrun or accelerate "
-                f"launch has started {ranks.count()} already: use one of the two"
-            )
         if config.workers:
             check_installed("ray-train", "ray", "pandas")
         if config.tensorboard:
