@@ -13,6 +13,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import metadata
 from typing import Self
 
@@ -31,6 +32,7 @@ from teacher_server.engine.engine import Engine
 from teacher_server.engine.loading import load
 from teacher_server.engine.model import TeacherModel
 from teacher_server.engine.probe import KnownAnswer, is_exact, warm_up
+from teacher_server.engine.threads import compute_apart
 from teacher_server.ledger.accounts import Accounts, open_accounts
 from teacher_server.ledger.lease import DirectoryLink
 from teacher_server.monitoring.memory import device_nbytes, keep_freed_memory, resident_nbytes
@@ -158,6 +160,12 @@ class Replica:
         directory: by default one in this process.
         """
         prepare_process(config)
+        # Apart: so the launch thread will be the only one with OpenMP threads.
+        make = partial(cls._load, config, service_id, directory)
+        return compute_apart(make, name="load")
+
+    @classmethod
+    def _load(cls, config: ServeConfig, service_id: str, directory: DirectoryLink | None) -> Self:
         accounts = open_accounts(config.ledger_folder(), directory)
         model = load(
             config.model,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from logit_codec import Selection
+from teacher_server.engine.threads import compute_alone
 
 T = TypeVar("T")
 
@@ -56,6 +57,11 @@ class Device:
     def release_memory(self) -> None:
         """Gives memory back that the allocator keeps for later."""
 
+    def spare(self) -> None:
+        """Makes what the calling thread computes on the host take as little of the device's time
+        as possible. Here the host's cores are the device."""
+        compute_alone()
+
 
 class _Moment:
     def __init__(self) -> None:
@@ -97,6 +103,9 @@ class CudaDevice(Device):
 
     def release_memory(self) -> None:
         torch.cuda.empty_cache()
+
+    def spare(self) -> None:
+        pass
 
 
 DEVICES: dict[str, Callable[[torch.device], Device]] = {"cpu": Device, "cuda": CudaDevice}
