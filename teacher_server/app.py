@@ -48,7 +48,6 @@ class TeacherReplica:
 
     async def __init__(self, config: ServeConfig) -> None:  # pyright: ignore
         # Awaited by Serve. The model is loaded in a thread, so that this loop keeps answering Serve.
-        from teacher_server.engine.threads import compute_alone
         from teacher_server.replica import Replica
 
         _log_to_stderr(config)
@@ -65,7 +64,6 @@ class TeacherReplica:
             service_id=service_id(self._application),
             directory=RayDirectory(self._application, config.ledger_folder()),
         )
-        compute_alone()  # this thread, which reads requests
         replica.set_others(self._membership.cards())
         await replica.start(
             config.host, 0, entry_port=config.port, advertise=config.advertised_host()

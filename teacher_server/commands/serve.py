@@ -73,13 +73,11 @@ async def _serve_standalone(config: ServeConfig) -> int:
     import transformers
 
     from teacher_server.cluster.peers import watch_peers
-    from teacher_server.engine.threads import compute_alone
     from teacher_server.replica import Replica
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     replica = Replica.from_config(config)
-    compute_alone()  # this thread, which reads requests
     if config.metrics_port is not None:
         port = replica.metrics.serve(config.host, config.metrics_port)
         logger.info("metrics at http://%s:%d/metrics", config.host, port)
