@@ -31,6 +31,7 @@ class Device:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._num_threads = torch.get_num_threads()
 
     def queue(self) -> AbstractContextManager[object]:
         """Returns a context in which work is queued for the device."""
@@ -57,9 +58,12 @@ class Device:
     def release_memory(self) -> None:
         """Gives memory back that the allocator keeps for later."""
 
-    def spare(self) -> None:
-        """Makes what the calling thread computes on the host take as little of the device's time
-        as possible. Here the host's cores are the device."""
+    def use_cores(self) -> None:
+        """Lets the calling thread, which launches packs, compute with all threads of the device."""
+        torch.set_num_threads(self._num_threads)
+
+    def spare_cores(self) -> None:
+        """Lets the calling thread compute without taking threads that the device needs."""
         compute_alone()
 
 
@@ -104,7 +108,10 @@ class CudaDevice(Device):
     def release_memory(self) -> None:
         torch.cuda.empty_cache()
 
-    def spare(self) -> None:
+    def use_cores(self) -> None:
+        pass
+
+    def spare_cores(self) -> None:
         pass
 
 

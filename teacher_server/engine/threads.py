@@ -8,15 +8,18 @@ CPU leaves the pool to the thread that launches packs: what is computed before i
 stead, runs in a thread that ends, and all other threads compute alone.
 """
 
-import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+_counting = threading.Lock()
+"""Held while torch's number of threads is 1 for a moment."""
 
 
 def compute_apart(function: Callable[[], T], *, name: str, limit_s: float | None = None) -> T:
@@ -40,11 +43,9 @@ def compute_apart(function: Callable[[], T], *, name: str, limit_s: float | None
 
 
 def compute_alone() -> None:
-    """Lets the calling thread compute without a pool. Does nothing with another kind of threads.
-
-    `torch.set_num_threads` would change the number for all threads that begin to compute later.
-    """
-    torch.get_num_threads()  # takes torch's number over, which would replace this one later
-    set_num_threads = getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
-    if set_num_threads is not None:
-        set_num_threads(1)
+    """Lets the calling thread compute without a pool."""
+    with _counting:
+        before = torch.get_num_threads()
+        # This is for the calling thread, and for those that begin to compute later.
+        torch.set_num_threads(1)
+        compute_apart(partial(torch.set_num_threads, before), name="count")

@@ -155,6 +155,7 @@ class Compute:
     # The launch thread.
 
     def _launch_all(self) -> None:
+        self._engine.device.use_cores()
         try:
             while batch := self._next_batch():
                 self._charge(batch)
