@@ -9,6 +9,7 @@ import json
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -165,7 +166,7 @@ def build_teacher(folder: Path, *, steps: int = STEPS, seed: int = 0) -> dict:
     return facts
 
 
-def _as_rows(sequences: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+def _as_rows(sequences: torch.Tensor) -> Any:
     return [{"input_ids": ids, "labels": ids} for ids in sequences]
 
 

@@ -16,6 +16,7 @@ from student_trainer.client.remote import RemoteTeacher
 from student_trainer.config import TrainConfig
 from student_trainer.losses.fused_pass import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from student_trainer.record.recorded import Recorded
+from student_trainer.record.request import RecordCounters
 from student_trainer.teachers.layout import Layout
 from student_trainer.trainer_fields import find_deciding
 from student_trainer.training.arguments import make_training_arguments
@@ -208,7 +209,7 @@ def _count(teacher: RemoteTeacher | Recorded, live: Any) -> tuple[int, int, int,
     """Returns sequences, those of the live teacher, rows, and their bytes alone and on the wire."""
     wire = 0 if live is None else live.counters.sent_nbytes + live.counters.received_nbytes
     counters = teacher.counters
-    if isinstance(teacher, Recorded):
+    if isinstance(counters, RecordCounters):
         found = counters.replayed + counters.asked, counters.asked
     else:
         found = counters.requests, counters.requests
@@ -247,7 +248,7 @@ def _measure_memory(trainer: StudentTrainer, config: TrainConfig) -> dict[str, A
     assert optimizer is not None
     parameters = [*student.parameters()]
     states = [value for state in optimizer.state.values() for value in state.values()]
-    head = student.get_output_embeddings()  # type: ignore[operator]
+    head: Any = student.get_output_embeddings()  # type: ignore[operator]
     rows = trainer.args.train_batch_size * config.sequence_length
     row_nbytes = head.weight.shape[0] * 4
     if trainer.has_fused_loss:  # a few buffers of logits for as many rows as fit

@@ -230,7 +230,7 @@ def make_trainer(
 def make_tensorboard(folder: Path, checkpoints_folder: Path) -> transformers.TrainerCallback:
     """Writes curves into a folder; points after the step that the run resumes from are hidden."""
     from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
     newest = checkpoints.find_newest(checkpoints_folder)
     step = 0 if newest is None else checkpoints.read_step(newest)
