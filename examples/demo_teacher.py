@@ -12,11 +12,17 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from logitstream.files import whole_folder
 from student_trainer import data
-from student_trainer.training import loop as trainer
+from student_trainer.training.optimizers import make_muon
 
 VOCABULARY = 1024
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>"]  # ids 0, 1, 2
@@ -121,28 +127,35 @@ def build_teacher(folder: Path, *, steps: int = STEPS, seed: int = 0) -> dict:
     held_out = data.pack(held_out_files, tokenizer, SEQUENCE, label="held-out data")
     torch.manual_seed(seed)
     model = Gemma2ForCausalLM(make_config(hidden_size=128))
-    batches = data.batches(sequences, batch_size=BATCH, steps=steps, seed=seed)
-    run = trainer.train(
-        model,
-        ((batch, None) for batch in batches),
-        steps=steps,
-        learning_rate=LEARNING_RATE,
-        warmup_steps=WARMUP,
-        optimizer="muon",
-        kd_weight=0.0,
-        ce_weight=1.0,
-        measure=lambda teacher: trainer.held_out_loss(teacher, held_out[:256]),
-        label="teacher",
-    )
-    facts = {
-        "steps": steps,
-        "seed": seed,
-        "parameters": model.num_parameters(),
-        "tokens": steps * BATCH * SEQUENCE,
-        "seconds": round(time.monotonic() - started, 1),
-        "held_out_loss": round(run.held_out_loss, 4),
-    }
     with whole_folder(folder) as partial:
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                str(partial),
+                per_device_train_batch_size=BATCH,
+                per_device_eval_batch_size=2 * BATCH,
+                max_steps=steps,
+                warmup_steps=WARMUP,
+                seed=seed,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                use_cpu=True,  # the same teacher on every machine
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=_as_rows(sequences),
+            eval_dataset=_as_rows(held_out[:256]),
+            optimizers=(make_muon(model, learning_rate=LEARNING_RATE), None),
+        )
+        trainer.train()
+        facts = {
+            "steps": steps,
+            "seed": seed,
+            "parameters": model.num_parameters(),
+            "tokens": steps * BATCH * SEQUENCE,
+            "held_out_loss": round(trainer.evaluate()["eval_loss"], 4),
+            "seconds": round(time.monotonic() - started, 1),
+        }
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
@@ -150,6 +163,10 @@ def build_teacher(folder: Path, *, steps: int = STEPS, seed: int = 0) -> dict:
         make_config(hidden_size=64).save_pretrained(student)
         tokenizer.save_pretrained(student)
     return facts
+
+
+def _as_rows(sequences: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": ids, "labels": ids} for ids in sequences]
 
 
 def student_folder(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """`student-trainer train`: trains a student and the requested controls."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from student_trainer import disk
 from student_trainer.client.remote import RemoteTeacher
-from student_trainer.commands.student import find_student
+from student_trainer.commands.plan import run_plan
+from student_trainer.commands.student import find_student, make_hub_repo, push_student
 from student_trainer.config import TrainConfig
 from student_trainer.errors import FailedElsewhere, Interrupted, NotWritten, TrainingFailed
 from student_trainer.record.recorded import Recorded
@@ -35,7 +37,7 @@ from student_trainer.training.run import (
     read_student,
     train_students,
 )
-from student_trainer.training.students import has_weights
+from student_trainer.training.students import find_device, has_weights
 from student_trainer.training.tasks import Tasks
 
 
@@ -45,9 +47,14 @@ def train(config: TrainConfig) -> Results:
     Where torchrun or accelerate launch runs this in several processes, they train together. Raises
     ValueError, OSError, NotWritten, TrainingFailed, FailedElsewhere, and what a teacher can raise.
     """
-    check_settings(config)
     if not config.workers:
         return train_here(config)
+    if ranks.count() > 1:
+        raise ValueError(
+            f"--workers {config.workers} starts processes with Ray Train, and torchrun or accelerate "
+            f"launch has started {ranks.count()} already: use one of the two"
+        )
+    check_settings(config)
     from student_trainer.ray_train.driver import run_workers
 
     with _make_output(config.output):
@@ -64,7 +71,8 @@ def train(config: TrainConfig) -> Results:
 
 def train_here(config: TrainConfig) -> Results:
     """Trains in this process, together with the others that were started like it."""
-    ranks.meet(config.training, on_cpu=config.device == "cpu")
+    ranks.meet(config.training, on_cpu=find_device(config) == "cpu")
+    ranks.share(lambda: check_settings(config))
     named = config.student
     config = _with_folder(config)
     with _make_output(config.output), _opened(config) as (read, teacher, num_ids):
@@ -93,7 +101,9 @@ def train_here(config: TrainConfig) -> Results:
         data_digest=corpus.digest,
         held_out_digest=corpus.held_out_digest,
         held_out_sequences=len(corpus.held_out),
-        student_parameters=sum(parameter.numel() for parameter in student.parameters()),
+        student_parameters=sum(
+            getattr(parameter, "ds_numel", parameter.numel()) for parameter in student.parameters()
+        ),
         student_architecture=type(student).__name__,
         student_license=model_card.license_of(config.student),
         starts_from_weights=has_weights(config.student),
@@ -133,6 +143,8 @@ def _opened(config: TrainConfig) -> Iterator[tuple[Student, RemoteTeacher | Reco
     """
     read = read_student(config.student)
     find_texts(config)
+    if config.push_to_hub:
+        ranks.share(lambda: make_hub_repo(config, config.output))
     with ExitStack() as ending:
         if ranks.is_first():
             ending.callback(disk.give_room, config.output)
@@ -189,6 +201,8 @@ def describe_checkpoints(config: TrainConfig) -> str:
 
 def run_train(config: TrainConfig) -> int:
     """Trains the student and the requested controls; prints and writes the report."""
+    if config.dry_run:
+        return run_plan(config)
     results = None
     try:
         results = train(config)
@@ -197,9 +211,8 @@ def run_train(config: TrainConfig) -> int:
         return code
     except KeyboardInterrupt as error:
         if ranks.is_first():
-            where = (
-                f" {error}" if isinstance(error, Interrupted) else ""
-            )  # workers do not say where
+            # Workers do not say where.
+            where = f" {error}" if isinstance(error, Interrupted) else ""
             kept = describe_checkpoints(config)
             print(f"student-trainer: interrupted{where}; {kept}", file=sys.stderr)
         return 130
@@ -223,9 +236,15 @@ def write_report(config: TrainConfig, results: Results) -> int:
     report.write_report(config.output / "report.html", found)
     report.draw_losses(config.output / "loss.png", found)
     model_card.write_model_card(config.output / "student", results, found)
-    print(report.format_table(found))
-    print("\n".join(found["sentences"]))
-    print(
-        f"written: {config.output / 'report.html'}, report.json, results.json, loss.png, student/"
-    )
+    if config.as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(report.format_table(found))
+        print("\n".join(found["sentences"]))
+        print(
+            f"written: {config.output / 'report.html'}, report.json, results.json, loss.png, student/"
+        )
+    if config.push_to_hub:
+        pushed = push_student(config, config.output)
+        print(f"uploaded: {pushed}", file=sys.stderr if config.as_json else sys.stdout)
     return 1 if found["verdict"] == "diverged" else 0

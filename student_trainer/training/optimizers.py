@@ -90,12 +90,3 @@ def _find_embeddings(student: nn.Module) -> list[nn.Module]:
         if isinstance(module, nn.Module):
             found.append(module)
     return found
-
-
-def make_optimizers(
-    student: nn.Module, name: str, learning_rate: float
-) -> list[torch.optim.Optimizer]:
-    """adamw: one for everything; muon: Muon for matrices of the layers, AdamW for the rest."""
-    if name == "adamw":
-        return [torch.optim.AdamW(student.parameters(), lr=learning_rate, betas=ADAMW_BETAS)]
-    return [make_muon(student, learning_rate=learning_rate)]

@@ -32,7 +32,7 @@ from student_trainer.training.held_out import HeldOut
 from student_trainer.training.results import StudentResults
 from student_trainer.training.shuffled_control import ShuffledTeacher
 from student_trainer.training.students import (
-    find_device,
+    check_student_options,
     make_student,
     outline,
     student_digest,
@@ -66,11 +66,6 @@ def check_settings(config: CorpusConfig) -> None:
     except ValueError as error:
         raise ValueError(f"--targets: {error}") from None
     if isinstance(config, TrainConfig):
-        if config.workers and ranks.count() > 1:
-            raise ValueError(
-                f"--workers {config.workers} starts processes with Ray Train, and torchrun or accelerate "
-                f"launch has started {ranks.count()} already: use one of the two"
-            )
         if config.workers:
             check_installed("ray-train", "ray", "pandas")
         if config.tensorboard:
@@ -80,7 +75,7 @@ def check_settings(config: CorpusConfig) -> None:
             raise ValueError("--streaming data has no epochs that could be counted: give --steps")
         check_arguments(make_distillation_arguments(config, is_aligned=True))
         if not config.workers:  # theirs may be on other machines
-            find_device(config)
+            check_student_options(config)
             make_training_arguments(config, config.output)
 
 
@@ -119,10 +114,12 @@ def check_teacher(config: CorpusConfig, teacher: RemoteTeacher | Recorded, stude
 
 
 @contextmanager
-def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher | Recorded]:
+def open_teacher(
+    config: CorpusConfig, tokenizer: Any, *, write: bool = True
+) -> Iterator[RemoteTeacher | Recorded]:
     """The teacher that the run is to learn from: served, recorded, or both.
 
-    Raises ValueError if its sequences cannot be as long as those of the run.
+    write: whether what a record lacks is added to it. Raises ValueError if its sequences cannot be as long as those of the run.
     """
     with ExitStack() as ending:
         live = None
@@ -136,7 +133,9 @@ def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher
                     f"{config.teacher}, got {config.sequence_length}"
                 )
         if config.record:
-            record = Recorded(config.record, live, tokenizer=tokenizer, draws=config.draws)
+            record = Recorded(
+                config.record, live, tokenizer=tokenizer, draws=config.draws, write=write
+            )
             yield ending.enter_context(record)
         else:
             assert live is not None

@@ -85,6 +85,11 @@ class StudentTrainer(DistillationTrainer):
         self.add_callback(self.progress)
         self.add_callback(_RunCallback(self))
 
+    @property
+    def has_fused_loss(self) -> bool:
+        """Whether the steps so far have made no logits in full."""
+        return self.teacher is not None and self._batch_loss.head is not None
+
     def run(self) -> StudentResults:
         """Trains from the newest checkpoint, if there is one, and measures the student.
 
@@ -135,6 +140,8 @@ class StudentTrainer(DistillationTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Returns what a step needs. Ctrl-C while it waits saves a checkpoint of the step before."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # the Trainer takes one step too many from a checkpoint of the last
         began_s, random = time.perf_counter(), torch.get_rng_state()
         # Several processes have to agree on the step after which they stop.
         waiting = self._ctrl_c.idle() if self.args.world_size == 1 else nullcontext()

@@ -247,6 +247,19 @@ def test_a_student_of_the_hub_is_trained_from_its_cache(
     assert of_hub["students"]["distilled"]["scores"] == of_folder["students"]["distilled"]["scores"]
 
 
+def test_processes_are_started_by_one_launcher(arguments, capsys, monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TQDM_DISABLE", "0")  # which a process that is not the first sets
+    assert main(["train", *arguments(workers=2)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("student-trainer: process 1 of 2: --workers 2 starts processes with Ray")
+    assert "torchrun or accelerate launch has started 2 already" in said
+    assert main(["train", *arguments(workers=3)]) == 2
+    assert "--batch-size must be a multiple of --workers 3" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_service_is_asked_before_the_text_is_read(arguments, capsys, caplog, tmp_path: Path):
     for others, said in (
         ({"teacher": tmp_path / "team.toml"}, "cannot read the connection file"),

@@ -304,14 +304,15 @@ def test_without_a_network_a_student_is_not_pushed_and_not_lost(
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     options = StudentOptions(push_to_hub=True, hub_model_id="me/it")
+    saved = folder.parent / "student"
     with pytest.raises(ConnectionError, match="cannot make or find me/it on the hub"):
         make_hub_repo(options, folder)
-    with pytest.raises(ConnectionError, match=rf"is saved in {folder}.*hf upload me/it {folder}"):
-        push_student(folder, "me/it")
+    with pytest.raises(ConnectionError, match=rf"is saved in {saved}.*hf upload me/it {saved}"):
+        push_student(options, folder.parent)
 
 
-def test_a_student_is_pushed_with_everything_in_its_folder(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_student_is_pushed_as_its_output_folder_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The hub's side is recorded, not there."""
     asked: list[dict[str, Any]] = []
@@ -329,9 +330,9 @@ def test_a_student_is_pushed_with_everything_in_its_folder(
     monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
     options = StudentOptions(push_to_hub=True, hub_private_repo=True)
-    name = make_hub_repo(options, tmp_path / "my-student")
-    assert name == "me/my-student"
-    assert push_student(folder, name) == "https://huggingface.co/me/my-student"
+    output = tmp_path / "my-student"
+    assert push_student(options, output) == "https://huggingface.co/me/my-student"
     assert asked[0]["name"] == "my-student"
     assert asked[0]["private"] is True
-    assert (asked[1]["repo_id"], asked[1]["folder_path"]) == (name, folder)
+    assert asked[1]["repo_id"] == "me/my-student"
+    assert asked[1]["folder_path"] == output / "student"
