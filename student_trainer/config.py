@@ -68,7 +68,8 @@ class CorpusConfig(ServiceOptions):
     """Split to evaluate on, of the data sets in --held-out or else in --data."""
     streaming: bool = False
     """Read and tokenize the data while training, instead of before: it starts at once and needs no
-    disk. --held-out or --held-out-split must then be given."""
+    disk. It begins again when it ends; of several loader workers, each reads and repeats its own
+    files. --held-out or --held-out-split must then be given."""
     data_weights: list[Annotated[float, Field(gt=0)]] = Field(default=[])
     """How often to draw from each --data, one number for each. An epoch ends when all of it was
     drawn; what is smaller is repeated. By default everything is drawn once."""

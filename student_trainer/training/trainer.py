@@ -140,6 +140,8 @@ class StudentTrainer(DistillationTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Returns what a step needs. Ctrl-C while it waits saves a checkpoint of the step before."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # the Trainer takes one step too many from a checkpoint of the last
         began_s, random = time.perf_counter(), torch.get_rng_state()
         # Several processes have to agree on the step after which they stop.
         waiting = self._ctrl_c.idle() if self.args.world_size == 1 else nullcontext()

@@ -7,14 +7,21 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import transformers
 from accelerate import skip_first_batches
 from torch.utils.data import DataLoader
 
+from student_trainer import LocalTeacher
 from student_trainer.data import find_files
 from student_trainer.data.columns import Columns, DocumentReader
+from student_trainer.hf_trainer import DistillationArguments, DistillationTrainer
+from tests.conftest import one_torch_thread
 from tests.student_trainer.data.conftest import LENGTH, read, texts, write_jsonl
+from tests.support import tiny
 
 END = 1
+
+one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 
 
 @pytest.fixture
@@ -82,6 +89,54 @@ def test_two_workers_lose_and_repeat_nothing_and_a_resume_gives_the_rest(tokeniz
     rest = skip_first_batches(load(stream(tokenizer, folder), 2), 5)
     assert rows_of(rest) == rows_of(batches[5:])
     assert rows_of(load(stream(tokenizer, folder, seed=1), 0)) != alone
+
+
+class Watched(DistillationTrainer):
+    """Keeps the rows that it was trained on."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.rows = [*getattr(self, "rows", []), *rows_of([inputs])]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_trainer_goes_on_in_a_stream_where_it_was(tokenizer, folder, tmp_path):
+    teacher = LocalTeacher(tiny.make_model("Llama", 62, seed=1))
+
+    def train(output: str, steps: int, resume: bool = False) -> tuple[list[Any], float]:
+        corpus = stream(tokenizer, folder, repeat=True)
+        trainer = Watched(
+            tiny.make_model("Llama", 62),
+            transformers.TrainingArguments(
+                str(tmp_path / output),
+                per_device_train_batch_size=4,
+                max_steps=steps,
+                save_steps=3,
+                dataloader_num_workers=2,
+                lr_scheduler_type="constant",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=True,
+            ),
+            train_dataset=corpus.train,
+            data_collator=corpus.collate,
+            teacher=teacher,
+            distillation=DistillationArguments(targets="top_k:4", check_first_batch=False),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        weights = sum(
+            float(weight.detach().double().sum()) for weight in trainer.model.parameters()
+        )
+        return trainer.rows, weights
+
+    num_rows = sum(1 for _ in stream(tokenizer, folder).train)
+    steps = num_rows // 4 + 6  # into the second pass
+    whole, weights = train("whole", steps)
+    first, _ = train("parts", steps - 3)
+    rest, resumed = train("parts", steps, resume=True)
+    assert first + rest == whole
+    assert resumed == weights
+    assert len(rest) == 3 * 4
 
 
 def test_a_stream_begins_again_with_the_same_rows(tokenizer, folder):
