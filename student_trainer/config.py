@@ -217,9 +217,18 @@ def _flag(name: str) -> str:
 
 
 Schedule = Literal[
-    *("linear", "cosine", "constant", "wsd", "constant_with_warmup", "cosine_with_restarts"),
-    *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial", "inverse_sqrt"),
-    *("reduce_lr_on_plateau", "greedy"),
+    "linear",
+    "cosine",
+    "constant",
+    "wsd",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "greedy",
 ]
 """wsd, and schedules of transformers by their own names."""
 Divergence = Literal[

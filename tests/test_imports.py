@@ -79,6 +79,12 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
         "student_trainer.client.remote",
         "student_trainer.record.recorded",
     ),
+    "student_trainer/training/plan.py": (
+        "student_trainer.config",
+        "student_trainer.trainer_fields",
+        "student_trainer.client.remote",
+        "student_trainer.record.recorded",
+    ),
     "student_trainer/training/arguments.py": ("student_trainer.config",),
     # The settings say themselves in which of them two runs may differ.
     "student_trainer/report/groups.py": ("student_trainer.config",),

@@ -215,12 +215,12 @@ def _make_scratch(config: TrainConfig, folder: Path, num_ranks: int) -> TrainCon
 def _count(teacher: RemoteTeacher | Recorded, live: Any) -> tuple[int, int, int, int, int]:
     """Returns sequences, those of the live teacher, rows, and their bytes alone and on the wire."""
     wire = 0 if live is None else live.counters.sent_nbytes + live.counters.received_nbytes
-    counters = teacher.counters
     if isinstance(teacher, Recorded):
-        found = counters.replayed + counters.asked, counters.asked
+        asked = teacher.counters.asked
+        handed_out = asked + teacher.counters.replayed
     else:
-        found = counters.requests, counters.requests
-    return *found, counters.rows, counters.payload_nbytes, wire
+        handed_out = asked = teacher.counters.requests
+    return handed_out, asked, teacher.counters.rows, teacher.counters.payload_nbytes, wire
 
 
 def _measure_teacher(config: TrainConfig, corpus: Corpus, live: Any) -> float:
@@ -250,12 +250,11 @@ def _measure_teacher(config: TrainConfig, corpus: Corpus, live: Any) -> float:
 
 def _measure_memory(trainer: StudentTrainer, config: TrainConfig) -> dict[str, Any]:
     """Returns what the student, its training and the loss of a batch take, in GiB."""
-    student, optimizer = trainer.model, trainer.optimizer
-    assert student is not None
-    assert optimizer is not None
+    student: Any = trainer.model
+    optimizer: Any = trainer.optimizer
     parameters = [*student.parameters()]
     states = [value for state in optimizer.state.values() for value in state.values()]
-    head = student.get_output_embeddings()  # type: ignore[operator]
+    head = student.get_output_embeddings()
     rows = trainer.args.train_batch_size * config.sequence_length
     row_nbytes = head.weight.shape[0] * 4
     if trainer.has_fused_loss:  # a few buffers of logits for as many rows as fit

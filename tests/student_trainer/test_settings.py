@@ -136,7 +136,7 @@ def test_that_divergence_is_the_one_of_trl(tmp_path: Path, monkeypatch, beta: fl
     rows = select(
         teacher[0], parse_targets("dense:f32"), realized_ids=torch.zeros(6, dtype=torch.int64)
     )
-    options = {} if config.beta is None else {"beta": config.beta}
+    options: dict[str, Any] = {} if config.beta is None else {"beta": config.beta}
     ours = distillation_loss(
         student[0], rows, divergence=config.divergence, reduction="sum", **options
     )
@@ -238,12 +238,13 @@ def test_schedules_have_what_they_need(tmp_path: Path):
         )
         arguments = make_training_arguments(config, tmp_path)
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
+        kwargs: Any = arguments.lr_scheduler_kwargs
         scheduler = transformers.get_scheduler(
             arguments.lr_scheduler_type,
             optimizer,
             num_warmup_steps=arguments.get_warmup_steps(20),
             num_training_steps=20,
-            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=kwargs,
         )
         rates = []
         for _ in range(20):
