@@ -354,6 +354,8 @@ class TrainConfig(StudentOptions, CorpusConfig):
     def _check_length(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("--steps and --epochs both say how long to train: give one of them")
+        if self.streaming and self.epochs is not None:
+            raise ValueError("--streaming data has no epochs to be counted: give --steps")
         if self.schedule == "constant" and self.warmup_steps:
             raise ValueError(
                 "--schedule constant has no warm-up: give --schedule constant_with_warmup, or leave "

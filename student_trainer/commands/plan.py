@@ -74,10 +74,8 @@ def format_plan(plan: Mapping[str, Any]) -> str:
     lines["run"] += f": {plan['trained_tokens_of_run']:,} trained tokens"
     lines["speed"] = f"student {plan['student_tokens_per_s']:,.0f} tokens/s"
     if plan["teacher_tokens_per_s"] is not None:
-        lines["speed"] += (
-            f", teacher {plan['teacher_tokens_per_s']:,.0f} tokens/s alone; the {plan['slower']} "
-            "decides"
-        )
+        lines["speed"] += f", teacher {plan['teacher_tokens_per_s']:,.0f} tokens/s by itself"
+    lines["speed"] += f"; the {plan['slower']} decides"
     if plan["processes"] > 1:
         lines["speed"] += f", with one of {plan['processes']} processes measured"
     parts = [f"{hours:.3g} student {name}" for name, hours in plan["hours_of_students"].items()]

@@ -16,7 +16,6 @@ from student_trainer.client.remote import RemoteTeacher
 from student_trainer.config import TrainConfig
 from student_trainer.losses.fused_pass import CHUNK_BYTES, CHUNK_BYTES_ELSEWHERE
 from student_trainer.record.recorded import Recorded
-from student_trainer.record.request import RecordCounters
 from student_trainer.teachers.layout import Layout
 from student_trainer.trainer_fields import find_deciding
 from student_trainer.training.arguments import make_training_arguments
@@ -94,7 +93,9 @@ def make_plan(
     asked_rows = measured.asked * live_steps * measured.rows * num_ranks
     if config.shuffled_control and not isinstance(teacher, Recorded):
         asked_rows *= 2
-    is_student_slower = measured.step_s - measured.student_s < 0.05 * step_s
+    slower = "student"
+    if step_s - measured.student_s > 0.1 * step_s:
+        slower = "record" if live is None else "teacher"
     return {
         "sequences": corpus.num_sequences,
         "tokens": corpus.num_tokens,
@@ -109,7 +110,7 @@ def make_plan(
         "trained_tokens_of_run": round(steps * measured.rows * num_ranks),
         "student_tokens_per_s": measured.rows * num_ranks / measured.student_s,
         "teacher_tokens_per_s": teacher_rate,
-        "slower": "student" if is_student_slower and step_s == measured.step_s else "teacher",
+        "slower": slower,
         "hours": (sum(students_s.values()) + measuring_s) / 3600,
         "hours_of_students": {name: seconds / 3600 for name, seconds in students_s.items()},
         "hours_of_measuring": measuring_s / 3600,
@@ -160,9 +161,9 @@ def _measure_steps(
         after = _count(teacher, live)
         history = read_history(trainer.state.log_history)
         memory = _measure_memory(trainer, config)
-        began_s = time.perf_counter()
-        trainer.evaluate()
-        held_out_s = time.perf_counter() - began_s
+        held_out_s = min(
+            _time_measurement(trainer) for _ in range(2)
+        )  # the teacher may still be busy
         trainer.progress.close()
         trainer.close()
     last, first = history[-1], history[0] if len(history) > 1 else None
@@ -183,6 +184,12 @@ def _measure_steps(
         wire_nbytes=wire / max(num_rows, 1),
         memory=memory,
     )
+
+
+def _time_measurement(trainer: StudentTrainer) -> float:
+    began_s = time.perf_counter()
+    trainer.evaluate()
+    return time.perf_counter() - began_s
 
 
 def _make_scratch(config: TrainConfig, folder: Path, num_ranks: int) -> TrainConfig:
@@ -208,12 +215,12 @@ def _make_scratch(config: TrainConfig, folder: Path, num_ranks: int) -> TrainCon
 def _count(teacher: RemoteTeacher | Recorded, live: Any) -> tuple[int, int, int, int, int]:
     """Returns sequences, those of the live teacher, rows, and their bytes alone and on the wire."""
     wire = 0 if live is None else live.counters.sent_nbytes + live.counters.received_nbytes
-    counters = teacher.counters
-    if isinstance(counters, RecordCounters):
-        found = counters.replayed + counters.asked, counters.asked
+    if isinstance(teacher, Recorded):
+        asked = teacher.counters.asked
+        handed_out = asked + teacher.counters.replayed
     else:
-        found = counters.requests, counters.requests
-    return *found, counters.rows, counters.payload_nbytes, wire
+        handed_out = asked = teacher.counters.requests
+    return handed_out, asked, teacher.counters.rows, teacher.counters.payload_nbytes, wire
 
 
 def _measure_teacher(config: TrainConfig, corpus: Corpus, live: Any) -> float:
@@ -243,12 +250,11 @@ def _measure_teacher(config: TrainConfig, corpus: Corpus, live: Any) -> float:
 
 def _measure_memory(trainer: StudentTrainer, config: TrainConfig) -> dict[str, Any]:
     """Returns what the student, its training and the loss of a batch take, in GiB."""
-    student, optimizer = trainer.model, trainer.optimizer
-    assert student is not None
-    assert optimizer is not None
+    student: Any = trainer.model
+    optimizer: Any = trainer.optimizer
     parameters = [*student.parameters()]
     states = [value for state in optimizer.state.values() for value in state.values()]
-    head: Any = student.get_output_embeddings()  # type: ignore[operator]
+    head = student.get_output_embeddings()
     rows = trainer.args.train_batch_size * config.sequence_length
     row_nbytes = head.weight.shape[0] * 4
     if trainer.has_fused_loss:  # a few buffers of logits for as many rows as fit

@@ -71,8 +71,6 @@ def check_settings(config: CorpusConfig) -> None:
         if config.tensorboard:
             check_installed("train", "tensorboard")
         check_reporters(config.report_to)
-        if config.streaming and config.epochs:
-            raise ValueError("--streaming data has no epochs that could be counted: give --steps")
         check_arguments(make_distillation_arguments(config, is_aligned=True))
         if not config.workers:  # theirs may be on other machines
             check_student_options(config)
@@ -154,11 +152,10 @@ class Trained:
 
 
 def count_steps(config: TrainConfig, corpus: Corpus) -> TrainConfig:
-    """Returns the configuration with as many steps as its epochs have. Raises ValueError."""
+    """Returns the configuration with as many steps as its epochs have."""
     if config.epochs is None:
         return config
-    if corpus.num_sequences is None:
-        raise ValueError("--epochs cannot be counted, for the data is a stream: give --steps")
+    assert corpus.num_sequences is not None  # a stream is refused
     per_step = config.batch_size * config.accumulation
     steps = math.ceil(config.epochs * max(corpus.num_sequences // per_step, 1))
     return config.model_copy(update={"steps": steps})
