@@ -8,15 +8,23 @@ import hashlib
 import json
 import sysconfig
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from logitstream.files import whole_folder
 from student_trainer import data
-from student_trainer.training import loop as trainer
+from student_trainer.training.optimizers import make_muon
 
 VOCABULARY = 1024
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>"]  # ids 0, 1, 2
@@ -50,8 +58,8 @@ def corpus_files() -> tuple[list[Path], list[Path]]:
     return train, held_out
 
 
-def make_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on `files`; every byte has a token, so no text is unknown."""
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on `texts`; every byte has a token, so no text is unknown."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -61,7 +69,7 @@ def make_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(data.documents(files), learner)
+    bpe.train_from_iterator(texts, learner)
     # As Gemma's own tokenizer does: <bos> goes in front, <eos> is left to the caller.
     bpe.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", bpe.token_to_id("<bos>"))]
@@ -116,33 +124,40 @@ def build_teacher(folder: Path, *, steps: int = STEPS, seed: int = 0) -> dict:
 
     started = time.monotonic()
     train_files, held_out_files = corpus_files()
-    tokenizer = make_tokenizer(train_files)
+    tokenizer = make_tokenizer(data.documents(train_files))
     sequences = data.pack(train_files, tokenizer, SEQUENCE, label="data")
     held_out = data.pack(held_out_files, tokenizer, SEQUENCE, label="held-out data")
     torch.manual_seed(seed)
     model = Gemma2ForCausalLM(make_config(hidden_size=128))
-    batches = data.batches(sequences, batch_size=BATCH, steps=steps, seed=seed)
-    run = trainer.train(
-        model,
-        ((batch, None) for batch in batches),
-        steps=steps,
-        learning_rate=LEARNING_RATE,
-        warmup_steps=WARMUP,
-        optimizer="muon",
-        kd_weight=0.0,
-        ce_weight=1.0,
-        measure=lambda teacher: trainer.held_out_loss(teacher, held_out[:256]),
-        label="teacher",
-    )
-    facts = {
-        "steps": steps,
-        "seed": seed,
-        "parameters": model.num_parameters(),
-        "tokens": steps * BATCH * SEQUENCE,
-        "seconds": round(time.monotonic() - started, 1),
-        "held_out_loss": round(run.held_out_loss, 4),
-    }
     with whole_folder(folder) as partial:
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                str(partial),
+                per_device_train_batch_size=BATCH,
+                per_device_eval_batch_size=2 * BATCH,
+                max_steps=steps,
+                warmup_steps=WARMUP,
+                seed=seed,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                use_cpu=True,  # the same teacher on every machine
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=_as_rows(sequences),
+            eval_dataset=_as_rows(held_out[:256]),
+            optimizers=(make_muon(model, learning_rate=LEARNING_RATE), None),
+        )
+        trainer.train()
+        facts = {
+            "steps": steps,
+            "seed": seed,
+            "parameters": model.num_parameters(),
+            "tokens": steps * BATCH * SEQUENCE,
+            "held_out_loss": round(trainer.evaluate()["eval_loss"], 4),
+            "seconds": round(time.monotonic() - started, 1),
+        }
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
@@ -150,6 +165,10 @@ def build_teacher(folder: Path, *, steps: int = STEPS, seed: int = 0) -> dict:
         make_config(hidden_size=64).save_pretrained(student)
         tokenizer.save_pretrained(student)
     return facts
+
+
+def _as_rows(sequences: torch.Tensor) -> Any:
+    return [{"input_ids": ids, "labels": ids} for ids in sequences]
 
 
 def student_folder(folder: Path) -> Path:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-from student_trainer.training.loop import held_out_loss
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer import Recorded, connect, data, distillation_loss
@@ -51,7 +50,9 @@ def main(address: str, folder: str, record: str, *texts: str) -> dict[str, list[
             optimizer.step()
             optimizer.zero_grad()
             if step % per_epoch == 0:
-                losses.append(held_out_loss(student, held_out))
+                student.eval()
+                with torch.no_grad():
+                    losses.append(float(student(input_ids=held_out, labels=held_out).loss))
                 student.train()
         return losses
 

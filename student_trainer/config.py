@@ -68,7 +68,8 @@ class CorpusConfig(ServiceOptions):
     """Split to evaluate on, of the data sets in --held-out or else in --data."""
     streaming: bool = False
     """Read and tokenize the data while training, instead of before: it starts at once and needs no
-    disk. --held-out or --held-out-split must then be given."""
+    disk. It begins again when it ends; of several loader workers, each reads and repeats its own
+    files. --held-out or --held-out-split must then be given."""
     data_weights: list[Annotated[float, Field(gt=0)]] = Field(default=[])
     """How often to draw from each --data, one number for each. An epoch ends when all of it was
     drawn; what is smaller is repeated. By default everything is drawn once."""
@@ -216,9 +217,18 @@ def _flag(name: str) -> str:
 
 
 Schedule = Literal[
-    *("linear", "cosine", "constant", "wsd", "constant_with_warmup", "cosine_with_restarts"),
-    *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial", "inverse_sqrt"),
-    *("reduce_lr_on_plateau", "greedy"),
+    "linear",
+    "cosine",
+    "constant",
+    "wsd",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "greedy",
 ]
 """wsd, and schedules of transformers by their own names."""
 Divergence = Literal[
@@ -344,6 +354,8 @@ class TrainConfig(StudentOptions, CorpusConfig):
     def _check_length(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("--steps and --epochs both say how long to train: give one of them")
+        if self.streaming and self.epochs is not None:
+            raise ValueError("--streaming data has no epochs to be counted: give --steps")
         if self.schedule == "constant" and self.warmup_steps:
             raise ValueError(
                 "--schedule constant has no warm-up: give --schedule constant_with_warmup, or leave "

@@ -101,6 +101,7 @@ class DistillationMixin(_Trainer):
         self._batch_loss = BatchLoss(
             self.distillation,
             self._meter,
+            used_ids=self.teacher.info.effective_vocab_size or self.teacher.info.vocab_size,
             may_fuse=True,
             unwrap=lambda model: self.accelerator.unwrap_model(model, keep_torch_compile=False),
         )

@@ -59,14 +59,16 @@ def make_hub_repo(options: StudentOptions, output: Path) -> str:
     return url.repo_id
 
 
-def push_student(folder: Path, name: str) -> str:
-    """Uploads a saved student to a repository of the hub; returns the address of its page.
+def push_student(options: StudentOptions, output: Path) -> str:
+    """Uploads the student that is saved in the output folder; returns the address of its page.
 
     Raises ConnectionError, which says where the student is saved and how to try again.
     """
     import huggingface_hub
 
+    folder, name = output / "student", options.hub_model_id or output.absolute().name
     try:
+        name = make_hub_repo(options, output)
         commit = huggingface_hub.upload_folder(
             repo_id=name, folder_path=folder, commit_message="Upload the distilled student"
         )

@@ -1,5 +1,6 @@
 """`student-trainer train`: trains a student and the requested controls."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from student_trainer import disk
 from student_trainer.client.remote import RemoteTeacher
-from student_trainer.commands.student import find_student
+from student_trainer.commands.plan import run_plan
+from student_trainer.commands.student import find_student, make_hub_repo, push_student
 from student_trainer.config import TrainConfig
 from student_trainer.errors import FailedElsewhere, Interrupted, NotWritten, TrainingFailed
 from student_trainer.record.recorded import Recorded
@@ -141,10 +143,12 @@ def _opened(config: TrainConfig) -> Iterator[tuple[Student, RemoteTeacher | Reco
     """
     read = read_student(config.student)
     find_texts(config)
+    if config.push_to_hub:
+        ranks.share(lambda: make_hub_repo(config, config.output))
     with ExitStack() as ending:
         if ranks.is_first():
             ending.callback(disk.give_room, config.output)
-        nbytes = read.nbytes + RESULTS_NBYTES
+        nbytes = read.count_saved_nbytes(config.lora_r) + RESULTS_NBYTES
         ranks.share(lambda: disk.keep_room(config.output, nbytes, "the student"))
         teacher = ending.enter_context(open_teacher(config, read.tokenizer))
         num_ids = check_teacher(config, teacher, read)
@@ -197,6 +201,8 @@ def describe_checkpoints(config: TrainConfig) -> str:
 
 def run_train(config: TrainConfig) -> int:
     """Trains the student and the requested controls; prints and writes the report."""
+    if config.dry_run:
+        return run_plan(config)
     results = None
     try:
         results = train(config)
@@ -230,9 +236,15 @@ def write_report(config: TrainConfig, results: Results) -> int:
     report.write_report(config.output / "report.html", found)
     report.draw_losses(config.output / "loss.png", found)
     model_card.write_model_card(config.output / "student", results, found)
-    print(report.format_table(found))
-    print("\n".join(found["sentences"]))
-    print(
-        f"written: {config.output / 'report.html'}, report.json, results.json, loss.png, student/"
-    )
+    if config.as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print(report.format_table(found))
+        print("\n".join(found["sentences"]))
+        print(
+            f"written: {config.output / 'report.html'}, report.json, results.json, loss.png, student/"
+        )
+    if config.push_to_hub:
+        pushed = push_student(config, config.output)
+        print(f"uploaded: {pushed}", file=sys.stderr if config.as_json else sys.stdout)
     return 1 if found["verdict"] == "diverged" else 0

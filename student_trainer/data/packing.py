@@ -6,6 +6,7 @@ tokens are not trained; position_ids, if the row has several documents that must
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -71,7 +72,7 @@ def lay_out(
     """Yields the rows of documents, with at most `length` tokens each, and counts what is cut.
 
     concatenate: documents one after another, cut wherever a row is full; with keep_rest the last row
-    may be shorter, or else it is left out. isolate: several whole documents in a row. pad: one document
+    may be shorter (of two tokens at least), or else it is left out. isolate: several whole documents in a row. pad: one document
     in a row. has_labels: whether rows have labels; if so, those of documents without any are their ids.
     """
     counted = _count(documents, counts)
@@ -130,8 +131,9 @@ def _fit(
         parts = [document]
         if size > length and may_split and document.may_split:
             counts.split_documents += 1
-            parts = [_part(document, start, length) for start in range(0, size, length)]
-            parts = [part for part in parts if len(part.ids) > 1]  # a token alone trains nothing
+            bounds = [*range(0, size, length), size]
+            bounds[-2] -= size % length == 1  # a token alone would train nothing
+            parts = [_part(document, start, end) for start, end in pairwise(bounds)]
         elif size > length:
             counts.cut_documents += 1
             counts.cut_tokens += size - length
@@ -171,12 +173,12 @@ def _isolate(documents: Iterable[Document], length: int, has_labels: bool) -> It
         yield _join(row, has_labels, isolated=True)
 
 
-def _part(document: Document, start: int, length: int) -> Document:
+def _part(document: Document, start: int, end: int) -> Document:
     labels = document.labels
     return replace(
         document,
-        ids=document.ids[start : start + length],
-        labels=None if labels is None else labels[start : start + length],
+        ids=document.ids[start:end],
+        labels=None if labels is None else labels[start:end],
     )
 
 

@@ -196,6 +196,8 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _find_split(data_set: str, split: str, streaming: bool) -> Sequence[Shard]:
+    if not split:
+        raise ValueError(f"which split of the data set {data_set}? Give --held-out-split too")
     found = _load(data_set, split, streaming)
     if not streaming:
         return [SplitShard(data_set, split, streaming, found._fingerprint)]

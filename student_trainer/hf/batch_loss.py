@@ -46,13 +46,15 @@ class AttachedTargets:
         """Keeps what the loss needs of a batch, and not the batch, which would fill the host."""
         return cls(targets, taken.rows, taken.labels, taken.num_without, taken.largest_id)
 
-    def to_rows(self, head_size: int, device: Any) -> tuple[Targets, Tensor, Tensor]:
+    def to_rows(self, head_size: int, used_ids: int, device: Any) -> tuple[Targets, Tensor, Tensor]:
         """Returns targets, rows and labels on the device, over the ids that the student has too.
+
+        used_ids: those that the teacher's tokenizer uses; what its head has after them is padding.
 
         Ids are checked here, while they are on the host: on a device, a step would wait for that.
         """
         assert self.targets is not None
-        width = shared_vocabulary(self.targets, head_size)
+        width = min(shared_vocabulary(self.targets, head_size), used_ids)
         check_labels(self.labels, None, width)
         return move_to_device((within(self.targets, width), self.rows, self.labels), device)
 
@@ -65,12 +67,15 @@ class BatchLoss:
         arguments: DistillationArguments,
         meter: TrainerMeter,
         *,
+        used_ids: int,
         may_fuse: bool,
         unwrap: Callable[[nn.Module], nn.Module],
     ) -> None:
-        """unwrap: returns the student inside of what accelerate has wrapped it in."""
+        """used_ids: as for `AttachedTargets.to_rows`. unwrap: returns the student inside of what
+        accelerate has wrapped it in."""
         self._arguments = arguments
         self._meter = meter
+        self._used_ids = used_ids
         self._may_fuse = may_fuse
         self._unwrap = unwrap
         self.head: FusedHead | None = None
@@ -128,7 +133,7 @@ class BatchLoss:
         if attached.targets is None:
             used = [hidden_BTD, weight_VD, *([] if bias_V is None else [bias_V])]
             return sum((tensor.sum() * 0.0 for tensor in used), start=hidden_BTD.new_zeros(()))
-        targets, rows_R, labels_R = attached.to_rows(len(weight_VD), device)
+        targets, rows_R, labels_R = attached.to_rows(len(weight_VD), self._used_ids, device)
         statistics = RowStatistics.zeros(targets.num_rows, device)
         loss = fused_distillation_loss(
             hidden_BTD.flatten(0, 1)[rows_R],
@@ -155,7 +160,7 @@ class BatchLoss:
         arguments, device = self._arguments, logits_BTV.device
         if attached.targets is None:
             return logits_BTV.sum() * 0.0  # every rank and batch takes part in the backward pass
-        targets, rows_R, labels_R = attached.to_rows(logits_BTV.shape[-1], device)
+        targets, rows_R, labels_R = attached.to_rows(logits_BTV.shape[-1], self._used_ids, device)
         logits_RV = logits_BTV.flatten(0, 1)[rows_R, : targets.vocab_size]
         loss = logits_RV.new_zeros((), dtype=torch.float32)
         kd = None

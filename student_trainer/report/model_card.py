@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+ADAPTER = "adapter_config.json"
+"""In the folder of a student that is an adapter of another model."""
 UNKNOWN = "unknown"
 """What the hub calls a license that is not known."""
 SCORES = {"loss": "nats", "accuracy": "%", "top1_agreement": "%", "calibration_error": "%"}
@@ -31,6 +33,7 @@ STUDENTS = {
 NOT_REPRODUCED = {
     *("teacher", "ca", "cert", "key", "device", "workers", "ray_address", "max_failures"),
     *("tensorboard", "start_over", "ahead", "log_every"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo"),
 }
 """Settings that are about one machine."""
 
@@ -75,7 +78,7 @@ def write_model_card(folder: Path, results: Results, report: Mapping[str, Any]) 
     folder = folder.resolve()
     name = folder.parent.name or "student"
     card = ModelCard.from_template(
-        _make_metadata(name, results, report),
+        _make_metadata(folder, name, results, report),
         template_str=files("student_trainer.report")
         .joinpath("model_card.md")
         .read_text(encoding="utf-8"),
@@ -95,10 +98,17 @@ def write_model_card(folder: Path, results: Results, report: Mapping[str, Any]) 
     return put(folder / "README.md", str(card))
 
 
-def _make_metadata(name: str, results: Results, report: Mapping[str, Any]) -> "ModelCardData":
+def _make_metadata(
+    folder: Path, name: str, results: Results, report: Mapping[str, Any]
+) -> "ModelCardData":
     from huggingface_hub import EvalResult, ModelCardData
 
     teacher = results.teacher
+    base = teacher.model if is_hub_model(teacher.model, teacher.revision) else None
+    is_adapter = (folder / ADAPTER).is_file()
+    if is_adapter:
+        adapter = json.loads((folder / ADAPTER).read_text())
+        base = adapter["base_model_name_or_path"] if adapter["revision"] else None
     metrics = {
         "loss": report["distilled_loss"],
         "accuracy": report["distilled_accuracy"],
@@ -106,10 +116,10 @@ def _make_metadata(name: str, results: Results, report: Mapping[str, Any]) -> "M
     }
     return ModelCardData(
         license=_combine_licenses(results),
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["knowledge-distillation", "distillation", "logitstream"],
-        base_model=teacher.model if is_hub_model(teacher.model, teacher.revision) else None,
+        base_model=base,
         model_name=name,
         eval_results=[
             EvalResult(
@@ -153,6 +163,7 @@ def _list_facts(results: Results, report: Mapping[str, Any]) -> dict[str, str]:
         "teacher's license": teacher.license or f"{UNKNOWN}: ask before you publish this student",
         "student": f"{results.student_architecture}, {results.student_parameters:,} parameters, "
         f"trained from {weights}",
+        **_describe_adapters(settings),
         "targets": f"`{settings['targets']}` at temperature {settings['temperature']:g}",
         "loss": loss,
         "tokens": f"{report['trained_tokens']:,} trained on, in {settings['steps']:,} steps of "
@@ -160,6 +171,16 @@ def _list_facts(results: Results, report: Mapping[str, Any]) -> dict[str, str]:
         "optimizer": f"{settings['optimizer']}, learning rate {settings['learning_rate']:g}, "
         f"seed {settings['seed']}",
     }
+
+
+def _describe_adapters(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a line about LoRA, if only adapters were trained."""
+    rank = settings.get("lora_r")
+    if not rank:
+        return {}
+    alpha = settings["lora_alpha"] or 2 * rank
+    where = ", ".join(settings["lora_target_modules"])
+    return {"adapters": f"LoRA of rank {rank}, alpha {alpha}, on {where}; nothing else was trained"}
 
 
 def _combine_licenses(results: Results) -> str:

@@ -36,8 +36,8 @@ def make_training_arguments(
 ) -> transformers.TrainingArguments:
     """Makes the Trainer's arguments; what `[training]` in the configuration says wins.
 
-    folder: for checkpoints. label: what the student is called. Raises ValueError for a value that TrainingArguments refuses, and for a
-    batch that the processes of the run cannot share.
+    folder: for checkpoints. label: what the student is called. Raises ValueError for a value that
+    TrainingArguments refuses, and for a batch that the processes of the run cannot share.
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch_size % num_ranks:

@@ -171,7 +171,7 @@ def read_corpus(config: CorpusConfig, tokenizer: Any, *, repeat: bool = True) ->
         logger.warning(note)
     train = _mix(sources, config, "all_exhausted", seed=config.seed)
     of_held_out = Summary.of(held_out)
-    found = {"the held-out text": of_held_out.largest_id}
+    found: dict[str, int] = {}
     if config.streaming:
         train = train.shuffle(seed=config.seed, buffer_size=SHUFFLED_ROWS)
         train = train.repeat(None) if repeat else train
@@ -193,7 +193,7 @@ def read_corpus(config: CorpusConfig, tokenizer: Any, *, repeat: bool = True) ->
         digest,
         of_held_out.digest,
         *sizes,
-        largest_ids=found,
+        largest_ids={**found, "the held-out text": of_held_out.largest_id},
         notes=notes,
     )
 
@@ -205,9 +205,10 @@ def _mix(sources: list[Any], config: CorpusConfig, stopping_strategy: Any, *, se
     import datasets
 
     weights = [weight / sum(config.data_weights) for weight in config.data_weights]
-    return datasets.interleave_datasets(
+    mixed = datasets.interleave_datasets(
         sources, probabilities=weights, seed=seed, stopping_strategy=stopping_strategy
     )
+    return mixed.with_format("torch")
 
 
 def _hold_out(rows: Any, label: str, length: int) -> tuple[Any, Any]:

@@ -19,3 +19,7 @@ class EarlyStopping(transformers.EarlyStoppingCallback):
         self.early_stopping_patience_counter = found.get("attributes", {}).get(
             "early_stopping_patience_counter", 0
         )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_evaluate:  # if that shows that this step was the last, it has been logged
+            control.should_log = True

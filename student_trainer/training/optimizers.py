@@ -83,19 +83,10 @@ def make_muon(
 
 def _find_embeddings(student: nn.Module) -> list[nn.Module]:
     """Returns every embedding and the head, with the adapters that wrap them."""
-    found = [module for module in student.modules() if isinstance(module, nn.Embedding)]
+    found: list[nn.Module] = [one for one in student.modules() if isinstance(one, nn.Embedding)]
     for name in ("get_input_embeddings", "get_output_embeddings"):
         get = getattr(student, name, None)
         module = None if get is None else get()
         if isinstance(module, nn.Module):
             found.append(module)
     return found
-
-
-def make_optimizers(
-    student: nn.Module, name: str, learning_rate: float
-) -> list[torch.optim.Optimizer]:
-    """adamw: one for everything; muon: Muon for matrices of the layers, AdamW for the rest."""
-    if name == "adamw":
-        return [torch.optim.AdamW(student.parameters(), lr=learning_rate, betas=ADAMW_BETAS)]
-    return [make_muon(student, learning_rate=learning_rate)]

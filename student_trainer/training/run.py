@@ -32,7 +32,7 @@ from student_trainer.training.held_out import HeldOut
 from student_trainer.training.results import StudentResults
 from student_trainer.training.shuffled_control import ShuffledTeacher
 from student_trainer.training.students import (
-    find_device,
+    check_student_options,
     make_student,
     outline,
     student_digest,
@@ -56,7 +56,13 @@ class Student:
     num_ids: int
     """Rows of its head."""
     nbytes: int
-    """Of its weights as they are trained and saved, in float32, and of its tokenizer."""
+    """Of its weights in float32, as they are trained and saved, and of its tokenizer."""
+    layer_widths: int
+    """Inputs and outputs of all linear layers but the head, added up."""
+
+    def count_saved_nbytes(self, lora_r: int) -> int:
+        """Returns what the trained student takes on the disk: with LoRA, the adapters of all layers."""
+        return 4 * lora_r * self.layer_widths + (1 << 20) if lora_r else self.nbytes
 
 
 def check_settings(config: CorpusConfig) -> None:
@@ -71,11 +77,15 @@ def check_settings(config: CorpusConfig) -> None:
         if config.tensorboard:
             check_installed("train", "tensorboard")
         check_reporters(config.report_to)
-        if config.streaming and config.epochs:
-            raise ValueError("--streaming data has no epochs that could be counted: give --steps")
         check_arguments(make_distillation_arguments(config, is_aligned=True))
+        if config.packing == "isolate" and "flash" in (config.attn_implementation or ""):
+            # From transformers' flash_attention_forward; there is no GPU here to try it.
+            raise ValueError(
+                f"--attn-implementation {config.attn_implementation} does not keep the documents of "
+                "several rows apart: leave it out, or give --packing pad"
+            )
         if not config.workers:  # theirs may be on other machines
-            find_device(config)
+            check_student_options(config)
             make_training_arguments(config, config.output)
 
 
@@ -93,7 +103,9 @@ def read_student(folder: Path) -> Student:
     parameters = sum(parameter.numel() for parameter in student.parameters())
     files = [folder / name for name in {*TOKENIZER_FILES, "vocab.json", "merges.txt"}]
     of_tokenizer = sum(file.stat().st_size for file in files if file.is_file())
-    return Student(tokenizer, len(head.weight), 4 * parameters + of_tokenizer)
+    layers = [one for one in student.modules() if isinstance(one, nn.Linear) and one is not head]
+    widths = sum(one.in_features + one.out_features for one in layers)
+    return Student(tokenizer, len(head.weight), 4 * parameters + of_tokenizer, widths)
 
 
 def check_teacher(config: CorpusConfig, teacher: RemoteTeacher | Recorded, student: Student) -> int:
@@ -114,10 +126,12 @@ def check_teacher(config: CorpusConfig, teacher: RemoteTeacher | Recorded, stude
 
 
 @contextmanager
-def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher | Recorded]:
+def open_teacher(
+    config: CorpusConfig, tokenizer: Any, *, write: bool = True
+) -> Iterator[RemoteTeacher | Recorded]:
     """The teacher that the run is to learn from: served, recorded, or both.
 
-    Raises ValueError if its sequences cannot be as long as those of the run.
+    write: whether what a record lacks is added to it. Raises ValueError if its sequences cannot be as long as those of the run.
     """
     with ExitStack() as ending:
         live = None
@@ -131,7 +145,9 @@ def open_teacher(config: CorpusConfig, tokenizer: Any) -> Iterator[RemoteTeacher
                     f"{config.teacher}, got {config.sequence_length}"
                 )
         if config.record:
-            record = Recorded(config.record, live, tokenizer=tokenizer, draws=config.draws)
+            record = Recorded(
+                config.record, live, tokenizer=tokenizer, draws=config.draws, write=write
+            )
             yield ending.enter_context(record)
         else:
             assert live is not None
@@ -150,11 +166,10 @@ class Trained:
 
 
 def count_steps(config: TrainConfig, corpus: Corpus) -> TrainConfig:
-    """Returns the configuration with as many steps as its epochs have. Raises ValueError."""
+    """Returns the configuration with as many steps as its epochs have."""
     if config.epochs is None:
         return config
-    if corpus.num_sequences is None:
-        raise ValueError("--epochs cannot be counted, for the data is a stream: give --steps")
+    assert corpus.num_sequences is not None  # a stream is refused
     per_step = config.batch_size * config.accumulation
     steps = math.ceil(config.epochs * max(corpus.num_sequences // per_step, 1))
     return config.model_copy(update={"steps": steps})
@@ -226,7 +241,7 @@ def make_trainer(
 def make_tensorboard(folder: Path, checkpoints_folder: Path) -> transformers.TrainerCallback:
     """Writes curves into a folder; points after the step that the run resumes from are hidden."""
     from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
     newest = checkpoints.find_newest(checkpoints_folder)
     step = 0 if newest is None else checkpoints.read_step(newest)

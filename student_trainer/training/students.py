@@ -64,14 +64,15 @@ def _read_config(folder: Path) -> Any:
 
 
 def check_student_options(config: TrainConfig) -> None:
-    """Raises ValueError for settings that need a package or a GPU that there is not."""
+    """Raises ValueError for a device, a package or a GPU that there is not."""
+    device = find_device(config)
     if config.lora_r:
         check_installed("train", "peft")
     for name in ("load_in_8bit", "load_in_4bit"):
         if not getattr(config, name):
             continue
         flag = f"--{name.replace('_', '-')}"
-        if find_device(config) == "cpu":
+        if device == "cpu":
             raise ValueError(
                 f"{flag} needs a GPU, and this run is on the CPU. Leave it out: --dtype bfloat16 "
                 "takes half of the memory of float32"

@@ -85,6 +85,11 @@ class StudentTrainer(DistillationTrainer):
         self.add_callback(self.progress)
         self.add_callback(_RunCallback(self))
 
+    @property
+    def has_fused_loss(self) -> bool:
+        """Whether the steps so far have made no logits in full."""
+        return self.teacher is not None and self._batch_loss.head is not None
+
     def run(self) -> StudentResults:
         """Trains from the newest checkpoint, if there is one, and measures the student.
 
@@ -122,6 +127,12 @@ class StudentTrainer(DistillationTrainer):
         if self._uses_muon and self.optimizer is None:
             wrapped = self.model if model is None else model
             assert wrapped is not None
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+            if self.is_deepspeed_enabled or getattr(plugin, "fsdp_version", 2) == 1:
+                raise ValueError(
+                    "--optimizer muon needs matrices, and DeepSpeed and FSDP 1 train flat parts of "
+                    "them: give --optimizer adamw, or fsdp_version 2"
+                )
             args = self.args
             self.optimizer = make_muon(
                 wrapped,
@@ -135,6 +146,8 @@ class StudentTrainer(DistillationTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Returns what a step needs. Ctrl-C while it waits saves a checkpoint of the step before."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # the Trainer takes one step too many from a checkpoint of the last
         began_s, random = time.perf_counter(), torch.get_rng_state()
         # Several processes have to agree on the step after which they stop.
         waiting = self._ctrl_c.idle() if self.args.world_size == 1 else nullcontext()
@@ -144,6 +157,7 @@ class StudentTrainer(DistillationTrainer):
         except KeyboardInterrupt:
             if self.state.global_step > self._initial_global_step and self.args.world_size == 1:
                 torch.set_rng_state(random)  # a loader that began an epoch has drawn its seed
+                assert self.model_wrapped is not None
                 self._save_checkpoint(self.model_wrapped, None)
                 self.callback_handler.on_save(self.args, self.state, self.control)
             raise
@@ -180,8 +194,9 @@ class StudentTrainer(DistillationTrainer):
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        data_set = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "random" or not hasattr(data_set, "__len__"):
+        data_set: Any = self.train_dataset if train_dataset is None else train_dataset
+        strategy = getattr(self.args, "train_sampling_strategy", "random")  # since transformers 5.2
+        if strategy != "random" or not hasattr(data_set, "__len__"):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

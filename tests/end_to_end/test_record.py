@@ -1,6 +1,7 @@
 """`student-trainer record`, and `train --record`, against a live service and without one."""
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -21,9 +22,9 @@ one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 
 @pytest.fixture
 def config(text: Path, student_folder: Path, tmp_path: Path) -> str:
-    """Settings that `record` and `train` share: 38 sequences to train on, 2 held out."""
+    """Settings that `record` and `train` share: 40 sequences to train on, 2 held out."""
     few = tmp_path / "few.txt"
-    few.write_text(" ".join(text.read_text().split()[: 40 * LENGTH]))
+    few.write_text(" ".join(text.read_text().split()[: 42 * LENGTH]))
     return write_config(
         tmp_path / "config.toml",
         student=str(student_folder),
@@ -34,7 +35,7 @@ def config(text: Path, student_folder: Path, tmp_path: Path) -> str:
 
 
 def trained(output: Path, config: str, *flags: str, batch_size: int = 8) -> dict[str, torch.Tensor]:
-    """The weights after 15 steps, about three epochs."""
+    """The weights after 15 steps: three epochs of 8 sequences a step, which leave out none."""
     command = ["train", config, "--output", str(output), "--batch-size", str(batch_size)]
     assert cli.main([*command, "--steps", "15", "--learning-rate", "1e-2", *flags]) == 0
     student = transformers.AutoModelForCausalLM.from_pretrained(output / "student")
@@ -83,11 +84,38 @@ def test_a_second_record_command_asks_for_nothing_and_more_draws_for_the_rest(
         capsys.readouterr()
         assert cli.main([*command, "--record", str(tmp_path / "record"), "--draws", draws]) == 0
         found.append(json.loads(capsys.readouterr().out))
-    assert [one["asked"] for one in found] == [40, 0, 80]
-    assert [one["already_recorded"] for one in found] == [0, 40, 40]
-    assert [one["sequences"] for one in found] == [40, 40, 120]
+    assert [one["asked"] for one in found] == [42, 0, 84]
+    assert [one["already_recorded"] for one in found] == [0, 42, 42]
+    assert [one["sequences"] for one in found] == [42, 42, 126]
     draws = {(row[3], row[4]) for row in rows_in(tmp_path / "record")}
     assert draws == {(3, 0), (3, 1), (3, 2)}
+
+
+@pytest.mark.parametrize("flags", [("pad",), ("isolate",), ("isolate", "--streaming")])
+def test_what_is_recorded_of_prompts_is_what_a_training_asks_for(
+    trained_service: Served, text: Path, config: str, tmp_path: Path, flags: tuple[str, ...], capsys
+):
+    data, held_out, record = (
+        tmp_path / name for name in ("data.jsonl", "held_out.jsonl", "record")
+    )
+    chance, words = random.Random(0), text.read_text().split()
+    for path, starts in ((data, range(0, 6000, 100)), (held_out, range(6000, 6500, 100))):
+        drawn = [words[start : start + chance.randint(8, 40)] for start in starts]
+        rows = [
+            {"prompt": " ".join(some[:4]), "completion": " " + " ".join(some[4:])} for some in drawn
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = "--data", str(data), "--held-out", str(held_out), "--packing", *flags
+    live = "--teacher", trained_service.address, "--record", str(record)
+    assert cli.main(["record", config, *live, *files, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["asked"] == said["sequences"] == 65  # each document by itself
+    assert cli.main(["record", config, *live, *files, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["asked"], again["already_recorded"], again["tokens"]) == (0, 65, 0)
+    trained(tmp_path / "out", config, "--record", str(record), *files)  # and nothing is missing
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["teacher_loss"] > 0
 
 
 def test_what_does_not_fit_the_record_is_refused_in_one_line(

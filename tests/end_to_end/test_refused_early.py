@@ -325,7 +325,7 @@ def test_what_is_no_text_is_refused_by_name_byte_and_kind(
     arguments, few, capsys, caplog, tmp_path: Path
 ):
     table = pa.table({"text": ["w1 w2"]})
-    pq.write_table(table, tmp_path / "a.parquet")
+    pq.write_table(table, tmp_path / "a.pq")
     files = {
         "b.txt.gz": gzip.compress(b"w1 w2 w3"),
         "c.txt": "w1 caf\xe9 w2".encode("latin-1"),
@@ -336,7 +336,7 @@ def test_what_is_no_text_is_refused_by_name_byte_and_kind(
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     for name, said in (
-        ("a.parquet", ["a Parquet file"]),
+        ("a.pq", ["a Parquet file", "Name it *.parquet"]),
         ("b.txt.gz", ["compressed by gzip", "byte 1 is 0x8b"]),
         ("c.txt", ["byte 6 is 0xe9", "iconv -f latin1 -t utf-8"]),
         ("d.txt", ["UTF-16", "byte 0 is 0xff"]),
@@ -347,7 +347,7 @@ def test_what_is_no_text_is_refused_by_name_byte_and_kind(
         mixed = arguments(data=few)
         line = refused(capsys, caplog, "train", *mixed, "--data", str(few), str(tmp_path / name))
         assert f"{tmp_path / name} is not text" in line
-        assert 'data is UTF-8 text, or .jsonl with a "text" in each line' in line
+        assert "data is UTF-8 text, .jsonl (an object in each line) or .parquet" in line
         assert all(words in line for words in said), line
 
 

@@ -156,6 +156,24 @@ def test_stopped_at_any_step_it_ends_with_the_same_weights(
 
 
 @pytest.mark.parametrize("kind", ["distilled", "labels"])
+def test_from_a_checkpoint_of_the_last_step_no_other_is_taken(
+    trained_teacher, corpus, tmp_path: Path, kind
+):
+    """Step 7 is in the middle of an epoch."""
+    teacher = trained_teacher if kind == "distilled" else None
+    settings: dict[str, Any] = {"steps": 7, "checkpoint_every": 7}
+    whole = make_trainer(corpus, teacher, tmp_path, **settings)
+    results = whole.run()
+    again = make_trainer(corpus, teacher, tmp_path, **settings)
+    found = again.run()
+    assert again.state.global_step == 7
+    assert same_weights(whole.model, again.model)
+    assert losses_of(again) == losses_of(whole)
+    assert (found.tokens, found.scores) == (results.tokens, results.scores)
+    assert len(checkpoints.find_all(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("kind", ["distilled", "labels"])
 def test_however_a_step_is_cut_into_batches_it_is_the_same_step(
     trained_teacher, corpus, tmp_path: Path, kind
 ):

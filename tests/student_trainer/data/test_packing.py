@@ -104,7 +104,8 @@ def test_what_is_too_long_is_cut_or_split_and_said():
     ]
     counts = Counts()
     rows = list(lay_out([text, *chats], L, "isolate", counts, has_labels=True))
-    assert [len(row["input_ids"]) for row in rows] == [L, L, L]  # a token alone trains nothing
+    # A token alone would train nothing, so the text is split one token earlier.
+    assert [len(row["input_ids"]) for row in rows] == [L, L - 1, L, 2]
     assert counts.describe(L) == [
         "2 of 3 documents are longer than 16 tokens and were cut there; 32 of 97 tokens are not used",
         "1 of 3 documents are longer than 16 tokens and were split into several",

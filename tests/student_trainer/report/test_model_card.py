@@ -1,5 +1,6 @@
 """The model card of a student, as the hub would read it."""
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,14 @@ def test_the_card_has_the_scores_on_tasks(tmp_path: Path):
     assert {("sciq", "acc"), ("wikitext", "word_perplexity")} <= found
 
 
-def card_of(folder: Path, results: Results) -> tuple[ModelCard, dict[str, Any]]:
+def card_of(
+    folder: Path, results: Results, adapter: dict[str, Any] | None = None
+) -> tuple[ModelCard, dict[str, Any]]:
     report = make_report({"runs/one": results})
     student = folder / "first" / "student"
     student.mkdir(parents=True)
+    if adapter:
+        (student / "adapter_config.json").write_text(json.dumps(adapter))
     path = write_model_card(student, results, report)
     assert path.name == "README.md"
     return ModelCard(path.read_text()), report
@@ -67,6 +72,16 @@ def test_a_teacher_of_the_hub_is_the_base_model(tmp_path: Path):
     assert card.data.base_model == "google/gemma-2-2b"  # type: ignore[attr-defined]
     assert card.data.license == "gemma"  # type: ignore[attr-defined]
     assert "0" * 40 in card.text
+
+
+@pytest.mark.parametrize("revision", [None, "0" * 40])  # of a folder, and of the hub
+def test_an_adapter_has_the_model_that_it_adapts_as_its_base(tmp_path: Path, revision):
+    adapter = {"base_model_name_or_path": "org/student", "revision": revision}
+    results = make_results(settings={"lora_r": 8})
+    card, _ = card_of(tmp_path, results, adapter)
+    assert card.data.library_name == "peft"  # type: ignore[attr-defined]
+    assert card.data.to_dict().get("base_model") == ("org/student" if revision else None)
+    assert "LoRA of rank 8, alpha 16, on all-linear" in card.text
 
 
 @pytest.mark.parametrize(

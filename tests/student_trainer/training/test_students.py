@@ -1,6 +1,7 @@
 """Students as people have them: of which type and with which adapters they are made, and what is saved."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ from pydantic import ValidationError
 
 from student_trainer.commands.student import find_student, make_hub_repo, push_student
 from student_trainer.config import StudentOptions, TrainConfig
+from student_trainer.hf_trainer import DistillationArguments, DistillationTrainer
+from student_trainer.training.optimizers import make_muon
 from student_trainer.training.students import make_student, name_on_hub, save_student
 from tests.conftest import one_torch_thread
 from tests.support import tiny
+from tests.support.hf import make_trainer, weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 IDS = torch.arange(2, 34)[None]
 
-# PEFT still uses transformers' old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+# PEFT still uses transformers' old names.
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 
 
@@ -51,7 +55,7 @@ def logits(student: Any) -> torch.Tensor:
 def test_a_student_has_the_weights_of_its_folder_in_the_type_that_is_asked_for(folder: Path):
     saved = transformers.AutoModelForCausalLM.from_pretrained(folder)
     for dtype in ("float32", "bfloat16", "auto"):
-        student = make_student(make_config(folder, dtype=dtype, attn_implementation="eager"))
+        student: Any = make_student(make_config(folder, dtype=dtype, attn_implementation="eager"))
         expected = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         assert student.config._attn_implementation == "eager"
         for name, parameter in saved.named_parameters():
@@ -106,6 +110,139 @@ def test_an_adapter_is_saved_alone_and_gives_the_same_logits_again(
     assert torch.equal(logits(again), expected)
     with pytest.raises(ValueError, match="is an adapter of another model"):
         make_student(make_config(tmp_path / "student"))
+
+
+ROWS = [
+    {"input_ids": ids, "labels": ids}
+    for ids in torch.randint(2, 64, (16, 12), generator=torch.Generator().manual_seed(0)).tolist()
+]
+
+
+class WithMuon(DistillationTrainer):
+    def create_optimizer(self, model: Any = None) -> Any:
+        student: Any = self.model if model is None else model
+        if self.optimizer is None:
+            self.optimizer = make_muon(student, learning_rate=self.args.learning_rate)
+        return self.optimizer
+
+
+def make_adapter_trainer(
+    folder: Path, output: Path, *, fused: bool = True, **arguments: Any
+) -> Any:
+    return make_trainer(
+        output,
+        ROWS,
+        tiny.make_model("Gemma2", 64),
+        kind=WithMuon if arguments.pop("muon", False) else DistillationTrainer,
+        student=make_student(make_config(folder, lora_r=4, lora_dropout=arguments.pop("p", 0.0))),
+        distillation=DistillationArguments(
+            targets="top_k:8",
+            ce_weight=0.3,
+            fused=fused,
+            check_first_batch=False,  # no teacher knows random ids
+        ),
+        **{"max_steps": 2, **arguments},
+    )
+
+
+def train_adapters(folder: Path, output: Path, **options: Any) -> tuple[torch.Tensor, Any]:
+    """By how much two steps of plain gradient descent move the adapters; and the Trainer."""
+    trainer = make_adapter_trainer(
+        folder, output, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, **options
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
+    moved = [
+        (p - before[name]).flatten()
+        for name, p in trainer.model.named_parameters()
+        if "lora_" in name
+    ]
+    return torch.cat(moved).detach(), trainer
+
+
+@pytest.fixture(scope="module")
+def moved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    """The oracle: what float32 does with the logits in full, and no option of the Trainer."""
+    return train_adapters(folder, tmp_path_factory.mktemp("plain"), fused=False)[0]
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_adapters_train_with_checkpointed_activations(
+    folder: Path, tmp_path: Path, moved: torch.Tensor, reentrant: bool
+):
+    calls = []
+
+    def count(module: torch.nn.Module, *_: object) -> None:
+        if module.training:
+            calls.append(module)
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        found, trainer = train_adapters(
+            folder,
+            tmp_path,
+            activation_checkpointing=True,
+            activation_checkpointing_kwargs={"use_reentrant": reentrant},
+        )
+    finally:
+        handle.remove()
+    assert trainer._batch_loss.head is not None
+    assert distance(found, moved) < 1e-5
+    mlp = trainer.model.get_submodule("base_model.model.model.layers.0.mlp")
+    assert sum(module is mlp for module in calls) == 2 * 2  # again for the gradient of each step
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch hides it where none is an error
+def test_adapters_train_inside_a_compiled_student(
+    folder: Path, tmp_path: Path, moved: torch.Tensor, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.WARNING, "torch.__trace")  # traces take longer than compilation
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found, trainer = train_adapters(
+        folder, tmp_path, torch_compile=True, torch_compile_backend="eager"
+    )
+    assert trainer._batch_loss.head is not None
+    assert distance(found, moved) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # as far as the head
+    torch._dynamo.reset()
+
+
+def test_adapters_train_in_16_bits_as_exactly_as_through_the_logits(
+    folder: Path, tmp_path: Path, moved: torch.Tensor
+):
+    fused, trainer = train_adapters(folder, tmp_path, bf16=True)
+    plain, _ = train_adapters(folder, tmp_path, bf16=True, fused=False)
+    assert trainer._batch_loss.head is not None
+    assert 0 < distance(fused, moved) < 1.2 * distance(plain, moved) < 0.02
+
+
+def test_a_run_of_adapters_goes_on_from_its_checkpoint_bit_for_bit(folder: Path, tmp_path: Path):
+    options = {
+        "muon": True,
+        "p": 0.2,
+        "max_steps": 4,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    whole = make_adapter_trainer(folder, tmp_path, **options)
+    whole.train()
+    saved = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
+    assert "adapter_model.safetensors" in saved
+    assert "model.safetensors" not in saved
+    again = make_adapter_trainer(folder, tmp_path, **options)
+    start = weights(again).clone()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(weights(again), weights(whole))
+    assert not torch.equal(weights(again), start)
 
 
 def test_the_adapter_of_a_local_student_finds_it_again_by_itself(folder: Path, tmp_path: Path):
@@ -167,14 +304,15 @@ def test_without_a_network_a_student_is_not_pushed_and_not_lost(
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     options = StudentOptions(push_to_hub=True, hub_model_id="me/it")
+    saved = folder.parent / "student"
     with pytest.raises(ConnectionError, match="cannot make or find me/it on the hub"):
         make_hub_repo(options, folder)
-    with pytest.raises(ConnectionError, match=rf"is saved in {folder}.*hf upload me/it {folder}"):
-        push_student(folder, "me/it")
+    with pytest.raises(ConnectionError, match=rf"is saved in {saved}.*hf upload me/it {saved}"):
+        push_student(options, folder.parent)
 
 
-def test_a_student_is_pushed_with_everything_in_its_folder(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_student_is_pushed_as_its_output_folder_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The hub's side is recorded, not there."""
     asked: list[dict[str, Any]] = []
@@ -192,9 +330,9 @@ def test_a_student_is_pushed_with_everything_in_its_folder(
     monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
     options = StudentOptions(push_to_hub=True, hub_private_repo=True)
-    name = make_hub_repo(options, tmp_path / "my-student")
-    assert name == "me/my-student"
-    assert push_student(folder, name) == "https://huggingface.co/me/my-student"
+    output = tmp_path / "my-student"
+    assert push_student(options, output) == "https://huggingface.co/me/my-student"
     assert asked[0]["name"] == "my-student"
     assert asked[0]["private"] is True
-    assert (asked[1]["repo_id"], asked[1]["folder_path"]) == (name, folder)
+    assert asked[1]["repo_id"] == "me/my-student"
+    assert asked[1]["folder_path"] == output / "student"
