@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.training import train
 from examples import demo_teacher
 from examples.demo import LEARNING_RATE, STEPS
 from logit_codec import Targets, decode, encode, ids_digest, parse_targets, select, uniforms
 from student_trainer import LocalTeacher, data
 from student_trainer.losses.distillation import prepare
-from student_trainer.training import loop as trainer
 
+NUM_MEASUREMENTS = 10
 KINDS: dict[str, tuple[str | None, bool]] = {
     "labels": (None, False),
     "dense": ("dense:f32", False),
@@ -70,6 +71,8 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, default=Path("runs/demo/teacher"))
     parser.add_argument("--picture", type=Path, help="where a picture of the curves goes")
     options = parser.parse_args()
+    if options.steps > NUM_MEASUREMENTS and options.steps % NUM_MEASUREMENTS:
+        parser.error(f"--steps must be a multiple of {NUM_MEASUREMENTS}, to measure at the end")
 
     import transformers
 
@@ -80,7 +83,8 @@ def main() -> None:
     train_files, held_out_files = demo_teacher.corpus_files()
     sequences = data.pack(train_files, tokenizer, demo_teacher.SEQUENCE, label="data")
     held_out = data.pack(held_out_files, tokenizer, demo_teacher.SEQUENCE, label="held-out data")
-    runs: dict[str, list[trainer.Run]] = {kind: [] for kind in options.kinds}
+    runs: dict[str, list[list[float]]] = {kind: [] for kind in options.kinds}
+    every = max(1, options.steps // NUM_MEASUREMENTS)
     nbytes: dict[str, float] = {}
     for seed in options.seeds:
         batches = list(
@@ -94,29 +98,23 @@ def main() -> None:
         ]
         for kind in options.kinds:
             sent = [0, 0]
-
-            distils = KINDS[kind][0] is not None
-            run = trainer.train(
+            curve = train(
                 demo_teacher.make_student(options.teacher, seed),
                 pairs(batches, dense, kind, seed, sent),
-                steps=options.steps,
+                held_out[:256],
                 learning_rate=LEARNING_RATE,
-                warmup_steps=demo_teacher.WARMUP,
-                optimizer="muon",
-                kd_weight=float(distils),
-                ce_weight=float(not distils),
-                measure=lambda student: trainer.held_out_loss(student, held_out[:256]),
-                label=f"{kind}, seed {seed}",
+                measure_every=every,
+                steps=options.steps,
             )
-            runs[kind].append(run)
+            runs[kind].append(curve)
             nbytes[kind] = sent[0] / max(1, sent[1])
-            print(f"{kind:24} seed {seed}  {run.held_out_loss:.3f}", flush=True)
+            print(f"{kind:24} seed {seed}  {curve[-1]:.3f}", flush=True)
 
-    dense_losses = [run.held_out_loss for run in runs.get("dense", [])]
+    dense_losses = [curve[-1] for curve in runs.get("dense", [])]
     print(f"\n{options.steps} steps, held-out loss of seeds {', '.join(map(str, options.seeds))}")
     print(f"{'targets':24}{'bytes/token':>12}{'loss':>8}{'from dense':>12}   each seed")
     for kind, found in runs.items():
-        losses = [run.held_out_loss for run in found]
+        losses = [curve[-1] for curve in found]
         distance = ""
         if dense_losses:
             gaps = [ours - base for ours, base in zip(losses, dense_losses, strict=True)]
@@ -127,10 +125,10 @@ def main() -> None:
             + " ".join(f"{loss:.3f}" for loss in losses)
         )
     if options.picture:
-        draw(runs, options.picture)
+        draw(runs, every, options.picture)
 
 
-def draw(runs: dict[str, list[trainer.Run]], path: Path) -> None:
+def draw(runs: dict[str, list[list[float]]], every: int, path: Path) -> None:
     """Held-out loss against steps, the mean of the seeds, one line per kind."""
     import matplotlib
 
@@ -139,11 +137,8 @@ def draw(runs: dict[str, list[trainer.Run]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
     for kind, found in runs.items():
-        steps = [step for step, _ in found[0].curve]
-        means = [
-            statistics.mean(values)
-            for values in zip(*([loss for _, loss in run.curve] for run in found), strict=True)
-        ]
+        means = [statistics.mean(losses) for losses in zip(*found, strict=True)]
+        steps = [every * (number + 1) for number in range(len(means))]
         style = "--" if kind == "labels" or "renormalised" in kind else "-"
         axes.plot(steps, means, style, label=kind)
     axes.set_xlabel("optimizer steps")

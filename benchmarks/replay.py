@@ -26,14 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from student_trainer.training.loop import held_out_loss
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks.training import train
 from examples import demo_teacher
-from examples.demo_teacher import SEQUENCE, WARMUP
+from examples.demo_teacher import SEQUENCE
 from logit_codec import Targets
-from student_trainer import LocalTeacher, Recorded, data, distillation_loss
-from student_trainer.training.optimizers import make_muon
+from student_trainer import LocalTeacher, Recorded, data
 
 LEARNING_RATE = 1e-2
 TOKENS = 20_480
@@ -112,41 +111,6 @@ def record(
     return sum(path.stat().st_size for path in folder.iterdir()) / sequences.numel()
 
 
-def train(
-    student: nn.Module,
-    pairs: Iterable[tuple[dict[str, Any], Targets | None]],
-    held_out: Tensor,
-    *,
-    steps_per_epoch: int,
-    learning_rate: float,
-) -> list[float]:
-    """Trains on (batch, targets) pairs, on the labels where targets is None; a loss per epoch."""
-    optimizers = [make_muon(student, learning_rate=learning_rate)]
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(one, lambda step: min(1.0, (step + 1) / WARMUP))
-        for one in optimizers
-    ]
-    losses = []
-    student.train()
-    for step, (batch, targets) in enumerate(pairs, 1):
-        ids = batch["input_ids"]
-        logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
-        if targets is None:
-            loss = nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
-        else:
-            loss = distillation_loss(logits, targets)
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        if step % steps_per_epoch == 0:
-            losses.append(held_out_loss(student, held_out))
-            student.train()
-    return losses
-
-
 def run(arm: str, seed: int, settings: Settings) -> Curve:
     """Records, then trains from the record."""
     torch.set_num_threads(1)
@@ -164,7 +128,7 @@ def run(arm: str, seed: int, settings: Settings) -> Curve:
             student,
             pairs,
             held_out[: settings.held_out],
-            steps_per_epoch=steps_per_epoch,
+            measure_every=steps_per_epoch,
             learning_rate=settings.learning_rate,
         )
 

@@ -8,7 +8,9 @@ import hashlib
 import json
 import sysconfig
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -56,8 +58,8 @@ def corpus_files() -> tuple[list[Path], list[Path]]:
     return train, held_out
 
 
-def make_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on `files`; every byte has a token, so no text is unknown."""
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on `texts`; every byte has a token, so no text is unknown."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -67,7 +69,7 @@ def make_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(data.documents(files), learner)
+    bpe.train_from_iterator(texts, learner)
     # As Gemma's own tokenizer does: <bos> goes in front, <eos> is left to the caller.
     bpe.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", bpe.token_to_id("<bos>"))]
@@ -122,7 +124,7 @@ def build_teacher(folder: Path, *, steps: int = STEPS, seed: int = 0) -> dict:
 
     started = time.monotonic()
     train_files, held_out_files = corpus_files()
-    tokenizer = make_tokenizer(train_files)
+    tokenizer = make_tokenizer(data.documents(train_files))
     sequences = data.pack(train_files, tokenizer, SEQUENCE, label="data")
     held_out = data.pack(held_out_files, tokenizer, SEQUENCE, label="held-out data")
     torch.manual_seed(seed)
@@ -165,7 +167,7 @@ def build_teacher(folder: Path, *, steps: int = STEPS, seed: int = 0) -> dict:
     return facts
 
 
-def _as_rows(sequences: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+def _as_rows(sequences: torch.Tensor) -> Any:
     return [{"input_ids": ids, "labels": ids} for ids in sequences]
 
 

@@ -31,6 +31,7 @@ from teacher_server.engine.engine import Engine
 from teacher_server.engine.loading import load
 from teacher_server.engine.model import TeacherModel
 from teacher_server.engine.probe import KnownAnswer, is_exact, warm_up
+from teacher_server.engine.threads import compute_apart
 from teacher_server.ledger.accounts import Accounts, open_accounts
 from teacher_server.ledger.lease import DirectoryLink
 from teacher_server.monitoring.memory import device_nbytes, keep_freed_memory, resident_nbytes
@@ -159,21 +160,12 @@ class Replica:
         """
         prepare_process(config)
         accounts = open_accounts(config.ledger_folder(), directory)
-        model = load(
-            config.model,
-            revision=config.revision,
-            device=config.device,
-            dtype=config.dtype,
-            attention=config.attention,
-            max_sequence_tokens=config.admission.max_sequence_tokens,
-        )
-        if model.device.type != "cpu":
-            # The launcher runs Python beside the encoders and the event loop; each waits for the
-            # others' turns, which last 5 ms by default, as long as a whole launch.
-            sys.setswitchinterval(SWITCH_INTERVAL_S)
-        engine = make_engine(model, config)
-        warm_up(engine, config.warm_up_s)
-        return cls(engine, config, accounts, service_id=service_id)
+
+        def make() -> Self:
+            return cls(load_engine(config), config, accounts, service_id=service_id)
+
+        # Apart, so that the launch thread will be the only one with OpenMP threads.
+        return compute_apart(make, name="load")
 
     async def start(
         self, host: str, port: int, *, entry_port: int | None = None, advertise: str = ""
@@ -329,6 +321,25 @@ def prepare_process(config: ServeConfig) -> None:
     allow_many_connections()
     if config.threads:
         torch.set_num_threads(config.threads)
+
+
+def load_engine(config: ServeConfig) -> Engine:
+    """Loads the teacher and returns an engine that has run it. Raises ModelError."""
+    model = load(
+        config.model,
+        revision=config.revision,
+        device=config.device,
+        dtype=config.dtype,
+        attention=config.attention,
+        max_sequence_tokens=config.admission.max_sequence_tokens,
+    )
+    if model.device.type != "cpu":
+        # The launcher runs Python beside the encoders and the event loop; each waits for the
+        # others' turns, which last 5 ms by default, as long as a whole launch.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+    engine = make_engine(model, config)
+    warm_up(engine, config.warm_up_s)
+    return engine
 
 
 def make_engine(model: TeacherModel, config: ServeConfig) -> Engine:

@@ -48,6 +48,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "student_trainer.hf_trainer": ("hf", "losses", "teachers", "client", "transfer"),
     "student_trainer.training": (
         *("hf_trainer", "hf", "teachers", "losses", "data", "disk", "transfer"),
+        *("config", "trainer_fields"),
     ),
     "student_trainer.report": ("training.results", "disk"),
     "student_trainer.ray_train": ("config",),
@@ -67,25 +68,18 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
         "teacher_server.engine.loading",
     ),
     # The modules that begin a run.
-    "student_trainer/training/corpus.py": ("student_trainer.config",),
-    "student_trainer/training/students.py": ("student_trainer.config",),
     "student_trainer/training/held_out.py": (
-        "student_trainer.config",
         "student_trainer.client.remote",
         "student_trainer.record.recorded",
     ),
     "student_trainer/training/run.py": (
-        "student_trainer.config",
         "student_trainer.client.remote",
         "student_trainer.record.recorded",
     ),
     "student_trainer/training/plan.py": (
-        "student_trainer.config",
-        "student_trainer.trainer_fields",
         "student_trainer.client.remote",
         "student_trainer.record.recorded",
     ),
-    "student_trainer/training/arguments.py": ("student_trainer.config",),
     # The settings say themselves in which of them two runs may differ.
     "student_trainer/report/groups.py": ("student_trainer.config",),
 }

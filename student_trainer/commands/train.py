@@ -37,7 +37,7 @@ from student_trainer.training.run import (
     read_student,
     train_students,
 )
-from student_trainer.training.students import has_weights
+from student_trainer.training.students import find_device, has_weights
 from student_trainer.training.tasks import Tasks
 
 
@@ -47,9 +47,14 @@ def train(config: TrainConfig) -> Results:
     Where torchrun or accelerate launch runs this in several processes, they train together. Raises
     ValueError, OSError, NotWritten, TrainingFailed, FailedElsewhere, and what a teacher can raise.
     """
-    check_settings(config)
     if not config.workers:
         return train_here(config)
+    if ranks.count() > 1:
+        raise ValueError(
+            f"--workers {config.workers} starts processes with Ray Train, and torchrun or accelerate "
+            f"launch has started {ranks.count()} already: use one of the two"
+        )
+    check_settings(config)
     from student_trainer.ray_train.driver import run_workers
 
     with _make_output(config.output):
@@ -66,7 +71,8 @@ def train(config: TrainConfig) -> Results:
 
 def train_here(config: TrainConfig) -> Results:
     """Trains in this process, together with the others that were started like it."""
-    ranks.meet(config.training, on_cpu=config.device == "cpu")
+    ranks.meet(config.training, on_cpu=find_device(config) == "cpu")
+    ranks.share(lambda: check_settings(config))
     named = config.student
     config = _with_folder(config)
     with _make_output(config.output), _opened(config) as (read, teacher, num_ids):
@@ -95,7 +101,9 @@ def train_here(config: TrainConfig) -> Results:
         data_digest=corpus.digest,
         held_out_digest=corpus.held_out_digest,
         held_out_sequences=len(corpus.held_out),
-        student_parameters=sum(parameter.numel() for parameter in student.parameters()),
+        student_parameters=sum(
+            getattr(parameter, "ds_numel", parameter.numel()) for parameter in student.parameters()
+        ),
         student_architecture=type(student).__name__,
         student_license=model_card.license_of(config.student),
         starts_from_weights=has_weights(config.student),
@@ -140,7 +148,7 @@ def _opened(config: TrainConfig) -> Iterator[tuple[Student, RemoteTeacher | Reco
     with ExitStack() as ending:
         if ranks.is_first():
             ending.callback(disk.give_room, config.output)
-        nbytes = read.nbytes + RESULTS_NBYTES
+        nbytes = read.count_saved_nbytes(config.lora_r) + RESULTS_NBYTES
         ranks.share(lambda: disk.keep_room(config.output, nbytes, "the student"))
         teacher = ending.enter_context(open_teacher(config, read.tokenizer))
         num_ids = check_teacher(config, teacher, read)
@@ -203,9 +211,8 @@ def run_train(config: TrainConfig) -> int:
         return code
     except KeyboardInterrupt as error:
         if ranks.is_first():
-            where = (
-                f" {error}" if isinstance(error, Interrupted) else ""
-            )  # workers do not say where
+            # Workers do not say where.
+            where = f" {error}" if isinstance(error, Interrupted) else ""
             kept = describe_checkpoints(config)
             print(f"student-trainer: interrupted{where}; {kept}", file=sys.stderr)
         return 130

@@ -3,7 +3,7 @@
 Shapes: N sequences of L tokens.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from student_trainer.data.text import documents
-from student_trainer.teachers.layout import Layout
 
 
 def pack(files: Sequence[Path], tokenizer: Any, sequence_length: int, *, label: str) -> Tensor:
@@ -57,28 +56,3 @@ def batches(
             order = torch.cat([order, torch.randperm(len(sequences), generator=generator)])
         chosen, order = order[:batch_size], order[batch_size:]
         yield {"input_ids": sequences[chosen], "epoch": step * batch_size // len(sequences)}
-
-
-def share(
-    batches: Iterable[Mapping[str, Any]], *, rank: int, num_ranks: int
-) -> Iterator[dict[str, Any]]:
-    """Yields the part of each batch that one rank trains on: every `num_ranks`-th sequence.
-
-    All ranks iterate over the same batches, so a position in them means the same on every rank and
-    with any number of ranks. "num_items" is the number of trained positions in the whole batch, by
-    which each rank divides its loss. Raises ValueError for a batch with too few sequences.
-    """
-    for batch in batches:
-        size = len(batch["input_ids"])
-        if size < num_ranks:
-            raise ValueError(
-                f"a batch of {size} sequences cannot be shared by {num_ranks} workers: give "
-                "batches of at least one sequence for each"
-            )
-        mine = {
-            name: value[rank::num_ranks]
-            if hasattr(value, "__len__") and len(value) == size
-            else value
-            for name, value in batch.items()
-        }
-        yield {**mine, "num_items": int(Layout.of(batch).trained.sum())}

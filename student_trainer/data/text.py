@@ -25,7 +25,7 @@ KNOWN_FORMATS = {
 """First bytes of files that are passed as text by mistake."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a surrogate pair, which JSON can contain and no tokenizer accepts."""
-TEXT_RULE = 'data is UTF-8 text, or .jsonl with a "text" in each line'
+TEXT_RULE = "data is UTF-8 text, .jsonl (an object in each line) or .parquet"
 
 
 def find_files(patterns: Sequence[str]) -> list[Path]:

@@ -7,11 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from student_trainer.config import TrainConfig
 from student_trainer.hf.arguments import DistillationArguments
+from student_trainer.training.students import find_device
 
 NUM_MEASUREMENTS = 10
 """How often a run is measured on the held-out text by default."""
@@ -45,6 +45,7 @@ def make_training_arguments(
             f"--batch-size must be a multiple of the {num_ranks} processes that share each batch, "
             f"got {config.batch_size}"
         )
+    on_cpu = find_device(config) == "cpu"
     every = config.checkpoint_every
     steps = config.steps or 1  # before the data was read, which says how many epochs have
     settings: dict[str, Any] = {
@@ -67,8 +68,9 @@ def make_training_arguments(
         "save_strategy": "steps" if every else "no",
         "save_steps": every or 500,
         "report_to": [name for name in config.report_to if name in SERVICES],
-        "use_cpu": config.device == "cpu",
-        "dataloader_pin_memory": config.device != "cpu" and torch.cuda.is_available(),
+        # Else accelerate takes several processes without GPUs for one each.
+        "use_cpu": on_cpu,
+        "dataloader_pin_memory": not on_cpu,
         "remove_unused_columns": False,
         "disable_tqdm": True,
     }

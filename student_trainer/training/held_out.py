@@ -99,12 +99,3 @@ class HeldOut:
             add_up=add_up,
         )
         return self.last
-
-    def beside_the_loss(self) -> dict[str, float]:
-        """What else the last measurement found."""
-        assert self.last is not None
-        found = {
-            "held_out_accuracy": self.last.accuracy,
-            "held_out_top1_agreement": self.last.top1_agreement,
-        }
-        return {name: value for name, value in found.items() if value is not None}

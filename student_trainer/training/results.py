@@ -172,6 +172,8 @@ def _problem(results: Results) -> str | None:
         most = (1 << 64) if kinds == (int,) else sys.float_info.max
         if not isinstance(value, str) and not 0 <= value <= most:
             return f"settings.{name} is impossible"
+    if not isinstance(results.settings.get("training", {}), dict):
+        return "settings.training is of another type"
     students = list(results.students.values())
     scores = [results.teacher.scores, *(student.scores for student in students)]
     if len({len(one.sequence_losses) for one in scores if one.loss is not None}) > 1:

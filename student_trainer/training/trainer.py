@@ -127,6 +127,12 @@ class StudentTrainer(DistillationTrainer):
         if self._uses_muon and self.optimizer is None:
             wrapped = self.model if model is None else model
             assert wrapped is not None
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+            if self.is_deepspeed_enabled or getattr(plugin, "fsdp_version", 2) == 1:
+                raise ValueError(
+                    "--optimizer muon needs matrices, and DeepSpeed and FSDP 1 train flat parts of "
+                    "them: give --optimizer adamw, or fsdp_version 2"
+                )
             args = self.args
             self.optimizer = make_muon(
                 wrapped,
@@ -151,6 +157,7 @@ class StudentTrainer(DistillationTrainer):
         except KeyboardInterrupt:
             if self.state.global_step > self._initial_global_step and self.args.world_size == 1:
                 torch.set_rng_state(random)  # a loader that began an epoch has drawn its seed
+                assert self.model_wrapped is not None
                 self._save_checkpoint(self.model_wrapped, None)
                 self.callback_handler.on_save(self.args, self.state, self.control)
             raise
@@ -187,7 +194,7 @@ class StudentTrainer(DistillationTrainer):
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        data_set = self.train_dataset if train_dataset is None else train_dataset
+        data_set: Any = self.train_dataset if train_dataset is None else train_dataset
         strategy = getattr(self.args, "train_sampling_strategy", "random")  # since transformers 5.2
         if strategy != "random" or not hasattr(data_set, "__len__"):
             return super()._get_train_sampler(train_dataset)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from logit_codec import Selection
+from teacher_server.engine.threads import compute_alone
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ class Device:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._num_threads = torch.get_num_threads()
 
     def queue(self) -> AbstractContextManager[object]:
         """Returns a context in which work is queued for the device."""
@@ -55,6 +57,14 @@ class Device:
 
     def release_memory(self) -> None:
         """Gives memory back that the allocator keeps for later."""
+
+    def use_cores(self) -> None:
+        """Lets the calling thread, which launches packs, compute with all threads of the device."""
+        torch.set_num_threads(self._num_threads)
+
+    def spare_cores(self) -> None:
+        """Lets the calling thread compute without taking threads that the device needs."""
+        compute_alone()
 
 
 class _Moment:
@@ -97,6 +107,12 @@ class CudaDevice(Device):
 
     def release_memory(self) -> None:
         torch.cuda.empty_cache()
+
+    def use_cores(self) -> None:
+        pass
+
+    def spare_cores(self) -> None:
+        pass
 
 
 DEVICES: dict[str, Callable[[torch.device], Device]] = {"cpu": Device, "cuda": CudaDevice}

@@ -5,8 +5,8 @@ else is in its pack.
 """
 
 import logging
-import threading
 import time
+from functools import partial
 
 import torch
 
@@ -15,6 +15,7 @@ from teacher_server.engine.batch import RowRequest
 from teacher_server.engine.engine import Engine
 from teacher_server.engine.packing import SHORT
 from teacher_server.engine.products import LARGE, SMALL
+from teacher_server.engine.threads import compute_apart
 from teacher_server.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -94,26 +95,14 @@ def warm_up(engine: Engine, limit_s: float) -> None:
 
     Raises ModelError if that takes longer than `limit_s`, and what computing raises.
     """
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            _run_every_shape(engine)
-        except BaseException as error:
-            failed.append(error)
-
     began = time.perf_counter()
-    # In a thread that is left alone when it takes too long: nothing can interrupt a device.
-    thread = threading.Thread(target=run, name="warm-up", daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if thread.is_alive():
+    try:
+        compute_apart(partial(_run_every_shape, engine), name="warm-up", limit_s=limit_s)
+    except TimeoutError:
         raise ModelError(
             f"the first computations took longer than {limit_s:g} s. Raise --warm-up-s if this "
             "device needs longer, or lower --batch.max-tokens."
-        )
-    if failed:
-        raise failed[0]
+        ) from None
     shapes = ", ".join(map(str, engine.packer.shapes)) or "any"
     logger.info("warmed up pack_tokens=%s seconds=%.1f", shapes, time.perf_counter() - began)
 

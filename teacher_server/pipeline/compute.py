@@ -16,12 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from logitstream.logs import first_line
 from teacher_server.engine.batch import PackTimes
 from teacher_server.engine.device import is_broken
 from teacher_server.engine.engine import Engine, Launched
 from teacher_server.engine.head import ScoredRows
+from teacher_server.engine.threads import compute_apart
 from teacher_server.ledger.accounts import Accounts
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.monitoring.replica_stats import ReplicaStats
@@ -153,6 +155,7 @@ class Compute:
     # The launch thread.
 
     def _launch_all(self) -> None:
+        self._engine.device.use_cores()
         try:
             while batch := self._next_batch():
                 self._charge(batch)
@@ -211,7 +214,7 @@ class Compute:
         if error is not None:
             # Nothing may hold on to what the failed batch allocated.
             flight.launched = None
-            self._recover(flight.jobs, error)
+            compute_apart(partial(self._recover, flight.jobs, error), name="recover")
 
     def _count_time(self, jobs: Sequence[SequenceJob], seconds: float) -> None:
         """Counts how long a batch took, whatever became of it."""

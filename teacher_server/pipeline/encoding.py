@@ -164,7 +164,8 @@ class Encoder:
     """Runs the threads that encode, and queues the answers that wait for them.
 
     make_parts: encodes an answer. on_end: called once per answer, in any thread, when it is encoded
-    or dropped. on_failure: called when a thread ends that should not.
+    or dropped. on_start: called by each thread when it begins. on_failure: called when a thread ends
+    that should not.
     """
 
     def __init__(
@@ -172,11 +173,13 @@ class Encoder:
         make_parts: MakeParts,
         *,
         on_end: Callable[[SequenceJob], None],
+        on_start: Callable[[], None] = lambda: None,
         on_failure: Callable[[str], None],
         num_threads: int = NUM_THREADS,
     ) -> None:
         self._make_parts = make_parts
         self._on_end = on_end
+        self._on_start = on_start
         self._on_failure = on_failure
         self._changed = threading.Condition()
         """Guards everything below, and the state of every answer."""
@@ -296,6 +299,7 @@ class Encoder:
     def _guard(self) -> None:
         """Encodes until closed; anything else that ends the thread is a failure of the replica."""
         try:
+            self._on_start()
             while (encoding := self._choose()) is not None:
                 # Without the lock: this takes long; answers may be queued and dropped meanwhile.
                 self._end_turn(encoding, encoding.encode_next(self._make_parts))

@@ -47,6 +47,7 @@ class Pipeline:
         self._encoder = Encoder(
             partial(make_parts, max_nbytes=max_payload_nbytes),
             on_end=self._backlog.forget,
+            on_start=engine.device.spare_cores,
             on_failure=lambda why: self._compute.fail(why),
         )
         self._compute = Compute(

@@ -48,7 +48,6 @@ def settings(trained_service, student_folder, text, tmp_path_factory: pytest.Tem
         "targets": "top_k:8",
         "ce_weight": 0.3,
         "log_every": 2,
-        "device": "cpu",
     }
 
 

@@ -247,6 +247,19 @@ def test_a_student_of_the_hub_is_trained_from_its_cache(
     assert of_hub["students"]["distilled"]["scores"] == of_folder["students"]["distilled"]["scores"]
 
 
+def test_processes_are_started_by_one_launcher(arguments, capsys, monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TQDM_DISABLE", "0")  # which a process that is not the first sets
+    assert main(["train", *arguments(workers=2)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("student-trainer: process 1 of 2: --workers 2 starts processes with Ray")
+    assert "torchrun or accelerate launch has started 2 already" in said
+    assert main(["train", *arguments(workers=3)]) == 2
+    assert "--batch-size must be a multiple of --workers 3" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_service_is_asked_before_the_text_is_read(arguments, capsys, caplog, tmp_path: Path):
     for others, said in (
         ({"teacher": tmp_path / "team.toml"}, "cannot read the connection file"),
@@ -312,7 +325,7 @@ def test_what_is_no_text_is_refused_by_name_byte_and_kind(
     arguments, few, capsys, caplog, tmp_path: Path
 ):
     table = pa.table({"text": ["w1 w2"]})
-    pq.write_table(table, tmp_path / "a.parquet")
+    pq.write_table(table, tmp_path / "a.pq")
     files = {
         "b.txt.gz": gzip.compress(b"w1 w2 w3"),
         "c.txt": "w1 caf\xe9 w2".encode("latin-1"),
@@ -323,7 +336,7 @@ def test_what_is_no_text_is_refused_by_name_byte_and_kind(
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     for name, said in (
-        ("a.parquet", ["a Parquet file"]),
+        ("a.pq", ["a Parquet file", "Name it *.parquet"]),
         ("b.txt.gz", ["compressed by gzip", "byte 1 is 0x8b"]),
         ("c.txt", ["byte 6 is 0xe9", "iconv -f latin1 -t utf-8"]),
         ("d.txt", ["UTF-16", "byte 0 is 0xff"]),
@@ -334,7 +347,7 @@ def test_what_is_no_text_is_refused_by_name_byte_and_kind(
         mixed = arguments(data=few)
         line = refused(capsys, caplog, "train", *mixed, "--data", str(few), str(tmp_path / name))
         assert f"{tmp_path / name} is not text" in line
-        assert 'data is UTF-8 text, or .jsonl with a "text" in each line' in line
+        assert "data is UTF-8 text, .jsonl (an object in each line) or .parquet" in line
         assert all(words in line for words in said), line
 
 

@@ -378,7 +378,7 @@ def test_two_clients_of_one_process_share_the_service(gemma_service: Served):
 
 def test_importing_the_client_loads_neither_ray_nor_transformers():
     code = textwrap.dedent("""
-        import sys, student_trainer, student_trainer.training.loop, student_trainer.data
+        import sys, student_trainer, student_trainer.data
         loaded = {name.partition(".")[0] for name in sys.modules}
         assert not loaded & {"ray", "transformers", "tyro", "pydantic", "matplotlib"}, loaded
     """)

@@ -16,13 +16,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from student_trainer.ray_train.checkpoints import SNAPSHOT
-from student_trainer.ray_train.job import FOLDER
 from torch import Tensor
 
 from student_trainer import LocalTeacher, Recorded
 from student_trainer.cli import main
 from student_trainer.config import TrainConfig
+from student_trainer.ray_train.driver import FOLDER
+from student_trainer.training import checkpoints
 from student_trainer.training import run as runs
 from student_trainer.training.corpus import read_corpus, read_tokenizer
 from student_trainer.training.results import Results
@@ -39,13 +39,13 @@ from tests.ray.conftest import Launched, wait_for
 from tests.support import tiny
 from tests.support.teams import add_team, make_certs
 
-# tests/student_trainer/training/test_ranks.py has the steps of two ranks without Ray, and is fast.
+# tests/end_to_end/test_ranks.py has the steps of two processes without Ray, and is fast.
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TARGETS = "top_k:8"
 SETTINGS = {
     "sequence_length": 32,
-    "batch_size": 5,  # unequal shares
+    "batch_size": 6,
     "steps": 12,
     "learning_rate": 3e-3,
     "targets": TARGETS,
@@ -75,13 +75,18 @@ def with_dropout(settings, tmp_path_factory: pytest.TempPathFactory) -> dict:
 @pytest.fixture(scope="module")
 def record(settings, teacher_model, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("record"))
+    record_into(folder, settings, teacher_model, ("train", "held_out"))
+    return folder
+
+
+def record_into(folder: str, settings: dict, teacher_model, parts: tuple[str, ...]) -> None:
+    """Records the targets of parts of the data."""
     config = TrainConfig(**settings, record=folder, output=Path(folder))
     corpus = read_corpus(config, read_tokenizer(config.student))
-    everything = torch.cat([corpus.sequences, corpus.held_out])
     with Recorded(folder, LocalTeacher(teacher_model, corpus.tokenizer)) as recorded:
-        for _ in recorded.stream(everything, targets=TARGETS):
+        rows = [row["input_ids"] for part in parts for row in getattr(corpus, part)]
+        for _ in recorded.stream(rows, targets=TARGETS):
             pass
-    return folder
 
 
 @dataclass
@@ -99,13 +104,9 @@ class Training:
         return self.log.read_text()
 
     def saved(self) -> int:
-        """The step of the newest checkpoint that Ray Train knows of; 0 for none."""
-        try:
-            noted = json.loads((self.output / FOLDER / "distilled" / SNAPSHOT).read_text())
-            names = [one["checkpoint_dir_name"] for one in noted["checkpoint_results"]]
-        except (FileNotFoundError, ValueError):
-            return 0
-        return max(int(name.removeprefix("step-")) for name in names)
+        """The step of the newest checkpoint; 0 for none."""
+        found = checkpoints.find_all(self.output / "checkpoints")
+        return checkpoints.read_step(found[-1]) if found else 0
 
     def wait_saved(self, step: int) -> None:
         wait_for(lambda: self.saved() >= step or self.process.poll() is not None, 300)
@@ -182,7 +183,7 @@ def test_two_workers_with_a_record_take_the_steps_of_one_process(
         assert reports[1][name] == reports[0][name]
     assert reports[1]["bytes_per_token"] > 8
     assert "step 12 of 12" in log
-    assert not (tmp_path / "two" / FOLDER / "texts.safetensors").exists()
+    assert not (tmp_path / "two" / FOLDER).exists()
 
 
 def worker_pids(launched: Launched) -> list[int]:
@@ -217,7 +218,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same_bits(
         killed.wait_saved(10)
         os.kill(worker_pids(service)[-1], signal.SIGKILL)
         log = killed.end()
-    assert "going on from" in log
+    assert "resuming from" in log
     assert torch.equal(trained(tmp_path / "killed"), trained(uninterrupted))
 
 
@@ -228,7 +229,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
     uninterrupted: Path,
     tmp_path: Path,
 ):
-    """Ctrl-C, then SIGKILL of the command; what Ray noted last is damaged for good measure."""
+    """Ctrl-C, then SIGKILL of the command."""
     flags = ("--teacher", trained_service.address)
     output = tmp_path / "stopped"
     with training(with_dropout, output, *flags, on=service) as first:
@@ -236,16 +237,15 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
         first.process.send_signal(signal.SIGINT)
         assert first.process.wait(120) == 130, first.log.read_text()
         last = first.log.read_text().splitlines()[-1]
-        kept = f"checkpoint of step {first.saved()} kept in {output / FOLDER}: run the same command"
+        where = output / "checkpoints"
+        kept = f"checkpoint of step {first.saved()} kept in {where}: run the same command"
         assert last == f"student-trainer: interrupted; {kept} to resume"
     with training(with_dropout, output, *flags, on=service) as second:
         second.wait_saved(first.saved() + 5)
     wait_for(lambda: not worker_pids(service), 60)
     assert 0 < second.saved() < with_dropout["steps"]
-    snapshot = output / FOLDER / "distilled" / SNAPSHOT
-    snapshot.write_text(snapshot.read_text()[:100])
     with training(with_dropout, output, *flags, on=service) as third:
-        assert "going on from" in third.end()
+        assert "resuming from" in third.end()
     assert torch.equal(trained(output), trained(uninterrupted))
     with training(with_dropout, output, *flags, on=service) as finished:
         finished.end()  # nothing is left to do, and the report is written once more
@@ -268,7 +268,7 @@ def test_another_number_of_workers_goes_on_with_the_same_steps(
         assert first.process.wait(120) == 130
     assert first.saved() < 40
     with training(settings, output, *flags, on=service, workers=3) as second:
-        assert "going on from" in second.end()
+        assert "resuming from" in second.end()
     alone(settings, tmp_path / "alone", *flags)
     assert distance(output, tmp_path / "alone") < 1e-6
 
@@ -310,11 +310,7 @@ def test_what_would_fail_again_is_not_tried_again(
     """A record without most of the text: the held-out part is there, so that it is a worker that
     finds out."""
     folder = str(tmp_path / "record")
-    config = TrainConfig(**settings, record=folder, output=tmp_path)
-    corpus = read_corpus(config, read_tokenizer(config.student))
-    with Recorded(folder, LocalTeacher(teacher_model, corpus.tokenizer)) as recorded:
-        for _ in recorded.stream(corpus.held_out, targets=TARGETS):
-            pass
+    record_into(folder, settings, teacher_model, ("held_out",))
     with training({**settings, "record": folder}, tmp_path / "run", on=service) as run:
         assert run.process.wait(240) == 1
     log = run.log.read_text()

@@ -59,35 +59,3 @@ def test_the_order_is_the_seeds_and_every_epoch_sees_everything():
     assert not torch.equal(one, other)
     assert sorted(one[:10].tolist()) == list(range(10))
     assert sorted(one[10:].tolist()) == list(range(10))
-
-
-def test_shares_of_a_batch_are_the_batch_however_many_ranks_there_are():
-    sequences = torch.arange(7 * 6).view(7, 6)
-    whole = list(data.batches(sequences, batch_size=5, steps=4, seed=1))
-    for num_ranks in (1, 2, 3, 5):
-        shares = [
-            list(data.share(iter(whole), rank=rank, num_ranks=num_ranks))
-            for rank in range(num_ranks)
-        ]
-        for batch, *parts in zip(whole, *shares, strict=True):
-            found = torch.cat([part["input_ids"] for part in parts])
-            assert sorted(found.tolist()) == sorted(batch["input_ids"].tolist())
-            assert {part["epoch"] for part in parts} == {batch["epoch"]}
-            assert {part["num_items"] for part in parts} == {5 * 5}
-
-
-def test_a_share_counts_the_trained_positions_of_the_whole_batch():
-    batch = {
-        "input_ids": torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]]),
-        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
-        "labels": torch.tensor([[1, 2, 3, -100], [-100, -100, 6, 7]]),
-    }
-    (share,) = data.share([batch], rank=1, num_ranks=2)
-    assert share["input_ids"].tolist() == [[4, 5, 6, 7]]
-    assert share["labels"].tolist() == [[-100, -100, 6, 7]]
-    assert share["num_items"] == 4
-
-
-def test_a_batch_that_is_too_small_to_share_is_refused():
-    with pytest.raises(ValueError, match="2 sequences cannot be shared by 3 workers"):
-        next(data.share([{"input_ids": torch.zeros(2, 4)}], rank=0, num_ranks=3))

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import xxhash
-from student_trainer.ray_train.checkpoints import SNAPSHOT, _mended, newest_step
-from student_trainer.ray_train.job import _Job
-from student_trainer.training.checkpoint import Checkpoints
-from torch import nn
 
 from student_trainer import IncompatibleTeacher, LocalTeacher, Recorded, RecordError
 from student_trainer.cli import main
@@ -26,7 +23,9 @@ from student_trainer.record.folder import BESIDE
 from student_trainer.record.schema import METADATA, SCHEMA
 from student_trainer.report import drawing, page
 from student_trainer.report.build import make_report, write_report
+from student_trainer.training import checkpoints as run_checkpoints
 from student_trainer.training.corpus import read_tokenizer
+from student_trainer.training.progress import Counts
 from student_trainer.training.results import Results
 from student_trainer.training.students import make_student
 from tests.support import tiny
@@ -181,22 +180,36 @@ def test_a_shard_with_a_row_without_targets_is_a_record_error_that_names_it(
         replayed.get(torch.arange(9))
 
 
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one file."""
+    checkpoint = tmp_path_factory.mktemp("run") / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "weights").write_bytes(b"weights")
+    run_checkpoints.seal(checkpoint, {"seed": 1}, Counts())
+    return checkpoint
+
+
 @pytest.mark.parametrize("what", FILES)
-def test_a_checkpoint_whose_run_json_is_none_is_named(tmp_path: Path, what: str):
-    kept = Checkpoints(tmp_path, every=1, identity={"seed": 1})
-    saved = kept.save(2, nn.Linear(3, 2), {})
-    (saved / "run.json").write_bytes(FILES[what])
-    with pytest.raises(ValueError, match=r"run\.json is damaged"):
-        kept.load(nn.Linear(3, 2))
+def test_a_checkpoint_whose_run_json_is_none_is_named(sealed: Path, tmp_path: Path, what: str):
+    checkpoint = Path(shutil.copytree(sealed, tmp_path / sealed.name))
+    (checkpoint / "run.json").write_bytes(FILES[what])
+    with pytest.raises(ValueError, match=rf"{checkpoint / 'run.json'} is damaged"):
+        run_checkpoints.check(checkpoint, {"seed": 1})
 
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
-def test_a_checkpoint_with_wrong_digests_is_named(tmp_path: Path, value: str):
-    kept = Checkpoints(tmp_path, every=1, identity={"seed": 1})
-    saved = kept.save(2, nn.Linear(3, 2), {})
-    (saved / "run.json").write_text(f'{{"seed": 1, "file_digests": {value}}}')
-    with pytest.raises(ValueError, match=r"(run\.json|state\.pt) is damaged"):
-        kept.load(nn.Linear(3, 2))
+@pytest.mark.parametrize("key", ["file_digests", "counts", "run", "seed"])
+def test_a_checkpoint_with_wrong_values_is_named(
+    sealed: Path, tmp_path: Path, key: str, value: str
+):
+    checkpoint = Path(shutil.copytree(sealed, tmp_path / sealed.name))
+    document = json.loads((checkpoint / "run.json").read_text())
+    text = json.dumps({**document, key: MARK}).replace(f'"{MARK}"', value)
+    (checkpoint / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"{checkpoint / 'run.json'} is damaged"):
+        run_checkpoints.check(checkpoint, {"seed": 1})
+    assert run_checkpoints.find_newest(tmp_path) == checkpoint, "nothing was removed"
 
 
 @pytest.mark.parametrize("what", FILES)
@@ -276,26 +289,6 @@ def test_a_text_with_unusual_line_ends_is_one_text(tmp_path: Path):
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     path.write_bytes("\r\n".join(lines).encode())
     assert list(documents([path])) == texts
-
-
-@pytest.mark.parametrize("what", FILES)
-def test_a_note_of_ray_train_that_is_none_is_as_if_there_were_none(tmp_path: Path, what: str):
-    (tmp_path / SNAPSHOT).write_bytes(FILES[what])
-    assert newest_step(tmp_path) is None
-
-
-@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
-@pytest.mark.parametrize("form", ["%s", "[%s]", '[{"checkpoint_dir_name": %s}]'])
-def test_a_damaged_note_of_ray_train_is_taken_away(tmp_path: Path, form: str, value: str):
-    config = TrainConfig(student=tmp_path, data=["*"], output=tmp_path, record="targets")
-    job = _Job(config, "distilled", tmp_path, None, {}, on_gpus=False)
-    note = job.folder / SNAPSHOT
-    note.parent.mkdir(parents=True)
-    note.write_text(f'{{"checkpoint_results": {form % value}}}')
-    is_right = form == "%s" and value in ("[]", "{}")
-    assert newest_step(job.folder) is None
-    _mended(job)
-    assert note.exists() == is_right
 
 
 @pytest.mark.parametrize("what", [name for name in FILES if name != "an object"])

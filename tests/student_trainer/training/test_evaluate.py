@@ -224,7 +224,6 @@ def test_a_record_of_samples_says_what_it_cannot_tell_and_a_live_teacher_is_aske
         assert "--teacher" in found.unknown
         assert found.teacher.loss is not None
         assert found.measure(tiny.make_student(), 4).top1_agreement is None
-        assert set(found.beside_the_loss()) == {"held_out_accuracy"}
         others = [{"input_ids": ids} for ids in sequences + 1 - sequences % 2]
         other = HeldOut.ask(config, record, held_out(others))
         assert "was not recorded" in other.unknown
