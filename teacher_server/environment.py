@@ -2,10 +2,10 @@
 
 import os
 
-SPINS = 1000
-"""How often a thread of OpenMP looks for the others before it sleeps, about 50 us long: what a sleep
-costs. Without a limit it looks for milliseconds, on a core that a thread of an encoder, a client or
-a trainer on the same machine could have (docs/log.md)."""
+SPINS = 30_000
+"""How often a thread of OpenMP looks for work before it sleeps: half a millisecond, longer than nearly
+all the gaps of a pack in which one thread alone computes. By default it looks for many milliseconds,
+on a core that an encoder, a client or a trainer on the same machine could have (docs/log.md)."""
 
 
 def set_environment() -> None:
