@@ -36,6 +36,7 @@ REFUSED = {
     "enable_jit_checkpoint": "its checkpoints have no digests: use --checkpoint-every N",
     "accelerator_config": _SHARED,
     "parallelism_config": "a file cannot hold it: start the run with accelerate launch",
+    "use_cache": "with a cache, models do not keep the documents of a row apart",
     "local_rank": "the launcher of the processes sets it",
     "use_cpu": "give --device cpu",
     "remove_unused_columns": "the data has only columns that the student reads",
@@ -83,7 +84,7 @@ MEASURING = {"eval_strategy", "eval_steps", "eval_delay", "eval_on_start"}
 DECIDING = {
     *("lr_scheduler_kwargs", "optim", "optim_args", "optim_target_modules", "weight_decay"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "data_seed"),
-    *("bf16", "fp16", "tf32", "full_determinism", "use_cache"),
+    *("bf16", "fp16", "tf32", "full_determinism"),
     *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     *("train_sampling_strategy", "length_column_name", "fsdp", "fsdp_config", "deepspeed"),

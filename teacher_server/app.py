@@ -29,6 +29,7 @@ from teacher_server.cluster.membership import Card, Membership
 from teacher_server.cluster.ray_directory import RayDirectory, service_id
 from teacher_server.cluster.ray_settings import QUIETER, is_on_loopback, keep_serve_on_loopback
 from teacher_server.config import ServeConfig
+from teacher_server.environment import set_environment
 from teacher_server.errors import ServeError
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class TeacherReplica:
 
     async def __init__(self, config: ServeConfig) -> None:  # pyright: ignore
         # Awaited by Serve. The model is loaded in a thread, so that this loop keeps answering Serve.
+        set_environment()
         from teacher_server.replica import Replica
 
         _log_to_stderr(config)

@@ -148,7 +148,7 @@ def _opened(config: TrainConfig) -> Iterator[tuple[Student, RemoteTeacher | Reco
     with ExitStack() as ending:
         if ranks.is_first():
             ending.callback(disk.give_room, config.output)
-        nbytes = read.nbytes + RESULTS_NBYTES
+        nbytes = read.count_saved_nbytes(config.lora_r) + RESULTS_NBYTES
         ranks.share(lambda: disk.keep_room(config.output, nbytes, "the student"))
         teacher = ending.enter_context(open_teacher(config, read.tokenizer))
         num_ids = check_teacher(config, teacher, read)

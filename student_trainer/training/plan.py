@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -84,7 +85,8 @@ def make_plan(
         distilled_s = steps * step_s
     students_s = {"distilled": distilled_s}
     if config.control:
-        students_s["control"] = steps * measured.student_s
+        control = _measure_steps(config, corpus, None, held_out, num_ranks)
+        students_s["control"] = steps * control.step_s
     if config.shuffled_control:
         is_recorded = isinstance(teacher, Recorded)
         students_s["shuffled"] = steps * (measured.student_s if is_recorded else step_s)
@@ -143,16 +145,19 @@ class _Watch(transformers.TrainerCallback):
 def _measure_steps(
     config: TrainConfig,
     corpus: Corpus,
-    teacher: RemoteTeacher | Recorded,
+    teacher: RemoteTeacher | Recorded | None,
     held_out: HeldOut,
     num_ranks: int,
 ) -> Measured:
-    """Trains a scratch copy of the student for a few steps, on what one process would get."""
+    """Trains a scratch copy of the student for a few steps, on what one process would get.
+
+    Without a teacher it is the control, which learns from labels.
+    """
     live = teacher.fallback if isinstance(teacher, Recorded) else teacher
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(
-            _make_scratch(config, Path(folder), num_ranks), corpus, held_out, "distilled", teacher
-        )
+        scratch = _make_scratch(config, Path(folder), num_ranks)
+        name = "control" if teacher is None else "distilled"
+        trainer = make_trainer(scratch, corpus, held_out, name, teacher)
         trainer.add_callback(_Watch())
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -161,9 +166,7 @@ def _measure_steps(
         after = _count(teacher, live)
         history = read_history(trainer.state.log_history)
         memory = _measure_memory(trainer, config)
-        held_out_s = min(
-            _time_measurement(trainer) for _ in range(2)
-        )  # the teacher may still be busy
+        held_out_s = fmean(_time_measurement(trainer) for _ in range(2))
         trainer.progress.close()
         trainer.close()
     last, first = history[-1], history[0] if len(history) > 1 else None
@@ -212,9 +215,11 @@ def _make_scratch(config: TrainConfig, folder: Path, num_ranks: int) -> TrainCon
     )
 
 
-def _count(teacher: RemoteTeacher | Recorded, live: Any) -> tuple[int, int, int, int, int]:
+def _count(teacher: RemoteTeacher | Recorded | None, live: Any) -> tuple[int, ...]:
     """Returns sequences, those of the live teacher, rows, and their bytes alone and on the wire."""
     wire = 0 if live is None else live.counters.sent_nbytes + live.counters.received_nbytes
+    if teacher is None:
+        return (0,) * 5
     if isinstance(teacher, Recorded):
         asked = teacher.counters.asked
         handed_out = asked + teacher.counters.replayed

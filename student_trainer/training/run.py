@@ -56,7 +56,13 @@ class Student:
     num_ids: int
     """Rows of its head."""
     nbytes: int
-    """Of its weights as they are trained and saved, in float32, and of its tokenizer."""
+    """Of its weights in float32, as they are trained and saved, and of its tokenizer."""
+    layer_widths: int
+    """Inputs and outputs of all linear layers but the head, added up."""
+
+    def count_saved_nbytes(self, lora_r: int) -> int:
+        """Returns what the trained student takes on the disk: with LoRA, the adapters of all layers."""
+        return 4 * lora_r * self.layer_widths + (1 << 20) if lora_r else self.nbytes
 
 
 def check_settings(config: CorpusConfig) -> None:
@@ -72,6 +78,12 @@ def check_settings(config: CorpusConfig) -> None:
             check_installed("train", "tensorboard")
         check_reporters(config.report_to)
         check_arguments(make_distillation_arguments(config, is_aligned=True))
+        if config.packing == "isolate" and "flash" in (config.attn_implementation or ""):
+            # From transformers' flash_attention_forward; there is no GPU here to try it.
+            raise ValueError(
+                f"--attn-implementation {config.attn_implementation} does not keep the documents of "
+                "several rows apart: leave it out, or give --packing pad"
+            )
         if not config.workers:  # theirs may be on other machines
             check_student_options(config)
             make_training_arguments(config, config.output)
@@ -91,7 +103,9 @@ def read_student(folder: Path) -> Student:
     parameters = sum(parameter.numel() for parameter in student.parameters())
     files = [folder / name for name in {*TOKENIZER_FILES, "vocab.json", "merges.txt"}]
     of_tokenizer = sum(file.stat().st_size for file in files if file.is_file())
-    return Student(tokenizer, len(head.weight), 4 * parameters + of_tokenizer)
+    layers = [one for one in student.modules() if isinstance(one, nn.Linear) and one is not head]
+    widths = sum(one.in_features + one.out_features for one in layers)
+    return Student(tokenizer, len(head.weight), 4 * parameters + of_tokenizer, widths)
 
 
 def check_teacher(config: CorpusConfig, teacher: RemoteTeacher | Recorded, student: Student) -> int:

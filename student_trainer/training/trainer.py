@@ -127,6 +127,12 @@ class StudentTrainer(DistillationTrainer):
         if self._uses_muon and self.optimizer is None:
             wrapped = self.model if model is None else model
             assert wrapped is not None
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+            if self.is_deepspeed_enabled or getattr(plugin, "fsdp_version", 2) == 1:
+                raise ValueError(
+                    "--optimizer muon needs matrices, and DeepSpeed and FSDP 1 train flat parts of "
+                    "them: give --optimizer adamw, or fsdp_version 2"
+                )
             args = self.args
             self.optimizer = make_muon(
                 wrapped,

@@ -10,6 +10,7 @@ import sys
 from logitstream.connection import Connection
 from logitstream.local_ray import TOKEN_VARIABLES, set_ray_environment
 from teacher_server.config import ServeConfig
+from teacher_server.environment import set_environment
 from teacher_server.errors import ServeError, TeacherServerError
 from teacher_server.rpc.tls import Tls
 from teacher_server.teams.declaration import read_teams
@@ -70,6 +71,7 @@ def _serve_on_ray(config: ServeConfig) -> int:
 
 
 async def _serve_standalone(config: ServeConfig) -> int:
+    set_environment()
     import transformers
 
     from teacher_server.cluster.peers import watch_peers

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file
 
@@ -140,13 +141,17 @@ def note_sequences(folder: Path, config: dict[str, Any], cuts: list[tuple[int, i
 
         trainer.get_batch_samples = get_batch_samples  # type: ignore[method-assign]
         trainer.run()
+        assert (torch.initial_seed() == settings.seed) == (rank == 0)  # ranks drop other units
         where = folder / f"{batch_size}-{accumulation}-{rank}.json"
         where.write_text(json.dumps(noted))
 
 
-def test_however_a_step_is_cut_its_sequences_are_the_same(settings, tmp_path: Path):
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_however_a_step_is_cut_its_sequences_are_the_same(settings, tmp_path: Path, is_stream):
     """12 steps, of which an epoch has 10."""
     config = {**settings, "steps": 12}
+    if is_stream:
+        config |= {"streaming": True, "held_out": settings["data"]}
     for num_ranks, cuts in ((1, [(8, 1), (4, 2), (1, 8)]), (2, [(8, 1), (4, 2), (2, 4)])):
         folder = tmp_path / str(num_ranks)
         folder.mkdir()
@@ -168,30 +173,36 @@ def test_however_a_step_is_cut_its_sequences_are_the_same(settings, tmp_path: Pa
     assert all(one == steps[0] for one in steps)
 
 
-class CtrlC(transformers.TrainerCallback):
-    """Ctrl-C reaches this process during a step."""
+class Signalled(transformers.TrainerCallback):
+    """A signal reaches this process during a step."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self._number)
 
 
 def run_train(
-    folder: Path, config: str, code: int, interrupted_rank: int | None, checkpoints: str = ""
+    folder: Path, config: str, code: int, signals: dict[int, int], checkpoints: str = ""
 ) -> None:
-    """Runs the command in this rank, whose messages go to a file."""
-    with (folder / f"log-{os.environ['RANK']}").open("w") as file:
+    """Runs the command in this rank, whose messages go to a file; signals: by rank."""
+    rank = int(os.environ["RANK"])
+    with (folder / f"log-{rank}").open("w") as file:
         os.dup2(file.fileno(), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    ask = HeldOut.ask
+    HeldOut.ask = lambda *args: (folder / f"asked-{rank}").touch() or ask(*args)  # type: ignore
     if checkpoints:
         os.environ["FSDP_STATE_DICT_TYPE"] = f"{checkpoints}_STATE_DICT"
         StudentTrainer.create_accelerator_and_postprocess = shard_on_cpu
-    if interrupted_rank == int(os.environ["RANK"]):
+    if rank in signals:
         begin = StudentTrainer.__init__
 
         def begin_and_interrupt(self: Any, *args: Any, **kwargs: Any) -> None:
             begin(self, *args, **kwargs)
-            self.add_callback(CtrlC())
+            self.add_callback(Signalled(signals[rank]))
 
         StudentTrainer.__init__ = begin_and_interrupt
     assert main(["train", config]) == code
@@ -201,7 +212,9 @@ def test_ctrl_c_in_one_process_stops_all_at_a_step_that_one_process_resumes_from
     settings, alone, tmp_path: Path
 ):
     config = write(tmp_path, settings, checkpoint_every=2)
-    assert run_ranks(run_train, tmp_path, config, 130, 1) == [0, 0]
+    assert run_ranks(run_train, tmp_path, config, 130, {1: signal.SIGINT}) == [0, 0]
+    assert (tmp_path / "asked-0").exists()
+    assert not (tmp_path / "asked-1").exists()
     assert "interrupted" not in (tmp_path / "log-1").read_text()
     said = [line for line in (tmp_path / "log-0").read_text().splitlines() if "interrupted" in line]
     (kept,) = (tmp_path / "checkpoints").glob("checkpoint-5")
@@ -214,10 +227,20 @@ def test_ctrl_c_in_one_process_stops_all_at_a_step_that_one_process_resumes_from
     assert Results.load(tmp_path).students["distilled"].history[-1]["step"] == STEPS
 
 
+def test_a_process_that_is_killed_ends_the_run_at_its_newest_checkpoint(settings, tmp_path: Path):
+    config = write(tmp_path, settings, checkpoint_every=2)
+    assert run_ranks(run_train, tmp_path, config, 1, {1: signal.SIGKILL}) == [0, -signal.SIGKILL]
+    said = (tmp_path / "log-0").read_text().splitlines()[-1]
+    assert said == (
+        "student-trainer: another process of the run has ended; checkpoint of step 2 kept in "
+        f"{tmp_path / 'checkpoints'}: run the same command to resume"
+    )
+
+
 @pytest.mark.parametrize("kind", ["SHARDED", pytest.param("FULL", marks=pytest.mark.slow)])
 def test_a_student_in_parts_is_interrupted_and_saved_whole(settings, alone, tmp_path: Path, kind):
     """FSDP2, with checkpoints in parts and whole ones."""
     config = write(tmp_path, settings, checkpoint_every=2)
-    assert run_ranks(run_train, tmp_path, config, 130, 0, kind) == [0, 0]
-    assert run_ranks(run_train, tmp_path, config, 0, None, kind) == [0, 0]
+    assert run_ranks(run_train, tmp_path, config, 130, {0: signal.SIGINT}, kind) == [0, 0]
+    assert run_ranks(run_train, tmp_path, config, 0, {}, kind) == [0, 0]
     assert distance(alone, tmp_path) < 1e-5
