@@ -44,7 +44,7 @@ def make_stand_ins(folder: Path, *, steps: int = STEPS) -> None:
     files = demo_teacher.corpus_files()[0][:30]
     chats = make_chats(600)
     texts = [message["content"] for chat in chats for message in chat]
-    tokenizer = demo_teacher.make_tokenizer([*data.documents(files), *texts])
+    tokenizer: Any = demo_teacher.make_tokenizer([*data.documents(files), *texts])
     tokenizer.add_special_tokens({"additional_special_tokens": TURN_TOKENS})
     tokenizer.chat_template = CHAT_TEMPLATE
     text_rows = [{"input_ids": ids} for ids in data.pack(files, tokenizer, LENGTH, label="text")]
