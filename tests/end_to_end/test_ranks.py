@@ -196,7 +196,7 @@ def run_train(
     HeldOut.ask = lambda *args: (folder / f"asked-{rank}").touch() or ask(*args)  # type: ignore
     if checkpoints:
         os.environ["FSDP_STATE_DICT_TYPE"] = f"{checkpoints}_STATE_DICT"
-        StudentTrainer.create_accelerator_and_postprocess = shard_on_cpu
+        StudentTrainer.create_accelerator_and_postprocess = shard_on_cpu  # type: ignore[method-assign]
     if rank in signals:
         begin = StudentTrainer.__init__
 
