@@ -37,11 +37,11 @@ CHAT_TEMPLATE = (
 """ChatML; what the assistant writes is marked, as learning from it alone needs it."""
 
 
-def make_stand_ins(folder: Path, *, steps: int = STEPS) -> None:
+def make_stand_ins(folder: Path, *, steps: int = STEPS, num_files: int = 30) -> None:
     """Writes all of it into a new folder. Raises FileExistsError if there is one."""
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; remove it to have it made again")
-    files = demo_teacher.corpus_files()[0][:30]
+    files = demo_teacher.corpus_files()[0][:num_files]
     chats = make_chats(600)
     texts = [message["content"] for chat in chats for message in chat]
     tokenizer: Any = demo_teacher.make_tokenizer([*data.documents(files), *texts])
