@@ -30,7 +30,10 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, serve) -> Iterator[Path]:
-    """A folder with the stand-ins, less of them and briefly trained (a teacher that knows nothing is refused); TEACHER says where it is served."""
+    """A folder with fewer stand-ins, briefly trained: a teacher that knows nothing is refused.
+
+    TEACHER says where the teacher is served.
+    """
     path = tmp_path_factory.mktemp("recipes")
     make_stand_ins(path / "stand-ins", steps=60, num_files=6)
     served = serve(path / "stand-ins" / "teacher")
