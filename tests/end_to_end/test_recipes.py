@@ -15,7 +15,7 @@ from student_trainer.cli import main
 from tests.conftest import one_torch_thread
 
 pytestmark = pytest.mark.slow
-one_thread = pytest.fixture(autouse=True)(one_torch_thread)
+one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 
 PAGES = Path(__file__).parents[2] / "docs" / "recipes"
 MADE = {
