@@ -75,28 +75,32 @@ def _record_draw(
     if corpus.num_sequences is not None:
         total = corpus.num_sequences + len(corpus.held_out)
     with tqdm(
-        chain(corpus.train, corpus.held_out),
         total=total,
         desc=f"recording, draw {epoch + 1} of {config.draws}",
         unit=" rows",
         unit_scale=True,
-    ) as rows:
-        batches = (corpus.collate([row]) for row in rows)
+    ) as progress:
+        batches = (corpus.collate([row]) for row in chain(corpus.train, corpus.held_out))
         pairs = record.stream_batches(
-            _find_missing(batches, config.seed, epoch, record, found),
+            _find_missing(batches, config.seed, epoch, record, found, progress),
             targets=config.targets,
             temperature=config.temperature,
             seed=config.seed,
             epoch=epoch,
         )
         for _ in pairs:
-            pass
+            progress.update()
 
 
 def _find_missing(
-    batches: Iterator[dict[str, Tensor]], seed: int, epoch: int, record: Recorded, found: _Found
+    batches: Iterator[dict[str, Tensor]],
+    seed: int,
+    epoch: int,
+    record: Recorded,
+    found: _Found,
+    progress: "tqdm[Any]",
 ) -> Iterator[dict[str, Any]]:
-    """Yields the batches of which the record lacks anything, and counts."""
+    """Yields the batches of which the record lacks anything; counts, and shows those it has."""
     for number, batch in enumerate(batches):
         pieces = split_batch(batch, number)
         missing = [ids for ids, rows in pieces if not record.has(ids, seed, epoch, rows)]
@@ -104,3 +108,5 @@ def _find_missing(
         found.missing_tokens += sum(map(len, missing))
         if missing:
             yield batch
+        else:
+            progress.update()

@@ -28,13 +28,15 @@ def compute_numbers(name: str, results: Results) -> dict[str, Any]:
         student: results.students[student].scores if student in results.students else None
         for student in ("control", "distilled", "shuffled")
     }
+    rows = sum(one.count for one in distilled.scores.bins)
     return {
         "run": name,
         **_collect(scores, "loss"),
         **_compare(scores),
         **{name: settings[name] for name in SETTINGS},
         "trained_tokens": distilled.tokens,
-        "held_out_rows": sum(one.count for one in distilled.scores.bins),
+        "held_out_tokens": rows + results.held_out_sequences,
+        "held_out_rows": rows,
         **_collect(scores, "accuracy"),
         **_collect(scores, "top1_agreement", leave_out="teacher"),
         "agreement_rows": distilled.scores.agreement_rows,
