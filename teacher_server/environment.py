@@ -2,10 +2,10 @@
 
 import os
 
-SPINS = 1_000
-"""How often a thread of OpenMP looks for work before it sleeps: for some 15 us. By default it looks for
-milliseconds, on a core that an encoder, a client or a trainer on the same machine could have; where
-those compete for the cores, a pack then takes many times as long (docs/log.md)."""
+SPINS = 30_000
+"""How often a thread of OpenMP looks for work before it sleeps: for half a millisecond, longer than nearly
+all the gaps of a pack in which one thread alone computes. By default it looks for many milliseconds,
+on a core that an encoder, a client or a trainer on the same machine could have (docs/log.md)."""
 
 
 def set_environment() -> None:

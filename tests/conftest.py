@@ -24,6 +24,8 @@ from xdist.scheduler import LoadFileScheduling
 from tests.support import tiny
 
 torch.set_num_threads(2)
+# Services, trainers and the tests themselves want the same few cores: docs/deploying.md.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # The client sets it too; which test file is imported first, and with it gRPC, is chance.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 if "HF_DATASETS_CACHE" not in os.environ:  # of this run of the tests, not the user's
