@@ -46,7 +46,7 @@ def write_atomically(
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
-    _force_to_disk(path.parent)
+    force_to_disk(path.parent)
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield partial
         for entry in (*partial.rglob("*"), partial):
             if entry.is_file() or entry.is_dir():
-                _force_to_disk(entry)
+                force_to_disk(entry)
         if path.exists():  # a folder that is not empty cannot be replaced in one step
             old = path.with_name(f".{path.name}.old")
             shutil.rmtree(old, ignore_errors=True)
@@ -74,7 +74,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # so that its room is free again
         raise
-    _force_to_disk(path.parent)
+    force_to_disk(path.parent)
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -116,7 +116,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logitstream"
 
 
-def _force_to_disk(path: Path) -> None:
+def force_to_disk(path: Path) -> None:
+    """Returns when a file, or what a folder lists, is on the disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -17,6 +17,7 @@ from student_trainer.commands.plan import run_plan
 from student_trainer.commands.student import find_student, make_hub_repo, push_student
 from student_trainer.config import TrainConfig
 from student_trainer.errors import FailedElsewhere, Interrupted, NotWritten, TrainingFailed
+from student_trainer.hf.checkpoints import read_step
 from student_trainer.record.recorded import Recorded
 from student_trainer.report import build as report
 from student_trainer.report import model_card
@@ -187,7 +188,7 @@ def describe_checkpoints(config: TrainConfig) -> str:
     folder, newest = config.output / "checkpoints", {}
     for name in NAMES:
         found = checkpoints.find_all(folder_of(config, name))
-        newest[name] = checkpoints.read_step(found[-1]) if found else None
+        newest[name] = read_step(found[-1]) if found else None
     newest = {name: step for name, step in newest.items() if step is not None}
     again = "the same command without --start-over" if config.start_over else "the same command"
     if not newest:

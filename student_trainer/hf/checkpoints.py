@@ -43,6 +43,17 @@ def check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
             logger.warning("%s was %s and is now %s", name, saved.get(name), value)
 
 
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Returns the Trainer's checkpoints in a folder, finished or not, the newest last."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=read_step)
+
+
+def read_step(checkpoint: Path) -> int:
+    """Returns the step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def find_newest_complete(output_dir: Path) -> str | bool:
     """Returns the newest checkpoint whose state is readable; that file is written last.
 
@@ -50,8 +61,7 @@ def find_newest_complete(output_dir: Path) -> str | bool:
     """
     if not output_dir.is_dir() or get_last_checkpoint(str(output_dir)) is None:
         return True
-    checkpoints = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-    for path in sorted(checkpoints, key=lambda path: int(path.name[11:]), reverse=True):
+    for path in reversed(list_checkpoints(output_dir)):
         try:
             json.loads((path / "trainer_state.json").read_text())
             return str(path)

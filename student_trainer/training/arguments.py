@@ -1,7 +1,6 @@
 """Turns the settings of a run into TrainingArguments and DistillationArguments."""
 
 import importlib.util
-import os
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +10,7 @@ import transformers
 
 from student_trainer.config import TrainConfig
 from student_trainer.hf.arguments import DistillationArguments
+from student_trainer.training import ranks
 from student_trainer.training.students import find_device
 
 NUM_MEASUREMENTS = 10
@@ -39,7 +39,7 @@ def make_training_arguments(
     folder: for checkpoints. label: what the student is called. Raises ValueError for a value that
     TrainingArguments refuses, and for a batch that the processes of the run cannot share.
     """
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    num_ranks = ranks.count()
     if config.batch_size % num_ranks:
         raise ValueError(
             f"--batch-size must be a multiple of the {num_ranks} processes that share each batch, "

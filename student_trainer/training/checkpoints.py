@@ -8,8 +8,6 @@ It is written last, so a checkpoint without it is one that was being written whe
 
 import json
 import logging
-import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,7 +17,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from logitstream.files import write_atomically
+from logitstream.files import force_to_disk, write_atomically
+from student_trainer.hf.checkpoints import list_checkpoints, read_step
 from student_trainer.training.progress import Counts
 
 logger = logging.getLogger(__name__)
@@ -34,28 +33,25 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, Recursio
 
 def find_all(folder: Path) -> list[Path]:
     """Returns the sealed checkpoints in a folder, the newest last."""
-    return [path for path in _find_folders(folder) if (path / SEAL).exists()]
+    return [path for path in list_checkpoints(folder) if (path / SEAL).exists()]
 
 
 def find_newest(folder: Path) -> Path | None:
     """Returns the newest sealed checkpoint; removes newer ones that were never finished."""
     found = find_all(folder)
     newest = found[-1] if found else None
-    for path in _find_folders(folder):
+    for path in list_checkpoints(folder):
         if newest is None or read_step(path) > read_step(newest):
             logger.warning("%s was not finished and is removed", path)
             shutil.rmtree(path)
     return newest
 
 
-def read_step(checkpoint: Path) -> int:
-    """Returns the step after which a checkpoint was written."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def seal(checkpoint: Path, identity: Mapping[str, Any], counts: Counts) -> None:
     """Forces a checkpoint to the disk and writes its run.json. Raises OSError."""
     names = [name for name in _list_files(checkpoint) if name != SEAL]
+    for name in names:
+        force_to_disk(checkpoint / name)
     run = {
         **identity,
         COUNTS: asdict(counts),
@@ -70,14 +66,14 @@ def seal(checkpoint: Path, identity: Mapping[str, Any], counts: Counts) -> None:
 def rotate(folder: Path, keep: int, *, also: str | None = None) -> None:
     """Removes all but the newest `keep` checkpoints; also: the path of another one to keep."""
     kept = {str(path) for path in find_all(folder)[-keep:]} | {also}
-    for path in _find_folders(folder):  # also what was left of one when a process ended
+    for path in list_checkpoints(folder):  # also what was left of one when a process ended
         if str(path) not in kept:
             _remove(path)
 
 
 def clear(folder: Path) -> None:
     """Removes every checkpoint in a folder."""
-    for path in _find_folders(folder):
+    for path in list_checkpoints(folder):
         _remove(path)
 
 
@@ -120,11 +116,6 @@ def refuse_another_run(folder: Path, identity: Mapping[str, Any]) -> None:
         raise _make_of_another_run(newest, different)
 
 
-def _find_folders(folder: Path) -> list[Path]:
-    found = [one for one in folder.glob("checkpoint-*") if re.fullmatch(r"\w+-\d+", one.name)]
-    return sorted(found, key=read_step)
-
-
 def _list_files(folder: Path) -> list[str]:
     """Returns the files in a folder and below it, relative to it, sorted."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -137,11 +128,9 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    """Returns the digest of a file, which is on the disk when this returns."""
+    """Returns the digest of a file."""
     if path.stat().st_size == 0:
         return ""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
     return xxhash.xxh3_128_hexdigest(np.memmap(path, np.uint8, "r").data)
 
 

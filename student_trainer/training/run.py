@@ -18,6 +18,7 @@ from student_trainer.client.remote import RemoteTeacher, connect
 from student_trainer.config import CorpusConfig, TrainConfig, find_deciding
 from student_trainer.hf.alignment import shared_ids
 from student_trainer.hf.arguments import check_arguments
+from student_trainer.hf.checkpoints import read_step
 from student_trainer.record.recorded import Recorded
 from student_trainer.teachers.teacher import Teacher
 from student_trainer.training import checkpoints, ranks
@@ -243,8 +244,8 @@ def make_tensorboard(folder: Path, checkpoints_folder: Path) -> transformers.Tra
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations.integration_utils import TensorBoardCallback
 
-    newest = checkpoints.find_newest(checkpoints_folder)
-    step = 0 if newest is None else checkpoints.read_step(newest)
+    found = checkpoints.find_all(checkpoints_folder)
+    step = read_step(found[-1]) if found else 0
     return TensorBoardCallback(SummaryWriter(str(folder), purge_step=step + 1))
 
 

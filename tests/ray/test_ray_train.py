@@ -21,6 +21,7 @@ from torch import Tensor
 from student_trainer import LocalTeacher, Recorded
 from student_trainer.cli import main
 from student_trainer.config import TrainConfig
+from student_trainer.hf.checkpoints import read_step
 from student_trainer.ray_train.driver import FOLDER
 from student_trainer.training import checkpoints
 from student_trainer.training import run as runs
@@ -106,7 +107,7 @@ class Training:
     def saved(self) -> int:
         """The step of the newest checkpoint; 0 for none."""
         found = checkpoints.find_all(self.output / "checkpoints")
-        return checkpoints.read_step(found[-1]) if found else 0
+        return read_step(found[-1]) if found else 0
 
     def wait_saved(self, step: int) -> None:
         wait_for(lambda: self.saved() >= step or self.process.poll() is not None, 300)

@@ -8,6 +8,7 @@ from types import FrameType
 
 import pytest
 
+from student_trainer.hf.checkpoints import read_step
 from student_trainer.training import checkpoints
 from student_trainer.training.progress import Counts
 
@@ -59,7 +60,7 @@ def load(folder: Path) -> int:
     newest = checkpoints.find_newest(folder)
     assert newest is not None
     step = checkpoints.check(newest, IDENTITY).tokens
-    assert checkpoints.read_step(newest) == step
+    assert read_step(newest) == step
     assert all((newest / name).read_text() == f"{step} of {name}" for name in NAMES)
     return step
 
