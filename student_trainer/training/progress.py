@@ -47,14 +47,15 @@ class Progress(transformers.TrainerCallback):
         """Goes on counting from a checkpoint."""
         self.counts, self._logged = counts, replace(counts)
 
-    def begin_step(self, began_s: float, num_rows: Tensor | int | None) -> None:
-        """Notes when a step began, as time.perf_counter(), and its trained rows."""
+    def begin_step(self, began_s: float, num_rows: Tensor | int | None, waited_s: float) -> None:
+        """Notes when a step began, as time.perf_counter(), its trained rows and its wait for targets."""
         self._began_s = began_s
+        self.counts.waiting_s += waited_s
         self._pending.append(0 if num_rows is None else num_rows)
 
-    def add_to(self, logs: dict[str, float], waiting_s: float) -> dict[str, float]:
-        """Returns the logs with tokens, seconds and rates; waiting_s: in this process, so far."""
-        self.count(waiting_s)
+    def add_to(self, logs: dict[str, float]) -> dict[str, float]:
+        """Returns the logs with tokens, seconds and rates since the last time."""
+        self.count()
         counts, before = self.counts, self._logged
         seconds = max(counts.seconds - before.seconds, 1e-9)
         self._logged = replace(counts)
@@ -66,9 +67,8 @@ class Progress(transformers.TrainerCallback):
             "waiting_fraction": (counts.waiting_s - before.waiting_s) / seconds,
         }
 
-    def count(self, waiting_s: float) -> None:
+    def count(self) -> None:
         """Brings the counts up to date; waits for the device."""
-        self.counts.waiting_s += waiting_s
         self.counts.tokens += int(sum(int(rows) for rows in self._pending))
         self._pending.clear()
 

@@ -67,7 +67,6 @@ class StudentTrainer(DistillationTrainer):
         self._ctrl_c = CtrlC()
         self._were_pressed: Tensor | None = None
         """Of a step ago: in how many processes Ctrl-C was pressed."""
-        self._counted_waiting_s = 0.0
         super().__init__(
             model=model,
             args=args,
@@ -149,6 +148,7 @@ class StudentTrainer(DistillationTrainer):
         if self.state.global_step >= self.state.max_steps:
             return [], None  # the Trainer takes one step too many from a checkpoint of the last
         began_s, random = time.perf_counter(), torch.get_rng_state()
+        waited_s = self._get_waited_s()
         # Several processes have to agree on the step after which they stop.
         waiting = self._ctrl_c.idle() if self.args.world_size == 1 else nullcontext()
         try:
@@ -161,7 +161,7 @@ class StudentTrainer(DistillationTrainer):
                 self._save_checkpoint(self.model_wrapped, None)
                 self.callback_handler.on_save(self.args, self.state, self.control)
             raise
-        self.progress.begin_step(began_s, num_rows)
+        self.progress.begin_step(began_s, num_rows, self._get_waited_s() - waited_s)
         return samples, num_rows
 
     def evaluate(
@@ -190,7 +190,7 @@ class StudentTrainer(DistillationTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what was counted to what is logged of the steps."""
         if "loss" in logs:
-            logs = self.progress.add_to(logs, self._take_waiting())
+            logs = self.progress.add_to(logs)
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -260,13 +260,9 @@ class StudentTrainer(DistillationTrainer):
             pressed = before is not None and bool(before > 0)
         return pressed
 
-    def _take_waiting(self) -> float:
-        """Returns how long the steps have waited for targets since the last time."""
-        if self.teacher is None:
-            return 0.0
-        total = self._meter.total_waiting_s
-        since, self._counted_waiting_s = total - self._counted_waiting_s, total
-        return since
+    def _get_waited_s(self) -> float:
+        """Returns how long this process has waited for targets since its training began."""
+        return 0.0 if self.teacher is None else self._meter.total_waiting_s
 
     def _interrupted(self) -> Interrupted:
         return Interrupted(f"after step {self.state.global_step} of {self._label}")
@@ -298,7 +294,7 @@ class _RunCallback(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
-        trainer.progress.count(trainer._take_waiting())
+        trainer.progress.count()
         folder = Path(args.output_dir)
         checkpoint = folder / f"checkpoint-{state.global_step}"
 
