@@ -29,7 +29,7 @@ from torch import Tensor
 from logit_codec import SampledSpec, TargetSpec, TopKSpec, parse_targets
 from teacher_server.engine.batch import RowRequest
 from teacher_server.engine.device import Device, open_device
-from teacher_server.engine.head import VocabularyHead
+from teacher_server.engine.head import States, VocabularyHead
 from teacher_server.engine.loading import DTYPES, prepare
 from teacher_server.engine.model import TeacherModel
 
@@ -166,7 +166,7 @@ def make_run(
 def select(head: VocabularyHead, device: Device, hidden_TD: Tensor, request: RowRequest) -> object:
     """Selects as the engine does."""
     with device.queue():
-        (scored,) = head.download(head.select(hidden_TD, [request], [0], [0])).values()
+        (scored,) = head.download(head.select(States(hidden_TD), [request], [0], [0])).values()
         done = device.mark()
     done.synchronize()
     return scored.compact()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from student_trainer import LocalTeacher
 from student_trainer.teachers.look_ahead import make_look_ahead
-from student_trainer.teachers.request import Answer, ScoreOptions
+from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 from student_trainer.teachers.stream import stream_loader
 from tests.support import tiny
 
@@ -43,12 +43,12 @@ class LateTeacher:
         # One for all answers: to start one for each would keep the trainer waiting for it.
         threading.Thread(target=self._answer, daemon=True).start()
 
-    def submit(self, ids: Tensor, rows: Tensor | None, options: ScoreOptions) -> "Future[Answer]":
+    def submit(self, piece: Piece, options: ScoreOptions) -> "Future[Answer]":
         future: Future[Answer] = Future()
         at = time.monotonic() + self.latency_s
         if self.outage is not None and self.outage[0] <= at < self.outage[1]:
             at = self.outage[1]
-        answer = Answer(self._targets[ids[None].numpy().tobytes()])
+        answer = Answer(self._targets[piece.token_ids[None].numpy().tobytes()])
         self._due.put((at, future, answer))
         return future
 

@@ -18,6 +18,8 @@ OVERHEAD_NBYTES = HEADER.size + DIGEST_NBYTES
 
 NO_IDS, FIXED_WIDTH_IDS, ELIAS_FANO_IDS = 0, 1, 2
 HAS_REALIZED, HAS_ENTROPY, HAS_LOG_Z = 1, 2, 4
+ROW_FIELD_FLAGS = HAS_REALIZED | HAS_ENTROPY | HAS_LOG_Z
+HAS_RANKS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,13 @@ class Header:
     num_rows: int
     vocab_size: int
     max_entries: int
-    """For top_k the most entries of any row, for sampled the draws of each row."""
+    """For top_k and given_ids the most entries of any row, for sampled the draws of each row, for
+    hidden and features the numbers of a state."""
     num_entries: int
+    """For features the layers of each row, for hidden 0."""
     temperature: float
-    id_table: bytes = IDENTITY_DIGEST
+    needed: bytes = IDENTITY_DIGEST
+    """Digest of what is needed to read it: an id table, the given ids, or the vocabulary head."""
 
     def pack(self) -> bytes:
         """Writes the fields as bytes."""
@@ -50,7 +55,7 @@ class Header:
             self.max_entries,
             self.num_entries,
             self.temperature,
-            self.id_table,
+            self.needed,
         )
 
     @property
@@ -74,15 +79,8 @@ def read_header(view: memoryview) -> Header:
             f"{FORMAT_VERSION}. Upgrade the older of the two sides."
         )
     header = Header(*rest)
-    if header.flags & ~(HAS_REALIZED | HAS_ENTROPY | HAS_LOG_Z):
-        raise CodecError(f"flags {header.flags:#x} are not known to this logit_codec")
     if not 1 <= header.vocab_size <= 2**31 - 1:
         raise CodecError(f"vocab_size must be 1 to 2**31-1, got {header.vocab_size}")
     if not (math.isfinite(header.temperature) and header.temperature > 0):
         raise CodecError(f"temperature must be positive and finite, got {header.temperature}")
-    if header.id_coding != ELIAS_FANO_IDS and header.id_table != IDENTITY_DIGEST:
-        raise CodecError(
-            f"the id table {header.id_table.hex()} is named, but id coding {header.id_coding} "
-            "takes none"
-        )
     return header

@@ -110,10 +110,13 @@ def row_plane_sizes(header: Header) -> dict[str, int | None]:
     return planes
 
 
-def pack_row_fields(targets: Targets) -> tuple[int, list[Tensor]]:
-    """Returns the header's flags and the planes that every kind may end with."""
+def pack_row_fields(targets: Targets, allowed: int) -> tuple[int, list[Tensor]]:
+    """Returns the header's flags and the planes that every kind may end with.
+
+    allowed: the flags of the kind; it writes other fields itself.
+    """
     flags, planes = 0, []
-    if targets.realized_logprob is not None:
+    if targets.realized_logprob is not None and allowed & HAS_REALIZED:
         flags |= HAS_REALIZED
         planes.append(pack_codes16(-targets.realized_logprob))
     if targets.entropy is not None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from logit_codec.blocks import LAUNCHES, RowMasses, new_scratch
+from logit_codec.given_ids import GivenIds
+from logit_codec.inputs import RowInputs
 from logit_codec.parsing import parse_targets
 from logit_codec.spec import TargetSpec
 from logit_codec.targets import Targets
@@ -133,12 +135,16 @@ def select(
     temperature: float = 1.0,
     uniforms: Tensor | None = None,
     realized_ids: Tensor | None = None,
+    given_ids: GivenIds | Tensor | None = None,
+    hidden: Tensor | None = None,
+    features: Tensor | None = None,
 ) -> Targets:
     """Selects from softmax(logits / temperature) what `spec` asks for.
 
     logits: (R, V) of a floating dtype; -inf gives an id probability 0. uniforms: (R,) float64 in
     [0, 1), needed for sampled; `logit_codec.uniforms` makes them. realized_ids: (R,) int64, the
-    tokens that really came next; needed if `spec.realized`.
+    tokens that really came next; needed if `spec.realized`. given_ids: for given_ids, what
+    `GivenIds.of` takes. hidden: (R, D), for hidden; features: (R, layers, D), for features.
 
     Extra memory in a large vocabulary is a small part of the logits, and the result. A row that is
     not finite comes back so that `encode` refuses it, and leaves the others alone. Raises
@@ -148,65 +154,62 @@ def select(
     spec = parse_targets(spec)
     if spec.needs_uniforms and uniforms is not None:
         _refuse_values_outside(spec, uniforms, len(logits))
+    padded = None
+    if given_ids is not None:
+        given = GivenIds.of(given_ids)
+        spec, padded = spec.for_rows(given.most), given.padded().to(logits.device)
     rows = select_rows(
-        logits, spec, temperature=temperature, uniforms=uniforms, realized_ids=realized_ids
+        logits,
+        spec,
+        temperature=temperature,
+        realized_ids=realized_ids,
+        uniforms=uniforms,
+        given_ids=padded,
+        hidden=hidden,
+        features=features,
     )
     return rows.compact().to(logits.device)
 
 
 @torch.no_grad()
 def select_rows(
-    logits: Tensor,
-    spec: str | TargetSpec,
-    *,
-    temperature: float = 1.0,
-    uniforms: Tensor | None = None,
-    realized_ids: Tensor | None = None,
+    logits: Tensor, spec: str | TargetSpec, *, temperature: float = 1.0, **inputs: Tensor | None
 ) -> Selection:
     """Selects what `select` does, in fixed shapes and without waiting for the logits' device.
 
-    All arguments are on one device, and are those of `select`; that the uniforms are in [0, 1) is
-    not checked. `compact` of the result is what `select` returns. A row's result does not depend on
-    the rows beside it. Extra memory beside the result is at most a quarter of the logits as float32
-    from 128 rows of 32,000 columns on. Raises ValueError as `select` does.
+    logits: (R, V); unless `spec.reads_logits`, only their shape is looked at. inputs: those of
+    `RowInputs`, on the same device; that the uniforms are in [0, 1) and given ids in the vocabulary
+    is not checked.
+    `compact` of the result is what `select` returns. A row's result does not depend on the rows
+    beside it. Extra memory beside the result is at most a quarter of the logits as float32 from 128
+    rows of 32,000 columns on. Raises ValueError as `select` does.
     """
-    spec = parse_targets(spec)
+    spec, rows = parse_targets(spec), RowInputs(**inputs)
     num_rows, vocab_size = logits.shape
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if spec.realized and (realized_ids is None or realized_ids.shape != (num_rows,)):
-        got = "none" if realized_ids is None else f"shape {tuple(realized_ids.shape)}"
-        raise ValueError(
-            f"realized_ids must have shape ({num_rows},) unless the spec says realized=0, got {got}"
-        )
-    if spec.needs_uniforms:
-        _check_uniforms(spec, uniforms, num_rows)
+    _check_inputs(spec, rows, num_rows)
     spec.check_vocabulary(vocab_size)
     if num_rows == 0:  # reductions over no rows are not defined on every device
+        made = {
+            name: value.new_zeros((1, *value.shape[1:])) for name, value in rows.tensors().items()
+        }
         row = logits.new_zeros(1, vocab_size)
-        ids = None if realized_ids is None else realized_ids.new_zeros(1)
-        draws = None if uniforms is None else uniforms.new_zeros(1)
-        one = select_rows(row, spec, temperature=temperature, uniforms=draws, realized_ids=ids)
-        return one[:0]
+        return select_rows(row, spec, temperature=temperature, **made)[:0]
     if logits.stride(1) != 1:
         logits = logits.contiguous()
 
-    if logits.device.type == "cpu":
+    if not spec.reads_logits:
+        step = num_rows
+    elif logits.device.type == "cpu":
         step = max(1, PIECE_NBYTES // spec.scratch_row_nbytes(vocab_size))
     else:
         step = -(-num_rows // LAUNCHES)
-    scratch = new_scratch(logits)
+    scratch = new_scratch(logits) if spec.reads_logits else None
     whole = None
     for first in range(0, num_rows, step):
-        rows = slice(first, first + step)
-        columns = _select_piece(
-            logits[rows],
-            spec,
-            temperature,
-            None if uniforms is None else uniforms[rows],
-            None if realized_ids is None else realized_ids[rows],
-            scratch,
-        )
+        some = slice(first, first + step)
+        columns = _select_piece(logits[some], spec, temperature, rows[some], scratch)
         piece = Selection(spec, vocab_size, temperature, columns)
         if step >= num_rows:
             return piece
@@ -221,11 +224,12 @@ def _select_piece(
     logits: Tensor,
     spec: TargetSpec,
     temperature: float,
-    uniforms_R: Tensor | None,
-    realized_R: Tensor | None,
-    scratch: Tensor,
+    inputs: RowInputs,
+    scratch: Tensor | None,
 ) -> dict[str, Tensor]:
     """Makes all columns of a few rows."""
+    if not spec.reads_logits:
+        return spec.select(None, inputs)
     masses = RowMasses.of(
         logits, temperature, maxima=spec.needs_maxima, entropy=spec.entropy, scratch=scratch
     )
@@ -233,12 +237,30 @@ def _select_piece(
     if spec.log_z:
         columns["log_z"] = masses.log_z_R.float()
     if spec.realized:
-        assert realized_R is not None
-        realized_logit_R = logits.gather(1, realized_R.long()[:, None])[:, 0].double()
+        assert inputs.realized_ids is not None
+        realized_logit_R = logits.gather(1, inputs.realized_ids.long()[:, None])[:, 0].double()
         columns["realized_logprob"] = (realized_logit_R / temperature - masses.log_z_R).float()
     if masses.entropy_R is not None:
         columns["entropy"] = masses.entropy_R.float()
-    return columns | spec.select(masses, uniforms_R)
+    return columns | spec.select(masses, inputs)
+
+
+def _check_inputs(spec: TargetSpec, inputs: RowInputs, num_rows: int) -> None:
+    """Raises ValueError unless everything that the spec needs is there, with the right shape."""
+    realized = inputs.realized_ids
+    if spec.realized and (realized is None or realized.shape != (num_rows,)):
+        got = "none" if realized is None else f"shape {tuple(realized.shape)}"
+        raise ValueError(
+            f"realized_ids must have shape ({num_rows},) unless the spec says realized=0, got {got}"
+        )
+    if spec.needs_uniforms:
+        _check_uniforms(spec, inputs.uniforms, num_rows)
+    if spec.needs_given_ids:
+        inputs.check("given_ids", num_rows, torch.int64, 2)
+    if spec.needs_hidden:
+        inputs.check("hidden", num_rows, None, 2)
+    if spec.feature_layers:
+        inputs.check("features", num_rows, None, 3)
 
 
 def _check_uniforms(spec: TargetSpec, uniforms: Tensor | None, num_rows: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from logit_codec.blocks import RowMasses
+from logit_codec.inputs import RowInputs
 from logit_codec.targets import Targets
 
 COMMON_OPTIONS = ("realized", "entropy", "log_z")
@@ -20,12 +21,20 @@ class TargetSpec:
     """Says what every kind can carry per row, in addition to its own content."""
 
     kind: ClassVar[str]
+    set_by_server: ClassVar[tuple[str, ...]] = ()
+    """Fields that no text and no message sets; they follow from the request and the teacher."""
     option_names: ClassVar[tuple[str, ...]] = ()
     """The options of its text that other kinds do not have."""
     needs_uniforms: ClassVar[bool] = False
     """Whether a selection draws at random, from one uniform number per row."""
     needs_maxima: ClassVar[bool] = False
     """Whether a selection reads the maxima of blocks."""
+    needs_masses: ClassVar[bool] = True
+    """Whether a selection reads the logits."""
+    needs_given_ids: ClassVar[bool] = False
+    """Whether a client names ids for each row."""
+    needs_hidden: ClassVar[bool] = False
+    """Whether a selection reads the states that the vocabulary head reads."""
 
     realized: bool = True
     """The logprob of the token that really came next."""
@@ -36,8 +45,26 @@ class TargetSpec:
 
     @property
     def code_bits(self) -> int:
-        """Bits per logprob for `encode`; only top_k uses them."""
+        """Bits per logprob for `encode`; only top_k and given_ids use them."""
         return 7
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether rows go through the vocabulary head; all others cost the base model alone."""
+        return self.needs_masses or self.realized or self.entropy or self.log_z
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """The layers after which a selection reads the states."""
+        return ()
+
+    def for_rows(self, most_given: int) -> Self:
+        """Returns the spec for rows with at most so many given ids each."""
+        return self
+
+    def for_head(self, head_fingerprint: str, hidden_size: int) -> Self:
+        """Returns the spec for the teacher whose vocabulary head reads states of this size."""
+        return self
 
     def max_row_nbytes(self, vocab_size: int) -> float:
         """Returns an upper bound of the bytes of a row in a container, without its fixed parts."""
@@ -55,8 +82,10 @@ class TargetSpec:
         """Returns about how much memory `select` needs per row, beside its result and the masses."""
         raise ValueError(f"no selection for {type(self).__name__}")
 
-    def select(self, masses: RowMasses, uniforms: Tensor | None) -> dict[str, Tensor]:
+    def select(self, masses: RowMasses | None, inputs: RowInputs) -> dict[str, Tensor]:
         """Selects the kind's own columns from R > 0 rows; `select_rows` adds the common ones.
+
+        masses: None unless `reads_logits`.
 
         Shapes must follow from shapes, and nothing may wait for the device.
         """
@@ -83,7 +112,8 @@ class TargetSpec:
 
     @classmethod
     def _own_fields(cls) -> list[str]:
-        return [option.name for option in fields(cls) if option.name not in COMMON_OPTIONS]
+        own = [option.name for option in fields(cls) if option.name not in COMMON_OPTIONS]
+        return [name for name in own if name not in cls.set_by_server]
 
     def _changed_options(self) -> list[str]:
         """Lists the common options that differ from their default, as text."""

@@ -142,7 +142,7 @@ class Targets:
         constants = [
             field.name
             for field in fields(first)
-            if isinstance(getattr(first, field.name), int | float | str)
+            if isinstance(getattr(first, field.name), int | float | str | tuple)
         ]
         for other in parts[1:]:
             for name, mine, other_value in (
@@ -170,7 +170,7 @@ class SparseTargets(Targets):
     """Holds a few ids of each row, its entries."""
 
     entry_fields: ClassVar[dict[str, torch.dtype]] = {"token_ids": torch.int64}
-    """Tensors with one element per entry, and their types."""
+    """Tensors with one element per entry, and their types; some may be None."""
     ranked_by: ClassVar[str]
     """The field of which a likelier id has more."""
 
@@ -183,7 +183,8 @@ class SparseTargets(Targets):
         expect_tensor("row_splits", self.row_splits, torch.int64, first_dimension(self.row_splits))
         if len(self.row_splits) == 0:
             raise ValueError("row_splits needs R+1 elements, got none")
-        for name, dtype in self.entry_fields.items():
+        for name in self._entry_tensors():
+            dtype = self.entry_fields[name]
             expect_tensor(name, getattr(self, name), dtype, first_dimension(self.token_ids))
         Targets.__post_init__(self)
 
@@ -219,10 +220,14 @@ class SparseTargets(Targets):
 
     def keep(self, keep_E: Tensor, **changed: Any) -> Self:
         """Returns the targets with only some of the entries; `changed` replaces other fields."""
-        entries = {name: getattr(self, name)[keep_E] for name in self.entry_fields}
+        entries = {name: value[keep_E] for name, value in self._entry_tensors().items()}
         sizes_R = torch.zeros_like(self.row_splits[1:])
         sizes_R = sizes_R.index_add(0, self.entry_rows(), keep_E.long())
         return replace(self, **{**entries, "row_splits": row_splits_of(sizes_R), **changed})
+
+    def _entry_tensors(self) -> dict[str, Tensor]:
+        values = {name: getattr(self, name) for name in self.entry_fields}
+        return {name: value for name, value in values.items() if value is not None}
 
     def _spread(self, values: Tensor) -> Tensor:
         """Spreads (E,) float32 values over (R, V), with 0 where there is no entry."""
@@ -233,7 +238,7 @@ class SparseTargets(Targets):
     def _slice(self, start: int, stop: int) -> Self:
         splits = self.row_splits[start : stop + 1]
         first, last = int(splits[0]), int(splits[-1])
-        entries = {name: getattr(self, name)[first:last] for name in self.entry_fields}
+        entries = {name: value[first:last] for name, value in self._entry_tensors().items()}
         return replace(
             self, row_splits=splits - first, **entries, **self._row_tensors(slice(start, stop))
         )
@@ -244,7 +249,7 @@ class SparseTargets(Targets):
         # Entry e of the result is as far after the first of its row as before.
         shifts = torch.repeat_interleave(self.row_splits[:-1][rows] - splits[:-1], sizes)
         places = torch.arange(len(shifts), device=self.device) + shifts
-        taken = {name: getattr(self, name)[places] for name in self.entry_fields}
+        taken = {name: value[places] for name, value in self._entry_tensors().items()}
         return replace(self, row_splits=splits, **taken, **self._row_tensors(rows))
 
 

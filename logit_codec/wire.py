@@ -14,8 +14,9 @@ import torch
 import xxhash
 
 from logit_codec.errors import CodecError
+from logit_codec.given_ids import GivenIds
 from logit_codec.header import DIGEST_NBYTES, OVERHEAD_NBYTES, Header, read_header
-from logit_codec.id_table import IDENTITY_DIGEST, IdTable
+from logit_codec.id_table import IdTable
 from logit_codec.kinds import kind_named, kind_numbered
 from logit_codec.kinds.base import Kind
 from logit_codec.planes import PlaneReader, RowCheck, pack_row_fields, row_plane_sizes
@@ -42,18 +43,18 @@ def _encode(targets: Targets, bits: int, id_table: IdTable | None, first_row: in
     kind.check_rows(targets, check)
     check.refuse_row_fields(targets)
     content = kind.write(targets, bits, id_table)
-    flags, row_planes = pack_row_fields(targets)
+    flags, row_planes = pack_row_fields(targets, kind.flags)
     header = Header(
         kind=kind.number,
         id_coding=content.ids.coding,
         value_bits=content.value_bits,
-        flags=flags,
+        flags=flags | content.flags,
         num_rows=targets.num_rows,
         vocab_size=targets.vocab_size,
         max_entries=content.max_entries,
         num_entries=content.num_entries,
         temperature=targets.temperature,
-        id_table=content.ids.table_digest,
+        needed=content.needed or content.ids.table_digest,
     )
     body = torch.cat([*content.planes, *row_planes]).cpu().numpy()
     digest = xxhash.xxh3_128(head := header.pack())
@@ -77,17 +78,23 @@ def encode_parts(
         yield first, rows.num_rows, _encode(rows, spec.code_bits, id_table, first)
 
 
-def decode(data: bytes | bytearray | memoryview, *, id_tables: Sequence[IdTable] = ()) -> Targets:
+def decode(
+    data: bytes | bytearray | memoryview,
+    *,
+    id_tables: Sequence[IdTable] = (),
+    given_ids: GivenIds | None = None,
+) -> Targets:
     """Reads the targets of one container, on the CPU.
 
-    id_tables: those that the container may name, beside the built-in identity. Raises CodecError
-    for anything that is not exactly one well-formed container of this version, and for one that
-    names another table.
+    id_tables: those that the container may name, beside the built-in identity. given_ids: those
+    that the targets of kind `given_ids` were asked for, of exactly the container's rows. Raises
+    CodecError for anything that is not exactly one well-formed container of this version, and for
+    one that names another table or other ids.
     """
     view = memoryview(data).cast("B")
     kind, header = _read_checked_header(view)
-    table = _find_table(header, id_tables)
-    sizes = {**kind.plane_sizes(header, table), **row_plane_sizes(header)}
+    needed = kind.find_needed(header, id_tables, given_ids)
+    sizes = {**kind.plane_sizes(header, needed), **row_plane_sizes(header)}
     is_exact = None not in sizes.values()
     # A byte per entry at least: so what is made per entry is bounded by the bytes that are there.
     content_nbytes = max(4 * sum(size or 0 for size in sizes.values()), header.num_entries)
@@ -101,7 +108,24 @@ def decode(data: bytes | bytearray | memoryview, *, id_tables: Sequence[IdTable]
         raise CodecError(f"a container is a whole number of words, got {len(view)} bytes")
     if xxhash.xxh3_128_digest(view[:-DIGEST_NBYTES]) != view[-DIGEST_NBYTES:]:
         raise CodecError("the digest does not match: the bytes were changed on the way; ask again")
-    return kind.read(PlaneReader(np.frombuffer(view, np.uint8), sizes), header, table)
+    return kind.read(PlaneReader(np.frombuffer(view, np.uint8), sizes), header, needed)
+
+
+def decode_parts(
+    parts: Sequence[bytes], *, id_tables: Sequence[IdTable] = (), given_ids: GivenIds | None = None
+) -> Targets:
+    """Reads containers whose rows follow each other; given_ids: of all their rows.
+
+    Raises CodecError as `decode` does, and ValueError if the containers do not fit together.
+    """
+    decoded, first = [], 0
+    for part in parts:
+        given = given_ids
+        if given is not None:
+            given = given[first : first + read_header(memoryview(part)).num_rows]
+        decoded.append(decode(part, id_tables=id_tables, given_ids=given))
+        first += decoded[-1].num_rows
+    return Targets.cat(decoded)
 
 
 def _read_checked_header(view: memoryview) -> tuple[Kind[Any], Header]:
@@ -112,21 +136,3 @@ def _read_checked_header(view: memoryview) -> tuple[Kind[Any], Header]:
         raise CodecError(f"kind number {header.kind} is not known to this logit_codec")
     kind.check_header(header)
     return kind, header
-
-
-def _find_table(header: Header, id_tables: Sequence[IdTable]) -> IdTable | None:
-    """Finds the table that the header names; None for the built-in identity. Raises CodecError."""
-    if header.id_table == IDENTITY_DIGEST:
-        return None
-    for table in id_tables:
-        if table.digest == header.id_table:
-            if table.vocab_size != header.vocab_size:
-                raise CodecError(
-                    f"the id table {header.id_table.hex()} is for {table.vocab_size} ids, the "
-                    f"container has {header.vocab_size}"
-                )
-            return table.to("cpu")
-    raise CodecError(
-        f"the id table {header.id_table.hex()} is needed to read this container; fetch it from the "
-        "teacher that wrote it"
-    )

@@ -2,7 +2,10 @@
 
 from typing import Any, Protocol
 
-from logit_codec import FORMAT_VERSION, TargetSpec
+import numpy as np
+import torch
+
+from logit_codec import FORMAT_VERSION, GivenIds, TargetSpec, TeacherHead
 from logit_codec.kinds import KINDS, kind_named
 from protos import teacher_pb2
 
@@ -24,6 +27,12 @@ class DescribedModel(Protocol):
     def effective_vocab_size(self) -> int: ...
     @property
     def architecture(self) -> str: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def client_head(self) -> TeacherHead | None: ...
 
 
 def fill_targets(message: teacher_pb2.TargetSpec, spec: TargetSpec) -> None:
@@ -51,6 +60,43 @@ def read_targets(message: teacher_pb2.TargetSpec) -> TargetSpec:
     )
 
 
+def fill_given_ids(message: teacher_pb2.ScoreRequest, given: GivenIds) -> None:
+    """Sets the ids that are given for the requested rows."""
+    sizes = given.sizes
+    message.given_ids = given.token_ids.numpy().astype("<i4").tobytes()
+    is_same = len(sizes) > 0 and bool((sizes == sizes[0]).all())
+    message.given_counts[:] = sizes[:1].tolist() if is_same else sizes.tolist()
+
+
+def read_given_ids(message: teacher_pb2.ScoreRequest, num_rows: int) -> GivenIds:
+    """Reads the ids that are given for `num_rows` rows.
+
+    Raises ValueError unless each row has at least one, ascending and not negative.
+    """
+    counts = np.array(message.given_counts, dtype=np.int64)
+    if len(counts) == 1:
+        counts = counts.repeat(num_rows)
+    total = int(counts.sum())
+    if len(counts) != num_rows or 4 * total != len(message.given_ids) or not (counts > 0).all():
+        raise ValueError(
+            f"given_counts must be one number, or one for each of the {num_rows} requested rows, at "
+            "least 1 each, and their sum the ids of 4 bytes in given_ids; got "
+            f"{len(message.given_counts)} numbers, a sum of {total} and "
+            f"{len(message.given_ids)} bytes"
+        )
+    ids = np.frombuffer(message.given_ids, "<i4").astype(np.int64)
+    splits = np.concatenate([[0], counts.cumsum()])
+    falls = ids[1:] <= ids[:-1]
+    falls[splits[1:-1] - 1] = False
+    if falls.any() or (ids < 0).any():
+        row = int(np.searchsorted(splits, int(falls.argmax() if falls.any() else 0), "right")) - 1
+        raise ValueError(
+            f"given_ids must ascend within a row, none twice and none negative; row {row} of the "
+            "requested ones does not"
+        )
+    return GivenIds(torch.from_numpy(splits), torch.from_numpy(ids))
+
+
 def scope_of(message: teacher_pb2.TargetSpec) -> str:
     """Returns what a team must be allowed to do to ask for these targets."""
     name = message.WhichOneof("kind")
@@ -59,6 +105,10 @@ def scope_of(message: teacher_pb2.TargetSpec) -> str:
 
 def describe_model(model: DescribedModel, **fields: Any) -> teacher_pb2.TeacherInfo:
     """Makes the answer to Describe from a model, this version's kinds and format, and `fields`."""
+    missing = {"hidden"} if model.client_head is None else set()
+    if not model.num_layers:
+        missing.add("features")
+    kinds = [kind for kind in KINDS if kind not in missing]
     return teacher_pb2.TeacherInfo(
         **{
             "model": model.name,
@@ -68,7 +118,10 @@ def describe_model(model: DescribedModel, **fields: Any) -> teacher_pb2.TeacherI
             "vocab_size": model.vocab_size,
             "effective_vocab_size": model.effective_vocab_size,
             "architecture": model.architecture,
-            "kinds": KINDS,
+            "kinds": kinds,
+            "head_fingerprint": "" if model.client_head is None else model.client_head.fingerprint,
+            "hidden_size": model.hidden_size,
+            "num_layers": model.num_layers,
             "format_versions": [FORMAT_VERSION],
             **fields,
         }

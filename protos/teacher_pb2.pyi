@@ -163,8 +163,26 @@ class FetchIdTableResponse(_message.Message):
     data: bytes
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
+class FetchHeadRequest(_message.Message):
+    __slots__ = ("fingerprint", "offset")
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: str
+    offset: int
+    def __init__(self, fingerprint: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class HeadChunk(_message.Message):
+    __slots__ = ("offset", "data", "total_bytes")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    data: bytes
+    total_bytes: int
+    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
 class ScoreRequest(_message.Message):
-    __slots__ = ("session_id", "request_id", "token_ids", "lengths", "first_rows", "row_mask", "targets", "temperature", "seed", "epoch", "level", "teacher_fingerprint", "item_id")
+    __slots__ = ("session_id", "request_id", "token_ids", "lengths", "first_rows", "row_mask", "targets", "temperature", "seed", "epoch", "level", "teacher_fingerprint", "item_id", "given_ids", "given_counts")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +196,8 @@ class ScoreRequest(_message.Message):
     LEVEL_FIELD_NUMBER: _ClassVar[int]
     TEACHER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     request_id: int
     token_ids: bytes
@@ -191,13 +211,19 @@ class ScoreRequest(_message.Message):
     level: Level
     teacher_fingerprint: str
     item_id: int
-    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., lengths: _Optional[_Iterable[int]] = ..., first_rows: _Optional[_Iterable[int]] = ..., row_mask: _Optional[bytes] = ..., targets: _Optional[_Union[TargetSpec, _Mapping]] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., epoch: _Optional[int] = ..., level: _Optional[_Union[Level, str]] = ..., teacher_fingerprint: _Optional[str] = ..., item_id: _Optional[int] = ...) -> None: ...
+    given_ids: bytes
+    given_counts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., lengths: _Optional[_Iterable[int]] = ..., first_rows: _Optional[_Iterable[int]] = ..., row_mask: _Optional[bytes] = ..., targets: _Optional[_Union[TargetSpec, _Mapping]] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., epoch: _Optional[int] = ..., level: _Optional[_Union[Level, str]] = ..., teacher_fingerprint: _Optional[str] = ..., item_id: _Optional[int] = ..., given_ids: _Optional[bytes] = ..., given_counts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TargetSpec(_message.Message):
-    __slots__ = ("top_k", "dense", "sampled", "omit_realized_logprob", "entropy", "omit_log_z", "id_table")
+    __slots__ = ("top_k", "dense", "sampled", "given_ids", "hidden", "realized", "features", "omit_realized_logprob", "entropy", "omit_log_z", "id_table")
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     DENSE_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    REALIZED_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
     OMIT_REALIZED_LOGPROB_FIELD_NUMBER: _ClassVar[int]
     ENTROPY_FIELD_NUMBER: _ClassVar[int]
     OMIT_LOG_Z_FIELD_NUMBER: _ClassVar[int]
@@ -205,11 +231,15 @@ class TargetSpec(_message.Message):
     top_k: TopK
     dense: Dense
     sampled: Sampled
+    given_ids: GivenIds
+    hidden: Hidden
+    realized: Realized
+    features: Features
     omit_realized_logprob: bool
     entropy: bool
     omit_log_z: bool
     id_table: bytes
-    def __init__(self, top_k: _Optional[_Union[TopK, _Mapping]] = ..., dense: _Optional[_Union[Dense, _Mapping]] = ..., sampled: _Optional[_Union[Sampled, _Mapping]] = ..., omit_realized_logprob: bool = ..., entropy: bool = ..., omit_log_z: bool = ..., id_table: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, top_k: _Optional[_Union[TopK, _Mapping]] = ..., dense: _Optional[_Union[Dense, _Mapping]] = ..., sampled: _Optional[_Union[Sampled, _Mapping]] = ..., given_ids: _Optional[_Union[GivenIds, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., realized: _Optional[_Union[Realized, _Mapping]] = ..., features: _Optional[_Union[Features, _Mapping]] = ..., omit_realized_logprob: bool = ..., entropy: bool = ..., omit_log_z: bool = ..., id_table: _Optional[bytes] = ...) -> None: ...
 
 class Sampled(_message.Message):
     __slots__ = ("n",)
@@ -226,6 +256,30 @@ class TopK(_message.Message):
     min_p: float
     bits: int
     def __init__(self, k: _Optional[int] = ..., min_p: _Optional[float] = ..., bits: _Optional[int] = ...) -> None: ...
+
+class GivenIds(_message.Message):
+    __slots__ = ("bits", "ranks")
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    bits: int
+    ranks: bool
+    def __init__(self, bits: _Optional[int] = ..., ranks: bool = ...) -> None: ...
+
+class Realized(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Hidden(_message.Message):
+    __slots__ = ("bits",)
+    BITS_FIELD_NUMBER: _ClassVar[int]
+    bits: int
+    def __init__(self, bits: _Optional[int] = ...) -> None: ...
+
+class Features(_message.Message):
+    __slots__ = ("layers",)
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Dense(_message.Message):
     __slots__ = ("bits",)
@@ -312,7 +366,7 @@ class RequestError(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., reason: _Optional[str] = ..., sequence: _Optional[int] = ..., row: _Optional[int] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("service_id", "model", "revision", "weights_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint", "vocab_size", "effective_vocab_size", "max_sequence_tokens", "limits", "kinds", "exactness", "replicas", "team", "architecture", "dtype", "device", "attention", "format_versions", "server_version", "replica_id", "id_tables", "caller", "layout")
+    __slots__ = ("service_id", "model", "revision", "weights_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint", "vocab_size", "effective_vocab_size", "max_sequence_tokens", "limits", "kinds", "exactness", "replicas", "team", "architecture", "dtype", "device", "attention", "format_versions", "server_version", "replica_id", "id_tables", "caller", "layout", "head_fingerprint", "hidden_size", "num_layers")
     SERVICE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -337,6 +391,9 @@ class TeacherInfo(_message.Message):
     ID_TABLES_FIELD_NUMBER: _ClassVar[int]
     CALLER_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     service_id: str
     model: str
     revision: str
@@ -361,7 +418,10 @@ class TeacherInfo(_message.Message):
     id_tables: _containers.RepeatedScalarFieldContainer[bytes]
     caller: Caller
     layout: str
-    def __init__(self, service_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., teacher_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., effective_vocab_size: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kinds: _Optional[_Iterable[str]] = ..., exactness: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., team: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., format_versions: _Optional[_Iterable[int]] = ..., server_version: _Optional[str] = ..., replica_id: _Optional[str] = ..., id_tables: _Optional[_Iterable[bytes]] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ..., layout: _Optional[str] = ...) -> None: ...
+    head_fingerprint: str
+    hidden_size: int
+    num_layers: int
+    def __init__(self, service_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., teacher_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., effective_vocab_size: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kinds: _Optional[_Iterable[str]] = ..., exactness: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., team: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., format_versions: _Optional[_Iterable[int]] = ..., server_version: _Optional[str] = ..., replica_id: _Optional[str] = ..., id_tables: _Optional[_Iterable[bytes]] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ..., layout: _Optional[str] = ..., head_fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_request_tokens", "max_request_sequences", "max_request_bytes", "max_top_k", "max_reply_bytes", "max_stream_bytes", "max_queued_tokens", "max_part_bytes", "max_answers_bytes")

@@ -49,6 +49,11 @@ class TeacherStub(object):
                 request_serializer=protos_dot_teacher__pb2.FetchIdTableRequest.SerializeToString,
                 response_deserializer=protos_dot_teacher__pb2.FetchIdTableResponse.FromString,
                 _registered_method=True)
+        self.FetchHead = channel.unary_stream(
+                '/logitstream.v1.Teacher/FetchHead',
+                request_serializer=protos_dot_teacher__pb2.FetchHeadRequest.SerializeToString,
+                response_deserializer=protos_dot_teacher__pb2.HeadChunk.FromString,
+                _registered_method=True)
         self.Usage = channel.unary_unary(
                 '/logitstream.v1.Teacher/Usage',
                 request_serializer=protos_dot_teacher__pb2.UsageRequest.SerializeToString,
@@ -94,6 +99,16 @@ class TeacherServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchHead(self, request, context):
+        """Streams the vocabulary head, which turns hidden states into logits: the bytes of "Vocabulary heads" in
+        logit_codec/FORMAT.md from `offset` on. A head never changes under its fingerprint: fetch it once, keep
+        it, and compare the digest of all bytes. NOT_FOUND (5) for another fingerprint, PERMISSION_DENIED (7)
+        without the scope hidden.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Usage(self, request, context):
         """Returns the usage of teams, from the ledger of the whole service. A team may ask for its own, the
         scope admin for all; PERMISSION_DENIED (7) otherwise.
@@ -127,6 +142,11 @@ def add_TeacherServicer_to_server(servicer, server):
                     servicer.FetchIdTable,
                     request_deserializer=protos_dot_teacher__pb2.FetchIdTableRequest.FromString,
                     response_serializer=protos_dot_teacher__pb2.FetchIdTableResponse.SerializeToString,
+            ),
+            'FetchHead': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchHead,
+                    request_deserializer=protos_dot_teacher__pb2.FetchHeadRequest.FromString,
+                    response_serializer=protos_dot_teacher__pb2.HeadChunk.SerializeToString,
             ),
             'Usage': grpc.unary_unary_rpc_method_handler(
                     servicer.Usage,
@@ -220,6 +240,33 @@ class Teacher(object):
             '/logitstream.v1.Teacher/FetchIdTable',
             protos_dot_teacher__pb2.FetchIdTableRequest.SerializeToString,
             protos_dot_teacher__pb2.FetchIdTableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchHead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/logitstream.v1.Teacher/FetchHead',
+            protos_dot_teacher__pb2.FetchHeadRequest.SerializeToString,
+            protos_dot_teacher__pb2.HeadChunk.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,11 +5,19 @@ To add a kind, write its file beside the others and add its KIND to the table be
 
 from typing import Any
 
-from logit_codec.kinds import dense, sampled, top_k
+from logit_codec.kinds import dense, features, given_ids, hidden, realized, sampled, top_k
 from logit_codec.kinds.base import FullCells, Kind, SparseCells
 from logit_codec.targets import Targets
 
-_TABLE: tuple[Kind[Any], ...] = (sampled.KIND, top_k.KIND, dense.KIND)
+_TABLE: tuple[Kind[Any], ...] = (
+    sampled.KIND,
+    top_k.KIND,
+    given_ids.KIND,
+    realized.KIND,
+    hidden.KIND,
+    features.KIND,
+    dense.KIND,
+)
 _BY_NAME = {kind.name: kind for kind in _TABLE}
 _BY_NUMBER = {kind.number: kind for kind in _TABLE}
 

@@ -4,7 +4,7 @@ Letters: R rows, C rows of a chunk, V vocabulary, E entries of all rows, K entri
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from logit_codec.errors import CodecError
-from logit_codec.header import ELIAS_FANO_IDS, FIXED_WIDTH_IDS, Header
-from logit_codec.id_table import IdTable
+from logit_codec.given_ids import GivenIds
+from logit_codec.header import ELIAS_FANO_IDS, FIXED_WIDTH_IDS, ROW_FIELD_FLAGS, Header
+from logit_codec.id_table import IDENTITY_DIGEST, IdTable
 from logit_codec.ids import Entries, WrittenIds, id_plane_sizes, read_entries
 from logit_codec.planes import PlaneReader, RowCheck
 from logit_codec.spec import TargetSpec
@@ -38,6 +39,10 @@ class Content:
     ids: WrittenIds = field(default_factory=WrittenIds)
     max_entries: int = 0
     num_entries: int = 0
+    flags: int = 0
+    """Beside those of the row fields."""
+    needed: bytes = b""
+    """Digest of what a reader needs beside the container, unless that is an id table."""
 
 
 class LossCells(ABC, Generic[TargetsT]):
@@ -156,6 +161,8 @@ class Kind(ABC, Generic[TargetsT]):
     value_bits: ClassVar[tuple[int, ...]]
     scope: ClassVar[str] = "score"
     """What a team must be allowed to do to ask for it."""
+    flags: ClassVar[int] = ROW_FIELD_FLAGS
+    """Those that a header may have."""
 
     @property
     def name(self) -> str:
@@ -164,6 +171,8 @@ class Kind(ABC, Generic[TargetsT]):
 
     def check_header(self, header: Header) -> None:
         """Raises CodecError for a header that this kind does not allow."""
+        if header.flags & ~self.flags:
+            raise CodecError(f"flags {header.flags:#x} are not known to this logit_codec")
         self._check_counts(header)
         if header.id_coding not in self.id_codings:
             raise CodecError(f"id coding {header.id_coding} is not known to this logit_codec")
@@ -176,8 +185,22 @@ class Kind(ABC, Generic[TargetsT]):
     def _check_counts(self, header: Header) -> None:
         """Raises CodecError if max_entries or num_entries is not allowed."""
 
+    def find_needed(
+        self, header: Header, id_tables: Sequence[IdTable], given_ids: GivenIds | None
+    ) -> Any:
+        """Finds what is needed beside the container to read it. Raises CodecError.
+
+        None for the built-in id table, and for kinds that need nothing.
+        """
+        if header.needed != IDENTITY_DIGEST:
+            raise CodecError(
+                f"the header names {header.needed.hex()}, but id coding {header.id_coding} of "
+                f"{self.name} takes none"
+            )
+        return None
+
     @abstractmethod
-    def plane_sizes(self, header: Header, table: IdTable | None) -> dict[str, int | None]:
+    def plane_sizes(self, header: Header, needed: Any) -> dict[str, int | None]:
         """Returns the words of the kind's planes, in order; None if they follow from others."""
 
     def check_span(self, targets: TargetsT) -> None:
@@ -193,8 +216,8 @@ class Kind(ABC, Generic[TargetsT]):
         """Makes the kind's planes on the device of the targets."""
 
     @abstractmethod
-    def read(self, reader: PlaneReader, header: Header, table: IdTable | None) -> TargetsT:
-        """Reads all planes. Raises CodecError."""
+    def read(self, reader: PlaneReader, header: Header, needed: Any) -> TargetsT:
+        """Reads all planes; needed: what `find_needed` returned. Raises CodecError."""
 
 
 class SparseKind(Kind[SparseT]):
@@ -211,9 +234,30 @@ class SparseKind(Kind[SparseT]):
                 f"{header.most_entries} entries"
             )
 
-    def plane_sizes(self, header: Header, table: IdTable | None) -> dict[str, int | None]:
+    def find_needed(
+        self, header: Header, id_tables: Sequence[IdTable], given_ids: GivenIds | None
+    ) -> IdTable | None:
+        """Finds the table that the header names; None for the built-in identity."""
+        if header.needed == IDENTITY_DIGEST:
+            return None
+        if header.id_coding != ELIAS_FANO_IDS:
+            return Kind.find_needed(self, header, id_tables, given_ids)
+        for table in id_tables:
+            if table.digest == header.needed:
+                if table.vocab_size != header.vocab_size:
+                    raise CodecError(
+                        f"the id table {header.needed.hex()} is for {table.vocab_size} ids, the "
+                        f"container has {header.vocab_size}"
+                    )
+                return table.to("cpu")
+        raise CodecError(
+            f"the id table {header.needed.hex()} is needed to read this container; fetch it from "
+            "the teacher that wrote it"
+        )
+
+    def plane_sizes(self, header: Header, needed: Any) -> dict[str, int | None]:
         """Returns the words of the id planes."""
-        return id_plane_sizes(header, table)
+        return id_plane_sizes(header, needed)
 
     def check_span(self, targets: SparseT) -> None:
         num_entries = len(targets.token_ids)

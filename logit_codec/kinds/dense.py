@@ -15,6 +15,7 @@ from logit_codec.blocks import RowMasses
 from logit_codec.errors import CodecError
 from logit_codec.header import NO_IDS, Header
 from logit_codec.id_table import IdTable
+from logit_codec.inputs import RowInputs
 from logit_codec.kinds.base import Cell, Content, FullCells, Kind
 from logit_codec.planes import PlaneReader, RowCheck, raw_words, read_row_fields
 from logit_codec.spec import OptionText, TargetSpec
@@ -45,7 +46,8 @@ class DenseSpec(TargetSpec):
     def scratch_row_nbytes(self, vocab_size: int) -> int:
         return 12 * vocab_size
 
-    def select(self, masses: RowMasses, uniforms: Tensor | None) -> dict[str, Tensor]:
+    def select(self, masses: RowMasses | None, inputs: RowInputs) -> dict[str, Tensor]:
+        assert masses is not None
         peak_R1, temperature = masses.peak_R[:, None], masses.temperature
         logprobs_RV = (masses.logits - peak_R1).div_(temperature)
         logprobs_RV.add_(peak_R1 / temperature - masses.log_z_R[:, None])
@@ -145,7 +147,7 @@ class Dense(Kind[DenseTargets]):
         if header.max_entries or header.num_entries:
             raise CodecError("a dense container has zeros where others count entries")
 
-    def plane_sizes(self, header: Header, table: IdTable | None) -> dict[str, int | None]:
+    def plane_sizes(self, header: Header, needed: Any) -> dict[str, int | None]:
         return {"values": bitpack.num_words(header.num_rows * header.vocab_size, header.value_bits)}
 
     def check_rows(self, targets: DenseTargets, check: RowCheck) -> None:
@@ -159,7 +161,7 @@ class Dense(Kind[DenseTargets]):
         values = raw_words(targets.logprobs.reshape(-1))
         return Content([values], value_bits=targets.logprobs.element_size() * 8)
 
-    def read(self, reader: PlaneReader, header: Header, table: IdTable | None) -> DenseTargets:
+    def read(self, reader: PlaneReader, header: Header, needed: Any) -> DenseTargets:
         num_rows, vocab_size = header.num_rows, header.vocab_size
         raw = reader.take("values").raw_bytes()
         if raw[num_rows * vocab_size * header.value_bits // 8 :].any():

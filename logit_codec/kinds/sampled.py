@@ -24,6 +24,7 @@ from logit_codec.errors import CodecError
 from logit_codec.header import Header
 from logit_codec.id_table import IdTable
 from logit_codec.ids import Entries, write_ids
+from logit_codec.inputs import RowInputs
 from logit_codec.kinds.base import LOWEST, Cell, Content, PaddedEntries, SparseCells, SparseKind
 from logit_codec.planes import (
     PlaneReader,
@@ -77,9 +78,10 @@ class SampledSpec(TargetSpec):
     def scratch_row_nbytes(self, vocab_size: int) -> int:
         return 6 * BLOCK * min(self.n, num_blocks(vocab_size)) + 64 * self.n
 
-    def select(self, masses: RowMasses, uniforms: Tensor | None) -> dict[str, Tensor]:
-        assert uniforms is not None
-        return {"draws": _systematic_draws(masses, uniforms, self.n)}
+    def select(self, masses: RowMasses | None, inputs: RowInputs) -> dict[str, Tensor]:
+        assert masses is not None
+        assert inputs.uniforms is not None
+        return {"draws": _systematic_draws(masses, inputs.uniforms, self.n)}
 
     def compact(self, columns: dict[str, Tensor], common: dict[str, Any]) -> "SampledTargets":
         draws_RN = columns["draws"].numpy()
@@ -202,8 +204,8 @@ class Sampled(SparseKind[SampledTargets]):
         if not 1 <= header.max_entries <= MAX_DRAWS:
             raise CodecError(f"the draws must be 1 to {MAX_DRAWS}, got {header.max_entries}")
 
-    def plane_sizes(self, header: Header, table: IdTable | None) -> dict[str, int | None]:
-        return {**super().plane_sizes(header, table), "draws": None}
+    def plane_sizes(self, header: Header, needed: Any) -> dict[str, int | None]:
+        return {**super().plane_sizes(header, needed), "draws": None}
 
     def _check_entries(self, targets: SampledTargets, rows: Tensor, check: RowCheck) -> None:
         check.refuse(targets.counts < 1, "its counts are not all at least 1", rows)
@@ -223,9 +225,9 @@ class Sampled(SparseKind[SampledTargets]):
             num_entries=len(targets.token_ids),
         )
 
-    def read(self, reader: PlaneReader, header: Header, table: IdTable | None) -> SampledTargets:
+    def read(self, reader: PlaneReader, header: Header, needed: Any) -> SampledTargets:
         # What `check_rows` checks cannot be otherwise here, or is refused where it is read.
-        entries, fields = self._read_entries(reader, header, table)
+        entries, fields = self._read_entries(reader, header, needed)
         id_words, num_draws = reader.taken, header.max_entries
         counts = _unpack_draws(reader.take("draws", reader.spare), entries, num_draws, id_words)
         fields |= read_row_fields(reader, header.num_rows)

@@ -5,7 +5,7 @@ entries of all rows, K entries per row at most. Ties go to the lowest id.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,11 +34,13 @@ from logit_codec.errors import CodecError
 from logit_codec.header import Header
 from logit_codec.id_table import IdTable
 from logit_codec.ids import write_ids
-from logit_codec.kinds.base import LOWEST, Cell, Content, PaddedEntries, SparseCells, SparseKind
+from logit_codec.inputs import RowInputs
+from logit_codec.kinds.base import Content, SparseKind
+from logit_codec.kinds.tail import TailCells, TailTargets, check_tail_entries
 from logit_codec.largest import largest
 from logit_codec.planes import PlaneReader, RowCheck, raw_words, read_row_fields, refuse_rows
 from logit_codec.spec import OptionText, TargetSpec
-from logit_codec.targets import UNKNOWN, SparseTargets, row_splits_of
+from logit_codec.targets import UNKNOWN, row_splits_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,8 @@ class TopKSpec(TargetSpec):
         most = min(self.k, vocab_size)
         return 6 * BLOCK * min(most, num_blocks(vocab_size)) + 200 * most
 
-    def select(self, masses: RowMasses, uniforms: Tensor | None) -> dict[str, Tensor]:
+    def select(self, masses: RowMasses | None, inputs: RowInputs) -> dict[str, Tensor]:
+        assert masses is not None
         return _keep_top(masses, self)
 
     def compact(self, columns: dict[str, Tensor], common: dict[str, Any]) -> "TopKTargets":
@@ -136,28 +139,10 @@ class TopKSpec(TargetSpec):
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
-class TopKTargets(SparseTargets):
+class TopKTargets(TailTargets):
     """Holds the most likely ids of each row, their logprobs, and the exact mass of the others."""
 
     kind: ClassVar[str] = "top_k"
-    row_fields: ClassVar[tuple[str, ...]] = (*SparseTargets.row_fields, "tail_logprob")
-    entry_fields: ClassVar[dict[str, torch.dtype]] = {
-        "token_ids": torch.int64,
-        "logprobs": torch.float32,
-    }
-    ranked_by: ClassVar[str] = "logprobs"
-
-    logprobs: Tensor
-    """(E,) float32."""
-    tail_logprob: Tensor
-    """(R,) float32: log of 1 - kept mass; -inf if every id is kept."""
-
-    def to_dense(self) -> Tensor:
-        """Returns (R, V) float32 probabilities of the kept entries; the tail is not spread."""
-        return self._spread(self.logprobs.exp())
-
-    def entry_logprobs(self) -> tuple[Tensor, Tensor]:
-        return self.logprobs, self.tail_logprob
 
     def mode(self) -> tuple[Tensor, Tensor]:
         rows_E = self.entry_rows()
@@ -173,62 +158,8 @@ class TopKTargets(SparseTargets):
         return best_R, largest_R.exp()
 
 
-class TopKCells(SparseCells[TopKTargets]):
+class TopKCells(TailCells[TopKTargets]):
     """Makes each kept id a cell, and all other ids together one more: the tail bucket."""
-
-    has_tail = True
-
-    def within(self, width: int) -> tuple[TopKTargets, Tensor]:
-        targets = self.targets
-        is_shared_E = targets.token_ids < width
-        rows_E = targets.entry_rows()
-        mass_E = targets.logprobs.double().exp()
-        lost_R = mass_E.new_zeros(targets.num_rows)
-        lost_R = lost_R.index_add(0, rows_E, mass_E.masked_fill(is_shared_E, 0.0))
-        tail_R = targets.tail_logprob.double().exp()
-        sizes_R = torch.zeros_like(targets.row_splits[1:]).index_add(0, rows_E, is_shared_E.long())
-        # The tail of a row that keeps every shared id has nothing shared.
-        lost_R = lost_R + tail_R.where(sizes_R == width, 0.0)
-        tail_R = tail_R.masked_fill(sizes_R == width, 0.0)
-        left_R = tail_R.index_add(0, rows_E, mass_E.where(is_shared_E, 0.0))
-        # A row that has nothing shared becomes one tail: nothing else is known of it.
-        is_shared_E = is_shared_E & (left_R > 0)[rows_E]
-        share_R = (left_R / (left_R + lost_R)).log()
-        tail_logprob = (tail_R.log() - share_R).float().where(left_R > 0, 0.0)
-        logprobs = (targets.logprobs - share_R[rows_E]).float()
-        rescaled = replace(targets, logprobs=logprobs, tail_logprob=tail_logprob)
-        return rescaled.keep(is_shared_E, vocab_size=width), lost_R
-
-    def divergence(self, scaled: Tensor, cell: Cell) -> Tensor:
-        """Sums over the kept ids and the tail bucket: a lower bound of the divergence."""
-        targets, width = self.targets, self.targets.vocab_size
-        logq_RV = scaled.log_softmax(1)
-        rows = targets.entry_rows()
-        logp_E = targets.logprobs.to(scaled.dtype)
-        logq_E = logq_RV[rows, targets.token_ids]
-        # The student's tail is summed, not 1 - head, which would cancel (error 1.5 at a tail of
-        # 5e-7). A row that keeps everything goes through the sum whole, so that no gradient is NaN.
-        has_tail_R = targets.row_splits.diff() < width
-        nothing_E = logq_E.masked_fill(has_tail_R[rows], -torch.inf)
-        others_RV = logq_RV.index_put((rows, targets.token_ids), nothing_E)
-        logq_tail_R = others_RV.logsumexp(1).where(has_tail_R, LOWEST)
-        logp_tail_R = targets.tail_logprob.to(scaled.dtype)
-        tail_R = cell(logp_tail_R, logq_tail_R).where(has_tail_R, 0.0)
-        return tail_R.index_add(0, rows, cell(logp_E, logq_E))
-
-    def renormalized(self) -> TopKTargets:
-        targets = self.targets
-        rows = targets.entry_rows()
-        kept_R = targets.logprobs.new_zeros(targets.num_rows, dtype=torch.float64)
-        kept_R = kept_R.index_add(0, rows, targets.logprobs.double().exp())
-        logprobs = (targets.logprobs - kept_R.log()[rows]).float()
-        nothing = torch.full_like(targets.tail_logprob, -torch.inf)
-        return replace(targets, logprobs=logprobs, tail_logprob=nothing)
-
-    def _logp(self, entries: PaddedEntries, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        targets = self.targets
-        logp_CK = targets.logprobs[entries.entry_CK].to(dtype)
-        return logp_CK, targets.tail_logprob[entries.rows][:, None].to(dtype)
 
 
 class TopK(SparseKind[TopKTargets]):
@@ -247,25 +178,16 @@ class TopK(SparseKind[TopKTargets]):
         if header.num_rows == 0 and header.max_entries != 1:
             raise CodecError(f"max_entries must be 1 without rows, got {header.max_entries}")
 
-    def plane_sizes(self, header: Header, table: IdTable | None) -> dict[str, int | None]:
+    def plane_sizes(self, header: Header, needed: Any) -> dict[str, int | None]:
         return {
-            **super().plane_sizes(header, table),
+            **super().plane_sizes(header, needed),
             "ranges": bitpack.num_words(header.num_rows, RANGE_BITS),
             "codes": None,
             "tail": header.num_rows,
         }
 
     def _check_entries(self, targets: TopKTargets, rows: Tensor, check: RowCheck) -> None:
-        tail = targets.tail_logprob
-        bad = ~torch.isfinite(targets.logprobs)
-        if bool(torch.isnan(tail).any()):
-            bad |= torch.isnan(tail)[rows]
-        check.refuse(bad, "its logprobs are not finite numbers", rows)
-        check.refuse(tail >= 0, "its tail logprob is not below 0: nothing would be kept")
-        mass = targets.logprobs.new_zeros(targets.num_rows, dtype=torch.float64)
-        mass.index_add_(0, rows, targets.logprobs.double().exp_())
-        mass += tail.double().exp()
-        check.refuse_mass(mass)
+        check_tail_entries(targets, rows, check)
 
     def write(self, targets: TopKTargets, bits: int, id_table: IdTable | None) -> Content:
         if bits not in CODE_BITS:
@@ -282,10 +204,10 @@ class TopK(SparseKind[TopKTargets]):
         ]
         return Content(planes, bits, ids, max_entries=most, num_entries=len(targets.token_ids))
 
-    def read(self, reader: PlaneReader, header: Header, table: IdTable | None) -> TopKTargets:
+    def read(self, reader: PlaneReader, header: Header, needed: Any) -> TopKTargets:
         # What `check_rows` checks cannot be otherwise here, or is refused where it is read: a row's
         # probabilities, for example, add up to 1 by the formula that they are made with.
-        entries, fields = self._read_entries(reader, header, table)
+        entries, fields = self._read_entries(reader, header, needed)
         num_rows, bits = header.num_rows, header.value_bits
         if num_rows and int(entries.counts.max()) != header.max_entries:
             raise CodecError("no row has the header's largest number of entries")

@@ -16,7 +16,7 @@ from enum import Enum, auto
 
 import xxhash
 
-from logit_codec import IdTable, Targets, decode
+from logit_codec import GivenIds, IdTable, Targets, decode
 from protos import teacher_pb2
 from protos.answer_check import is_what_was_written, request_digest
 from student_trainer.errors import IncompatibleTeacher, TargetsCorrupt, TeacherError
@@ -41,6 +41,8 @@ class Pending:
     request: teacher_pb2.ScoreRequest
     num_rows: int
     future: "Future[Answer]" = field(default_factory=Future)
+    given_ids: GivenIds | None = None
+    """The ids that its rows were asked for; the answer does not repeat them."""
     keep_payloads: bool = False
     """Whether the answer also needs the bytes that it is decoded from."""
     order: int = 0
@@ -272,7 +274,10 @@ def assemble(pending: Pending, fingerprint: str, id_tables: Sequence[IdTable] = 
             )
         if part.ids_digest != digest:
             raise TargetsCorrupt("the scored ids are not the ids that were sent: digests differ")
-        targets = decode(part.payload, id_tables=id_tables)
+        given = pending.given_ids
+        if given is not None:
+            given = given[row : row + part.num_rows]
+        targets = decode(part.payload, id_tables=id_tables, given_ids=given)
         if part.first_row != row or part.num_rows != targets.num_rows:
             raise TargetsCorrupt(f"row {row} was expected, got rows from {part.first_row} on")
         row += targets.num_rows

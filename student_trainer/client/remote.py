@@ -9,10 +9,8 @@ import os
 from concurrent.futures import Future
 from typing import Any
 
-from torch import Tensor
-
 from logitstream.connection import Address, Connection, Pem
-from logitstream.messages import fill_targets
+from logitstream.messages import fill_given_ids, fill_targets
 from protos import teacher_pb2
 from student_trainer.client.counters import Counters
 from student_trainer.client.dispatch import Pending
@@ -20,7 +18,7 @@ from student_trainer.client.io_thread import IoThread
 from student_trainer.client.session import Session
 from student_trainer.errors import ForkedClient, TeacherError
 from student_trainer.teachers.compatibility import check_compatible
-from student_trainer.teachers.request import Answer, ScoreOptions, row_mask
+from student_trainer.teachers.request import Answer, Piece, ScoreOptions, row_mask
 from student_trainer.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -95,17 +93,21 @@ class RemoteTeacher(Teacher):
         self._closed = True
         self._io.run(self._session.close())
 
-    def submit(
-        self, token_ids: Tensor, rows: Tensor | None, options: ScoreOptions
-    ) -> "Future[Answer]":
+    def submit(self, piece: Piece, options: ScoreOptions) -> "Future[Answer]":
         """Sends one sequence; returns at once."""
         self.check_usable()
-        request, num_rows = _request(token_ids, rows, options)
+        piece.check(options.spec)
+        request = _request(piece, options)
         request.session_id = self._session.session_id
         request.teacher_fingerprint = self._info.teacher_fingerprint
         if self._session.id_tables:
             request.targets.id_table = self._session.id_tables[0].digest
-        pending = Pending(request, num_rows, keep_payloads=options.keep_payloads)
+        pending = Pending(
+            request,
+            piece.num_rows,
+            given_ids=piece.given_ids,
+            keep_payloads=options.keep_payloads,
+        )
         self._io.call(self._session.submit, pending)
         return pending.future
 
@@ -121,11 +123,9 @@ class RemoteTeacher(Teacher):
             raise TeacherError("this teacher is closed; connect again to use it")
 
 
-def _request(
-    token_ids: Tensor, rows: Tensor | None, options: ScoreOptions
-) -> tuple[teacher_pb2.ScoreRequest, int]:
-    """Makes the message for one sequence; also returns how many rows it asks for."""
-    ids = token_ids.numpy().astype("<i4")
+def _request(piece: Piece, options: ScoreOptions) -> teacher_pb2.ScoreRequest:
+    """Makes the message for one sequence."""
+    ids = piece.token_ids.numpy().astype("<i4")
     level = teacher_pb2.LEVEL_INTERACTIVE if options.interactive else teacher_pb2.LEVEL_TRAINING
     request = teacher_pb2.ScoreRequest(
         token_ids=ids.tobytes(),
@@ -136,8 +136,9 @@ def _request(
         level=level,
     )
     fill_targets(request.targets, options.spec)
-    mask = row_mask(rows, len(ids) - 1)
-    if rows is None or mask is None:
-        return request, len(ids) - 1
-    request.row_mask = mask
-    return request, len(rows)
+    mask = row_mask(piece.rows, len(ids) - 1)
+    if mask is not None:
+        request.row_mask = mask
+    if piece.given_ids is not None:
+        fill_given_ids(request, piece.given_ids)
+    return request

@@ -103,7 +103,11 @@ def _find_missing(
     """Yields the batches of which the record lacks anything; counts, and shows those it has."""
     for number, batch in enumerate(batches):
         pieces = split_batch(batch, number)
-        missing = [ids for ids, rows in pieces if not record.has(ids, seed, epoch, rows)]
+        missing = [
+            piece.token_ids
+            for piece in pieces
+            if not record.has(piece.token_ids, seed, epoch, piece.rows)
+        ]
         found.sequences += len(pieces)
         found.missing_tokens += sum(map(len, missing))
         if missing:

@@ -86,10 +86,11 @@ class Alignment:
             self._num_rows = ENOUGH_ROWS
             return
         first = 0
-        for token_ids, rows in split_batch(batch, 0):
-            of_piece = targets[first : first + len(rows)].to("cpu")
-            first += len(rows)
-            for shift, nll_R in _row_nlls(token_ids, of_piece, rows).items():
+        for piece in split_batch(batch, 0):
+            assert piece.rows is not None
+            of_piece = targets[first : first + piece.num_rows].to("cpu")
+            first += piece.num_rows
+            for shift, nll_R in _row_nlls(piece.token_ids, of_piece, piece.rows).items():
                 self._nlls[shift].append(nll_R)
             self._num_rows += len(self._nlls[1][-1])
             if self.is_enough:

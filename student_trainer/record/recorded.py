@@ -27,8 +27,8 @@ from student_trainer.record.sealer import Sealer
 from student_trainer.record.shards import DamagedShard
 from student_trainer.record.worker import CLOSED, Worker, fail, resolve
 from student_trainer.teachers.compatibility import check_compatible
-from student_trainer.teachers.layout import as_token_ids
-from student_trainer.teachers.request import Answer, ScoreOptions
+from student_trainer.teachers.layout import as_given_ids, as_token_ids
+from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 from student_trainer.teachers.teacher import Teacher
 
 SEAL_NBYTES = 64 << 20
@@ -102,15 +102,22 @@ class Recorded(Teacher):
         return len(self._catalog)
 
     def has(
-        self, token_ids: Any, seed: int = 0, epoch: int = 0, rows: Tensor | None = None
+        self,
+        token_ids: Any,
+        seed: int = 0,
+        epoch: int = 0,
+        rows: Tensor | None = None,
+        *,
+        given_ids: Any = None,
     ) -> bool:
         """Whether a sequence would be replayed without asking the live teacher.
 
-        rows: (N,) int64, the wanted ones; None for all.
+        rows: (N,) int64, the wanted ones; None for all. given_ids: as for `stream`, of one sequence.
         """
         if self._catalog.provenance is None:
             return False
-        return self._catalog.find(self._make_request(token_ids, seed, epoch, rows)) is not None
+        request = self._make_request(token_ids, seed, epoch, rows, given_ids)
+        return self._catalog.find(request) is not None
 
     @property
     def info(self) -> teacher_pb2.TeacherInfo:
@@ -128,13 +135,15 @@ class Recorded(Teacher):
         provenance = self._catalog.provenance
         return 1.0 if provenance is None else provenance.temperature
 
-    def get(self, token_ids: Any, *, seed: int = 0, epoch: int = 0) -> Targets:
+    def get(
+        self, token_ids: Any, *, seed: int = 0, epoch: int = 0, given_ids: Any = None
+    ) -> Targets:
         """Returns the recorded targets of all rows of one sequence.
 
-        Raises NotRecorded if there are none; the live teacher is not asked.
+        given_ids: those that were recorded, as for `stream`, of one sequence. Raises NotRecorded if there are none; the live teacher is not asked.
         """
         self.check_usable()
-        request = self._make_request(token_ids, seed, epoch)
+        request = self._make_request(token_ids, seed, epoch, None, given_ids)
         while True:
             entry = self._catalog.find(request, any_draw=True)
             if entry is None or entry.pending is not None:
@@ -144,15 +153,14 @@ class Recorded(Teacher):
             except DamagedShard as damaged:  # another shard may have another draw
                 self._worker.submit(self._catalog.drop, damaged.shard).result()
 
-    def submit(
-        self, token_ids: Tensor, rows: Tensor | None, options: ScoreOptions
-    ) -> "Future[Answer]":
+    def submit(self, piece: Piece, options: ScoreOptions) -> "Future[Answer]":
         """Asks for one sequence: the recorded answer, or the live teacher's."""
         self.check_usable()
         if self._catalog.provenance is None:
             self._begin(options)
         self._catalog.check_options(options)
-        request = Request.of(token_ids, rows, self._catalog.assign_draw(options))
+        piece.check(options.spec)
+        request = Request.of(piece, self._catalog.assign_draw(options))
         future: Future[Answer] = Future()
         self._answer(request, future)
         return future
@@ -222,10 +230,13 @@ class Recorded(Teacher):
         self.default_targets = self._catalog.provenance.spec
 
     def _make_request(
-        self, token_ids: Any, seed: int, epoch: int, rows: Tensor | None = None
+        self, token_ids: Any, seed: int, epoch: int, rows: Tensor | None, given_ids: Any
     ) -> Request:
         options = self.make_options(None, self.temperature, seed, epoch)
-        return Request.of(as_token_ids(token_ids, 0), rows, self._catalog.assign_draw(options))
+        given = as_given_ids(given_ids, "given_ids")
+        piece = Piece(as_token_ids(token_ids, 0), rows, given)
+        piece.check(options.spec)
+        return Request.of(piece, self._catalog.assign_draw(options))
 
     def _answer(self, request: Request, future: "Future[Answer]") -> None:
         """Makes sure that the future gets an answer, from the record or the live teacher."""
@@ -247,7 +258,7 @@ class Recorded(Teacher):
         assert self._fallback is not None
         options = replace(request.options, keep_payloads=True)
         try:
-            live = self._fallback.submit(request.token_ids, request.rows, options)
+            live = self._fallback.submit(request.piece, options)
         except BaseException as error:  # the record's thread may ask, which has no caller
             self._catalog.remove(request.key, entry)
             fail(future, error)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
-from logit_codec import IdTable, Targets, decode
+from logit_codec import IdTable, decode_parts
 from student_trainer.record.catalog import Catalog
 from student_trainer.record.index import Entry
 from student_trainer.record.request import RecordCounters, Request
@@ -94,15 +94,16 @@ class Replayer:
         self, request: Request, mask: bytes | None, shard: str, payloads: tuple[bytes, ...]
     ) -> Answer:
         try:
-            parts = [decode(payload, id_tables=self._id_tables) for payload in payloads]
-            targets = Targets.cat(parts)
+            given = request.piece.given_ids
+            targets = decode_parts(payloads, id_tables=self._id_tables, given_ids=given)
         except DAMAGE as error:  # a CodecError is a ValueError
             self._shards.raise_damage(shard, error)
-        num_rows = len(request.token_ids) - 1 if mask is None else _count_bits(mask)
+        piece = request.piece
+        num_rows = piece.num_tokens - 1 if mask is None else _count_bits(mask)
         if targets.num_rows != num_rows:
             raise DamagedShard(shard)
-        if mask is None and request.row_mask is not None and request.rows is not None:
-            targets = targets[request.rows]
+        if mask is None and request.row_mask is not None and piece.rows is not None:
+            targets = targets[piece.rows]
             payloads = ()  # they hold more rows than were asked for
         self._counters.replayed += 1
         return self._counters.hand_out(Answer(targets, payloads), request)

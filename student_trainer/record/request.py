@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import xxhash
 
 from logit_codec import ids_digest
-from student_trainer.teachers.request import Answer, ScoreOptions, row_mask
+from student_trainer.teachers.request import Answer, Piece, ScoreOptions, row_mask
 
 
 @dataclass(slots=True)
@@ -32,13 +32,15 @@ class RecordCounters:
 class Request:
     """One sequence, the rows of it that are wanted, and the draw that was chosen for it."""
 
-    token_ids: Tensor
-    rows: Tensor | None
+    piece: Piece
     options: ScoreOptions
     key: bytes
+    """Digest of the ids of the sequence and, if there are any, of those given for its rows."""
     row_mask: bytes | None
 
     @classmethod
-    def of(cls, token_ids: Tensor, rows: Tensor | None, options: ScoreOptions) -> "Request":
-        mask = row_mask(rows, len(token_ids) - 1)
-        return cls(token_ids, rows, options, ids_digest(token_ids), mask)
+    def of(cls, piece: Piece, options: ScoreOptions) -> "Request":
+        key = ids_digest(piece.token_ids)
+        if piece.given_ids is not None:
+            key = xxhash.xxh3_128_digest(key + piece.given_ids.digest())
+        return cls(piece, options, key, row_mask(piece.rows, piece.num_tokens - 1))

@@ -55,7 +55,7 @@ class Sealer:
             return
         if self._writer is None:  # made late, so that a record that only replays writes nothing
             self._writer = self._open_writer()
-        ids = request.token_ids.numpy().astype(np.int32)
+        ids = request.piece.token_ids.numpy().astype(np.int32)
         row = Row(request.key, entry.seed, entry.epoch, entry.row_mask, ids, payloads)
         if not self._unsealed:
             self._unsealed_since_s = time.monotonic()

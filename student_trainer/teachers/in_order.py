@@ -6,14 +6,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from logit_codec import Targets
 from student_trainer.errors import TeacherError
 from student_trainer.teachers.look_ahead import LookAhead
-from student_trainer.teachers.request import Answer, ScoreOptions
+from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 
-Submit = Callable[[Tensor, Tensor | None, ScoreOptions], "Future[Answer]"]
+Submit = Callable[[Piece, ScoreOptions], "Future[Answer]"]
 """`Teacher.submit`."""
 
 
@@ -23,8 +21,8 @@ class Request:
 
     item: Any
     options: ScoreOptions
-    pieces: dict[str, tuple[Tensor, Tensor | None]]
-    """Ids and wanted rows as for `Submit`, by the name that errors give their place."""
+    pieces: dict[str, Piece]
+    """By the name that errors give their place."""
     nbytes: int
     """The memory of the item."""
     futures: dict[str, "Future[Answer]"] = field(default_factory=dict)
@@ -32,10 +30,7 @@ class Request:
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Returns the tokens and rows of each piece."""
-        return {
-            where: (len(ids), len(ids) - 1 if rows is None else len(rows))
-            for where, (ids, rows) in self.pieces.items()
-        }
+        return {where: (each.num_tokens, each.num_rows) for where, each in self.pieces.items()}
 
 
 def answer_in_order(
@@ -61,8 +56,8 @@ def answer_in_order(
             pulled = None
             waiting.append(request)
             look_ahead.hold(request.nbytes)
-            for where, (ids, wanted) in request.pieces.items():
-                request.futures[where] = submit(ids, wanted, request.options)
+            for where, piece in request.pieces.items():
+                request.futures[where] = submit(piece, request.options)
                 look_ahead.add_request(request.futures[where], *sizes[where])
 
     try:

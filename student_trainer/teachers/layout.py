@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logit_codec import GivenIds
 from student_trainer.errors import InvalidRequest
+from student_trainer.teachers.request import Piece
 
 IGNORE_INDEX = -100
 
@@ -33,6 +35,16 @@ def as_token_ids(sequence: Any, position: int) -> Tensor:
     ids = ids.to("cpu", torch.int64)
     _check_ids(ids, f"sequence {position}")
     return ids
+
+
+def as_given_ids(ids: Any, where: str) -> GivenIds | None:
+    """Makes GivenIds of what `GivenIds.of` takes; None of None. Raises InvalidRequest."""
+    if ids is None:
+        return None
+    try:
+        return GivenIds.of(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidRequest(f"{where}: {error}") from None
 
 
 def _batch_ids(batch: Any, number: int) -> Tensor:
@@ -122,8 +134,8 @@ class Layout:
         trained[:, :-1] &= labels[:, 1:] != IGNORE_INDEX
         return cls(ids, real, document, trained, labels)
 
-    def pieces(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns the sequences with something to train: (L,) ids and (N,) trained rows of each."""
+    def pieces(self) -> list[Piece]:
+        """Returns the sequences with something to train, and their trained rows."""
         num_rows, num_tokens = self.ids.shape
         # One run per (row, document): where either changes, and where padding begins or ends.
         run = self.document + torch.arange(num_rows)[:, None] * (num_tokens + 1)
@@ -137,7 +149,7 @@ class Layout:
         for start, length in zip(first.tolist(), lengths.tolist(), strict=True):
             rows = flat_trained[start : start + length].nonzero()[:, 0]
             if flat_real[start] and len(rows):
-                pieces.append((flat_ids[start : start + length], rows))
+                pieces.append(Piece(flat_ids[start : start + length], rows))
         return pieces
 
 
@@ -166,7 +178,7 @@ def _find_starts(batch: Mapping[str, Any], ids: Tensor, number: int) -> Tensor:
     return starts
 
 
-def split_batch(batch: Mapping[str, Any], number: int) -> list[tuple[Tensor, Tensor]]:
+def split_batch(batch: Mapping[str, Any], number: int) -> list[Piece]:
     """Splits a padded or packed batch into sequences, each with the rows that are trained.
 
     Raises InvalidRequest if nothing is trained; `Layout.of` has the rules.

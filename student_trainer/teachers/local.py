@@ -7,11 +7,9 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from logit_codec import (
-    Targets,
-    decode,
+    decode_parts,
     encode_parts,
     ids_digest,
     uniforms,
@@ -19,7 +17,7 @@ from logit_codec import (
 from logitstream.messages import describe_model
 from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest
-from student_trainer.teachers.request import Answer, ScoreOptions
+from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 from student_trainer.teachers.teacher import Teacher
 
 PART_NBYTES = 1 << 20
@@ -59,30 +57,35 @@ class LocalTeacher(Teacher):
     def close(self) -> None:
         """Does nothing: the model belongs to the caller."""
 
-    def submit(
-        self, token_ids: Tensor, rows: Tensor | None, options: ScoreOptions
-    ) -> "Future[Answer]":
+    def submit(self, piece: Piece, options: ScoreOptions) -> "Future[Answer]":
         """Scores the sequence at once, in the caller's thread."""
         from teacher_server.engine.batch import RowRequest
 
         future: Future[Answer] = Future()
+        token_ids, given = piece.token_ids, piece.given_ids
+        piece.check(options.spec)
         longest, largest = self._model.max_sequence_tokens, self._model.effective_vocab_size
         if len(token_ids) > longest:
             raise InvalidRequest(f"a sequence may have {longest} tokens, got {len(token_ids)}")
         if int(token_ids.max()) >= largest:
             raise InvalidRequest(f"ids are 0 to {largest - 1}, got {int(token_ids.max())}")
-        if rows is None:
-            rows = torch.arange(len(token_ids) - 1)
+        rows = torch.arange(len(token_ids) - 1) if piece.rows is None else piece.rows
         draws = None
         if options.spec.needs_uniforms:
             draws = uniforms(options.seed, options.epoch, ids_digest(token_ids), rows)
-        request = RowRequest(token_ids, rows, options.spec, options.temperature, draws)
         try:
+            spec = self._model.complete(options.spec)
+            padded = None
+            if given is not None:
+                if int(given.token_ids.max()) >= largest:
+                    raise ValueError(f"given ids are 0 to {largest - 1}")
+                spec, padded = spec.for_rows(given.most), given.padded()
+            request = RowRequest(token_ids, rows, spec, options.temperature, draws, padded)
             (scored,) = self._engine.score([request])
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
-        parts = encode_parts(scored, options.spec, max_nbytes=PART_NBYTES)
+        parts = encode_parts(scored, spec, max_nbytes=PART_NBYTES)
         payloads = [payload for _, _, payload in parts]
-        targets = Targets.cat([decode(payload) for payload in payloads])
+        targets = decode_parts(payloads, given_ids=given)
         future.set_result(Answer(targets, tuple(payloads) if options.keep_payloads else ()))
         return future

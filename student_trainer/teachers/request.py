@@ -7,7 +7,7 @@ from numbers import Integral
 import numpy as np
 from torch import Tensor
 
-from logit_codec import Targets, TargetSpec, parse_targets
+from logit_codec import GivenIds, Targets, TargetSpec, parse_targets
 from student_trainer.errors import InvalidRequest
 
 
@@ -39,6 +39,47 @@ class ScoreOptions:
             if not isinstance(value, Integral) or not 0 <= int(value) < 2**64:
                 raise InvalidRequest(f"{name} must be a whole number, 0 to 2**64-1, got {value!r}")
         return cls(spec, float(temperature), int(seed), int(epoch))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Names the rows of one sequence that targets are wanted of."""
+
+    token_ids: Tensor
+    """(L,) int64."""
+    rows: Tensor | None = None
+    """(N,) int64, ascending; None for all L - 1."""
+    given_ids: GivenIds | None = None
+    """N rows, for targets of kind `given_ids`."""
+
+    @property
+    def num_tokens(self) -> int:
+        """L."""
+        return len(self.token_ids)
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.num_tokens - 1 if self.rows is None else len(self.rows)
+
+    def check(self, spec: TargetSpec) -> None:
+        """Raises InvalidRequest unless ids are given for each row exactly if the spec needs them."""
+        given = self.given_ids
+        if not spec.needs_given_ids:
+            if given is not None:
+                raise InvalidRequest(
+                    f"given_ids are for targets='given_ids', the targets are {spec}"
+                )
+        elif given is None:
+            raise InvalidRequest(
+                "targets='given_ids' needs given_ids=...: for stream, (L-1, m) ids for each sequence; "
+                "for stream_batches, a function of the batch"
+            )
+        elif given.num_rows != self.num_rows:
+            raise InvalidRequest(
+                f"given_ids must name ids for each of the {self.num_rows} wanted rows, got "
+                f"{given.num_rows} rows"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

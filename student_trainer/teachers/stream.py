@@ -15,12 +15,14 @@ from torch import Tensor
 from logit_codec import Targets
 from student_trainer.errors import InvalidRequest, TeacherError
 from student_trainer.teachers.in_order import Request, Submit, answer_in_order, nbytes_of
-from student_trainer.teachers.layout import as_token_ids, split_batch
+from student_trainer.teachers.layout import as_given_ids, as_token_ids, split_batch
 from student_trainer.teachers.look_ahead import LookAhead
 from student_trainer.teachers.position import is_stateful, read_position
-from student_trainer.teachers.request import ScoreOptions
+from student_trainer.teachers.request import Piece, ScoreOptions
 
 Item = TypeVar("Item")
+GiveIds = Callable[[Any], Any]
+"""Returns, for a batch, ids for each trained position: what `GivenIds.of` takes."""
 
 
 class TargetStream(Iterator[tuple[Item, Targets]]):
@@ -101,22 +103,27 @@ def stream_sequences(
     options: ScoreOptions,
     ahead: int,
     check_usable: Callable[[], None] = lambda: None,
+    given_ids: Iterable[Any] | None = None,
 ) -> TargetStream[Tensor]:
     """Implements `Teacher.stream` over a submit function."""
     if not isinstance(ahead, int) or ahead < 1:
         raise InvalidRequest(f"ahead must be a number of sequences, at least 1, got {ahead!r}")
 
     def requests(numbered: Iterator[tuple[int, Any]]) -> Iterator[Request]:
-        for number, sequence in numbered:
+        for number, item in numbered:
+            sequence, ids = item if given_ids is not None else (item, None)
             token_ids = as_token_ids(sequence, number)
             where = f"stream item {number}"
-            yield Request(token_ids, options, {where: (token_ids, None)}, token_ids.nbytes)
+            piece = Piece(token_ids, None, as_given_ids(ids, where))
+            yield Request(token_ids, options, {where: piece}, token_ids.nbytes)
 
     def pairs(numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Tensor, Targets]]:
         answers = answer_in_order(requests(numbered), submit, LookAhead(ahead))
         for token_ids, (targets,) in answers:
             yield token_ids, targets
 
+    if given_ids is not None:
+        sequences = _Zipped(sequences, given_ids)
     return TargetStream(sequences, pairs, check_usable)
 
 
@@ -126,6 +133,7 @@ def stream_loader(
     options: ScoreOptions,
     look_ahead: LookAhead,
     check_usable: Callable[[], None] = lambda: None,
+    given_ids: GiveIds | None = None,
 ) -> TargetStream[Any]:
     """Implements `Teacher.stream_batches` over a submit function.
 
@@ -134,12 +142,14 @@ def stream_loader(
 
     def requests(numbered: Iterator[tuple[int, Any]]) -> Iterator[Request]:
         for number, batch in numbered:
-            pieces = enumerate(split_batch(batch, number))
+            pieces = split_batch(batch, number)
+            if given_ids is not None:
+                pieces = _with_given_ids(pieces, given_ids(batch), f"batch {number}")
             epoch = batch.get("epoch")
             yield Request(
                 batch,
                 options if epoch is None else replace(options, epoch=int(epoch)),
-                {f"batch {number}, piece {i}": piece for i, piece in pieces},
+                {f"batch {number}, piece {i}": piece for i, piece in enumerate(pieces)},
                 nbytes_of(batch),
             )
 
@@ -148,6 +158,46 @@ def stream_loader(
             yield batch, Targets.cat(parts)
 
     return TargetStream(loader, pairs, check_usable)
+
+
+class _Zipped:
+    """Iterates over sequences with their given ids; its state is that of the sequences."""
+
+    def __init__(self, sequences: Iterable[Any], given_ids: Iterable[Any]) -> None:
+        self._sequences, self._given_ids = sequences, given_ids
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        missing = object()
+        pairs = itertools.zip_longest(self._sequences, self._given_ids, fillvalue=missing)
+        for number, (sequence, ids) in enumerate(pairs):
+            if sequence is missing or ids is missing:
+                more, fewer = (
+                    ("given_ids", "sequences")
+                    if ids is not missing
+                    else (
+                        "sequences",
+                        "given_ids",
+                    )
+                )
+                raise InvalidRequest(f"there are more {more} than {fewer}, which has {number}")
+            yield sequence, ids
+
+
+def _with_given_ids(pieces: list[Piece], ids: Any, where: str) -> list[Piece]:
+    """Divides the ids that are given for the trained rows of a batch among its pieces."""
+    given = as_given_ids(ids, where)
+    num_rows = sum(piece.num_rows for piece in pieces)
+    if given is None or given.num_rows != num_rows:
+        got = "none" if given is None else given.num_rows
+        raise InvalidRequest(
+            f"{where}: given_ids must name ids for each of the {num_rows} trained positions, got "
+            f"{got}"
+        )
+    ends = itertools.accumulate(piece.num_rows for piece in pieces)
+    return [
+        replace(piece, given_ids=given[end - piece.num_rows : end])
+        for piece, end in zip(pieces, ends, strict=True)
+    ]
 
 
 def _number_items(items: Iterable[Item], skip: int) -> Iterator[tuple[int, Item]]:

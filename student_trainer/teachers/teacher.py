@@ -12,8 +12,8 @@ from torch import Tensor
 from logit_codec import IdTable, TargetSpec
 from protos import teacher_pb2
 from student_trainer.teachers.look_ahead import LookAhead, make_look_ahead
-from student_trainer.teachers.request import Answer, ScoreOptions
-from student_trainer.teachers.stream import TargetStream, stream_loader, stream_sequences
+from student_trainer.teachers.request import Answer, Piece, ScoreOptions
+from student_trainer.teachers.stream import GiveIds, TargetStream, stream_loader, stream_sequences
 
 
 class Teacher(ABC):
@@ -33,13 +33,8 @@ class Teacher(ABC):
         """Who the teacher is, as its Describe answers."""
 
     @abstractmethod
-    def submit(
-        self, token_ids: Tensor, rows: Tensor | None, options: ScoreOptions
-    ) -> "Future[Answer]":
-        """Asks for the targets of one sequence.
-
-        token_ids: (L,) int64. rows: (N,) int64, the wanted rows; None for all.
-        """
+    def submit(self, piece: Piece, options: ScoreOptions) -> "Future[Answer]":
+        """Asks for the targets of some rows of one sequence."""
 
     @abstractmethod
     def close(self) -> None:
@@ -65,20 +60,25 @@ class Teacher(ABC):
         epoch: int = 0,
         ahead: int | None = None,
         interactive: bool = False,
+        given_ids: Iterable[Any] | None = None,
     ) -> TargetStream[Tensor]:
         """Yields (token_ids, targets) of each sequence, in order, with `ahead` in flight.
 
         token_ids: (L,) int64; targets: L-1 rows, row i is the teacher's distribution of token i+1.
         targets and ahead: by default `default_targets` and `default_ahead` of the teacher.
         interactive: a person waits for the answers, so a service scores them before the team's other
-        work and, while the team uses less than its share, before the work of other teams. Raises
-        InvalidRequest for what the teacher refuses, TeacherUnavailable after the patience.
+        work and, while the team uses less than its share, before the work of other teams. given_ids:
+        for targets="given_ids", the ids whose logprobs are wanted: for each sequence (L-1, m) int64,
+        where -1 fills a row up, or a pair of row splits and ids. Raises InvalidRequest for what the
+        teacher refuses, TeacherUnavailable after the patience.
         """
         self.check_usable()
         options = self.make_options(targets, temperature, seed, epoch)
         options = replace(options, interactive=interactive)
         ahead = self.default_ahead if ahead is None else ahead
-        return stream_sequences(self.submit, sequences, options, ahead, self.check_usable)
+        return stream_sequences(
+            self.submit, sequences, options, ahead, self.check_usable, given_ids
+        )
 
     def stream_batches(
         self,
@@ -89,6 +89,7 @@ class Teacher(ABC):
         seed: int = 0,
         epoch: int = 0,
         ahead: int | str | LookAhead | None = None,
+        given_ids: GiveIds | None = None,
     ) -> TargetStream[Any]:
         """Yields (batch, targets) of each batch of a loader, in order.
 
@@ -97,13 +98,26 @@ class Teacher(ABC):
         rows of `targets` are its trained positions in reading order. A number under "epoch" in a batch
         overrides `epoch`. ahead: batches in flight, or "30s" for as many as the trainer consumes in
         that time, with at most 512 MiB of batches and targets ("30s,2048MiB": at most 2 GiB), or a
-        LookAhead; by default `default_look_ahead`.
+        LookAhead; by default `default_look_ahead`. given_ids: for targets="given_ids", a function of
+        the batch that returns (R, m) ids for its trained positions, as for `stream`.
         """
         self.check_usable()
         options = self.make_options(targets, temperature, seed, epoch)
         ahead = self.default_look_ahead if ahead is None else ahead
         look_ahead = make_look_ahead(ahead, options.spec, self.info)
-        return stream_loader(self.submit, loader, options, look_ahead, self.check_usable)
+        return stream_loader(self.submit, loader, options, look_ahead, self.check_usable, given_ids)
+
+    def compute_logprobs(self, token_ids: Any, *, temperature: float = 1.0) -> Tensor:
+        """Returns (L-1,) float32: the teacher's logprob of each token but the first of a sequence.
+
+        Raises what `stream` raises.
+        """
+        stream = self.stream(
+            [token_ids], targets="realized", temperature=temperature, ahead=1, interactive=True
+        )
+        _, targets = next(stream)
+        assert targets.realized_logprob is not None
+        return targets.realized_logprob
 
     def __enter__(self) -> Self:
         return self

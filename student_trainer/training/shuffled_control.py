@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from torch import Tensor
 
 from logit_codec import Targets, TargetSpec
 from protos import teacher_pb2
 from student_trainer.teachers.look_ahead import LookAhead
-from student_trainer.teachers.request import Answer, ScoreOptions
+from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 from student_trainer.teachers.stream import TargetStream
 from student_trainer.teachers.teacher import Teacher
 
@@ -34,10 +33,8 @@ class ShuffledTeacher(Teacher):
     def info(self) -> teacher_pb2.TeacherInfo:
         return self._teacher.info
 
-    def submit(
-        self, token_ids: Tensor, rows: Tensor | None, options: ScoreOptions
-    ) -> "Future[Answer]":
-        return self._teacher.submit(token_ids, rows, options)
+    def submit(self, piece: Piece, options: ScoreOptions) -> "Future[Answer]":
+        return self._teacher.submit(piece, options)
 
     def close(self) -> None:
         """Leaves the teacher as it is: it belongs to somebody else."""

@@ -3,6 +3,7 @@
 Every refusal says what was sent, what is allowed and what to do.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,8 +14,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from logit_codec import IdTable, TargetSpec, uniforms
-from logitstream.messages import read_targets, scope_of
+from logit_codec import GivenIds, IdTable, TargetSpec, uniforms
+from logitstream.messages import read_given_ids, read_targets, scope_of
 from protos import teacher_pb2
 from teacher_server.admission.access import scope_missing
 from teacher_server.admission.limits import Limits
@@ -45,6 +46,7 @@ class Teacher(Protocol):
     def teacher_fingerprint(self) -> str: ...
     @property
     def id_table(self) -> IdTable | None: ...
+    def complete(self, spec: TargetSpec) -> TargetSpec: ...
 
 
 def check_request(team: Team, request: teacher_pb2.ScoreRequest) -> None:
@@ -71,6 +73,7 @@ class Admission:
         self.limits = limits
         self.fingerprint = teacher.teacher_fingerprint
         self.id_table = teacher.id_table
+        self._complete = teacher.complete
         self._vocab_size = teacher.vocab_size
         self._effective = teacher.effective_vocab_size
 
@@ -88,7 +91,9 @@ class Admission:
         lengths = self._read_lengths(request)
         ids = self._read_ids(request, lengths)
         rows = _read_rows(request, lengths)
-        sizes = self._bound_replies(spec, rows)
+        given = self._read_given_ids(request, spec, [len(wanted) for wanted in rows])
+        specs = [spec if some is None else spec.for_rows(some.most) for some in given]
+        sizes = self._bound_replies(specs, rows)
         jobs = []
         first = 0
         for index, (length, wanted) in enumerate(zip(lengths, rows, strict=True)):
@@ -101,9 +106,11 @@ class Admission:
                 digest = xxhash.xxh3_128_digest(ids_bytes)
                 draws = uniforms(request.seed, request.epoch, digest, wanted)
             token_ids = torch.from_numpy(part.astype(np.int64))
+            some = given[index]
+            padded = None if some is None else some.padded()
             jobs.append(
                 SequenceJob(
-                    RowRequest(token_ids, wanted, spec, temperature, draws),
+                    RowRequest(token_ids, wanted, specs[index], temperature, draws, padded),
                     len(part),
                     sizes[index],
                     level=LEVELS[request.level],
@@ -173,7 +180,7 @@ class Admission:
                 field="targets.top_k.k",
             )
         try:
-            return read_targets(message)
+            return self._complete(read_targets(message))
         except ValueError as error:
             if kind is None:
                 raise invalid("KIND_MISSING", f"{error}.", field="targets") from None
@@ -251,19 +258,56 @@ class Admission:
             )
         return ids
 
-    def _bound_replies(self, spec: TargetSpec, rows: list[Tensor]) -> list[int]:
+    def _read_given_ids(
+        self, request: teacher_pb2.ScoreRequest, spec: TargetSpec, num_rows: list[int]
+    ) -> list[GivenIds | None]:
+        """Reads the ids that are given for the requested rows of each sequence, and checks them."""
+        if not spec.needs_given_ids:
+            if request.given_ids or request.given_counts:
+                raise invalid(
+                    "GIVEN_IDS_DO_NOT_FIT",
+                    f"given_ids are for targets of kind given_ids, the request asks for {spec}.",
+                    field="given_ids",
+                )
+            return [None] * len(num_rows)
+        try:
+            given = read_given_ids(request, sum(num_rows))
+        except ValueError as error:
+            raise invalid("GIVEN_IDS_DO_NOT_FIT", f"{error}.", field="given_ids") from None
+        largest = min(self.limits.max_top_k, self._effective)
+        if given.most > largest:
+            raise invalid(
+                "GIVEN_IDS_DO_NOT_FIT",
+                f"at most {largest} ids can be given for a row, got {given.most}. The operator sets "
+                "the limit with --targets.max-top-k.",
+                field="given_ids",
+            )
+        if int(given.token_ids.max()) >= self._effective:
+            raise invalid(
+                "TOKEN_ID_OUT_OF_RANGE",
+                f"given_ids has the id {int(given.token_ids.max())}; this teacher's ids are 0 to "
+                f"{self._effective - 1}. Use the teacher's tokenizer.",
+                field="given_ids",
+            )
+        ends = itertools.accumulate(num_rows)
+        return [
+            given[end - count : end] if count else None
+            for count, end in zip(num_rows, ends, strict=True)
+        ]
+
+    def _bound_replies(self, specs: list[TargetSpec], rows: list[Tensor]) -> list[int]:
         """Returns an upper bound of the bytes of each sequence's answer and checks their sum."""
         limit = self.limits.max_reply_nbytes
-        row_nbytes = spec.max_row_nbytes(self._vocab_size)
+        row_nbytes = [spec.max_row_nbytes(self._vocab_size) for spec in specs]
         sizes = [
-            math.ceil(len(wanted) * row_nbytes) + ANSWER_NBYTES if len(wanted) else 0
-            for wanted in rows
+            math.ceil(len(wanted) * nbytes) + ANSWER_NBYTES if len(wanted) else 0
+            for wanted, nbytes in zip(rows, row_nbytes, strict=True)
         ]
         if sum(sizes) > limit:
             raise invalid(
                 "REPLY_TOO_LARGE",
                 f"the answer to one request may have {limit} bytes, this one could have "
-                f"{sum(sizes)}. Ask for at most {int(limit / row_nbytes)} rows of {spec} at once, "
+                f"{sum(sizes)}. Ask for at most {int(limit / max(row_nbytes))} rows of {specs[0]} at once, "
                 "or keep fewer entries per row. The operator sets the limit with "
                 "--targets.max-reply-mib.",
                 field="targets",

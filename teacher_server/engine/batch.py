@@ -19,6 +19,8 @@ class RowRequest:
     temperature: float = 1.0
     uniforms: Tensor | None = None
     """(N,) float64 in [0, 1), for a spec that draws."""
+    given_ids: Tensor | None = None
+    """(N, M) int64, for a spec whose ids are given; a shorter row repeats its last id."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ PACKED_TILES = (16, 8)
 """So small that these sequences are in tiles of both sizes."""
 
 
-def _tolerance(model: TeacherModel) -> float:
+def head_tolerance(model: TeacherModel) -> float:
+    """Returns how far results may be apart that are rounded otherwise, as a share of the largest."""
     return 1e-4 if model.dtype == torch.float32 else 2e-2
 
 
@@ -43,7 +44,7 @@ def check_head(model: TeacherModel) -> None:
     expected = output.logits[0].float()
     scale = max(1.0, float(expected.abs().max()))
     worst = float((logits - expected).abs().max()) / scale
-    tolerance = _tolerance(model)
+    tolerance = head_tolerance(model)
     if not worst <= tolerance:
         raise ModelError(
             f"the logits of {model.architecture} differ from its head applied to its base "
@@ -81,7 +82,7 @@ def can_pack(model: TeacherModel) -> bool:
             first_line(error),
         )
         return False
-    if worst <= _tolerance(model):
+    if worst <= head_tolerance(model):
         return True
     logger.warning(
         "%s does not keep the sequences of a pack apart (error %.1e): it runs sequences one by "

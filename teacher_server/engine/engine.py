@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from logit_codec import Targets
 from teacher_server.engine.batch import PackTimes, RowRequest
 from teacher_server.engine.device import Device, Event, open_device
-from teacher_server.engine.head import ScoredRows, VocabularyHead
+from teacher_server.engine.head import ScoredRows, States, VocabularyHead
+from teacher_server.engine.layers import watch_layers
 from teacher_server.engine.model import TeacherModel
 from teacher_server.engine.packing import ROW_MULTIPLE, Pack, Packer
 from teacher_server.engine.products import LARGE, SMALL
@@ -156,29 +156,36 @@ class Engine:
         """Queues the scoring of one pack."""
         upload = self.device.upload
         start = self.device.mark()
-        hidden_TD = self.model.hidden_states(
-            upload(pack.token_ids), upload(pack.positions), upload(pack.cu_seqlens), pack
-        )
+        with watch_layers(self.model.causal_lm, _layers_of(requests, pack.members)) as kept:
+            hidden_TD = self.model.hidden_states(
+                upload(pack.token_ids), upload(pack.positions), upload(pack.cu_seqlens), pack
+            )
+        by_layer = {layer: state.flatten(0, -2) for layer, state in kept.items()}
+        if pack.tiling is not None:
+            by_layer = {layer: pack.tiling.from_tiles(state) for layer, state in by_layer.items()}
+        states = States(hidden_TD, by_layer)
         forwarded = self.device.mark()
-        return self._launch_head(hidden_TD, requests, pack.members, pack.starts, start, forwarded)
+        return self._launch_head(states, requests, pack.members, pack.starts, start, forwarded)
 
     def _launch_padded(
         self, members: Sequence[int], requests: Sequence[RowRequest]
     ) -> tuple[dict[int, ScoredRows], Marks]:
         """Queues the scoring of sequences of one canonical length."""
         start = self.device.mark()
-        hidden_BLD = self.model.padded_hidden_states(
-            [requests[index].token_ids for index in members]
-        )
+        with watch_layers(self.model.causal_lm, _layers_of(requests, members)) as kept:
+            hidden_BLD = self.model.padded_hidden_states(
+                [requests[index].token_ids for index in members]
+            )
+        by_layer = {layer: state.flatten(0, -2) for layer, state in kept.items()}
+        states = States(hidden_BLD.flatten(0, 1), by_layer)
         forwarded = self.device.mark()
-        length = hidden_BLD.shape[1]
-        starts = range(0, length * len(members), length)
-        hidden_TD = hidden_BLD.flatten(0, 1)
-        return self._launch_head(hidden_TD, requests, members, starts, start, forwarded)
+        num_tokens = len(states.hidden_TD)
+        starts = range(0, num_tokens, num_tokens // len(members))
+        return self._launch_head(states, requests, members, starts, start, forwarded)
 
     def _launch_head(
         self,
-        hidden_TD: Tensor,
+        states: States,
         requests: Sequence[RowRequest],
         members: Sequence[int],
         starts: Sequence[int],
@@ -186,7 +193,7 @@ class Engine:
         forwarded: Event,
     ) -> tuple[dict[int, ScoredRows], Marks]:
         """Queues the head, the selection and the copies."""
-        groups = self._head.select(hidden_TD, requests, members, starts)
+        groups = self._head.select(states, requests, members, starts)
         selected = self.device.mark()
         rows = self._head.download(groups)
         return rows, (start, forwarded, selected, self.device.mark())
@@ -203,3 +210,8 @@ class Engine:
             length = self.model.bucket_length(len(request.token_ids))
             groups.setdefault(length, []).append(index)
         return list(groups.values())
+
+
+def _layers_of(requests: Sequence[RowRequest], members: Sequence[int]) -> tuple[int, ...]:
+    """Returns the layers whose states any of the requests asks for."""
+    return tuple(sorted({n for index in members for n in requests[index].spec.feature_layers}))

@@ -9,12 +9,12 @@ products are made in tiles (products.py), and a chunk ends where the tiles of on
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from logit_codec import Selection, Targets, TargetSpec, select_rows
+from logit_codec import RowInputs, Selection, Targets, TargetSpec, select_rows
 from teacher_server.engine.batch import RowRequest
 from teacher_server.engine.device import Device
 from teacher_server.engine.model import TeacherModel
@@ -67,7 +67,7 @@ class VocabularyHead:
     @torch.inference_mode()
     def select(
         self,
-        hidden_TD: Tensor,
+        states: "States",
         requests: Sequence[RowRequest],
         members: Sequence[int],
         starts: Sequence[int],
@@ -80,13 +80,13 @@ class VocabularyHead:
         for member, start in zip(members, starts, strict=True):
             request = requests[member]
             groups.setdefault((request.spec, request.temperature), []).append((member, start))
-        buffer_CV = hidden_TD.new_empty(self.chunk_rows, self.model.vocab_size)
+        buffer_CV = states.hidden_TD.new_empty(self.chunk_rows, self.model.vocab_size)
         selected = []
         for (spec, temperature), group in groups.items():
             order = _Order.of(requests, group, self.large, self.small)
             rows = order.rows.upload(self._device)
             chunks = [
-                self._select_chunk(hidden_TD, buffer_CV, rows[some], tile, spec, temperature)
+                self._select_chunk(states, buffer_CV, rows[some], tile, spec, temperature)
                 for some, tile in order.chunks(self.chunk_rows)
             ]
             selected.append(SelectedGroup(order, chunks))
@@ -112,25 +112,42 @@ class VocabularyHead:
 
     def _select_chunk(
         self,
-        hidden_TD: Tensor,
+        states: "States",
         buffer_CV: Tensor,
         rows: "_Rows",
         tile: int,
         spec: TargetSpec,
         temperature: float,
     ) -> Selection:
-        """Projects some rows and selects from them."""
-        hidden_CD = hidden_TD.index_select(0, rows.index)
+        """Projects some rows, unless the spec needs no logits of them, and selects from them."""
+        hidden_CD = states.hidden_TD.index_select(0, rows.index)
         logits_CV = buffer_CV[: len(hidden_CD)]
-        self.model.logits_into(hidden_CD, logits_CV, tile)
-        logits_CV[:, self.model.effective_vocab_size :] = -torch.inf
-        return select_rows(
-            logits_CV,
-            spec,
-            temperature=temperature,
-            uniforms=rows.uniforms,
-            realized_ids=rows.realized_ids,
-        )
+        if spec.reads_logits:
+            self.model.logits_into(hidden_CD, logits_CV, tile)
+            logits_CV[:, self.model.effective_vocab_size :] = -torch.inf
+        inputs = rows.inputs
+        if spec.needs_hidden:
+            inputs = replace(inputs, hidden=hidden_CD)
+        if spec.feature_layers:
+            inputs = replace(inputs, features=states.features(spec.feature_layers, rows.index))
+        return select_rows(logits_CV, spec, temperature=temperature, **inputs.tensors())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class States:
+    """Holds the states of all tokens of a pack, on the device."""
+
+    hidden_TD: Tensor
+    """What the vocabulary head reads."""
+    by_layer: dict[int, Tensor] = field(default_factory=dict)
+    """(T, D) states after the layers that anybody asked for."""
+
+    def features(self, layers: tuple[int, ...], index: Tensor) -> Tensor:
+        """Returns (C, layers, D) states of some rows, as bfloat16."""
+        # What comes out of all layers has gone through the final norm, and is what the head reads.
+        states = [self.by_layer.get(layer, self.hidden_TD) for layer in layers]
+        rows = [state.index_select(0, index) for state in states]
+        return torch.stack([row.to(torch.bfloat16) for row in rows], 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,21 +156,26 @@ class _Rows:
 
     index: Tensor
     """(R,) int64: rows of the pack."""
-    realized_ids: Tensor
-    """(R,) int64: the tokens that really came next."""
-    uniforms: Tensor | None
-    """(R,) float64, for a spec that draws."""
+    inputs: RowInputs
+    """What a selection reads of them, as far as the requests say it."""
 
     def __getitem__(self, rows: slice) -> "_Rows":
-        uniforms = None if self.uniforms is None else self.uniforms[rows]
-        return _Rows(self.index[rows], self.realized_ids[rows], uniforms)
+        return _Rows(self.index[rows], self.inputs[rows])
 
     def upload(self, device: Device) -> "_Rows":
-        return _Rows(
-            device.upload(self.index),
-            device.upload(self.realized_ids),
-            None if self.uniforms is None else device.upload(self.uniforms),
-        )
+        uploaded = {name: device.upload(value) for name, value in self.inputs.tensors().items()}
+        return _Rows(device.upload(self.index), RowInputs(**uploaded))
+
+    @staticmethod
+    def cat(parts: Sequence["_Rows"], filler: int) -> "_Rows":
+        """Joins parts of requests for the same targets, and appends `filler` rows of zeros."""
+        tensors: dict[str, Tensor] = {}
+        for name, first in parts[0].inputs.tensors().items():
+            joined = torch.cat([part.inputs.tensors()[name] for part in parts])
+            rows = first.new_zeros(filler, *first.shape[1:])
+            tensors[name] = torch.cat([joined, rows]) if filler else joined
+        index = torch.cat([*(part.index for part in parts), parts[0].index.new_zeros(filler)])
+        return _Rows(index, RowInputs(**tensors))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,14 +214,7 @@ class _Order:
             if not is_rest:
                 num_large = at
         filler = -(at - num_large) % small
-        index = torch.cat([*(part.index for part in parts), parts[0].index.new_zeros(filler)])
-        realized = torch.cat([part.realized_ids for part in parts])
-        drawn = [part.uniforms for part in parts if part.uniforms is not None]
-        rows = _Rows(
-            index,
-            torch.nn.functional.pad(realized, (0, filler)),
-            torch.nn.functional.pad(torch.cat(drawn), (0, filler)) if drawn else None,
-        )
+        rows = _Rows.cat(parts, filler)
         found = tuple(
             _Places(member, tuple(slices))
             for (member, _), slices in zip(group, places, strict=True)
@@ -237,4 +252,9 @@ class SelectedGroup:
 
 
 def _rows_of(request: RowRequest, start: int) -> _Rows:
-    return _Rows(request.rows + start, request.token_ids[request.rows + 1], request.uniforms)
+    inputs = RowInputs(
+        realized_ids=request.token_ids[request.rows + 1],
+        uniforms=request.uniforms,
+        given_ids=request.given_ids,
+    )
+    return _Rows(request.rows + start, inputs)

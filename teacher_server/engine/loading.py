@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from logit_codec import CodecError, IdTable, tokenizer_fingerprint
 from logitstream.logs import first_line
-from teacher_server.engine.checks import can_pack, check_head
+from teacher_server.engine.checks import can_pack, check_head, head_tolerance
+from teacher_server.engine.client_head import make_client_head
 from teacher_server.engine.fingerprints import fingerprint_folder, fingerprint_state
 from teacher_server.engine.model import TeacherModel
 from teacher_server.errors import ModelError
@@ -167,7 +168,11 @@ def prepare(
             f"{vocab_size}. Fit it again with teacher-server fit-ids, or delete it."
         )
     check_head(model)
-    return replace(model, is_packed=packed and can_pack(model))
+    return replace(
+        model,
+        is_packed=packed and can_pack(model),
+        client_head=make_client_head(model, head_tolerance(model)),
+    )
 
 
 class _Passed:

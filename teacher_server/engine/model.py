@@ -19,10 +19,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from logit_codec import FORMAT_VERSION, IdTable
+from logit_codec import FORMAT_VERSION, IdTable, TargetSpec, TeacherHead
 from logit_codec.selection import ARITHMETIC as SELECTION_ARITHMETIC
 from teacher_server.engine.attention import NAME as PACKED_ATTENTION
 from teacher_server.engine.attention import packed_attention
+from teacher_server.engine.layers import find_layers
 from teacher_server.engine.packing import Pack
 from teacher_server.engine.products import InPlaceHead, TiledProducts
 
@@ -62,6 +63,8 @@ class TeacherModel:
     """What an engine adds to the fingerprint: the sizes that its bytes depend on."""
     id_table: IdTable | None = None
     """Fitted to this teacher by `teacher-server fit-ids`; shortens the ids of targets."""
+    client_head: TeacherHead | None = None
+    """The vocabulary head as clients can use it; None if they cannot."""
 
     @property
     def device(self) -> torch.device:
@@ -84,6 +87,32 @@ class TeacherModel:
     def own_attention(self) -> str:
         """The name of the attention that the model was loaded with."""
         return self.causal_lm.config._attn_implementation
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.causal_lm.get_output_embeddings().weight.shape[1]
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers have states that can be asked for; 0 if none have."""
+        layers = find_layers(self.causal_lm)
+        return 0 if layers is None else len(layers)
+
+    def complete(self, spec: TargetSpec) -> TargetSpec:
+        """Sets what a spec takes from the teacher. Raises ValueError for what it does not have."""
+        if spec.needs_hidden and self.client_head is None:
+            raise ValueError(
+                f"targets of kind hidden are not offered: {self.architecture} does more to its "
+                "logits than scale and cap them; use top_k or sampled"
+            )
+        if spec.feature_layers and spec.feature_layers[-1] > self.num_layers:
+            raise ValueError(
+                f"this teacher has layers 0 (the embeddings) to {self.num_layers}, got "
+                f"{spec.feature_layers[-1]}"
+            )
+        head = self.client_head
+        return spec.for_head("" if head is None else head.fingerprint, self.hidden_size)
 
     @property
     def has_experts(self) -> bool:

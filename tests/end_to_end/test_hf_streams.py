@@ -46,8 +46,8 @@ class Late(LocalTeacher):
 
     late_s = 0.0
 
-    def submit(self, token_ids, rows, options):
-        answer, future = super().submit(token_ids, rows, options).result(), Future()
+    def submit(self, piece, options):
+        answer, future = super().submit(piece, options).result(), Future()
         threading.Timer(self.late_s, future.set_result, (answer,)).start()
         return future
 

@@ -10,7 +10,7 @@ import pytest
 from protos import teacher_pb2
 from student_trainer import ProtocolError, TargetsCorrupt, TeacherError, TeacherOverloaded, connect
 from student_trainer.client import answers, dispatch, links, stalls
-from student_trainer.teachers.request import ScoreOptions
+from student_trainer.teachers.request import Piece, ScoreOptions
 from tests.support import tiny
 from tests.support.fleet import Fleet
 from tests.support.oracle import VOCAB, digest, within
@@ -296,7 +296,7 @@ def test_a_bug_in_writing_reaches_the_caller(fleet: Fleet, monkeypatch: pytest.M
 def test_what_is_submitted_while_another_thread_closes_is_an_error(fleet: Fleet):
     with connect(fleet.own[0]) as teacher:
         teacher._io.run(teacher._session.close())
-        future = teacher.submit(SEQUENCES[0], None, ScoreOptions.of("top_k:4", 1.0, 0, 0))
+        future = teacher.submit(Piece(SEQUENCES[0]), ScoreOptions.of("top_k:4", 1.0, 0, 0))
         with pytest.raises(TeacherError, match="closed"):
             future.result(20)
 

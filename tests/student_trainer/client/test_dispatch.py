@@ -31,7 +31,7 @@ from student_trainer.client import dispatch as dispatching
 from student_trainer.client.dispatch import Dispatch, Fate, Pending, assemble
 from student_trainer.client.remote import _request
 from student_trainer.teachers import stream as streaming
-from student_trainer.teachers.request import Answer, ScoreOptions
+from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 from student_trainer.teachers.stream import TargetStream, stream_sequences
 
 FINGERPRINT = "ab" * 32
@@ -103,9 +103,8 @@ class Client:
         self.items: dict[bytes, int] = {}
         self.numbers: set[int] = set()
 
-    def submit(self, token_ids: torch.Tensor, rows: Any, options: ScoreOptions) -> "Future[Answer]":
-        request, num_rows = _request(token_ids, rows, options)
-        pending = Pending(request, num_rows, PumpedFuture(self))
+    def submit(self, piece: Piece, options: ScoreOptions) -> "Future[Answer]":
+        pending = Pending(_request(piece, options), piece.num_rows, PumpedFuture(self))
         self.dispatch.submit(pending)
         self.submitted += 1
         return pending.future
@@ -480,7 +479,7 @@ def placed(count: int) -> tuple[Dispatch, dict[str, list[int]]]:
 
 def test_a_request_that_failed_at_two_links_goes_to_the_third():
     dispatch, _ = placed(3)
-    pending = Pending(_request(SEQUENCES[0], None, OPTIONS)[0], 2)
+    pending = Pending(_request(Piece(SEQUENCES[0]), OPTIONS), 2)
     dispatch.submit(pending)
     visited = []
     for _ in range(3):
@@ -496,12 +495,12 @@ def test_a_distrusted_link_is_asked_only_where_there_is_no_other():
     dispatch, sent = placed(2)
     dispatch.set_trusted("a", False)
     for sequence in SEQUENCES:
-        dispatch.submit(Pending(_request(sequence, None, OPTIONS)[0], len(sequence) - 1))
+        dispatch.submit(Pending(_request(Piece(sequence), OPTIONS), len(sequence) - 1))
     assert (len(sent["a"]), len(sent["b"])) == (0, len(SEQUENCES))
     dispatch.set_paused("b", True)
-    dispatch.submit(Pending(_request(SEQUENCES[0], None, OPTIONS)[0], 2))
+    dispatch.submit(Pending(_request(Piece(SEQUENCES[0]), OPTIONS), 2))
     assert len(sent["a"]) == 1
     dispatch.set_paused("b", False)
     dispatch.set_trusted("a", True)
-    dispatch.submit(Pending(_request(SEQUENCES[0], None, OPTIONS)[0], 2))
+    dispatch.submit(Pending(_request(Piece(SEQUENCES[0]), OPTIONS), 2))
     assert len(sent["a"]) == 2, "it has fewer outstanding tokens"

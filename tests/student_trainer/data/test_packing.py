@@ -45,7 +45,8 @@ def test_what_is_trained_are_the_documents_rows_whatever_they_are_packed_in(pack
     for start in range(0, len(rows), 7):
         batch = Collator(0)(rows[start : start + 7])
         assert batch["input_ids"].shape == batch["labels"].shape
-        for ids, trained in Layout.of(batch).pieces():
+        for piece in Layout.of(batch).pieces():
+            ids, trained = piece.token_ids, piece.rows
             found += [(tuple(ids[: at + 1].tolist()), int(ids[at + 1])) for at in trained.tolist()]
     assert sorted(found) == pairs(texts)
     assert all(len(row["input_ids"]) <= L for row in rows)
@@ -74,7 +75,8 @@ def test_a_student_and_a_teacher_see_each_isolated_document_alone():
         logits = model(**inputs, use_cache=False).logits
     layout = Layout.of(batch)
     alone = []
-    for ids, rows in layout.pieces():
+    for piece in layout.pieces():
+        ids, rows = piece.token_ids, piece.rows
         alone.append(tiny.dense_logits(model, ids)[rows])
     rows = layout.trained.flatten().nonzero()[:, 0]
     torch.testing.assert_close(

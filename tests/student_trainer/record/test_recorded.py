@@ -41,7 +41,7 @@ from student_trainer.record.provenance import Provenance
 from student_trainer.record.schema import Row
 from student_trainer.record.shards import DAMAGE, Shards
 from student_trainer.record.writer import Writer
-from student_trainer.teachers.request import Answer
+from student_trainer.teachers.request import Answer, Piece
 from tests.conftest import FORKSERVER, one_torch_thread
 from tests.support import tiny
 from tests.support.fleet import wait_until
@@ -511,7 +511,7 @@ def test_what_is_replayed_together_is_answered_one_by_one(live, tmp_path: Path):
         asked_for_all = threading.Event()
         record._worker.submit(asked_for_all.wait)
         options = record.make_options(None, 1.0, 0, 0)
-        futures = [record.submit(ids, None, options) for ids in SEQUENCES]
+        futures = [record.submit(Piece(ids), options) for ids in SEQUENCES]
         assert futures[given_up].cancel()
         asked_for_all.set()
         for number, (future, shard) in enumerate(zip(futures, found, strict=True)):

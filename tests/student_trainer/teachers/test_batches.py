@@ -5,13 +5,12 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from protos import teacher_pb2
 from student_trainer import InvalidRequest, TeacherError
 from student_trainer.client.remote import _request
 from student_trainer.teachers.layout import Layout
-from student_trainer.teachers.request import ScoreOptions
+from student_trainer.teachers.request import Piece, ScoreOptions
 from student_trainer.teachers.stream import stream_sequences
 from student_trainer.teachers.teacher import Teacher
 
@@ -55,7 +54,7 @@ def test_padding_may_hold_any_id():
     mask = torch.ones_like(IDS)
     mask[0, :4] = mask[1, 1:] = 0
     layout = Layout.of({"input_ids": IDS.where(mask > 0, -1), "attention_mask": mask.float()})
-    assert [(ids.tolist(), rows.tolist()) for ids, rows in layout.pieces()] == [
+    assert [(piece.token_ids.tolist(), piece.rows.tolist()) for piece in layout.pieces()] == [
         (list(range(5, 11)), list(range(5))),
         (list(range(21, 31)), list(range(9))),
     ]
@@ -79,7 +78,7 @@ def test_padding_may_hold_any_id():
 def test_documents_are_cut_wherever_the_batch_says_that_one_begins(marks):
     ids = torch.arange(10, 20)[None]
     layout = Layout.of({"input_ids": ids, **marks})
-    assert [piece.tolist() for piece, _ in layout.pieces()] == [
+    assert [piece.token_ids.tolist() for piece in layout.pieces()] == [
         [10, 11, 12],
         [13, 14, 15, 16],
         [17, 18, 19],
@@ -93,7 +92,7 @@ def test_padded_positions_are_no_documents():
     mask[0, :4] = mask[1, 7:] = 0
     positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
     layout = Layout.of({"input_ids": IDS, "attention_mask": mask, "position_ids": positions})
-    assert [len(rows) for _, rows in layout.pieces()] == [5, 6, 9]
+    assert [piece.num_rows for piece in layout.pieces()] == [5, 6, 9]
 
 
 @pytest.mark.parametrize(
@@ -134,8 +133,8 @@ class Noted(Teacher):
     def __init__(self) -> None:
         self.requests: list[teacher_pb2.ScoreRequest] = []
 
-    def submit(self, token_ids: Tensor, rows: Tensor | None, options: ScoreOptions) -> Future:
-        self.requests.append(_request(token_ids, rows, options)[0])
+    def submit(self, piece: Piece, options: ScoreOptions) -> Future:
+        self.requests.append(_request(piece, options))
         future: Future = Future()
         future.set_exception(TeacherError("nobody is here"))
         return future

@@ -18,7 +18,7 @@ from student_trainer.teachers.look_ahead import (
     Clock,
     make_look_ahead,
 )
-from student_trainer.teachers.request import Answer, ScoreOptions
+from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 from student_trainer.teachers.stream import TargetStream, stream_loader
 
 K = 4
@@ -45,9 +45,8 @@ class Teacher(Clock):
     def now(self) -> float:
         return self.now_s
 
-    def submit(
-        self, ids: torch.Tensor, rows: torch.Tensor | None, options: ScoreOptions
-    ) -> Future[Answer]:
+    def submit(self, piece: Piece, options: ScoreOptions) -> Future[Answer]:
+        ids = piece.token_ids
         future: Future[Answer] = Future()
         self.free_s = max(self.free_s, self.now_s) + self.token_s * len(ids)
         heapq.heappush(

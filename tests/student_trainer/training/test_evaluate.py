@@ -104,7 +104,8 @@ def test_of_padded_packed_and_masked_rows_the_trained_ones_are_measured(
     rows = list(lay_out(texts, 40, packing, Counts(), has_labels=True))
     nll, confidence, of_each = [], [], []
     for row in rows:
-        for ids, wanted in Layout.of(COLLATE([row])).pieces():
+        for piece in Layout.of(COLLATE([row])).pieces():
+            ids, wanted = piece.token_ids, piece.rows
             logprobs = tiny.dense_logits(model, ids).log_softmax(-1)[wanted]
             nll.append(-logprobs.gather(1, ids[wanted + 1][:, None])[:, 0])
             confidence.append(logprobs.exp().max(1).values)

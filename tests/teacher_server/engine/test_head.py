@@ -27,7 +27,7 @@ from logit_codec import (
 from teacher_server.engine.batch import RowRequest
 from teacher_server.engine.device import Device
 from teacher_server.engine.engine import Engine
-from teacher_server.engine.head import MAX_CHUNK_ROWS, MIN_TILE, VocabularyHead
+from teacher_server.engine.head import MAX_CHUNK_ROWS, MIN_TILE, States, VocabularyHead
 from teacher_server.engine.loading import prepare
 from teacher_server.engine.model import TeacherModel
 from teacher_server.engine.probe import is_exact
@@ -336,7 +336,7 @@ def memory_of_selection(
         draws = torch.rand(rows, dtype=torch.float64) if spec.needs_uniforms else None
         ids = torch.zeros(rows + 1, dtype=torch.int64)
         request = RowRequest(ids, torch.arange(rows), spec, temperature, draws)
-        (scored,) = head.download(head.select(hidden, [request], [0], [0])).values()
+        (scored,) = head.download(head.select(States(hidden), [request], [0], [0])).values()
         return [selection for selection, _ in scored.pieces]
 
     select(32)  # pages of code and the threads' own buffers come once, whatever the size
