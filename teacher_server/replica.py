@@ -144,6 +144,7 @@ class Replica:
             accounts=accounts,
             metrics=self.metrics,
             team_stats=team_stats,
+            head=model.client_head,
         )
 
     @classmethod

@@ -7,19 +7,21 @@ caller's thread pulls sequences, submits them and waits for futures.
 import logging
 import os
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, BinaryIO
 
+from logit_codec import TeacherHead
 from logitstream.connection import Address, Connection, Pem
 from logitstream.messages import fill_given_ids, fill_targets
 from protos import teacher_pb2
 from student_trainer.client.counters import Counters
 from student_trainer.client.dispatch import Pending
+from student_trainer.client.head_cache import load_head
 from student_trainer.client.io_thread import IoThread
 from student_trainer.client.session import Session
-from student_trainer.errors import ForkedClient, TeacherError
+from student_trainer.errors import ForkedClient, IncompatibleTeacher, TeacherError
 from student_trainer.teachers.compatibility import check_compatible
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions, row_mask
-from student_trainer.teachers.teacher import Teacher
+from student_trainer.teachers.teacher import NO_HEAD, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class RemoteTeacher(Teacher):
         self._pid = os.getpid()
         self._io = IoThread.shared()
         self._closed = False
+        self._head: TeacherHead | None = None
         self._session = Session(connection, patience_s)
         try:
             self._info = self._io.run(self._session.open(min(CONNECT_S, patience_s)))
@@ -110,6 +113,26 @@ class RemoteTeacher(Teacher):
         )
         self._io.call(self._session.submit, pending)
         return pending.future
+
+    def head(self) -> TeacherHead:
+        """Returns the teacher's vocabulary head: fetched once, then kept on disk.
+
+        Raises AccessDenied without the scope `hidden`, IncompatibleTeacher if the teacher has no such
+        head, and what `load_head` raises.
+        """
+        self.check_usable()
+        fingerprint = self._info.head_fingerprint
+        if not fingerprint:
+            raise IncompatibleTeacher(
+                f"{self._info.model} has no vocabulary head that clients can use: {NO_HEAD}"
+            )
+        if self._head is None:
+
+            def fetch(file: BinaryIO) -> None:
+                self._io.run(self._session.fetch_head(fingerprint, file))
+
+            self._head = load_head(fingerprint, fetch, "the teacher")
+        return self._head
 
     def check_usable(self) -> None:
         """Raises TeacherError if this teacher is closed or belongs to another process."""

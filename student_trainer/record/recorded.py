@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from logit_codec import Targets, TargetSpec
+from logit_codec import Targets, TargetSpec, TeacherHead
 from protos import teacher_pb2
+from student_trainer.client.head_cache import load_head
 from student_trainer.errors import ForkedClient, RecordError, TeacherError
 from student_trainer.record.catalog import Catalog, read_id_tables
 from student_trainer.record.folder import Folder
@@ -70,6 +71,7 @@ class Recorded(Teacher):
         self.counters = RecordCounters()
         self._pid = os.getpid()
         self._closed = False
+        self._head: TeacherHead | None = None
         self._fallback = fallback
         files = Folder(folder)
         writes = write and fallback is not None
@@ -164,6 +166,18 @@ class Recorded(Teacher):
         future: Future[Answer] = Future()
         self._answer(request, future)
         return future
+
+    def head(self) -> TeacherHead:
+        """Returns the recorded teacher's vocabulary head: the live teacher's, or the one on disk.
+
+        Raises TeacherError if this host has not fetched it.
+        """
+        if self._fallback is not None:
+            return self._fallback.head()
+        if self._head is None:
+            root = str(self._catalog.folder.root)
+            self._head = load_head(self._info.head_fingerprint, None, f"the record in {root}")
+        return self._head
 
     def close(self) -> None:
         """Seals what is not sealed yet. Raises RecordError if that fails."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from logit_codec import (
+    TeacherHead,
     decode_parts,
     encode_parts,
     ids_digest,
@@ -16,9 +17,9 @@ from logit_codec import (
 )
 from logitstream.messages import describe_model
 from protos import teacher_pb2
-from student_trainer.errors import InvalidRequest
+from student_trainer.errors import IncompatibleTeacher, InvalidRequest
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
-from student_trainer.teachers.teacher import Teacher
+from student_trainer.teachers.teacher import NO_HEAD, Teacher
 
 PART_NBYTES = 1 << 20
 """The size of the service's parts; where a sequence is split does not change what is decoded."""
@@ -53,6 +54,12 @@ class LocalTeacher(Teacher):
 
     def check_usable(self) -> None:
         """Never raises: a model in this process is always usable."""
+
+    def head(self) -> TeacherHead:
+        """Returns the model's own head. Raises IncompatibleTeacher if it is not a plain product."""
+        if self._model.client_head is None:
+            raise IncompatibleTeacher(f"{self._model.architecture} has no such head: {NO_HEAD}")
+        return self._model.client_head
 
     def close(self) -> None:
         """Does nothing: the model belongs to the caller."""

@@ -21,6 +21,8 @@ from student_trainer.teachers.position import is_stateful, read_position
 from student_trainer.teachers.request import Piece, ScoreOptions
 
 Item = TypeVar("Item")
+Finish = Callable[[Targets], Targets]
+"""Completes targets before they are handed out."""
 GiveIds = Callable[[Any], Any]
 """Returns, for a batch, ids for each trained position: what `GivenIds.of` takes."""
 
@@ -103,7 +105,9 @@ def stream_sequences(
     options: ScoreOptions,
     ahead: int,
     check_usable: Callable[[], None] = lambda: None,
+    *,
     given_ids: Iterable[Any] | None = None,
+    finish: Finish | None = None,
 ) -> TargetStream[Tensor]:
     """Implements `Teacher.stream` over a submit function."""
     if not isinstance(ahead, int) or ahead < 1:
@@ -120,7 +124,7 @@ def stream_sequences(
     def pairs(numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Tensor, Targets]]:
         answers = answer_in_order(requests(numbered), submit, LookAhead(ahead))
         for token_ids, (targets,) in answers:
-            yield token_ids, targets
+            yield token_ids, targets if finish is None else finish(targets)
 
     if given_ids is not None:
         sequences = _Zipped(sequences, given_ids)
@@ -133,7 +137,9 @@ def stream_loader(
     options: ScoreOptions,
     look_ahead: LookAhead,
     check_usable: Callable[[], None] = lambda: None,
+    *,
     given_ids: GiveIds | None = None,
+    finish: Finish | None = None,
 ) -> TargetStream[Any]:
     """Implements `Teacher.stream_batches` over a submit function.
 
@@ -155,7 +161,8 @@ def stream_loader(
 
     def pairs(numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Any, Targets]]:
         for batch, parts in answer_in_order(requests(numbered), submit, look_ahead):
-            yield batch, Targets.cat(parts)
+            targets = Targets.cat(parts)
+            yield batch, targets if finish is None else finish(targets)
 
     return TargetStream(loader, pairs, check_usable)
 

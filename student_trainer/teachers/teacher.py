@@ -1,7 +1,7 @@
 """Defines `Teacher`, which served, local and recorded teachers implement."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
@@ -9,11 +9,14 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from logit_codec import IdTable, TargetSpec
+from logit_codec import HiddenTargets, IdTable, Targets, TargetSpec, TeacherHead
 from protos import teacher_pb2
+from student_trainer.errors import TeacherError
 from student_trainer.teachers.look_ahead import LookAhead, make_look_ahead
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 from student_trainer.teachers.stream import GiveIds, TargetStream, stream_loader, stream_sequences
+
+NO_HEAD = "use top_k or sampled targets"
 
 
 class Teacher(ABC):
@@ -43,6 +46,22 @@ class Teacher(ABC):
     @abstractmethod
     def check_usable(self) -> None:
         """Raises TeacherError if the teacher is closed, or was made in another process."""
+
+    def head(self) -> TeacherHead:
+        """Returns the teacher's vocabulary head, for targets of kind `hidden`. Raises TeacherError."""
+        raise TeacherError(f"this teacher has no vocabulary head to give: {NO_HEAD}")
+
+    def _finisher(self, options: ScoreOptions) -> Callable[[Targets], Targets] | None:
+        """Returns what completes targets before they are handed out."""
+        if not options.spec.needs_hidden:
+            return None
+        head = self.head()
+
+        def finish(targets: Targets) -> Targets:
+            assert isinstance(targets, HiddenTargets)
+            return targets.with_head(head)
+
+        return finish
 
     def make_options(
         self, targets: str | TargetSpec | None, temperature: float, seed: int, epoch: int
@@ -77,7 +96,13 @@ class Teacher(ABC):
         options = replace(options, interactive=interactive)
         ahead = self.default_ahead if ahead is None else ahead
         return stream_sequences(
-            self.submit, sequences, options, ahead, self.check_usable, given_ids
+            self.submit,
+            sequences,
+            options,
+            ahead,
+            self.check_usable,
+            given_ids=given_ids,
+            finish=self._finisher(options),
         )
 
     def stream_batches(
@@ -105,7 +130,15 @@ class Teacher(ABC):
         options = self.make_options(targets, temperature, seed, epoch)
         ahead = self.default_look_ahead if ahead is None else ahead
         look_ahead = make_look_ahead(ahead, options.spec, self.info)
-        return stream_loader(self.submit, loader, options, look_ahead, self.check_usable, given_ids)
+        return stream_loader(
+            self.submit,
+            loader,
+            options,
+            look_ahead,
+            self.check_usable,
+            given_ids=given_ids,
+            finish=self._finisher(options),
+        )
 
     def compute_logprobs(self, token_ids: Any, *, temperature: float = 1.0) -> Tensor:
         """Returns (L-1,) float32: the teacher's logprob of each token but the first of a sequence.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import xxhash
 
-from logit_codec import Targets, TargetSpec
+from logit_codec import Targets, TargetSpec, TeacherHead
 from protos import teacher_pb2
 from student_trainer.teachers.look_ahead import LookAhead
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
@@ -38,6 +38,9 @@ class ShuffledTeacher(Teacher):
 
     def close(self) -> None:
         """Leaves the teacher as it is: it belongs to somebody else."""
+
+    def head(self) -> TeacherHead:
+        return self._teacher.head()
 
     def check_usable(self) -> None:
         self._teacher.check_usable()

@@ -50,6 +50,7 @@ RULES: Mapping[str, Rule] = {
     f"{TEACHER}/Describe": Rule(),
     f"{TEACHER}/Score": Rule(scope="score"),
     f"{TEACHER}/FetchIdTable": Rule(),
+    f"{TEACHER}/FetchHead": Rule(scope="hidden"),
     f"{TEACHER}/Usage": Rule(),  # whose usage: the handler asks for the scope admin
     f"{TEACHER}/Status": Rule(),  # likewise
     "/grpc.health.v1.Health/Check": Rule(everybody=True),

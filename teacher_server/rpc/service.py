@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 
+from logit_codec import TeacherHead
+from logit_codec.teacher_head import HeadFile
 from protos import teacher_pb2, teacher_pb2_grpc
 from teacher_server.admission.access import current_caller
 from teacher_server.admission.requests import Admission
@@ -30,6 +32,8 @@ from teacher_server.teams.declaration import Team
 
 logger = logging.getLogger(__name__)
 
+HEAD_CHUNK_NBYTES = 1 << 20
+
 
 class TeacherService(teacher_pb2_grpc.TeacherServicer):
     """Answers the RPCs; a Score stream is handed to `ScoreStream`."""
@@ -43,7 +47,10 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         accounts: Accounts,
         metrics: Metrics,
         team_stats: TeamStats,
+        head: TeacherHead | None = None,
     ) -> None:
+        """head: what FetchHead streams."""
+        self._head = head
         self._description = description
         self._admission = admission
         self._pipeline = pipeline
@@ -109,6 +116,30 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 field="digest",
             )
         return teacher_pb2.FetchIdTableResponse(data=table.to_bytes())
+
+    async def FetchHead(
+        self, request: teacher_pb2.FetchHeadRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[teacher_pb2.HeadChunk]:
+        head = self._head
+        if head is None or request.fingerprint != head.fingerprint:
+            raise RequestRefused(
+                grpc.StatusCode.NOT_FOUND,
+                "UNKNOWN_HEAD",
+                f"there is no vocabulary head {quoted(request.fingerprint)} here; Describe names the "
+                "one of this teacher.",
+                field="fingerprint",
+            )
+        file = HeadFile(head)
+        if request.offset > file.nbytes:
+            raise invalid(
+                "OFFSET_OUT_OF_RANGE",
+                f"this head has {file.nbytes} bytes, got offset {request.offset}.",
+                field="offset",
+            )
+        # gRPC waits for a slow reader before it takes the next chunk, so one is held at a time.
+        for offset in range(request.offset, file.nbytes, HEAD_CHUNK_NBYTES):
+            data = await asyncio.to_thread(file.read, offset, HEAD_CHUNK_NBYTES)
+            yield teacher_pb2.HeadChunk(offset=offset, data=data, total_bytes=file.nbytes)
 
     async def Usage(
         self, request: teacher_pb2.UsageRequest, context: grpc.aio.ServicerContext
