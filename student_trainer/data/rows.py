@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -243,7 +243,7 @@ def _look_through(shards: Sequence[Shard], plan: Plan, label: str) -> None:
         for shard in files:
             for place, row in shard.rows():
                 plan.columns[shard.group].check(row, place)
-                num_characters += sum(len(one) for one in row.values() if isinstance(one, str))
+                num_characters += _count_characters(row)
                 num_texts += 1
                 progress.update()
     if files:
@@ -254,6 +254,17 @@ def _look_through(shards: Sequence[Shard], plan: Plan, label: str) -> None:
             "1 text" if num_texts == 1 else f"{num_texts:,} texts",
             "1 file" if len(files) == 1 else f"{len(files):,} files",
         )
+
+
+def _count_characters(value: Any) -> int:
+    """Counts the characters of all texts in a row: in its columns, or in the messages of a chat."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_count_characters, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_count_characters, value))
+    return 0
 
 
 def _fingerprint(

@@ -24,6 +24,15 @@ UNKNOWN = "unknown"
 """What the hub calls a license that is not known."""
 SCORES = {"loss": "nats", "accuracy": "%", "top1_agreement": "%", "calibration_error": "%"}
 """Columns of the table of results, and their units."""
+DIVERGENCES = {
+    "forward_kl": "forward KL",
+    "reverse_kl": "reverse KL",
+    "jsd": "Jensen-Shannon divergence",
+    "skew_kl": "skew KL",
+    "skew_reverse_kl": "skew reverse KL",
+    "total_variation": "total variation",
+}
+"""As the card names them."""
 STUDENTS = {
     "teacher": "teacher",
     "distilled": "**this student**",
@@ -149,7 +158,10 @@ def _make_metadata(
 
 def _list_facts(results: Results, report: Mapping[str, Any]) -> dict[str, str]:
     teacher, settings = results.teacher, results.settings
-    loss = f"{settings['kd_weight']:g} x forward KL from the teacher"
+    divergence = settings.get("divergence", "forward_kl")
+    loss = f"{settings['kd_weight']:g} x {DIVERGENCES.get(divergence, divergence)} from the teacher"
+    if settings.get("beta") is not None:
+        loss += f" (beta {settings['beta']:g})"
     if settings["ce_weight"]:
         loss += f" + {settings['ce_weight']:g} x cross-entropy on the text"
     weights = "random weights"
