@@ -113,7 +113,8 @@ class HiddenTargets(Targets):
     """Turns the states into logits; a connected teacher sets it (`teacher.head()`)."""
 
     def __post_init__(self) -> None:
-        if self.values.dtype not in (torch.int8, torch.bfloat16) or self.values.dim() != 2:
+        is_good = self.values.dtype in (torch.int8, torch.bfloat16) and self.values.dim() == 2
+        if not is_good or self.values.shape[1] == 0:
             raise ValueError(
                 f"values must be (R, D) int8 or bfloat16, got {self.values.dtype} of shape "
                 f"{tuple(self.values.shape)}"

@@ -611,7 +611,7 @@ NAN = math.nan
         (TOP_K, 4, "B", 0, "version 0 is not supported"),
         (TOP_K, 4, "B", 2, "version 2 is not supported.*reads version 1.*[Uu]pgrade"),
         (TOP_K, 5, "B", 0, "kind number 0"),
-        (TOP_K, 5, "B", 4, "kind number 4"),
+        (TOP_K, 5, "B", 8, "kind number 8"),
         (TOP_K, 6, "B", 0, "id coding 0"),
         (TOP_K, 6, "B", 2, "occupancy plane has 2 entries, not 3"),
         (TOP_K, 6, "B", 3, "id coding 3"),
@@ -640,8 +640,8 @@ NAN = math.nan
         (TOP_K, 32, "d", -1.0, "temperature must be positive and finite, got -1.0"),
         (TOP_K, 32, "d", INF, "temperature must be positive and finite, got inf"),
         (TOP_K, 32, "d", NAN, "temperature must be positive and finite, got nan"),
-        (TOP_K, 40, "B", 1, "id table 0100.* is named, but id coding 1 takes none"),
-        (TOP_K, 55, "B", 1, "id table .*01 is named, but id coding 1 takes none"),
+        (TOP_K, 40, "B", 1, "header names 0100.*, but id coding 1 of top_k takes none"),
+        (TOP_K, 55, "B", 1, "header names .*01, but id coding 1 of top_k takes none"),
         (TOP_K, 56, "I", 0b1111, "do not add up"),
         (TOP_K, 56, "I", 0b0011, "do not add up"),
         (TOP_K, 56, "I", 0b10110, "padding of the counts plane"),
@@ -1171,7 +1171,7 @@ measure(
     vocab_size=1024,
     max_entries=8,
     num_entries=8192,
-    id_table=table.digest,
+    needed=table.digest,
 )
 """
 
