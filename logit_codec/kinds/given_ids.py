@@ -95,8 +95,7 @@ class GivenIdsSpec(TargetSpec):
 
     def compact(self, columns: dict[str, Tensor], common: dict[str, Any]) -> "GivenIdsTargets":
         ids_RM = columns["ids"].long()
-        is_first_RM = torch.ones_like(ids_RM, dtype=torch.bool)
-        torch.ne(ids_RM[:, 1:], ids_RM[:, :-1], out=is_first_RM[:, 1:])
+        is_first_RM = _is_first(ids_RM)
         ranks = columns.get("ranks")
         return GivenIdsTargets(
             row_splits=row_splits_of(is_first_RM.sum(1)),
@@ -288,12 +287,16 @@ def _tail_logprob(masses: RowMasses, ids_RM: Tensor, logprobs_RM: Tensor) -> Ten
     left_R = (left_RM.double().where(is_leader_RM, 0.0) / scale_R1).sum(1)
     shares_RB = masses.shares_RB.scatter_(1, blocks_RM, 0.0)
     rest_R = left_R + shares_RB.sum(1)
-    is_first_RM = torch.ones_like(ids_RM, dtype=torch.bool)
-    torch.ne(ids_RM[:, 1:], ids_RM[:, :-1], out=is_first_RM[:, 1:])
-    given_R = logprobs_RM.exp().where(is_first_RM, 0.0).sum(1)
+    given_R = logprobs_RM.exp().where(_is_first(ids_RM), 0.0).sum(1)
     # Of 1 - given and the sum of the rest, each is exact where the other one cancels.
     tail_R = torch.where(given_R < 0.5, torch.log1p(-given_R), rest_R.log())
     return tail_R.clamp_(max=0.0).float()
+
+
+def _is_first(ids_RM: Tensor) -> Tensor:
+    """Returns (R, M) bool: false where an ascending id repeats the one before it."""
+    changes_RM = ids_RM[:, 1:] != ids_RM[:, :-1]
+    return torch.nn.functional.pad(changes_RM, (1, 0), value=True)
 
 
 def _count_likelier(logits: Tensor, given_RM: Tensor) -> Tensor:
