@@ -185,7 +185,7 @@ class Features(Kind[FeaturesTargets]):
             _check_layers(layers)
         except ValueError as error:
             raise CodecError(str(error)) from None
-        values = read_states(reader, header.num_rows * num_layers * size, 16)
+        values = read_states(reader, "values", header.num_rows * num_layers * size, 16)
         targets = FeaturesTargets(
             vocab_size=header.vocab_size,
             temperature=header.temperature,

@@ -120,7 +120,7 @@ def read(
     need(digest == data[-16:], "digest")
 
     # What is known from the header alone has to be there before anything else is looked at.
-    end_bits = {"tail": rows * 32} if kind == 2 else {"scale": rows * 32} if value_bits == 8 else {}
+    end_bits = {"tail": rows * 32} if kind == 2 else {"scale": rows * 16} if value_bits == 8 else {}
     if kind == 4:
         end_bits["tail"] = rows * 32
         if flags & 8:
@@ -174,7 +174,7 @@ def read(
         plain.tail = list(struct.unpack(f"<{rows}f", plane["tail"]))
         check_masses(plain) if kind == 4 else read_logprobs(plain)
     if "scale" in plane:
-        plain.scale = list(struct.unpack(f"<{rows}f", plane["scale"]))
+        plain.scale = [float_of_bits(code << 16) for code in numbers(plane["scale"], rows, 16)]
         need(all(0 <= value < math.inf for value in plain.scale), "scale")
     if "ranks" in plane:
         width = max(1, (vocab_size - 1).bit_length())
