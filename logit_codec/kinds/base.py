@@ -159,6 +159,8 @@ class Kind(ABC, Generic[TargetsT]):
     """None for a kind that no loss can use."""
     id_codings: ClassVar[tuple[int, ...]]
     value_bits: ClassVar[tuple[int, ...]]
+    default_bits: ClassVar[int] = 7
+    """Bits per logprob of `encode`, for a kind that has a choice of them there."""
     scope: ClassVar[str] = "score"
     """What a team must be allowed to do to ask for it."""
     flags: ClassVar[int] = ROW_FIELD_FLAGS
@@ -236,8 +238,8 @@ class SparseKind(Kind[SparseT]):
 
     def find_needed(
         self, header: Header, id_tables: Sequence[IdTable], given_ids: GivenIds | None
-    ) -> IdTable | None:
-        """Finds the table that the header names; None for the built-in identity."""
+    ) -> Any:
+        """Finds the `IdTable` that the header names; None for the built-in identity."""
         if header.needed == IDENTITY_DIGEST:
             return None
         if header.id_coding != ELIAS_FANO_IDS:

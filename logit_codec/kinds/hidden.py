@@ -58,7 +58,7 @@ class HiddenSpec(TargetSpec):
     def max_row_nbytes(self, vocab_size: int) -> float:
         size = self.hidden_size or USUAL_SIZE
         common = TargetSpec.max_row_nbytes(self, vocab_size)
-        return size * self.bits / 8 + (4 if self.bits == 8 else 0) + common
+        return size * self.bits / 8 + (2 if self.bits == 8 else 0) + common
 
     def max_decoded_row_nbytes(self, vocab_size: int) -> float:
         common = TargetSpec.max_decoded_row_nbytes(self, vocab_size)
@@ -73,7 +73,8 @@ class HiddenSpec(TargetSpec):
         if self.bits == 16:
             return {"values": hidden_RD.to(torch.bfloat16)}
         hidden_RD = hidden_RD.float()
-        scale_R = hidden_RD.abs().amax(1) / LARGEST
+        # A scale that is rounded to 8 bits costs nothing: no code grows by half a step.
+        scale_R = (hidden_RD.abs().amax(1) / LARGEST).to(torch.bfloat16).float()
         codes_RD = hidden_RD / scale_R.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         return {"values": codes_RD.round_().to(torch.int8), "scale": scale_R}
 
@@ -106,14 +107,16 @@ class HiddenTargets(Targets):
     values: Tensor
     """(R, D) int8 or bfloat16."""
     scale: Tensor | None = None
-    """(R,) float32: what int8 values are multiplied with."""
+    """(R,) float32: what int8 values are multiplied with. A container has it as bfloat16, and so does
+    what `select` makes."""
     head_fingerprint: str
     """Names the head that the states are for."""
     head: TeacherHead | None = None
     """Turns the states into logits; a connected teacher sets it (`teacher.head()`)."""
 
     def __post_init__(self) -> None:
-        if self.values.dtype not in (torch.int8, torch.bfloat16) or self.values.dim() != 2:
+        is_good = self.values.dtype in (torch.int8, torch.bfloat16) and self.values.dim() == 2
+        if not is_good or self.values.shape[1] == 0:
             raise ValueError(
                 f"values must be (R, D) int8 or bfloat16, got {self.values.dtype} of shape "
                 f"{tuple(self.values.shape)}"
@@ -237,11 +240,11 @@ class Hidden(Kind[HiddenTargets]):
         count = header.num_rows * header.max_entries
         sizes: dict[str, int | None] = {"values": bitpack.num_words(count, header.value_bits)}
         if header.value_bits == 8:
-            sizes["scale"] = header.num_rows
+            sizes["scale"] = bitpack.num_words(header.num_rows, 16)
         return sizes
 
     def check_rows(self, targets: HiddenTargets, check: RowCheck) -> None:
-        values = targets.values if targets.scale is None else targets.scale
+        values = targets.values if targets.scale is None else targets.scale.to(torch.bfloat16)
         bad = ~torch.isfinite(values)
         check.refuse(bad if bad.dim() == 1 else bad.any(1), "its states are not finite numbers")
         if targets.scale is not None:
@@ -250,7 +253,7 @@ class Hidden(Kind[HiddenTargets]):
     def write(self, targets: HiddenTargets, bits: int, id_table: IdTable | None) -> Content:
         planes = [raw_words(targets.values.reshape(-1))]
         if targets.scale is not None:
-            planes.append(raw_words(targets.scale))
+            planes.append(raw_words(targets.scale.to(torch.bfloat16)))
         return Content(
             planes,
             value_bits=8 * targets.values.element_size(),
@@ -260,8 +263,10 @@ class Hidden(Kind[HiddenTargets]):
 
     def read(self, reader: PlaneReader, header: Header, needed: Any) -> HiddenTargets:
         num_rows, size = header.num_rows, header.max_entries
-        values = read_states(reader, num_rows * size, header.value_bits)
-        scale = torch.from_numpy(reader.take_floats("scale")) if header.value_bits == 8 else None
+        values = read_states(reader, "values", num_rows * size, header.value_bits)
+        scale = None
+        if header.value_bits == 8:
+            scale = read_states(reader, "scale", num_rows, 16).float()
         targets = HiddenTargets(
             vocab_size=header.vocab_size,
             temperature=header.temperature,
@@ -276,11 +281,11 @@ class Hidden(Kind[HiddenTargets]):
         return targets
 
 
-def read_states(reader: PlaneReader, count: int, bits: int) -> Tensor:
-    """Reads the plane `values`: (count,) int8 or bfloat16. Raises CodecError for bad padding."""
-    raw = reader.take("values").raw_bytes()
+def read_states(reader: PlaneReader, name: str, count: int, bits: int) -> Tensor:
+    """Reads a plane of (count,) int8 or bfloat16. Raises CodecError for bad padding."""
+    raw = reader.take(name).raw_bytes()
     if raw[count * bits // 8 :].any():
-        raise CodecError("the padding of the values plane is not zero")
+        raise CodecError(f"the padding of the {name} plane is not zero")
     if bits == 8:
         return torch.from_numpy(raw.view(np.int8))[:count]
     return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)[:count]

@@ -102,19 +102,21 @@ def check_tail_entries(
     targets: TailTargets,
     rows: Tensor,
     check: RowCheck,
-    may_keep_nothing: bool = False,
+    *,
+    any_ids: bool = False,
     tolerance: float = 1e-3,
 ) -> None:
     """Raises CodecError for logprobs that are not finite, or do not add up to 1 with the tail.
 
-    rows: (E,), of each entry. may_keep_nothing: the kept mass may round to 0. tolerance: of the sum.
+    rows: (E,), of each entry. any_ids: the ids may have probability 0, alone and all together.
+    tolerance: of the sum.
     """
     tail = targets.tail_logprob
-    bad = ~torch.isfinite(targets.logprobs)
+    bad = ~(targets.logprobs < torch.inf) if any_ids else ~torch.isfinite(targets.logprobs)
     if bool(torch.isnan(tail).any()):
         bad |= torch.isnan(tail)[rows]
     check.refuse(bad, "its logprobs are not finite numbers", rows)
-    if may_keep_nothing:
+    if any_ids:
         check.refuse(tail > 0, "its tail logprob is above 0")
     else:
         check.refuse(tail >= 0, "its tail logprob is not below 0: nothing would be kept")
