@@ -248,14 +248,16 @@ class Sampled(_message.Message):
     def __init__(self, n: _Optional[int] = ...) -> None: ...
 
 class TopK(_message.Message):
-    __slots__ = ("k", "min_p", "bits")
+    __slots__ = ("k", "min_p", "bits", "top_p")
     K_FIELD_NUMBER: _ClassVar[int]
     MIN_P_FIELD_NUMBER: _ClassVar[int]
     BITS_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
     k: int
     min_p: float
     bits: int
-    def __init__(self, k: _Optional[int] = ..., min_p: _Optional[float] = ..., bits: _Optional[int] = ...) -> None: ...
+    top_p: float
+    def __init__(self, k: _Optional[int] = ..., min_p: _Optional[float] = ..., bits: _Optional[int] = ..., top_p: _Optional[float] = ...) -> None: ...
 
 class GivenIds(_message.Message):
     __slots__ = ("bits", "ranks")

@@ -29,6 +29,7 @@ SPECS = (
     "top_k:64,entropy=1",
     "top_k:min_p=1/256,max_k=128",
     "top_k:min_p=1e-9,max_k=40",
+    "top_k:top_p=0.95,max_k=128",
     "dense:f32,entropy=1",
     "dense:bf16",
     "given_ids:entropy=1",

@@ -242,6 +242,32 @@ def test_min_p_keeps_every_id_from_min_p_on_up_to_the_cap(vocab_size, temperatur
         assert oracle.kept_ids(select(logits, spec, temperature=temperature)) == expected
 
 
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_top_p_keeps_the_smallest_set_whose_mass_reaches_it_up_to_the_cap(vocab_size, temperature):
+    logits = make_logits("random", 8, vocab_size, seed=2)
+    probabilities = oracle.logprobs(logits, temperature).exp()
+    ranking = oracle.ranking(logits)
+    ranked = probabilities.gather(1, ranking)
+    before = ranked.cumsum(1) - ranked  # the mass of likelier ids
+    for top_p, min_p, cap in ((0.95, 0.0, 128), (0.95, 0.0, 3), (0.5, 0.0, 1000), (0.9, 0.01, 64)):
+        # No sum is so near to top_p that float32 could take it for the other side.
+        assert ((before[:, :cap] / top_p - 1).abs() > 1e-6).all()
+        sizes = ((before < top_p) & (ranked >= min_p)).sum(1).clamp(1, cap).tolist()
+        expected = [sorted(row[:size]) for row, size in zip(ranking.tolist(), sizes, strict=True)]
+        spec = TopKSpec(cap, top_p=top_p, min_p=min_p, realized=False)
+        targets = select(logits, spec, temperature=temperature)
+        assert oracle.kept_ids(targets) == expected
+        assert isinstance(targets, TopKTargets)
+        check_entries_and_tail(targets, oracle.logprobs(logits, temperature))
+
+
+def test_top_p_ends_with_the_id_that_reaches_it_exactly():
+    for top_p, size in ((0.75, 192), (0.7501, 193), (1e-9, 1), (1.0, 256)):
+        targets = select(torch.zeros(1, 256), TopKSpec(300, top_p=top_p, realized=False))
+        assert oracle.kept_ids(targets) == [list(range(size))]
+
+
 def test_min_p_keeps_an_id_that_is_exactly_at_min_p():
     spec = TopKSpec(300, min_p=1 / 256, realized=False)
     assert oracle.kept_ids(select(torch.zeros(1, 256), spec)) == [list(range(256))]
@@ -293,7 +319,8 @@ def test_padding_columns_of_minus_inf_get_probability_zero_and_change_nothing_el
 
 
 @pytest.mark.parametrize(
-    "text", ["top_k:4", "top_k:min_p=1/256,max_k=4", "dense:f32", "dense:bf16"]
+    "text",
+    [*("top_k:4", "top_k:min_p=1/256,max_k=4", "top_k:top_p=0.9"), "dense:f32", "dense:bf16"],
 )
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, "all -inf"])
@@ -375,6 +402,9 @@ def test_a_k_above_the_vocabulary_is_refused_but_not_a_cap():
     with pytest.raises(ValueError, match="at most the 17 ids of the vocabulary, got 18"):
         select(logits, TopKSpec(18, realized=False))
     targets = select(logits, TopKSpec(18, min_p=1e-30, realized=False))
+    assert oracle.kept_ids(targets) == [list(range(17))] * 3
+    flat = torch.zeros(3, 17)
+    targets = select(flat, TopKSpec(18, top_p=1.0, realized=False))
     assert oracle.kept_ids(targets) == [list(range(17))] * 3
 
 

@@ -23,6 +23,8 @@ DOCUMENTED = {
     "top_k:64": TopKSpec(64),
     "top_k:64,bits=16": TopKSpec(64, bits=16),
     "top_k:min_p=1/256,max_k=128,bits=7": TopKSpec(128, min_p=1 / 256, bits=7),
+    "top_k:top_p=0.95,max_k=128": TopKSpec(128, top_p=0.95),
+    "top_k:top_p=0.95,min_p=1/1024": TopKSpec(128, top_p=0.95, min_p=1 / 1024),
     "sampled": SampledSpec(64),
     "sampled:256": SampledSpec(256),
     "sampled:16,realized=0,log_z=1": SampledSpec(16, realized=False, log_z=True),
@@ -87,6 +89,7 @@ SPECS = st.one_of(
         k=st.integers(1, 2**31 - 1),
         min_p=st.just(0.0) | st.floats(0.0, 1.0),
         bits=st.sampled_from(CODE_BITS),
+        top_p=st.just(0.0) | st.floats(0.0, 1.0),
         **FLAGS,
     ),
     st.builds(SampledSpec, n=st.integers(1, 65_536), **FLAGS),
@@ -113,6 +116,7 @@ def test_a_string_names_only_the_flags_that_differ_from_the_default():
     assert str(TopKSpec(64)) == "top_k:64,bits=7"
     assert str(TopKSpec(64, entropy=True, log_z=False)) == "top_k:64,bits=7,entropy=1,log_z=0"
     assert str(TopKSpec(9, min_p=0.25, bits=5)) == "top_k:min_p=0.25,max_k=9,bits=5"
+    assert str(TopKSpec(9, top_p=0.9)) == "top_k:top_p=0.9,max_k=9,bits=7"
     assert str(DenseSpec(16, realized=False)) == "dense:bf16,realized=0"
     assert str(SampledSpec()) == "sampled:64"
     assert str(SampledSpec(16, log_z=True)) == "sampled:16,log_z=1"
@@ -151,14 +155,17 @@ LAYERS = "1 to 64 ascending numbers from 0 to 1000000"
         ("top_k:64,65", "'65'", "name=value"),
         ("top_k:bits=7,64", "'64'", "name=value"),
         ("top_k:64,bits=7,bits=16", "'bits'", "twice"),
-        ("top_k:64,k=65", "'k'", f"min_p, max_k, bits, {OPTIONS}"),
-        ("top_k:64,=1", "''", f"min_p, max_k, bits, {OPTIONS}"),
+        ("top_k:64,k=65", "'k'", f"min_p, top_p, max_k, bits, {OPTIONS}"),
+        ("top_k:64,=1", "''", f"min_p, top_p, max_k, bits, {OPTIONS}"),
         ("top_k:64,realised=1", "'realised'", OPTIONS),
         ("top_k:64,realized=yes", "'yes'", "0 or 1"),
         ("top_k:64,entropy=2", "'2'", "0 or 1"),
         ("top_k:64,log_z=", "''", "0 or 1"),
         ("top_k:64,min_p=1/256", "min_p", "fixed number of entries"),
         ("top_k:64,max_k=128", "max_k", "fixed number of entries"),
+        ("top_k:64,top_p=0.9", "top_p", "fixed number of entries"),
+        ("top_k:top_p=0", "0.0", "greater than 0"),
+        ("top_k:top_p=95", "95.0", "between 0 and 1"),
         ("top_k:min_p=0,max_k=8", "0.0", "greater than 0"),
         ("top_k:min_p=-1,max_k=8", "-1.0", "greater than 0"),
         ("top_k:min_p=1.5,max_k=8", "1.5", "between 0 and 1"),

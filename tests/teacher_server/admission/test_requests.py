@@ -117,6 +117,7 @@ def test_targets_become_a_spec(admission: Admission) -> None:
 
     top_k = teacher_pb2.TopK(k=5, min_p=0.25, bits=16)
     assert spec_of(top_k=top_k) == TopKSpec(k=5, min_p=0.25, bits=16)
+    assert spec_of(top_k=teacher_pb2.TopK(k=5, top_p=0.5, bits=7)) == TopKSpec(k=5, top_p=0.5)
     assert spec_of(dense=teacher_pb2.Dense(bits=16)) == DenseSpec(bits=16)
     assert spec_of(
         top_k=top_k, omit_realized_logprob=True, entropy=True, omit_log_z=True
@@ -352,6 +353,11 @@ REFUSALS: dict[str, tuple[Change, str, str, int | None, list[str]]] = {
         lambda r: setattr(r.targets.top_k, "min_p", float("nan")),
         *("BAD_TARGETS", "targets.top_k", None),
         ["between 0 and 1", "got nan"],
+    ),
+    "top_p above 1": (
+        lambda r: setattr(r.targets.top_k, "top_p", 95),
+        *("BAD_TARGETS", "targets.top_k", None),
+        ["top_p must be between 0 and 1", "got 95"],
     ),
     **{
         f"temperature {value}": (
