@@ -73,7 +73,7 @@ def check_arguments(arguments: DistillationArguments) -> None:
         realized_ids=torch.zeros(1, dtype=torch.int64),
     )
     beta = 0.5 if arguments.beta is None else arguments.beta
-    check_divergence(row, arguments.divergence, beta, False)
+    check_divergence(spec.kind, arguments.divergence, beta)
     for name in ("kd_weight", "ce_weight"):
         weight = getattr(arguments, name)
         if not 0 <= weight < math.inf:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from logit_codec import TopKTargets, select
 from student_trainer import UnsuitableTargets, distillation_loss, fused_distillation_loss
-from student_trainer.losses import distillation, fused_pass
+from student_trainer.losses import fused_pass, options
 from student_trainer.losses.divergences import DIVERGENCES
 from student_trainer.losses.fused_chunk import RowStatistics
 from tests.support import tiny
@@ -397,7 +397,7 @@ def test_chunks_follow_the_size_of_their_buffers(monkeypatch):
 def test_no_gradient_is_computed_under_no_grad(monkeypatch):
     hidden, head, targets = make("top_k:4")
     wanted = fused_distillation_loss(hidden, head, targets)
-    monkeypatch.setattr(distillation, "compute_pulls", None)
+    monkeypatch.setattr(options, "compute_pulls", None)
     with torch.no_grad():
         loss = fused_distillation_loss(hidden, head, targets)
         assert fused_distillation_loss(hidden, head, targets, reduction="none").shape == (ROWS,)
