@@ -147,11 +147,15 @@ def _make_metadata(
     )
 
 
+def _show(weight: float | str) -> str:
+    return weight if isinstance(weight, str) else f"{weight:g}"
+
+
 def _list_facts(results: Results, report: Mapping[str, Any]) -> dict[str, str]:
     teacher, settings = results.teacher, results.settings
-    loss = f"{settings['kd_weight']:g} x forward KL from the teacher"
+    loss = f"{_show(settings['kd_weight'])} x forward KL from the teacher"
     if settings["ce_weight"]:
-        loss += f" + {settings['ce_weight']:g} x cross-entropy on the text"
+        loss += f" + {_show(settings['ce_weight'])} x cross-entropy on the text"
     weights = "random weights"
     if results.starts_from_weights:
         weights = f"weights under the license {results.student_license or UNKNOWN}"
