@@ -175,7 +175,14 @@ class DistillationMixin(_Trainer):
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         self._refuse_unknown_ids(attached.largest_id)
-        loss, outputs = self._batch_loss.compute(model, inputs, attached, keep=return_outputs)
+        state = self.state
+        loss, outputs = self._batch_loss.compute(
+            model,
+            inputs,
+            attached,
+            keep=return_outputs,
+            progress=state.global_step / max(1, state.max_steps - 1),
+        )
         if num_items_in_batch is None:
             loss = loss / max(len(attached.rows), 1)
         else:
@@ -218,7 +225,7 @@ class DistillationMixin(_Trainer):
         if not self.distillation.check_first_batch:
             return
         if self._meter.rows_fetched == 0:
-            warn_of_tail(targets, self.distillation.ce_weight)
+            warn_of_tail(targets, max(self.distillation.weights[1].ends))
         if not self._alignment.is_enough:
             self._alignment.add(batch, targets)
 
@@ -254,10 +261,14 @@ class DistillationMixin(_Trainer):
     def _get_identity(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of the teacher and of the loss."""
         assert self.teacher is not None
-        names = ("targets", "temperature", "divergence", "beta", "kd_weight", "ce_weight")
+        names = ("targets", "temperature", "divergence", "beta")
+        names += ("entropy_routing", "adaptive_label_weight")
+        kd_weight, ce_weight = self.distillation.weights
         return {
             "teacher_fingerprint": self.teacher.info.teacher_fingerprint,
             **{name: getattr(self.distillation, name) for name in names},
+            "kd_weight": kd_weight.setting,
+            "ce_weight": ce_weight.setting,
         }
 
 

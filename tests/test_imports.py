@@ -37,7 +37,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "student_trainer.errors": (),
     "student_trainer.aliases": (),
     "student_trainer.trainer_fields": (),
-    "student_trainer.config": ("aliases", "trainer_fields"),
+    "student_trainer.schedules": (),
+    "student_trainer.config": ("aliases", "trainer_fields", "schedules"),
     "student_trainer.disk": (),
     "student_trainer.transfer": (),
     "student_trainer.losses": ("transfer",),
@@ -45,7 +46,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "student_trainer.client": ("teachers",),
     "student_trainer.record": ("teachers",),
     "student_trainer.data": ("teachers",),
-    "student_trainer.hf": ("losses", "teachers", "transfer"),
+    "student_trainer.hf": ("losses", "teachers", "transfer", "schedules"),
     "student_trainer.hf_trainer": ("hf", "losses", "teachers", "client", "transfer"),
     "student_trainer.training": (
         *("hf_trainer", "hf", "teachers", "losses", "data", "disk", "transfer"),

@@ -87,8 +87,16 @@ class FullCells(LossCells[TargetsT]):
     """Makes every id a cell, for targets that tell p of every id."""
 
     @abstractmethod
-    def logp(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns (C, V) log p of some rows."""
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        """Returns (C, V) numbers of some rows from which `logp` follows row by row; not a copy."""
+
+    @abstractmethod
+    def logp(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns (C, V) log p of rows of what `logits` returned."""
+
+    def divergence(self, scaled: Tensor, cell: Cell) -> Tensor:
+        logp_RV = self.logp(self.logits(slice(None)), scaled.dtype)
+        return cell(logp_RV, scaled.log_softmax(1)[:, : self.targets.vocab_size]).sum(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

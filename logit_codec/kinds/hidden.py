@@ -19,7 +19,7 @@ from logit_codec.given_ids import GivenIds
 from logit_codec.header import DIGEST_NBYTES, NO_IDS, Header
 from logit_codec.id_table import IdTable
 from logit_codec.inputs import RowInputs
-from logit_codec.kinds.base import Cell, Content, FullCells, Kind
+from logit_codec.kinds.base import Content, FullCells, Kind
 from logit_codec.planes import PlaneReader, RowCheck, raw_words, read_row_fields
 from logit_codec.spec import OptionText, TargetSpec
 from logit_codec.targets import Targets, expect_tensor, first_dimension
@@ -203,18 +203,19 @@ class HiddenCells(FullCells[HiddenTargets]):
         if targets.head is None or width < targets.head.effective_vocab_size:
             for at in range(0, targets.num_rows, CHUNK_ROWS):
                 rows = slice(at, at + CHUNK_ROWS)
-                p_CV = (targets.logits(rows) / targets.temperature).softmax(1)
+                p_CV = (self.logits(rows) / targets.temperature).softmax(1)
                 lost_R[rows] = p_CV[:, width:].double().sum(1)
         return replace(targets, vocab_size=width), lost_R
 
-    def divergence(self, scaled: Tensor, cell: Cell) -> Tensor:
-        logp_RV = self.logp(slice(None), scaled.dtype)
-        return cell(logp_RV, scaled.log_softmax(1)[:, : self.targets.vocab_size]).sum(1)
+    @torch.no_grad()
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        # The product has the teacher's own dtype, whatever the student's are cast to.
+        with torch.autocast(self.targets.device.type, enabled=False):
+            return self.targets.logits(rows)
 
-    def logp(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    def logp(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
         # `logits` leaves out what is not shared, so that the rest sums to 1.
-        scaled_CV = self.targets.logits(rows).to(dtype).div_(self.targets.temperature)
-        return scaled_CV.log_softmax(1)
+        return (logits.to(dtype) / self.targets.temperature).log_softmax(1)
 
 
 class Hidden(Kind[HiddenTargets]):

@@ -83,6 +83,14 @@ class TailCells(SparseCells[TailT]):
         tail_R = cell(logp_tail_R, logq_tail_R).where(has_tail_R, 0.0)
         return tail_R.index_add(0, rows, cell(logp_E, logq_E))
 
+    def kept_divergence(self, scaled: Tensor, cell: Cell) -> Tensor:
+        """Sums over the kept ids alone: (R,) from the student's (R, V) logits / T."""
+        targets = self.targets
+        rows = targets.entry_rows()
+        logq_E = scaled.log_softmax(1)[rows, targets.token_ids]
+        each_E = cell(targets.logprobs.to(scaled.dtype), logq_E)
+        return scaled.new_zeros(targets.num_rows).index_add(0, rows, each_E)
+
     def renormalized(self) -> TailT:
         targets = self.targets
         rows = targets.entry_rows()

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logit_codec import Targets
+from logit_codec import Targets, TeacherHead
 from logit_codec.kinds import cells_of
 from student_trainer.losses.checks import check_labels, shared_vocabulary
-from student_trainer.losses.distillation import LossOptions, prepare, within
+from student_trainer.losses.distillation import fit, prepare
 from student_trainer.losses.fused_chunk import Problem, RowStatistics
 from student_trainer.losses.fused_pass import FusedPass
-from student_trainer.transfer import copy_to, most_entries, move_to_device
+from student_trainer.losses.options import LossOptions
+from student_trainer.transfer import copy_to, most_entries
 
 
 def fused_distillation_loss(
@@ -42,11 +43,14 @@ def fused_distillation_loss(
     divergence: str = "forward_kl",
     beta: float = 0.5,
     labels: Tensor | None = None,
-    kd_weight: float = 1.0,
-    ce_weight: float = 0.0,
+    kd_weight: float | Tensor = 1.0,
+    ce_weight: float | Tensor = 0.0,
+    row_weights: Tensor | None = None,
     mask: Tensor | None = None,
     temperature_scaling: bool = True,
     renormalize: bool = False,
+    correction: bool = False,
+    teacher_head: TeacherHead | None = None,
     effective_vocab_size: int | None = None,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
@@ -79,26 +83,33 @@ def fused_distillation_loss(
     """
     _check_shapes(hidden, head_weight, head_bias, targets, softcap, chunk_rows)
     options = LossOptions(
-        divergence, beta, kd_weight, ce_weight, temperature_scaling, renormalize, reduction
+        divergence=divergence,
+        beta=beta,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        row_weights=row_weights,
+        temperature_scaling=temperature_scaling,
+        renormalize=renormalize,
+        correction=correction,
+        reduction=reduction,
     )
     options.check(targets, labels, mask)
     width = shared_vocabulary(targets, len(head_weight), effective_vocab_size)
-    labels = labels if ce_weight != 0 or statistics is not None else None
+    labels = labels if options.uses_labels or statistics is not None else None
     check_labels(labels, mask, width)
     _refuse_gradients(
         targets,
-        labels=labels,
-        mask=mask,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        num_items=num_items,
+        **{"labels": labels, "mask": mask, "softcap": softcap, "logit_scale": logit_scale},
+        **{"num_items": num_items, "row_weights": row_weights},
+        **{"kd_weight": kd_weight, "ce_weight": ce_weight},
     )
     hidden, head_weight, head_bias = _cast_alike(hidden, head_weight, head_bias)
     device = hidden.device
+    high = torch.promote_types(hidden.dtype, torch.float32)
     problem = Problem(
-        cells=cells_of(prepare(move_to_device(within(targets, width), device), renormalize)),
+        cells=cells_of(prepare(fit(targets, width, device, teacher_head), renormalize)),
         options=options,
-        kd_weight=options.scaled_weight(targets.temperature),
+        weights=options.weights(targets.temperature, device, high),
         labels=None if labels is None else copy_to(labels, device)[:, None],
         rows=None if mask is None else copy_to(mask.to(torch.bool).nonzero()[:, 0], device),
         softcap=None if softcap is None else float(softcap),

@@ -156,14 +156,19 @@ def _make_metadata(
     )
 
 
+def _show(weight: float | str) -> str:
+    return weight if isinstance(weight, str) else f"{weight:g}"
+
+
 def _list_facts(results: Results, report: Mapping[str, Any]) -> dict[str, str]:
     teacher, settings = results.teacher, results.settings
     divergence = settings.get("divergence", "forward_kl")
-    loss = f"{settings['kd_weight']:g} x {DIVERGENCES.get(divergence, divergence)} from the teacher"
+    name = DIVERGENCES.get(divergence, divergence)
+    loss = f"{_show(settings['kd_weight'])} x {name} from the teacher"
     if settings.get("beta") is not None:
-        loss += f" (beta {settings['beta']:g})"
+        loss += f" (beta {_show(settings['beta'])})"
     if settings["ce_weight"]:
-        loss += f" + {settings['ce_weight']:g} x cross-entropy on the text"
+        loss += f" + {_show(settings['ce_weight'])} x cross-entropy on the text"
     weights = "random weights"
     if results.starts_from_weights:
         weights = f"weights under the license {results.student_license or UNKNOWN}"

@@ -112,6 +112,8 @@ def make_distillation_arguments(config: TrainConfig, *, is_aligned: bool) -> Dis
         beta=config.beta,
         kd_weight=config.kd_weight,
         ce_weight=config.ce_weight,
+        entropy_routing=config.entropy_routing,
+        adaptive_label_weight=config.adaptive_label_weight,
         ahead=config.ahead,
         check_first_batch=is_aligned,
     )

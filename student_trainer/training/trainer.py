@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from student_trainer import disk
 from student_trainer.errors import FailedElsewhere, Interrupted, NotWritten
 from student_trainer.hf.arguments import DistillationArguments
-from student_trainer.hf.meter import cross_entropy_sum
+from student_trainer.hf.meter import cross_entropies
 from student_trainer.hf_trainer import DistillationTrainer
 from student_trainer.teachers.layout import IGNORE_INDEX, Layout
 from student_trainer.teachers.teacher import Teacher
@@ -329,7 +329,7 @@ def _make_label_loss(num_ids: int | None) -> Any:
     def compute(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
         next_ids = labels[:, 1:].flatten()
         logits = outputs["logits"][:, :-1, :num_ids].flatten(0, 1)
-        total = cross_entropy_sum(logits, next_ids)  # which ignores IGNORE_INDEX
+        total = cross_entropies(logits, next_ids).sum()  # 0 for IGNORE_INDEX
         num_rows = num_items_in_batch
         if num_rows is None:
             num_rows = (next_ids != IGNORE_INDEX).sum()

@@ -1,12 +1,8 @@
 """select_rows never waits for the device, mixes no devices, compiles whole, and needs little memory."""
 
-import weakref
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from logit_codec import (
     GivenIds,
@@ -20,6 +16,7 @@ from logit_codec import (
     select_rows,
 )
 from tests.support.fake_cuda import FakeCuda
+from tests.support.live_memory import LiveMemory
 from tests.support.waits import Waits
 
 SPECS = (
@@ -111,30 +108,6 @@ def test_one_compiled_graph_selects_the_same_ids(text):
             assert torch.equal(compiled[name], column)
         else:
             torch.testing.assert_close(compiled[name], column)
-
-
-class LiveMemory(TorchDispatchMode):
-    """Follows how many bytes all tensors made inside it hold, and the most of it."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.sizes = dict.fromkeys((tensor.untyped_storage()._cdata for tensor in known), 0)
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.sizes:
-                    self.sizes[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._forget, storage._cdata)
-        return result
-
-    def _forget(self, storage: int) -> None:
-        self.now -= self.sizes.pop(storage)
 
 
 @pytest.mark.parametrize("text", [*SPECS, "top_k:1024,entropy=1", "sampled:1024,entropy=1"])
