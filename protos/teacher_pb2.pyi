@@ -172,14 +172,16 @@ class FetchHeadRequest(_message.Message):
     def __init__(self, fingerprint: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class HeadChunk(_message.Message):
-    __slots__ = ("offset", "data", "total_bytes")
+    __slots__ = ("offset", "data", "total_bytes", "check")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECK_FIELD_NUMBER: _ClassVar[int]
     offset: int
     data: bytes
     total_bytes: int
-    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+    check: bytes
+    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., check: _Optional[bytes] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("session_id", "request_id", "token_ids", "lengths", "first_rows", "row_mask", "targets", "temperature", "seed", "epoch", "level", "teacher_fingerprint", "item_id", "given_ids", "given_counts")

@@ -69,9 +69,15 @@ class Student:
 def check_settings(config: CorpusConfig) -> None:
     """Raises ValueError or InvalidRequest for what can be refused before anything is read."""
     try:
-        parse_targets(config.targets)
+        spec = parse_targets(config.targets)
     except ValueError as error:
         raise ValueError(f"--targets: {error}") from None
+    if spec.needs_given_ids:
+        raise ValueError(
+            f"--targets {config.targets} needs ids for each row, which a text does not name. Give "
+            "them in a loop of your own: teacher.stream_batches(..., given_ids=...); or use "
+            "--targets top_k, whose ids the teacher chooses"
+        )
     if isinstance(config, TrainConfig):
         if config.workers:
             check_installed("ray-train", "ray", "pandas")
