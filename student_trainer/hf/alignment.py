@@ -11,6 +11,7 @@ from torch import Tensor
 from logit_codec import SparseTargets, Targets, TopKTargets
 from protos import teacher_pb2
 from student_trainer.errors import IncompatibleTeacher, ProtocolError
+from student_trainer.teachers.layout import spread_columns
 from student_trainer.teachers.view import TeacherView, divide_batch
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class Alignment:
             self._num_rows = ENOUGH_ROWS
             return
         first = 0
-        for piece in divide_batch(batch, 0, self._view).values():
+        for piece in divide_batch(spread_columns(batch), 0, self._view).values():
             assert piece.rows is not None
             of_piece = targets[first : first + piece.num_rows].to("cpu")
             first += piece.num_rows

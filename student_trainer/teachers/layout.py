@@ -12,6 +12,8 @@ from student_trainer.errors import InvalidRequest
 from student_trainer.teachers.request import Piece
 
 IGNORE_INDEX = -100
+ROW_COLUMNS = "teacher_columns"
+"""The key of a batch under which a Trainer carries columns that only the teacher reads."""
 
 
 def as_token_ids(sequence: Any, whose: str) -> Tensor:
@@ -188,6 +190,13 @@ def split_batch(batch: Mapping[str, Any], number: int) -> list[Piece]:
     if not pieces:
         raise InvalidRequest(f"batch {number} has no position to train on")
     return pieces
+
+
+def spread_columns(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a batch with the columns under ROW_COLUMNS beside the others."""
+    if ROW_COLUMNS not in batch:
+        return batch
+    return {**{k: v for k, v in batch.items() if k != ROW_COLUMNS}, **batch[ROW_COLUMNS]}
 
 
 def read_row(batch: Mapping[str, Any], row: int) -> dict[str, Any]:

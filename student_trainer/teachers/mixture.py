@@ -13,7 +13,7 @@ Letters: R rows, E entries of all rows, J teachers, V vocabulary.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor

@@ -94,6 +94,13 @@ class Teachers(Teacher):
         return self._column
 
     @property
+    def choice(self) -> dict[str, Any]:
+        """What says which teacher is asked for a row, as JSON has it."""
+        if self._weights_J is None:
+            return {"teacher_column": self._column}
+        return {"teacher_weights": dict(zip(self.names, self._weights_J.tolist(), strict=True))}
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The teachers, in their order."""
         return tuple(self._teachers)
