@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from student_trainer.record.recorded import Recorded
     from student_trainer.teachers.local import LocalTeacher
     from student_trainer.teachers.prefetch import prefetch
+    from student_trainer.teachers.several import Teachers
     from student_trainer.teachers.teacher import Teacher
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "TeacherOverloaded",
     "TeacherTimeout",
     "TeacherUnavailable",
+    "Teachers",
     "UnsuitableTargets",
     "connect",
     "distillation_loss",
@@ -65,6 +67,7 @@ HOMES = {
     "Recorded": "student_trainer.record.recorded",
     "RemoteTeacher": "student_trainer.client.remote",
     "Teacher": "student_trainer.teachers.teacher",
+    "Teachers": "student_trainer.teachers.several",
     "connect": "student_trainer.client.remote",
     "distillation_loss": "student_trainer.losses.distillation",
     "fused_distillation_loss": "student_trainer.losses.fused",

@@ -41,9 +41,15 @@ class CorpusConfig(ServiceOptions):
     aliases: ClassVar = ALIASES
     shared_names: ClassVar = trainer_fields.OPTIONS
 
-    teacher: Annotated[str, MayChange] = ""
+    teacher: Annotated[str | dict[str, str], MayChange] = ""
     """HOST:PORT of the service, or a connection file (*.toml) of it; not needed if --record is
-    complete."""
+    complete. Several teachers are a table of these by name: --teacher.math HOST:PORT, or
+    teacher = { math = "HOST:PORT", code = "HOST:PORT" } in a file."""
+    teacher_column: str = ""
+    """Column of the data that names the teacher of each row, where there are several."""
+    teacher_prefix: str = ""
+    """Text that the teacher reads in front of every sequence and the student does not: a system
+    prompt as the chat template writes it, or a hint."""
     record: Annotated[str, MayChange] = ""
     """Folder, or URL such as s3://bucket/targets, of recorded targets to replay. With --teacher,
     targets that are missing there are requested and added."""
@@ -112,8 +118,26 @@ class CorpusConfig(ServiceOptions):
 
     @field_validator("teacher")
     @classmethod
-    def _check_teacher(cls, teacher: str) -> str:
-        return check_address(teacher) if teacher else teacher
+    def _check_teacher(cls, teacher: str | dict[str, str]) -> str | dict[str, str]:
+        if isinstance(teacher, str):
+            return check_address(teacher) if teacher else teacher
+        return {name: check_address(address) for name, address in teacher.items()}
+
+    @model_validator(mode="after")
+    def _check_column(self) -> Self:
+        if isinstance(self.teacher, dict) != bool(self.teacher_column):
+            raise ValueError(
+                "several teachers need --teacher-column NAME, the column of the data that names the "
+                "teacher of each row"
+                if isinstance(self.teacher, dict)
+                else "--teacher-column is for several teachers: --teacher.NAME HOST:PORT for each"
+            )
+        if self.teacher_column and self.packing not in ("", "pad"):
+            raise ValueError(
+                f"--teacher-column needs --packing pad: with {self.packing}, documents of several "
+                "teachers would share a sequence"
+            )
+        return self
 
     @classmethod
     def explain_unknown(cls, name: str) -> str:

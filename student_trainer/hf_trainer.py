@@ -26,6 +26,7 @@ from student_trainer.hf.arguments import (
     refuse_other_losses,
 )
 from student_trainer.hf.batch_loss import AttachedTargets, BatchLoss
+from student_trainer.hf.carrying import CarryingCollator
 from student_trainer.hf.checkpoints import (
     IDENTITY_FILE,
     check_identity,
@@ -35,8 +36,11 @@ from student_trainer.hf.checkpoints import (
 from student_trainer.hf.meter import TrainerMeter
 from student_trainer.hf.passes import Passes
 from student_trainer.losses.causal import check_causal
+from student_trainer.teachers.layout import ROW_COLUMNS
 from student_trainer.teachers.local import LocalTeacher
+from student_trainer.teachers.several import Teachers, Weights
 from student_trainer.teachers.teacher import Teacher
+from student_trainer.teachers.view import TeacherView
 from student_trainer.transfer import move_to_device
 
 __all__ = [
@@ -51,6 +55,9 @@ ATTACHED = "distillation_targets"
 """The key in a batch under which its targets travel to the loss."""
 
 
+OneTeacher = str | Sequence[str] | nn.Module | Teacher
+"""What stands for a teacher."""
+
 if TYPE_CHECKING:
     _Trainer = transformers.Trainer
 else:
@@ -63,17 +70,32 @@ class DistillationMixin(_Trainer):
     teacher: an address, several addresses of one service, a causal LM in this process, or a
     `Teacher`; None leaves the Trainer as it is. Only training asks the teacher; evaluation is the
     Trainer's own and needs labels.
+
+    Several teachers are a mapping from names to these: teacher_column is the column of the training
+    data that names the teacher of each row (a name, or weights by name), or teacher_weights says how
+    much each of them counts for all rows; see `Teachers`. teacher_view shows the teacher another text
+    with the same trained tokens; it gets every column of the data, see `Teacher.stream_batches`.
     """
 
     def __init__(
         self,
         *args: Any,
-        teacher: str | Sequence[str] | nn.Module | Teacher | None = None,
+        teacher: OneTeacher | Mapping[str, OneTeacher] | None = None,
+        teacher_column: str | None = None,
+        teacher_weights: Weights | None = None,
+        teacher_view: TeacherView | None = None,
         distillation: DistillationArguments | None = None,
         **kwargs: Any,
     ) -> None:
         self.distillation = distillation or DistillationArguments()
         self.teacher: Teacher | None = None
+        self._is_carrying = False
+        choosing = {"teacher_column": teacher_column, "teacher_weights": teacher_weights}
+        for name, value in choosing.items():
+            if value is not None and not isinstance(teacher, Mapping):
+                raise ValueError(
+                    f"{name}={value!r} is for several teachers: teacher={{name: address, ...}}"
+                )
         if teacher is not None:  # before a Trainer tokenizes its data
             check_arguments(self.distillation)
             for settings in (*args, *kwargs.values()):
@@ -90,14 +112,20 @@ class DistillationMixin(_Trainer):
         assert self.model is not None
         check_causal(self.model)
         refuse_other_losses(self.args, self.compute_loss_func)  # a subclass may set its own
-        self.teacher = self._open_teacher(teacher)
-        self._owns_teacher = self.teacher is not teacher
+        self._opened: list[RemoteTeacher] = []
+        """Connections that this Trainer made, and closes."""
+        if isinstance(teacher, Mapping):
+            found = {name: self._open_teacher(one) for name, one in teacher.items()}
+            self.teacher = Teachers(found, column=teacher_column, weights=teacher_weights)
+        else:
+            self.teacher = self._open_teacher(teacher)
+        self._view = teacher_view
         # The loss is divided by the rows of the whole accumulation window, see compute_loss.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 calls the same
         self._meter = TrainerMeter(self.args.device)
-        self._alignment = Alignment()
-        self._passes = Passes(self, self.teacher, self.distillation)
+        self._alignment = Alignment(teacher_view)
+        self._passes = Passes(self, self.teacher, self.distillation, teacher_view)
         self._batch_loss = BatchLoss(
             self.distillation,
             self._meter,
@@ -137,7 +165,8 @@ class DistillationMixin(_Trainer):
                 num_rows += targets.num_rows
                 self._meter.rows_fetched += targets.num_rows
             # Tensors in such a way that nothing waits for them; then whatever else accelerate can move.
-            batch: Any = send_to_device(move_to_device(taken.batch, device), device)
+            of_student = {k: v for k, v in taken.batch.items() if k not in self._of_teacher}
+            batch: Any = send_to_device(move_to_device(of_student, device), device)
             batch[ATTACHED] = AttachedTargets.of(taken, targets)
             samples.append(batch)
         waited_s = time.perf_counter() - began_s
@@ -152,10 +181,28 @@ class DistillationMixin(_Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Returns the Trainer's; with a teacher its batches stay on the host until they are trained."""
-        loader = super().get_train_dataloader()
+        collator, self._is_carrying = self.data_collator, self._carries
+        try:
+            if self._carries:
+                self.data_collator = self._make_carrying(collator)
+            loader = super().get_train_dataloader()
+        finally:
+            self.data_collator, self._is_carrying = collator, False
         if self.teacher is not None and isinstance(loader, DataLoaderShard):
             loader.device = None
         return loader
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        if self._is_carrying:  # the collator gets no more than without a teacher
+            return dataset
+        return super()._remove_unused_columns(dataset, description)
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Any, description: str | None = None
+    ) -> Any:
+        if self._is_carrying:
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, description)
 
     def compute_loss(
         self,
@@ -200,24 +247,49 @@ class DistillationMixin(_Trainer):
         """Ends the connection to the teacher, if this Trainer made it."""
         if self.teacher is not None:
             self._passes.close()
-        if isinstance(self.teacher, RemoteTeacher) and self._owns_teacher:
-            self.teacher.close()
+            for one in self._opened:
+                one.close()
 
     # How it is done.
 
-    def _open_teacher(self, teacher: str | Sequence[str] | nn.Module | Teacher) -> Teacher:
+    @property
+    def _column(self) -> str | None:
+        """The column of the data that names the teacher of each row."""
+        return self.teacher.column if isinstance(self.teacher, Teachers) else None
+
+    @property
+    def _carries(self) -> bool:
+        """Whether the teacher reads columns that the student does not."""
+        return self.teacher is not None and (self._column is not None or self._view is not None)
+
+    @property
+    def _of_teacher(self) -> tuple[str | None, ...]:
+        """Keys of a batch that the student must not get."""
+        return ROW_COLUMNS, self._column
+
+    def _make_carrying(self, collator: Any) -> CarryingCollator:
+        known = None
+        if self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            known = self._signature_columns
+        weigh = self.teacher.weigh if isinstance(self.teacher, Teachers) else None
+        return CarryingCollator(collator, known, self._column, weigh, self._view is not None)
+
+    def _open_teacher(self, teacher: OneTeacher) -> Teacher:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         if not hasattr(tokenizer, "get_vocab"):
             tokenizer = None
         if isinstance(teacher, nn.Module):
             return LocalTeacher(teacher, tokenizer)
         if isinstance(teacher, str | list | tuple):
-            return connect(teacher, tokenizer=tokenizer, patience_s=self.distillation.patience_s)
+            patience_s = self.distillation.patience_s
+            self._opened.append(connect(teacher, tokenizer=tokenizer, patience_s=patience_s))
+            return self._opened[-1]
         if hasattr(teacher, "stream_batches"):
             return teacher  # type: ignore[return-value]
         raise ValueError(
-            "teacher must be an address such as teacher.lab:50051, a list of them, a causal LM or an "
-            f"object with stream_batches; got {type(teacher).__name__}"
+            "teacher must be an address such as teacher.lab:50051, a list of them, a causal LM, an "
+            f"object with stream_batches or a mapping from names to these; got {type(teacher).__name__}"
         )
 
     def _check_targets(self, batch: Mapping[str, Any], targets: Targets) -> None:
@@ -250,13 +322,27 @@ class DistillationMixin(_Trainer):
         if counters is not None and counters.rows > self._rows_before:
             nbytes = counters.payload_nbytes - self._nbytes_before
             logs["bytes_per_token"] = nbytes / (counters.rows - self._rows_before)
+        if isinstance(self.teacher, Teachers):
+            logs |= self._compute_shares(self.teacher)
         return logs
+
+    def _compute_shares(self, teachers: Teachers) -> dict[str, float]:
+        """Returns the share of each teacher in the rows since the last time, on all ranks."""
+        total, before = teachers.rows_by_teacher, self._rows_of_each
+        since = [total[name] - before[name] for name in teachers.names]
+        rows, self._rows_of_each = torch.tensor(since, device=self.args.device), total
+        if self.args.world_size > 1:
+            rows = self.accelerator.gather(rows[None]).sum(0)  # type: ignore[union-attr,call-overload]
+        shares = (rows / rows.sum().clamp(min=1e-9)).tolist()
+        return {f"share/{name}": one for name, one in zip(teachers.names, shares, strict=True)}
 
     def _begin_counting(self) -> None:
         """Leaves what the teacher was asked before this training out of the bytes per token."""
         counters = getattr(self.teacher, "counters", None)
         self._rows_before = counters.rows if counters else 0
         self._nbytes_before = counters.payload_nbytes if counters else 0
+        if isinstance(self.teacher, Teachers):
+            self._rows_of_each = self.teacher.rows_by_teacher
 
     def _get_identity(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of the teacher and of the loss."""
@@ -269,6 +355,7 @@ class DistillationMixin(_Trainer):
             **{name: getattr(self.distillation, name) for name in names},
             "kd_weight": kd_weight.setting,
             "ce_weight": ce_weight.setting,
+            **(self.teacher.choice if isinstance(self.teacher, Teachers) else {}),
         }
 
 
@@ -286,7 +373,7 @@ class _Callback(transformers.TrainerCallback):
         # Data without a length has no epochs; the Trainer begins with its first pass in any case.
         has_epochs = has_length(kwargs.get("train_dataloader"))
         self._trainer._passes.start_at(int(state.epoch or 0) if has_epochs else 0)
-        self._trainer._alignment = Alignment()
+        self._trainer._alignment = Alignment(self._trainer._view)
         self._trainer._meter.reset()
         self._trainer._begin_counting()
         self._trainer._batch_loss.begin_training()

@@ -99,10 +99,43 @@ class HiddenSpec(TargetSpec):
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
-class HiddenTargets(Targets):
-    """Holds the states that the vocabulary head reads, and the head, once it is known."""
+class HeadTargets(Targets):
+    """Holds what logits are computed from when they are needed, a chunk of rows at a time."""
 
     kind: ClassVar[str] = "hidden"
+
+    @property
+    def effective_vocab_size(self) -> int:
+        """Ids from here on are padding: their probability is 0."""
+        raise NotImplementedError
+
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        """Computes (C, V) float32 logits of some rows. Raises ValueError without the head."""
+        raise NotImplementedError
+
+    def to_dense(self) -> Tensor:
+        """Returns (R, V) float32 probabilities. Raises ValueError without the head."""
+        return (self.logits(slice(None)) / self.temperature).softmax(1)
+
+    def most_likely(self) -> Tensor:
+        return self.mode()[0]
+
+    def mode(self) -> tuple[Tensor, Tensor]:
+        best = [self._mode_of(slice(at, at + CHUNK_ROWS)) for at in range(0, len(self), CHUNK_ROWS)]
+        if not best:
+            nothing = torch.zeros(0, device=self.device)
+            return nothing.long(), nothing
+        ids, logprobs = zip(*best, strict=True)
+        return torch.cat(ids), torch.cat(logprobs)
+
+    def _mode_of(self, rows: slice) -> tuple[Tensor, Tensor]:
+        largest_C, best_C = (self.logits(rows) / self.temperature).softmax(1).max(1)
+        return best_C, largest_C
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
+class HiddenTargets(HeadTargets):
+    """Holds the states that the vocabulary head reads, and the head, once it is known."""
 
     values: Tensor
     """(R, D) int8 or bfloat16."""
@@ -151,37 +184,22 @@ class HiddenTargets(Targets):
         """Returns the same targets with the head. Raises ValueError for the head of another teacher."""
         return replace(self, head=head)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "HiddenTargets":
-        moved = super(HiddenTargets, self).to(device, non_blocking=non_blocking)
-        return moved if self.head is None else replace(moved, head=self.head.to(device))
+    @property
+    def effective_vocab_size(self) -> int:
+        return self._known_head().effective_vocab_size
 
     def logits(self, rows: slice | Tensor) -> Tensor:
-        """Computes (C, V) float32 logits of some rows. Raises ValueError without the head."""
+        scale = None if self.scale is None else self.scale[rows]
+        head = self._known_head().to(self.device)
+        return head.logits(self.values[rows], scale)[:, : self.vocab_size]
+
+    def _known_head(self) -> TeacherHead:
         if self.head is None:
             raise ValueError(
                 "hidden targets need the teacher's vocabulary head: pass "
                 "teacher_head=teacher.head(), or targets.with_head(teacher.head())"
             )
-        scale = None if self.scale is None else self.scale[rows]
-        return self.head.logits(self.values[rows], scale)[:, : self.vocab_size]
-
-    def to_dense(self) -> Tensor:
-        """Returns (R, V) float32 probabilities. Raises ValueError without the head."""
-        return (self.logits(slice(None)) / self.temperature).softmax(1)
-
-    def most_likely(self) -> Tensor:
-        return self.mode()[0]
-
-    def mode(self) -> tuple[Tensor, Tensor]:
-        best = [self._mode_of(slice(at, at + CHUNK_ROWS)) for at in range(0, len(self), CHUNK_ROWS)]
-        if not best:
-            return self.values.new_zeros(0, dtype=torch.int64), self.values.new_zeros(0).float()
-        ids, logprobs = zip(*best, strict=True)
-        return torch.cat(ids), torch.cat(logprobs)
-
-    def _mode_of(self, rows: slice) -> tuple[Tensor, Tensor]:
-        largest_C, best_C = (self.logits(rows) / self.temperature).softmax(1).max(1)
-        return best_C, largest_C
+        return self.head
 
     def _slice(self, start: int, stop: int) -> "HiddenTargets":
         return self._rows(slice(start, stop))
@@ -194,13 +212,13 @@ class HiddenTargets(Targets):
         return replace(self, values=self.values[rows], scale=scale, **self._row_tensors(rows))
 
 
-class HiddenCells(FullCells[HiddenTargets]):
+class HiddenCells(FullCells[HeadTargets]):
     """Makes every id a cell, whose p follows from the head: the divergence is exact."""
 
-    def within(self, width: int) -> tuple[HiddenTargets, Tensor]:
+    def within(self, width: int) -> tuple[HeadTargets, Tensor]:
         targets = self.targets
         lost_R = torch.zeros(targets.num_rows, dtype=torch.float64, device=targets.device)
-        if targets.head is None or width < targets.head.effective_vocab_size:
+        if width < targets.effective_vocab_size:
             for at in range(0, targets.num_rows, CHUNK_ROWS):
                 rows = slice(at, at + CHUNK_ROWS)
                 p_CV = (self.logits(rows) / targets.temperature).softmax(1)

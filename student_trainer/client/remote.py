@@ -65,6 +65,7 @@ class RemoteTeacher(Teacher):
         self._io = IoThread.shared()
         self._closed = False
         self._head: TeacherHead | None = None
+        self.tokenizer = tokenizer
         self._session = Session(connection, patience_s)
         try:
             self._info = self._io.run(self._session.open(min(CONNECT_S, patience_s)))

@@ -19,6 +19,7 @@ from logit_codec import Targets
 from student_trainer.hf.arguments import DistillationArguments
 from student_trainer.teachers.batch_targets import BatchTargets, Taken
 from student_trainer.teachers.teacher import Teacher
+from student_trainer.teachers.view import TeacherView
 from student_trainer.transfer import move_tensors
 
 logger = logging.getLogger(__name__)
@@ -28,11 +29,16 @@ class Passes:
     """The passes of one Trainer over its training data, one after another."""
 
     def __init__(
-        self, trainer: transformers.Trainer, teacher: Teacher, arguments: DistillationArguments
+        self,
+        trainer: transformers.Trainer,
+        teacher: Teacher,
+        arguments: DistillationArguments,
+        view: TeacherView | None = None,
     ) -> None:
         self._trainer = trainer
         self._teacher = teacher
         self._arguments = arguments
+        self._view = view
         self._number = -1
         """Of the current pass: the epoch of its draws."""
         self._epoch_iterator: Iterator[Any] | None = None
@@ -89,6 +95,7 @@ class Passes:
             self._arguments.make_request(args.seed, self._number),
             self._arguments.look_ahead,
             agree=self._agree if together else None,
+            view=self._view,
         )
 
     def _load(self, batches: Iterator[Any], together: bool) -> Iterator[Any]:

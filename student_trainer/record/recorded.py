@@ -30,6 +30,7 @@ from student_trainer.teachers.compatibility import check_compatible
 from student_trainer.teachers.head_cache import load_head
 from student_trainer.teachers.layout import as_given_ids, as_token_ids
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
+from student_trainer.teachers.several import Teachers
 from student_trainer.teachers.teacher import Teacher
 
 SEAL_NBYTES = 64 << 20
@@ -72,7 +73,13 @@ class Recorded(Teacher):
         self._pid = os.getpid()
         self._closed = False
         self._head: TeacherHead | None = None
+        if isinstance(fallback, Teachers):
+            raise ValueError(
+                "a record is of one teacher: give each of several teachers a record of its own, "
+                "Teachers({name: Recorded(folder_of_it, teacher), ...}, column=...)"
+            )
         self._fallback = fallback
+        self.tokenizer = tokenizer or getattr(fallback, "tokenizer", None)
         files = Folder(folder)
         writes = write and fallback is not None
         self._catalog = Catalog(
@@ -228,7 +235,7 @@ class Recorded(Teacher):
     ) -> Request:
         options = self.make_options(None, self.temperature, seed, epoch)
         given = as_given_ids(given_ids, "given_ids")
-        piece = Piece(as_token_ids(token_ids, 0), rows, given)
+        piece = Piece(as_token_ids(token_ids, "sequence 0"), rows, given)
         piece.check(options.spec)
         return Request.of(piece, self._catalog.assign_draw(options))
 
