@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         UnsuitableTargets,
     )
     from student_trainer.losses.distillation import distillation_loss
+    from student_trainer.losses.features import FeatureLoss
     from student_trainer.losses.fused import fused_distillation_loss
     from student_trainer.record.recorded import Recorded
     from student_trainer.teachers.local import LocalTeacher
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccessDenied",
+    "FeatureLoss",
     "ForkedClient",
     "IncompatibleTeacher",
     "InvalidRequest",
@@ -61,6 +63,7 @@ __all__ = [
 ]
 
 HOMES = {
+    "FeatureLoss": "student_trainer.losses.features",
     "LocalTeacher": "student_trainer.teachers.local",
     "Recorded": "student_trainer.record.recorded",
     "RemoteTeacher": "student_trainer.client.remote",
