@@ -1,14 +1,15 @@
 """Defines what a user may set about distillation in a Trainer, and refuses what cannot work."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 import transformers
 
-from logit_codec import select
+from logit_codec import FeaturesSpec, select
 from student_trainer.losses.checks import check_divergence
+from student_trainer.losses.features import LOSSES
 from student_trainer.teachers.look_ahead import parse_ahead
 from student_trainer.teachers.request import ScoreOptions
 
@@ -34,6 +35,18 @@ class DistillationArguments:
     ce_weight: float = field(
         default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."}
     )
+    features: str = field(
+        default="",
+        metadata={"help": "States of the teacher's layers to learn as well: features:layers=8+16."},
+    )
+    feature_layers: str = field(
+        default="",
+        metadata={"help": "The student's layers that learn them, in the same order: 4+8."},
+    )
+    feature_loss: str = field(
+        default="mse", metadata={"help": "Difference between two states: mse or cosine."}
+    )
+    feature_weight: float = field(default=1.0, metadata={"help": "Weight of that difference."})
     ahead: str = field(
         default="30s",
         metadata={
@@ -60,11 +73,40 @@ class DistillationArguments:
         """Returns what is asked for of each sequence of an epoch. Raises InvalidRequest."""
         return ScoreOptions.of(self.targets, self.temperature, seed, epoch)
 
+    def make_feature_request(self, seed: int, epoch: int) -> ScoreOptions:
+        """Returns the same of the second request, for states. Raises InvalidRequest."""
+        return ScoreOptions.of(self.features, 1.0, seed, epoch)
+
+    def map_layers(self) -> dict[int, int]:
+        """Returns {layer of the teacher: layer of the student}. Raises ValueError."""
+        spec = self.make_feature_request(seed=0, epoch=0).spec
+        if not isinstance(spec, FeaturesSpec):
+            raise ValueError(
+                f"features are states of layers, such as 'features:layers=8+16'; got {self.features!r}"
+            )
+        try:
+            own = [int(number) for number in self.feature_layers.split("+")]
+        except ValueError:
+            own = []
+        if len(own) != len(spec.layers) or min(own) < 0:
+            raise ValueError(
+                f"feature_layers must name a layer of the student for each of the {len(spec.layers)} "
+                f"layers in {self.features!r}, in the same order and joined by +, such as "
+                f"{'+'.join(str(layer // 2) for layer in spec.layers)!r}; got {self.feature_layers!r}"
+            )
+        return dict(zip(spec.layers, own, strict=True))
+
 
 def check_arguments(arguments: DistillationArguments) -> None:
     """Raises ValueError for targets, a divergence or weights that make no loss."""
     spec = arguments.make_request(seed=0, epoch=0).spec
     parse_ahead(arguments.look_ahead)
+    if isinstance(spec, FeaturesSpec):
+        raise ValueError(
+            f"targets={arguments.targets!r} are states of layers, from which no divergence can be "
+            f"computed. Ask for them beside a distribution: features={arguments.targets!r} with "
+            "feature_layers, the student's layers that learn them, and targets='sampled'."
+        )
     row = select(
         torch.zeros(1, getattr(spec, "k", 2)),
         spec,
@@ -78,8 +120,31 @@ def check_arguments(arguments: DistillationArguments) -> None:
         weight = getattr(arguments, name)
         if not 0 <= weight < math.inf:
             raise ValueError(f"{name} must be at least 0 and finite, got {weight}")
-    if not arguments.kd_weight and not arguments.ce_weight:
+    _check_features(arguments)
+    if not (arguments.kd_weight or arguments.ce_weight or arguments.features):
         raise ValueError("kd_weight and ce_weight are both 0: there is nothing to learn")
+
+
+def _check_features(arguments: DistillationArguments) -> None:
+    """Raises ValueError for features that make no loss, and for settings of a loss on none."""
+    if not arguments.features:
+        for one in fields(arguments):
+            if one.name.startswith("feature_") and getattr(arguments, one.name) != one.default:
+                raise ValueError(
+                    f"{one.name} does nothing without features, the layers of the teacher to learn "
+                    "from, such as 'features:layers=8+16'"
+                )
+        return
+    arguments.map_layers()
+    if arguments.feature_loss not in LOSSES:
+        raise ValueError(
+            f"feature_loss must be {' or '.join(LOSSES)}, got {arguments.feature_loss!r}"
+        )
+    if not 0 < arguments.feature_weight < math.inf:
+        raise ValueError(
+            f"feature_weight must be above 0 and finite, got {arguments.feature_weight}. To learn "
+            "from no features, leave features out."
+        )
 
 
 def refuse_other_losses(args: transformers.TrainingArguments, loss_func: Any) -> None:
