@@ -271,6 +271,15 @@ class TrainConfig(StudentOptions, CorpusConfig):
     """Weight of the divergence from the teacher."""
     ce_weight: float = Field(default=0.0, ge=0)
     """Weight of the cross-entropy on the labels."""
+    features: str = ""
+    """States of the teacher's layers to learn as well, such as features:layers=8+16. They are asked
+    for separately: the teacher reads the text twice."""
+    feature_layers: str = ""
+    """Layers of the student that learn them, in the same order, such as 4+8."""
+    feature_loss: Literal["mse", "cosine"] = "mse"
+    """Difference between the states of student and teacher."""
+    feature_weight: float = Field(default=1.0, gt=0)
+    """Weight of that difference."""
     ahead: Annotated[str, MayChange] = "30s"
     """How far to request targets ahead of training: for a time, using up to 512 MiB of memory
     ("30s,2048MiB": up to that), or a number of batches."""
@@ -387,6 +396,10 @@ class TrainConfig(StudentOptions, CorpusConfig):
     def _check_source(self) -> Self:
         if not (self.teacher or self.record):
             raise ValueError("give --teacher HOST:PORT, --record FOLDER or both")
+        if self.features and self.record:
+            raise ValueError(
+                "--record holds --targets alone: give --features or --record, not both"
+            )
         return self
 
     @model_validator(mode="after")

@@ -112,6 +112,10 @@ def make_distillation_arguments(config: TrainConfig, *, is_aligned: bool) -> Dis
         beta=config.beta,
         kd_weight=config.kd_weight,
         ce_weight=config.ce_weight,
+        features=config.features,
+        feature_layers=config.feature_layers,
+        feature_loss=config.feature_loss,
+        feature_weight=config.feature_weight,
         ahead=config.ahead,
         check_first_batch=is_aligned,
     )

@@ -191,10 +191,10 @@ def test_resumed_from_any_checkpoint_student_and_projectors_are_the_same(
         assert load_file(saved / "model.safetensors").keys() <= names
     # With features or without them is not the same training.
     plain = trainer(tmp_path / "from-1", features="", feature_layers="")
-    with pytest.raises(ValueError, match="was trained with a loss on features. Give features"):
+    with pytest.raises(ValueError, match=r"was trained with a loss on features\. Give features"):
         plain.train(resume_from_checkpoint=True)
     (tmp_path / "from-3" / "checkpoint-6" / PROJECTORS_FILE).unlink()
-    with pytest.raises(ValueError, match="without a loss on features. Leave out features"):
+    with pytest.raises(ValueError, match=r"without a loss on features\. Leave out features"):
         trainer(tmp_path / "from-3").train(resume_from_checkpoint=True)
 
 
