@@ -1,5 +1,6 @@
 """transformers' Trainer with a loss on features: the step, the projectors in it, and resuming."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,11 +11,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from student_trainer import FeatureLoss, InvalidRequest, LocalTeacher
+from student_trainer import FeatureLoss, InvalidRequest, LocalTeacher, distillation_loss
+from student_trainer.cli import main
 from student_trainer.hf.feature_hooks import PROJECTORS_FILE
 from student_trainer.hf_trainer import DistillationArguments, DistillationTrainer
 from student_trainer.teachers.layout import Layout
+from student_trainer.training.results import Results
 from tests.conftest import one_torch_thread
+from tests.end_to_end.conftest import write_config
 from tests.end_to_end.test_hf_trainer import CHECKPOINTING, InOrder
 from tests.support import tiny
 from tests.support.hf import TOKENIZER, make_trainer, shard_on_cpu, weights
@@ -292,3 +296,60 @@ def test_features_alone_are_a_loss_too(teacher_model, rows, tmp_path: Path):
         assert entry["loss"] == pytest.approx(entry["feature_loss"], rel=1e-5)
     assert isinstance(trainer.feature_loss, FeatureLoss)
     assert isinstance(trainer, transformers.Trainer)
+
+
+def test_train_learns_features_and_says_so(
+    trained_service, student_folder, text, tmp_path: Path, capsys
+):
+    config = write_config(
+        tmp_path / "train.toml",
+        teacher=trained_service.address,
+        student=str(student_folder),
+        data=[str(text)],
+        output=str(tmp_path / "out"),
+        sequence_length=64,
+        batch_size=8,
+        steps=8,
+        learning_rate=1e-2,
+        checkpoint_every=8,
+        log_every=1,
+        features="features:layers=1+2",
+        feature_layers="1+2",
+        feature_loss="cosine",
+        feature_weight=0.5,
+    )
+    assert main(["train", config]) == 0
+    history = Results.load(tmp_path / "out").students["distilled"].history
+    assert history[-1]["feature_loss"] < history[0]["feature_loss"]
+    for entry in history:
+        parts = entry["kd_loss"] + 0.5 * entry["feature_loss"]
+        assert entry["loss"] == pytest.approx(parts, rel=1e-4)
+    saved = load_file(tmp_path / "out" / "student" / "model.safetensors")
+    assert not [name for name in saved if "projector" in name]
+    sealed = tmp_path / "out" / "checkpoints" / "checkpoint-8"
+    assert PROJECTORS_FILE in json.loads((sealed / "run.json").read_text())["file_digests"]
+    capsys.readouterr()
+    assert main(["train", config, "--record", str(tmp_path / "record")]) == 2
+    assert "--record holds --targets alone" in capsys.readouterr().err
+
+
+def test_the_draft_models_inputs_have_the_shapes_that_the_docs_say(teacher_model, rows):
+    """Runs the example of the docs, on a teacher of two layers."""
+    page = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
+    code = page.rpartition("```python\n")[2].partition("```")[0]
+    size, width, num_ids = 64, 16, 64
+    found: dict[str, Any] = {
+        "teacher": LocalTeacher(teacher_model, TOKENIZER),
+        "text": rows[1]["input_ids"],
+        "torch": torch,
+        "distillation_loss": distillation_loss,
+        "reduce": torch.nn.Linear(3 * size, width),
+        "embed": torch.nn.Embedding(num_ids, width),
+        "draft": torch.nn.Linear(2 * width, num_ids),
+    }
+    exec(code.replace("layers=2+12+21", "layers=0+1+2"), found)
+    length = len(rows[1]["input_ids"])
+    assert found["wide"].shape == (length - 1, 3 * size)
+    assert found["logits"].shape == (length - 2, num_ids)
+    found["loss"].backward()
+    assert found["reduce"].weight.grad.abs().sum() > 0

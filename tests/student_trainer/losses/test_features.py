@@ -9,6 +9,8 @@ from torch import Tensor
 from logit_codec import FeaturesTargets
 from student_trainer import FeatureLoss, UnsuitableTargets
 from tests.student_trainer.losses.test_distillation import make
+from tests.support.fake_cuda import DEVICE, FakeCuda, backward
+from tests.support.waits import Waits
 
 ROWS, TEACHER, STUDENT = 7, 12, 5
 LAYERS = {2: 1, 5: 3}
@@ -173,3 +175,18 @@ def test_states_and_targets_that_do_not_fit_are_refused(targets):
         FeatureLoss({3: 1}, STUDENT, TEACHER)(states, targets)
     with pytest.raises(UnsuitableTargets, match="targets='features:layers=2\\+5'"):
         loss(states, make("top_k:4")[1])
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_no_step_waits_for_the_device(targets, kind):
+    """Targets, masks and weights come from the host."""
+    cuda, waits = FakeCuda(), Waits()
+    mask, weights = torch.arange(ROWS) != 3, torch.ones(ROWS)
+    with cuda:
+        loss = FeatureLoss(LAYERS, STUDENT, TEACHER, loss=kind).to(DEVICE)
+        states = [torch.zeros(ROWS, STUDENT, device=DEVICE).requires_grad_() for _ in range(4)]
+        with waits:
+            for options in ({}, {"mask": mask, "row_weights": weights}, {"num_items": 3}):
+                backward(loss(states, targets, **options))
+        assert all(parameter.grad.device == DEVICE for parameter in loss.parameters())
+    assert waits.found == []
