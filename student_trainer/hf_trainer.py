@@ -94,7 +94,7 @@ class DistillationMixin(FeatureHooks):
         self._alignment = Alignment()
         self._passes = Passes(self, self.teacher, self.distillation)
         if self.distillation.features:
-            found = self.distillation, self.teacher.info, self.model, self.args.seed
+            found = self.distillation, self.teacher, self.model, self.args.seed
             self._begin_features(make_feature_loss(*found))
         self._batch_loss = BatchLoss(
             self.distillation,

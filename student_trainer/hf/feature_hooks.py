@@ -12,10 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from protos import teacher_pb2
 from student_trainer.errors import InvalidRequest
 from student_trainer.hf.arguments import DistillationArguments
 from student_trainer.losses.features import FeatureLoss
+from student_trainer.teachers.teacher import Teacher
 
 PROJECTORS_FILE = "feature_projectors.safetensors"
 """In a checkpoint: the projectors of the loss on features."""
@@ -27,14 +27,21 @@ else:
 
 
 def make_feature_loss(
-    arguments: DistillationArguments, info: teacher_pb2.TeacherInfo, student: Any, seed: int
+    arguments: DistillationArguments, teacher: Teacher, student: Any, seed: int
 ) -> FeatureLoss:
     """Makes the loss that the arguments describe; the seed decides the projectors' first weights.
 
-    Raises ValueError for a student that does not say its layers or lacks one of those that are named,
-    InvalidRequest for a teacher that lacks one.
+    Raises ValueError for a record, and for a student that does not say its layers or lacks one of
+    those that are named, InvalidRequest for a teacher that lacks one.
     """
-    layers = arguments.map_layers()
+    if getattr(
+        teacher, "has_one_kind", False
+    ):  # anything with info and stream_batches is a teacher
+        raise ValueError(
+            "features are asked for beside targets, and a record holds one of the two: give the live "
+            "teacher, or leave features out"
+        )
+    layers, info = arguments.map_layers(), teacher.info
     if not info.hidden_size:
         raise InvalidRequest(
             f"the teacher {info.model} does not say how wide its states are, so it has no targets of "

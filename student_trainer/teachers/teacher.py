@@ -27,6 +27,8 @@ class Teacher(ABC):
     default_look_ahead: ClassVar[int | str] = "30s"
     """Default for the look-ahead of `stream_batches`."""
     default_targets: str | TargetSpec = "sampled"
+    has_one_kind: ClassVar[bool] = False
+    """Whether everything that is asked for must have the same spec, as in a record."""
     id_tables: Sequence[IdTable] = ()
     """What payloads may be coded with, beside the built-in identity."""
 

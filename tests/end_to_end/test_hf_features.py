@@ -11,7 +11,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from student_trainer import FeatureLoss, InvalidRequest, LocalTeacher, distillation_loss
+from student_trainer import (
+    FeatureLoss,
+    InvalidRequest,
+    LocalTeacher,
+    Recorded,
+    distillation_loss,
+)
 from student_trainer.cli import main
 from student_trainer.hf.feature_hooks import PROJECTORS_FILE
 from student_trainer.hf_trainer import DistillationArguments, DistillationTrainer
@@ -261,6 +267,15 @@ def test_features_that_cannot_be_are_refused_when_the_trainer_is_made(
         make_trainer(tmp_path, rows, teacher_model, distillation=arguments(**settings))
 
 
+def test_a_record_has_no_room_for_features(teacher_model, rows, tmp_path: Path):
+    teacher = LocalTeacher(teacher_model, TOKENIZER)
+    with (
+        Recorded(tmp_path / "record", teacher) as record,
+        pytest.raises(ValueError, match="a record holds one of the two"),
+    ):
+        make_trainer(tmp_path, rows, record, distillation=arguments())
+
+
 class Sharded(DistillationTrainer):
     create_accelerator_and_postprocess = shard_on_cpu
 
@@ -281,7 +296,7 @@ def shard_and_note(folder: Path, rows: list) -> None:
 
 
 def test_a_student_in_parts_is_refused(rows, tmp_path: Path):
-    assert run_ranks(shard_and_note, tmp_path, rows, 1) == [0]
+    assert run_ranks(shard_and_note, tmp_path, rows, num_ranks=1) == [0]
     assert "FSDP and DeepSpeed keep it in parts" in (tmp_path / "said-0").read_text()
 
 
