@@ -24,8 +24,9 @@ def main(address: str, folder: str, output: str, *texts: str) -> list[float]:
         feature_loss = FeatureLoss(layers, student.config.hidden_size, teacher.info.hidden_size)
         parameters = [*student.parameters(), *feature_loss.parameters()]  # the projectors learn too
         optimizer = torch.optim.AdamW(parameters, lr=3e-3)
-        # Two requests for the same batches: the teacher reads each of them twice.
-        wanted = "sampled", f"features:layers={'+'.join(map(str, layers))}"
+        # Two requests for the same batches: the teacher reads each of them twice. Without the
+        # realized token's logprob, which the first one has, the second skips the vocabulary head.
+        wanted = "sampled", f"features:layers={'+'.join(map(str, layers))},realized=0"
         streams = [
             teacher.stream_batches(
                 data.batches(sequences, batch_size=8, steps=STEPS, seed=0), targets=targets

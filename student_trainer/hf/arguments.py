@@ -1,7 +1,7 @@
 """Defines what a user may set about distillation in a Trainer, and refuses what cannot work."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -75,7 +75,9 @@ class DistillationArguments:
 
     def make_feature_request(self, seed: int, epoch: int) -> ScoreOptions:
         """Returns the same of the second request, for states. Raises InvalidRequest."""
-        return ScoreOptions.of(self.features, 1.0, seed, epoch)
+        options = ScoreOptions.of(self.features, 1.0, seed, epoch)
+        # The targets have that already; without it the teacher's vocabulary head is skipped.
+        return replace(options, spec=replace(options.spec, realized=False))
 
     def map_layers(self) -> dict[int, int]:
         """Returns {layer of the teacher: layer of the student}. Raises ValueError."""
