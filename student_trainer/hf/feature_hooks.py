@@ -51,7 +51,7 @@ def make_feature_loss(
         raise InvalidRequest(
             f"features={arguments.features!r}: the teacher {info.model} has {info.num_layers} layers"
         )
-    config = getattr(student, "config", None)
+    config: Any = getattr(student, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else None
     size = getattr(config, "hidden_size", None)
     num_layers = getattr(config, "num_hidden_layers", None)

@@ -15,7 +15,7 @@ from logit_codec import FeaturesTargets, Targets
 from student_trainer.errors import UnsuitableTargets
 from student_trainer.losses.checks import check_rows
 from student_trainer.losses.distillation import take_mean
-from student_trainer.transfer import copy_to, move_to_device
+from student_trainer.transfer import copy_to
 
 LOSSES = ("mse", "cosine")
 NORMALIZATIONS = ("layer_norm", "none")
@@ -107,7 +107,7 @@ class FeatureLoss(nn.Module):
         Raises ValueError for shapes that do not fit and for a layer that is missing,
         UnsuitableTargets (also a ValueError) for targets of another kind.
         """
-        found = self._find_layers(targets)
+        states, found = self._find_layers(targets)
         check_rows(targets, None, mask, 0.0, reduction)
         if row_weights is not None and row_weights.shape != (targets.num_rows,):
             raise ValueError(
@@ -115,7 +115,7 @@ class FeatureLoss(nn.Module):
             )
         students = {layer: self._get_states(hidden_states, layer, targets) for layer in found}
         device = next(iter(students.values())).device
-        teacher_RLD = move_to_device(targets.hidden, device)
+        teacher_RLD = copy_to(states, device)
         keep_R1 = None if mask is None else copy_to(mask.to(torch.bool), device)[:, None]
         losses = []
         for layer, index in found.items():
@@ -158,8 +158,8 @@ class FeatureLoss(nn.Module):
                 return 1 - nn.functional.cosine_similarity(projected_RD, teacher_RD, dim=1)
             return (projected_RD - teacher_RD).square().mean(1)
 
-    def _find_layers(self, targets: Targets) -> dict[int, int]:
-        """Returns where in the targets each mapped layer of the teacher is. Raises ValueError."""
+    def _find_layers(self, targets: Targets) -> tuple[Tensor, dict[int, int]]:
+        """Returns the teacher's states and where in them each mapped layer is. Raises ValueError."""
         if not isinstance(targets, FeaturesTargets):
             layers = "+".join(map(str, sorted(self.layers)))
             raise UnsuitableTargets(
@@ -173,7 +173,7 @@ class FeatureLoss(nn.Module):
                 f"{sorted(self.layers)} of the teacher, the targets have {targets.hidden.shape[2]} "
                 f"numbers after the layers {list(targets.layers)}"
             )
-        return {layer: targets.layers.index(layer) for layer in self.layers}
+        return targets.hidden, {layer: targets.layers.index(layer) for layer in self.layers}
 
     def _get_states(
         self,

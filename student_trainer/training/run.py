@@ -124,11 +124,12 @@ def check_teacher(config: CorpusConfig, teacher: RemoteTeacher | Recorded, stude
     shared = shared_ids(teacher.info, student.tokenizer, student.num_ids)
     teacher.make_options(config.targets, config.temperature, config.seed, 0)  # as recorded?
     live = teacher.fallback if isinstance(teacher, Recorded) else teacher
-    for targets in list_targets(config) if live is not None else ():
-        found = live.stream(
-            [[0, 0]], targets=targets, temperature=config.temperature, interactive=True
-        )
-        list(found)
+    if live is not None:
+        for targets in list_targets(config):
+            found = live.stream(
+                [[0, 0]], targets=targets, temperature=config.temperature, interactive=True
+            )
+            list(found)
     return shared
 
 

@@ -41,19 +41,19 @@ def arguments(**settings: Any) -> DistillationArguments:
     return DistillationArguments(**{"targets": "sampled:8", **FEATURES, **settings})
 
 
-def all_weights(trainer) -> torch.Tensor:
+def all_weights(trainer: Any) -> torch.Tensor:
     projectors = [one.detach().flatten() for one in trainer.feature_loss.parameters()]
     return torch.cat([weights(trainer), *projectors])
 
 
-def logs_of(trainer) -> list[dict[str, float]]:
+def logs_of(trainer: Any) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "feature_loss" in entry]
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
 def test_the_loss_is_that_of_the_teachers_own_states(teacher_model, rows, tmp_path: Path, kind):
     student = tiny.make_student()
-    trainer = make_trainer(
+    trainer: Any = make_trainer(
         tmp_path,
         rows,
         teacher_model,
@@ -143,8 +143,9 @@ def test_autocast_and_checkpointing_change_little_or_nothing(
     teacher_model, rows, tmp_path: Path, option
 ):
     found = []
-    for options in ({}, {option: True}):
-        trainer = make_trainer(
+    plain: dict[str, Any] = {}
+    for options in (plain, {option: True}):
+        trainer: Any = make_trainer(
             tmp_path,
             rows,
             teacher_model,
@@ -277,7 +278,7 @@ def test_a_record_has_no_room_for_features(teacher_model, rows, tmp_path: Path):
 
 
 class Sharded(DistillationTrainer):
-    create_accelerator_and_postprocess = shard_on_cpu
+    create_accelerator_and_postprocess = shard_on_cpu  # type: ignore[assignment]
 
 
 def shard_and_note(folder: Path, rows: list) -> None:
