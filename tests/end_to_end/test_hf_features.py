@@ -103,8 +103,8 @@ def test_features_from_a_service_are_counted_and_go_with_the_other_targets(
     logs = logs_of(trainer)
     assert len(logs) == 12
     assert logs[-1]["feature_loss"] < 0.8 * logs[0]["feature_loss"]
-    for entry in logs:  # two layers of 64 numbers in 16 bits, and the draws
-        assert 2 * 2 * 64 < entry["bytes_per_token"] < 2 * 2 * 64 + 200
+    # Two layers of 64 numbers in 16 bits, and the draws; exact when nothing is in flight.
+    assert 2 * 2 * 64 < logs[-1]["bytes_per_token"] < 2 * 2 * 64 + 200
     trainer.close()
 
 
