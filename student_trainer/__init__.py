@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         UnsuitableTargets,
     )
     from student_trainer.losses.distillation import distillation_loss
+    from student_trainer.losses.features import FeatureLoss
     from student_trainer.losses.fused import fused_distillation_loss
     from student_trainer.record.recorded import Recorded
     from student_trainer.teachers.local import LocalTeacher
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccessDenied",
+    "FeatureLoss",
     "ForkedClient",
     "IncompatibleTeacher",
     "InvalidRequest",
@@ -63,6 +65,7 @@ __all__ = [
 ]
 
 HOMES = {
+    "FeatureLoss": "student_trainer.losses.features",
     "LocalTeacher": "student_trainer.teachers.local",
     "Recorded": "student_trainer.record.recorded",
     "RemoteTeacher": "student_trainer.client.remote",

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from logitstream.connection import check_address
 from logitstream.options import AddressedService, Json, ServiceOptions, Settings
 from student_trainer import trainer_fields
 from student_trainer.aliases import ADVICE, ALIASES
-from student_trainer.schedules import LinearSchedule, default_weights
+from student_trainer.loss_settings import LossSettings
 
 
 class MayChange:
@@ -256,29 +256,10 @@ Schedule = Literal[
     "greedy",
 ]
 """wsd, and schedules of transformers by their own names."""
-Divergence = Literal[
-    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
-]
 Reporter = Literal["wandb", "trackio", "tensorboard", "none"]
 
 
-def _read_scheduled(value: float | str) -> float | str:
-    return LinearSchedule.parse(value).setting
-
-
-def _read_weight(value: float | str) -> float | str:
-    schedule = LinearSchedule.parse(value)
-    if min(schedule.ends) < 0:
-        raise ValueError(f"must be at least 0, got {value}")
-    return schedule.setting
-
-
-Scheduled = Annotated[float | str, AfterValidator(_read_scheduled)]
-"""A number, or two such as 0.5->0.1: in the first and in the last step."""
-Weight = Annotated[float | str, AfterValidator(_read_weight)]
-
-
-class TrainConfig(StudentOptions, CorpusConfig):
+class TrainConfig(StudentOptions, LossSettings, CorpusConfig):
     """Train a student on a served teacher's distributions."""
 
     output: Annotated[Path, MayChange]
@@ -303,24 +284,6 @@ class TrainConfig(StudentOptions, CorpusConfig):
     """Largest norm of the gradient: a larger one is scaled down to it. 0 leaves all as they are."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the layers, AdamW for everything else."""
-    divergence: Divergence = "forward_kl"
-    """Divergence from the teacher."""
-    beta: Scheduled | None = None
-    """Parameter of jsd, skew_kl and skew_reverse_kl; "0.1->0.9" goes from one number to the other
-    over the steps. Without --divergence, as in TRL: 0 is forward_kl, 1 reverse_kl, and in between
-    jsd."""
-    kd_weight: Weight = 1.0
-    """Weight of the divergence from the teacher; "0.5->0.9" goes from one number to the other over
-    the steps. Default: 1; with top_k targets and no --ce-weight 0.7."""
-    ce_weight: Weight = 0.0
-    """Weight of the cross-entropy on the labels; "0.5->0.1" as above. Default: 0; with top_k targets
-    and no --kd-weight 0.3: their tail says nothing."""
-    entropy_routing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the rows of each batch, those of lowest teacher entropy, that learn from the label
-    instead of the teacher, such as 0.15. Needs --targets with entropy=1."""
-    adaptive_label_weight: float = Field(default=0.0, ge=0, le=1)
-    """Blend the label into the teacher's distribution where the teacher did not expect it: with this
-    weight times the teacher's probability of all other tokens."""
     ahead: Annotated[str, MayChange] = "30s"
     """How far to request targets ahead of training: for a time, using up to 512 MiB of memory
     ("30s,2048MiB": up to that), or a number of batches."""
@@ -389,18 +352,6 @@ class TrainConfig(StudentOptions, CorpusConfig):
             filled.setdefault("warmup_steps", 0)
         if "tensorboard" in (filled.get("report_to") or ()):
             filled["tensorboard"] = True
-        if filled.get("kd_weight") is filled.get("ce_weight") is None:
-            kind = str(filled.get("targets", "")).partition(":")[0].strip()
-            filled["kd_weight"], filled["ce_weight"] = default_weights(kind, None, None)
-        if filled.get("beta") is not None and "divergence" not in filled:
-            try:
-                beta = LinearSchedule.parse(filled["beta"]).setting
-            except (TypeError, ValueError):
-                return filled  # and is refused
-            ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
-            filled["divergence"] = ends.get(beta, "jsd") if isinstance(beta, float) else "jsd"
-            if beta in ends:
-                del filled["beta"]
         return filled
 
     @model_validator(mode="after")
@@ -417,19 +368,6 @@ class TrainConfig(StudentOptions, CorpusConfig):
         return self
 
     @model_validator(mode="after")
-    def _check_divergence(self) -> Self:
-        has_beta = self.divergence in ("jsd", "skew_kl", "skew_reverse_kl")
-        if self.beta is not None and not has_beta:
-            raise ValueError(f"--divergence {self.divergence} has no --beta: leave it out")
-        ends = () if self.beta is None else LinearSchedule.parse(self.beta).ends
-        if self.divergence == "jsd" and not all(0 < end < 1 for end in ends):
-            raise ValueError(
-                f"--beta of jsd must be between 0 and 1, got {self.beta}. Without --divergence, "
-                "--beta 0 is forward_kl and 1 is reverse_kl"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_optimizer(self) -> Self:
         if self.optimizer == "muon" and "optim" in self.training:
             raise ValueError(
@@ -441,6 +379,10 @@ class TrainConfig(StudentOptions, CorpusConfig):
     def _check_source(self) -> Self:
         if not (self.teacher or self.record):
             raise ValueError("give --teacher HOST:PORT, --record FOLDER or both")
+        if self.features and self.record:
+            raise ValueError(
+                "--record holds --targets alone: give --features or --record, not both"
+            )
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ never gets there, and so is never asked for. The targets travel inside the batch
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -33,6 +33,7 @@ from student_trainer.hf.checkpoints import (
     find_newest_complete,
     write_identity,
 )
+from student_trainer.hf.feature_hooks import FeatureHooks, make_feature_loss
 from student_trainer.hf.meter import TrainerMeter
 from student_trainer.hf.passes import Passes
 from student_trainer.losses.causal import check_causal
@@ -58,13 +59,8 @@ ATTACHED = "distillation_targets"
 OneTeacher = str | Sequence[str] | nn.Module | Teacher
 """What stands for a teacher."""
 
-if TYPE_CHECKING:
-    _Trainer = transformers.Trainer
-else:
-    _Trainer = object
 
-
-class DistillationMixin(_Trainer):
+class DistillationMixin(FeatureHooks):
     """Put before a Trainer class: `class Distilled(DistillationMixin, SFTTrainer)`.
 
     teacher: an address, several addresses of one service, a causal LM in this process, or a
@@ -126,12 +122,16 @@ class DistillationMixin(_Trainer):
         self._meter = TrainerMeter(self.args.device)
         self._alignment = Alignment(teacher_view)
         self._passes = Passes(self, self.teacher, self.distillation, teacher_view)
+        if self.distillation.features:
+            found = self.distillation, self.teacher, self.model, self.args.seed
+            self._begin_features(make_feature_loss(*found))
         self._batch_loss = BatchLoss(
             self.distillation,
             self._meter,
             used_ids=self.teacher.info.effective_vocab_size or self.teacher.info.vocab_size,
             may_fuse=True,
             unwrap=lambda model: self.accelerator.unwrap_model(model, keep_torch_compile=False),
+            feature_loss=self.feature_loss,
         )
         self.add_callback(_Callback(self))
 
@@ -159,7 +159,7 @@ class DistillationMixin(_Trainer):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         began_s, loading_s = time.perf_counter(), self._passes.loading_s
         samples, num_rows = [], 0
-        for taken, targets in self._passes.take(epoch_iterator, num_batches):
+        for taken, targets, features in self._passes.take(epoch_iterator, num_batches):
             if targets is not None:
                 self._check_targets(taken.batch, targets)
                 num_rows += targets.num_rows
@@ -167,7 +167,7 @@ class DistillationMixin(_Trainer):
             # Tensors in such a way that nothing waits for them; then whatever else accelerate can move.
             of_student = {k: v for k, v in taken.batch.items() if k not in self._of_teacher}
             batch: Any = send_to_device(move_to_device(of_student, device), device)
-            batch[ATTACHED] = AttachedTargets.of(taken, targets)
+            batch[ATTACHED] = AttachedTargets.of(taken, targets, features)
             samples.append(batch)
         waited_s = time.perf_counter() - began_s
         # Any Trainer waits for its loader: only the rest is due to the teacher.
@@ -321,7 +321,9 @@ class DistillationMixin(_Trainer):
         counters = getattr(self.teacher, "counters", None)
         if counters is not None and counters.rows > self._rows_before:
             nbytes = counters.payload_nbytes - self._nbytes_before
-            logs["bytes_per_token"] = nbytes / (counters.rows - self._rows_before)
+            # With features, each row was asked for twice.
+            rows = (counters.rows - self._rows_before) / (2 if self.feature_loss else 1)
+            logs["bytes_per_token"] = nbytes / rows
         if isinstance(self.teacher, Teachers):
             logs |= self._compute_shares(self.teacher)
         return logs
@@ -347,8 +349,10 @@ class DistillationMixin(_Trainer):
     def _get_identity(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of the teacher and of the loss."""
         assert self.teacher is not None
-        names = ("targets", "temperature", "divergence", "beta")
-        names += ("entropy_routing", "adaptive_label_weight")
+        names = ["targets", "temperature", "divergence", "beta"]
+        names += ["entropy_routing", "adaptive_label_weight"]
+        if self.feature_loss is not None:
+            names += ["features", "feature_layers", "feature_loss", "feature_weight"]
         kd_weight, ce_weight = self.distillation.weights
         return {
             "teacher_fingerprint": self.teacher.info.teacher_fingerprint,
@@ -377,10 +381,12 @@ class _Callback(transformers.TrainerCallback):
         self._trainer._meter.reset()
         self._trainer._begin_counting()
         self._trainer._batch_loss.begin_training()
+        self._trainer._clear_gradients()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         meter = self._trainer._meter
         meter.end_step()
+        self._trainer._clear_gradients()
         if meter.rows_fetched != meter.rows_in_loss:
             raise ProtocolError(
                 f"{meter.rows_fetched} rows of targets were fetched and {meter.rows_in_loss} "

@@ -1,12 +1,14 @@
 """Defines what a user may set about distillation in a Trainer, and refuses what cannot work."""
 
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import transformers
 
-from logit_codec import TargetSpec, parse_targets
+from logit_codec import FeaturesSpec, TargetSpec, parse_targets
 from student_trainer.losses.checks import check_divergence
+from student_trainer.losses.features import LOSSES
 from student_trainer.schedules import LinearSchedule, default_weights
 from student_trainer.teachers.look_ahead import parse_ahead
 from student_trainer.teachers.request import ScoreOptions
@@ -59,6 +61,18 @@ class DistillationArguments:
             "of the probability the teacher gives to other tokens."
         },
     )
+    features: str = field(
+        default="",
+        metadata={"help": "States of the teacher's layers to learn as well: features:layers=8+16."},
+    )
+    feature_layers: str = field(
+        default="",
+        metadata={"help": "The student's layers that learn them, in the same order: 4+8."},
+    )
+    feature_loss: str = field(
+        default="mse", metadata={"help": "Difference between two states: mse or cosine."}
+    )
+    feature_weight: float = field(default=1.0, metadata={"help": "Weight of that difference."})
     ahead: str = field(
         default="30s",
         metadata={
@@ -97,11 +111,42 @@ class DistillationArguments:
         """Returns what is asked for of each sequence of an epoch. Raises InvalidRequest."""
         return ScoreOptions.of(self.targets, self.temperature, seed, epoch)
 
+    def make_feature_request(self, seed: int, epoch: int) -> ScoreOptions:
+        """Returns the same of the second request, for states. Raises InvalidRequest."""
+        options = ScoreOptions.of(self.features, 1.0, seed, epoch)
+        # The targets have that already; without it the teacher's vocabulary head is skipped.
+        return replace(options, spec=replace(options.spec, realized=False))
+
+    def map_layers(self) -> dict[int, int]:
+        """Returns {layer of the teacher: layer of the student}. Raises ValueError."""
+        spec = self.make_feature_request(seed=0, epoch=0).spec
+        if not isinstance(spec, FeaturesSpec):
+            raise ValueError(
+                f"features are states of layers, such as 'features:layers=8+16'; got {self.features!r}"
+            )
+        try:
+            own = [int(number) for number in self.feature_layers.split("+")]
+        except ValueError:
+            own = []
+        if len(own) != len(spec.layers) or min(own) < 0:
+            raise ValueError(
+                f"feature_layers must name a layer of the student for each of the {len(spec.layers)} "
+                f"layers in {self.features!r}, in the same order and joined by +, such as "
+                f"{'+'.join(str(layer // 2) for layer in spec.layers)!r}; got {self.feature_layers!r}"
+            )
+        return dict(zip(spec.layers, own, strict=True))
+
 
 def check_arguments(arguments: DistillationArguments) -> None:
     """Raises ValueError for targets, a divergence or weights that make no loss."""
     spec = arguments.make_request(seed=0, epoch=0).spec
     parse_ahead(arguments.look_ahead)
+    if isinstance(spec, FeaturesSpec):
+        raise ValueError(
+            f"targets={arguments.targets!r} are states of layers, from which no divergence can be "
+            f"computed. Ask for them beside a distribution: features={arguments.targets!r} with "
+            "feature_layers, the student's layers that learn them, and targets='sampled'."
+        )
     beta = _read(arguments, "beta") or LinearSchedule(0.5, 0.5)
     for end in beta.ends:
         check_divergence(spec.kind, arguments.divergence, end)
@@ -114,7 +159,9 @@ def check_arguments(arguments: DistillationArguments) -> None:
         weight = _read(arguments, name)
         if weight is not None and min(weight.ends) < 0:
             raise ValueError(f"{name} must be at least 0, got {weight.setting}")
-    if not any(end for weight in arguments.weights for end in weight.ends):
+    _check_features(arguments)
+    has_weight = any(end for weight in arguments.weights for end in weight.ends)
+    if not (has_weight or arguments.features):
         raise ValueError("kd_weight and ce_weight are both 0: there is nothing to learn")
     check_label_options(spec, arguments.entropy_routing, arguments.adaptive_label_weight)
 
@@ -143,6 +190,28 @@ def _read(arguments: DistillationArguments, name: str) -> LinearSchedule | None:
         return None if value is None else LinearSchedule.parse(value)
     except ValueError as error:
         raise ValueError(f"{name} {error}") from None
+
+
+def _check_features(arguments: DistillationArguments) -> None:
+    """Raises ValueError for features that make no loss, and for settings of a loss on none."""
+    if not arguments.features:
+        for one in fields(arguments):
+            if one.name.startswith("feature_") and getattr(arguments, one.name) != one.default:
+                raise ValueError(
+                    f"{one.name} does nothing without features, the layers of the teacher to learn "
+                    "from, such as 'features:layers=8+16'"
+                )
+        return
+    arguments.map_layers()
+    if arguments.feature_loss not in LOSSES:
+        raise ValueError(
+            f"feature_loss must be {' or '.join(LOSSES)}, got {arguments.feature_loss!r}"
+        )
+    if not 0 < arguments.feature_weight < math.inf:
+        raise ValueError(
+            f"feature_weight must be above 0 and finite, got {arguments.feature_weight}. To learn "
+            "from no features, leave features out."
+        )
 
 
 def refuse_other_losses(args: transformers.TrainingArguments, loss_func: Any) -> None:

@@ -17,12 +17,13 @@ from student_trainer.hf.arguments import DistillationArguments
 from student_trainer.hf.meter import TrainerMeter, cross_entropies
 from student_trainer.losses.checks import check_labels, shared_vocabulary
 from student_trainer.losses.distillation import distillation_loss, fit
+from student_trainer.losses.features import FeatureLoss
 from student_trainer.losses.fused import fused_distillation_loss
 from student_trainer.losses.fused_chunk import RowStatistics
 from student_trainer.losses.fused_head import FusedHead, Unfusable
 from student_trainer.losses.options import RowWeight
 from student_trainer.teachers.batch_targets import Taken
-from student_trainer.transfer import move_to_device
+from student_trainer.transfer import copy_to, move_to_device
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,15 @@ class AttachedTargets:
     """Tokens, without padding, that are not trained."""
     largest_id: int
     """The largest token id of the batch."""
+    features: Targets | None = None
+    """States of the teacher's layers in the same rows, if the student learns from them."""
 
     @classmethod
-    def of(cls, taken: Taken, targets: Targets | None) -> "AttachedTargets":
+    def of(
+        cls, taken: Taken, targets: Targets | None, features: Targets | None = None
+    ) -> "AttachedTargets":
         """Keeps what the loss needs of a batch, and not the batch, which would fill the host."""
-        return cls(targets, taken.rows, taken.labels, taken.num_without, taken.largest_id)
+        return cls(targets, taken.rows, taken.labels, taken.num_without, taken.largest_id, features)
 
     def to_rows(self, head_size: int, used_ids: int, device: Any) -> tuple[Targets, Tensor, Tensor]:
         """Returns targets, rows and labels on the device, over the ids that the student has too.
@@ -121,14 +126,16 @@ class BatchLoss:
         used_ids: int,
         may_fuse: bool,
         unwrap: Callable[[nn.Module], nn.Module],
+        feature_loss: FeatureLoss | None = None,
     ) -> None:
         """used_ids: as for `AttachedTargets.to_rows`. unwrap: returns the student inside of what
-        accelerate has wrapped it in."""
+        accelerate has wrapped it in. feature_loss: added to the loss with its weight."""
         self._arguments = arguments
         self._meter = meter
         self._used_ids = used_ids
         self._may_fuse = may_fuse
         self._unwrap = unwrap
+        self._feature_loss = feature_loss
         self.head: FusedHead | None = None
         """The student's head, if the loss is computed in its place."""
         self._is_new = True
@@ -148,25 +155,37 @@ class BatchLoss:
     ) -> tuple[Tensor, Any]:
         """Returns kd_weight * divergence + ce_weight * cross-entropy summed over the rows.
 
-        With `keep`, returns the model's outputs as well, for which its logits are made in full.
-        progress: as for `BatchWeights.of`.
+        And feature_weight * the loss on features, if there is one. With `keep`, returns the model's
+        outputs as well, for which its logits are made in full. progress: as for `BatchWeights.of`.
         """
         self._meter.num_without += attached.num_without
         # Given labels, the model would compute a loss of its own.
         inputs = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
         head = None if keep else self._find_head(model, inputs)
+        if self._feature_loss is not None:
+            inputs["output_hidden_states"] = True
         if head is not None:
             compute = partial(self._sum_in_head, head, attached, progress)
-            return head.loss(model, inputs, compute), None
-        outputs = model(**inputs)
+            loss, outputs = head.loss(model, inputs, compute)
+        else:
+            outputs = model(**inputs)
+            logits_BTV = self._get_logits(outputs, inputs["input_ids"])
+            loss = self._sum_of_logits(logits_BTV, attached, progress)
+        if self._feature_loss is not None:
+            loss = loss + self._sum_of_features(self._feature_loss, outputs, attached)
+        return loss, outputs if keep else None
+
+    @staticmethod
+    def _get_logits(outputs: Any, input_ids: Tensor) -> Tensor:
+        """Returns (B, T, V). Raises ValueError unless there is one row for each token."""
         logits_BTV = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        if logits_BTV.shape[:2] != inputs["input_ids"].shape:
+        if logits_BTV.shape[:2] != input_ids.shape:
             raise ValueError(
                 f"the student gave logits of {tuple(logits_BTV.shape[:2])} tokens for input_ids "
-                f"of {tuple(inputs['input_ids'].shape)}; the targets belong to the latter. "
+                f"of {tuple(input_ids.shape)}; the targets belong to the latter. "
                 "Adapters that add virtual tokens (prompt tuning) are not supported."
             )
-        return self._sum_of_logits(logits_BTV, attached, progress), outputs
+        return logits_BTV
 
     def _find_head(self, model: nn.Module, inputs: Mapping[str, Any]) -> FusedHead | None:
         # Whether a head can be fused is found by a forward pass: once in a training is enough.
@@ -248,3 +267,23 @@ class BatchLoss:
             loss = loss + (weights.ce * ce_R).sum()
         self._meter.add(targets, kd, ce_R.sum(), logits_RV.argmax(1))
         return loss
+
+    def _sum_of_features(
+        self, feature_loss: FeatureLoss, outputs: Any, attached: AttachedTargets
+    ) -> Tensor:
+        """Computes feature_weight * the sum over the rows of the loss on features."""
+        states = getattr(outputs, "hidden_states", None)
+        if states is None:
+            raise ValueError(
+                "the student returns no hidden_states when it is called with "
+                "output_hidden_states=True, and the loss on features needs them: leave features out"
+            )
+        if attached.features is None:
+            used = [parameter.sum() * 0.0 for parameter in feature_loss.parameters()]
+            return torch.stack(used).sum()
+        rows_R = copy_to(attached.rows, states[-1].device)
+        own = set(feature_loss.layers.values())
+        hidden = {layer: states[layer].flatten(0, 1)[rows_R] for layer in own}
+        total = feature_loss(hidden, attached.features, reduction="sum")
+        self._meter.add_features(total, attached.features.num_rows)
+        return self._arguments.feature_weight * total

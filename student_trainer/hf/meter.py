@@ -18,6 +18,7 @@ MEANS = {
     "top1_agreement": "rows",
     "teacher_ce": "teacher_rows",
     "tail_mass": "tail_rows",
+    "feature_loss": "feature_rows",
 }
 """What is logged, and the rows that its sum is divided by."""
 SUMS = (*MEANS, *dict.fromkeys(MEANS.values()))
@@ -62,6 +63,12 @@ class Meter:
         if isinstance(targets, TopKTargets):
             sums["tail_rows"] += num_rows
             sums["tail_mass"] += targets.tail_logprob.exp().sum()
+
+    @torch.no_grad()
+    def add_features(self, loss_sum: Tensor, num_rows: int) -> None:
+        """One batch's loss on features, summed over the rows."""
+        self._sums["feature_rows"] += num_rows
+        self._sums["feature_loss"] += loss_sum
 
     def take(self) -> Tensor:
         """(len(SUMS),) sums over the rows since the last time; begins anew."""
@@ -113,6 +120,10 @@ class TrainerMeter:
         """Adds one batch: sums over its rows, and the likeliest ids of student and teacher."""
         self.rows_in_loss += targets.num_rows
         self._rows.add(targets, kd_sum=kd, ce_sum=ce, best_R=best_R, teacher_best_R=teacher_best_R)
+
+    def add_features(self, loss_sum: Tensor, num_rows: int) -> None:
+        """Adds one batch's loss on features, summed over its rows."""
+        self._rows.add_features(loss_sum, num_rows)
 
     def take_sums(self) -> Tensor:
         """Returns (len(SUMS) + len(TRAINER_SUMS),) and starts at zero, except for target_rows."""

@@ -18,11 +18,16 @@ from torch.utils.data import IterableDataset
 from logit_codec import Targets
 from student_trainer.hf.arguments import DistillationArguments
 from student_trainer.teachers.batch_targets import BatchTargets, Taken
+from student_trainer.teachers.request import ScoreOptions
 from student_trainer.teachers.teacher import Teacher
 from student_trainer.teachers.view import TeacherView
 from student_trainer.transfer import move_tensors
 
 logger = logging.getLogger(__name__)
+
+TakenTargets = tuple[Taken, Targets | None, Targets | None]
+"""A batch, its targets and, if they are wanted, the states of the teacher's layers; without either
+where nothing is trained."""
 
 
 class Passes:
@@ -44,6 +49,8 @@ class Passes:
         self._epoch_iterator: Iterator[Any] | None = None
         """The Trainer's iterator over the current pass; a new one begins a new pass."""
         self._ahead: BatchTargets | None = None
+        self._features: BatchTargets | None = None
+        """Of the same batches: the states of the teacher's layers, if they are wanted."""
         self._may_end_apart = False
         """Whether ranks may have unequal numbers of batches."""
         self._state = "new"
@@ -60,24 +67,34 @@ class Passes:
         """Makes the next pass the one with this number, from 0: a Trainer may resume."""
         self._number = number - 1
 
-    def take(self, epoch_iterator: Iterator[Any], count: int) -> list[tuple[Taken, Targets | None]]:
+    def take(self, epoch_iterator: Iterator[Any], count: int) -> list[TakenTargets]:
         """Returns the next batches of a pass, as many on all ranks; fewer than `count` at its end."""
         if epoch_iterator is not self._epoch_iterator or self._ahead is None:
             self.close()
             self._epoch_iterator, self._state = epoch_iterator, "new"
-            self._ahead = self._begin(epoch_iterator)
-        taken = [] if self._state == "ended" else self._ahead.take(count)
-        if self._may_end_apart and self._state != "ended":
-            taken = taken[: self._find_shortest(len(taken), count)]
-        return taken
+            self._begin(epoch_iterator)
+        if self._ahead is None or self._state == "ended":
+            return []
+        taken: list[TakenTargets] = [(*pair, None) for pair in self._ahead.take(count)]
+        if self._features is not None:
+            features = self._features.take(count)
+            taken = [
+                (batch, targets, states)
+                for (batch, targets, _), (_, states) in zip(taken, features, strict=True)
+            ]
+        return taken[: self._find_shortest(len(taken), count)] if self._may_end_apart else taken
 
     def close(self) -> None:
         """Gives up what is in flight."""
-        if self._ahead is not None:
-            self._ahead.close()
-        self._ahead, self._epoch_iterator = None, None
+        self._close_streams()
+        self._ahead, self._features, self._epoch_iterator = None, None, None
 
-    def _begin(self, epoch_iterator: Iterator[Any]) -> BatchTargets:
+    def _close_streams(self) -> None:
+        for stream in (self._ahead, self._features):
+            if stream is not None:
+                stream.close()
+
+    def _begin(self, epoch_iterator: Iterator[Any]) -> None:
         args, state = self._trainer.args, self._trainer.state
         self._number += 1
         loader: Any = self._trainer.callback_handler.train_dataloader
@@ -89,14 +106,24 @@ class Passes:
         self._may_end_apart = several and not is_even
         # No more than the run will use: targets after max_steps would be made for nothing.
         most = (state.max_steps - state.global_step) * args.gradient_accumulation_steps
-        return BatchTargets(
-            self._load(itertools.islice(epoch_iterator, most), together),
-            self._teacher,
-            self._arguments.make_request(args.seed, self._number),
-            self._arguments.look_ahead,
-            agree=self._agree if together else None,
-            view=self._view,
-        )
+        batches = self._load(itertools.islice(epoch_iterator, most), together)
+        arguments = self._arguments
+
+        def open_stream(batches: Iterator[Any], options: ScoreOptions) -> BatchTargets:
+            return BatchTargets(
+                batches,
+                self._teacher,
+                options,
+                arguments.look_ahead,
+                agree=self._agree if together else None,
+                view=self._view,
+            )
+
+        if arguments.features:
+            batches, again = itertools.tee(batches)
+            options = arguments.make_feature_request(args.seed, self._number)
+            self._features = open_stream(again, options)
+        self._ahead = open_stream(batches, arguments.make_request(args.seed, self._number))
 
     def _load(self, batches: Iterator[Any], together: bool) -> Iterator[Any]:
         """Yields the batches on the host, where they stay until they are trained; measures the time."""
@@ -126,7 +153,6 @@ class Passes:
         Where a rank has fewer than the step needs, the pass ends for all: a step is taken together.
         Raises ValueError if a rank had none at all.
         """
-        assert self._ahead is not None
         counts = [of_rank for (of_rank,) in self._gather(count)]
         shortest, rank = min(counts), counts.index(min(counts))
         if not shortest and max(counts) and self._state == "new":
@@ -138,7 +164,7 @@ class Passes:
         self._state = "begun" if shortest == num_batches else "ended"
         if self._state == "ended":
             # What this rank has left over is never trained: no other rank has batches for the step.
-            self._ahead.close()
+            self._close_streams()
             if shortest < max(counts):
                 logger.warning(
                     "the data of rank %d has ended, so the pass ends for all ranks", rank

@@ -79,8 +79,13 @@ class FusedHead:
         fused._check(model, inputs)
         return fused
 
-    def loss(self, model: nn.Module, inputs: Mapping[str, Any], compute: Compute) -> Tensor:
-        """Runs `model(**inputs)` and returns what `compute` makes of its hidden states."""
+    def loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], compute: Compute
+    ) -> tuple[Tensor, Any]:
+        """Runs `model(**inputs)` and returns what `compute` makes of its hidden states.
+
+        And the model's outputs, whose logits are of no use.
+        """
         losses: list[Tensor] = []
 
         def forward(hidden_BTD: Tensor) -> Tensor:
@@ -94,7 +99,7 @@ class FusedHead:
         # DDP looks for used parameters in what the wrapped module returns. FSDP2 gathers the
         # parameters of a unit again when the gradient comes to what the unit returned: the loss,
         # which might be rounded on its way through head and student, waits for their zeros.
-        return losses[0] + _logits_of(outputs).sum().to(losses[0].dtype) * 0.0
+        return losses[0] + _logits_of(outputs).sum().to(losses[0].dtype) * 0.0, outputs
 
     @torch.no_grad()
     def _check(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -108,11 +108,18 @@ class LossOptions:
         """Divides the sum over rows as `reduction` and `num_items` ask for."""
         if self.reduction == "sum":
             return total
-        if num_items is None:
-            num_items = num_rows if mask is None else mask.sum()
-        if isinstance(num_items, Tensor):
-            # A number on the host becomes an argument of the division: nothing waits for a copy.
-            if num_items.dim() or num_items.device.type != "cpu":
-                num_items = copy_to(num_items, total.device)
-            return total / num_items.clamp(min=1)
-        return total / max(num_items, 1)
+        return take_mean(total, num_rows, mask, num_items)
+
+
+def take_mean(
+    total: Tensor, num_rows: int, mask: Tensor | None, num_items: int | Tensor | None
+) -> Tensor:
+    """Divides a sum over rows by `num_items`, or by the rows that the mask counts."""
+    if num_items is None:
+        num_items = num_rows if mask is None else mask.sum()
+    if isinstance(num_items, Tensor):
+        # A number on the host becomes an argument of the division: nothing waits for a copy.
+        if num_items.dim() or num_items.device.type != "cpu":
+            num_items = copy_to(num_items, total.device)
+        return total / num_items.clamp(min=1)
+    return total / max(num_items, 1)

@@ -55,6 +55,8 @@ class Recorded(Teacher):
     epoch, unless a live teacher can be asked and there are fewer than that number.
     """
 
+    has_one_kind = True
+
     def __init__(
         self,
         folder: str | os.PathLike[str],

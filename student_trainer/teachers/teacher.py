@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -36,6 +36,8 @@ class Teacher(ABC):
     default_look_ahead: int | str = "30s"
     """Default for the look-ahead of `stream_batches`."""
     default_targets: str | TargetSpec = "sampled"
+    has_one_kind: ClassVar[bool] = False
+    """Whether everything that is asked for must have the same spec, as in a record."""
     id_tables: Sequence[IdTable] = ()
     """What payloads may be coded with, beside the built-in identity."""
     tokenizer: Any = None

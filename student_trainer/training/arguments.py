@@ -114,6 +114,10 @@ def make_distillation_arguments(config: TrainConfig, *, is_aligned: bool) -> Dis
         ce_weight=config.ce_weight,
         entropy_routing=config.entropy_routing,
         adaptive_label_weight=config.adaptive_label_weight,
+        features=config.features,
+        feature_layers=config.feature_layers,
+        feature_loss=config.feature_loss,
+        feature_weight=config.feature_weight,
         ahead=config.ahead,
         check_first_batch=is_aligned,
     )

@@ -1,6 +1,6 @@
 """Makes the optimizer that trains the matrices of the layers with Muon and the rest with AdamW."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -63,10 +63,11 @@ def make_muon(
     learning_rate: float,
     betas: tuple[float, float] = ADAMW_BETAS,
     weight_decay: float = 0.0,
+    others: Iterable[nn.Parameter] = (),
 ) -> MuonWithAdamW:
     """Makes an optimizer of what is trained of a student: Muon for the matrices of its layers.
 
-    Embeddings, the head and whatever is no matrix go to AdamW with these `betas`. LoRA's A and B
+    others: what is trained beside the student; it goes to AdamW. Embeddings, the head and whatever is no matrix go to AdamW with these `betas`. LoRA's A and B
     in the layers are matrices like any other: hidden states are multiplied by them, and with the
     rate adjusted to the shape an update of either is as large as AdamW's.
     """
@@ -78,6 +79,7 @@ def make_muon(
         if parameter.requires_grad:
             inside = parameter.ndim == 2 and id(parameter) not in outside
             (matrices if inside else rest).append(parameter)
+    rest += others
     return MuonWithAdamW(matrices, rest, lr=learning_rate, betas=betas, weight_decay=weight_decay)
 
 

@@ -23,7 +23,7 @@ from student_trainer.training.arguments import make_training_arguments
 from student_trainer.training.corpus import Corpus
 from student_trainer.training.held_out import HeldOut
 from student_trainer.training.progress import read_history
-from student_trainer.training.run import make_trainer
+from student_trainer.training.run import list_targets, make_trainer
 from student_trainer.training.trainer import StudentTrainer
 
 WARM_UP_STEPS, MIN_STEPS, MIN_SECONDS = 3, 5, 15.0
@@ -176,6 +176,7 @@ def _measure_steps(
         steps, rows = steps - first["step"], rows - first["tokens"]
         seconds = seconds - first["seconds"]
         waiting_s = last["waiting_fraction"] * seconds
+    num_targets = len(list_targets(config))  # of each row
     handed_out, asked, num_rows, payload, wire = (b - a for a, b in zip(before, after, strict=True))
     return Measured(
         rows=rows / steps,
@@ -183,8 +184,8 @@ def _measure_steps(
         student_s=(seconds - waiting_s) / steps,
         held_out_s=held_out_s,
         asked=asked / max(handed_out, 1),
-        payload_nbytes=payload / max(num_rows, 1),
-        wire_nbytes=wire / max(num_rows, 1),
+        payload_nbytes=payload / max(num_rows, 1) * num_targets,
+        wire_nbytes=wire / max(num_rows, 1) * num_targets,
         memory=memory,
     )
 
@@ -236,21 +237,26 @@ def _measure_teacher(config: TrainConfig, corpus: Corpus, live: Any) -> float:
             for row in corpus.train:
                 yield corpus.collate([row])
 
-    pairs = live.stream_batches(
-        make_batches(),
-        targets=config.targets,
-        temperature=config.temperature,
-        seed=config.seed,
-        ahead=4 * config.batch_size,
-    )
+    streams = [
+        live.stream_batches(
+            make_batches(),
+            targets=targets,
+            temperature=config.temperature,
+            seed=config.seed,
+            ahead=4 * config.batch_size,
+        )
+        for targets in list_targets(config)
+    ]
+    pairs = zip(*streams, strict=True)
     try:
         next(pairs)
         began_s, rows = time.perf_counter(), 0
         while time.perf_counter() - began_s < TEACHER_SECONDS:
-            rows += next(pairs)[1].num_rows
+            rows += next(pairs)[0][1].num_rows
         return rows / (time.perf_counter() - began_s)
     finally:
-        pairs.close()
+        for stream in streams:
+            stream.close()
 
 
 def _measure_memory(trainer: StudentTrainer, config: TrainConfig) -> dict[str, Any]:

@@ -115,6 +115,12 @@ def read_student(folder: Path) -> Student:
     return Student(tokenizer, len(head.weight), 4 * parameters + of_tokenizer, widths)
 
 
+def list_targets(config: CorpusConfig) -> list[str]:
+    """Returns what the run asks the teacher for, of each row of the text."""
+    features = config.features if isinstance(config, TrainConfig) else ""
+    return [config.targets, *([features] if features else [])]
+
+
 def check_teacher(config: CorpusConfig, teacher: RemoteTeacher | Recorded, student: Student) -> int:
     """Asks the teacher for what the run is going to ask for, before anything long begins.
 
@@ -125,10 +131,11 @@ def check_teacher(config: CorpusConfig, teacher: RemoteTeacher | Recorded, stude
     teacher.make_options(config.targets, config.temperature, config.seed, 0)  # as recorded?
     live = teacher.fallback if isinstance(teacher, Recorded) else teacher
     if live is not None:
-        found = live.stream(
-            [[0, 0]], targets=config.targets, temperature=config.temperature, interactive=True
-        )
-        list(found)
+        for targets in list_targets(config):
+            found = live.stream(
+                [[0, 0]], targets=targets, temperature=config.temperature, interactive=True
+            )
+            list(found)
     return shared
 
 

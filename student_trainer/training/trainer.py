@@ -138,6 +138,7 @@ class StudentTrainer(DistillationTrainer):
                 learning_rate=args.learning_rate,
                 betas=(args.adam_beta1, args.adam_beta2),
                 weight_decay=args.weight_decay,
+                others=self._get_projectors(),
             )
         return super().create_optimizer(model)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from examples import hf_trainer, many_epochs, plain_loop
+from examples import features, hf_trainer, many_epochs, plain_loop
 from examples.two_teams import __main__ as two_teams
 from tests.conftest import one_torch_thread
 
@@ -58,7 +59,21 @@ def test_the_hf_trainer_example_trains_and_goes_on(
     assert torch.equal(run("stopped"), whole)
 
 
-@pytest.mark.parametrize("example", [plain_loop, hf_trainer, many_epochs])
+def test_the_features_example_learns_the_layers_and_saves_the_student_alone(
+    trained_service, student_folder, text: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(features, "STEPS", 12)
+    monkeypatch.setattr(features, "PRINT_EVERY", 6)
+    output = tmp_path / "student"
+    losses = features.main(trained_service.address, str(student_folder), str(output), str(text))
+    assert len(losses) == 12
+    assert losses[-1] < 0.8 * losses[0]
+    assert capsys.readouterr().out.count("step ") == 2
+    names = load_file(output / "model.safetensors").keys()
+    assert not [name for name in names if "projector" in name]
+
+
+@pytest.mark.parametrize("example", [plain_loop, hf_trainer, many_epochs, features])
 def test_an_example_without_its_arguments_says_how_it_is_used(example):
     command = [sys.executable, "-m", example.__name__, "127.0.0.1:1"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)

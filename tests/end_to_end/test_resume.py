@@ -122,15 +122,17 @@ def losses_of(trainer: StudentTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon", "recorded", "labels"])
+@pytest.mark.parametrize("kind", ["adamw", "muon", "recorded", "labels", "features"])
 def test_stopped_at_any_step_it_ends_with_the_same_weights(
     trained_teacher, corpus, tmp_path: Path, kind
 ):
     """The epochs end after steps 5 and 10, so that some runs stop and resume there."""
     steps = 11
     settings: dict[str, Any] = {"steps": steps, "accumulation": 1}
-    settings["optimizer"] = "muon" if kind == "muon" else "adamw"
+    settings["optimizer"] = "muon" if kind in ("muon", "features") else "adamw"
     teacher = trained_teacher
+    if kind == "features":
+        settings |= {"features": "features:layers=1+2", "feature_layers": "0+1"}
     if kind == "labels":
         teacher = None
     if kind == "recorded":

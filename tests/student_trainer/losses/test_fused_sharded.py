@@ -53,7 +53,7 @@ def loss_of(
 
     inputs = {"input_ids": ids[first:last]}
     if fused is not None:
-        return fused.loss(student, inputs, compute)
+        return fused.loss(student, inputs, compute)[0]
     hidden_BTD = student.model(**inputs).last_hidden_state
     return compute(hidden_BTD, student.get_output_embeddings().weight, None)
 
