@@ -23,7 +23,7 @@ from student_trainer.training.arguments import make_training_arguments
 from student_trainer.training.corpus import Corpus
 from student_trainer.training.held_out import HeldOut
 from student_trainer.training.progress import read_history
-from student_trainer.training.run import make_trainer
+from student_trainer.training.run import make_trainer, make_view
 from student_trainer.training.trainer import StudentTrainer
 
 WARM_UP_STEPS, MIN_STEPS, MIN_SECONDS = 3, 5, 15.0
@@ -242,6 +242,7 @@ def _measure_teacher(config: TrainConfig, corpus: Corpus, live: Any) -> float:
         temperature=config.temperature,
         seed=config.seed,
         ahead=4 * config.batch_size,
+        teacher_view=make_view(config, corpus.tokenizer),
     )
     try:
         next(pairs)
