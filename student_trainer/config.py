@@ -153,8 +153,9 @@ class RecordConfig(CorpusConfig):
 
     A file for `train` also works here: settings that only `train` has are ignored."""
 
-    teacher: str = Field(min_length=1)
-    """HOST:PORT of the service, or a connection file (*.toml) of it."""
+    teacher: str | dict[str, str] = Field(min_length=1)
+    """HOST:PORT of the service, or a connection file (*.toml) of it. Several teachers are recorded
+    one by one, or by `train`."""
     record: str = Field(min_length=1)
     """Folder, or URL such as s3://bucket/targets, to write to. Targets that it already has are not
     requested again."""
@@ -176,6 +177,16 @@ class RecordConfig(CorpusConfig):
     """Seed of the teacher's draws. `train` replays what is recorded, whatever its own seed."""
     as_json: Json = False
     """Print JSON."""
+
+    @field_validator("teacher")
+    @classmethod
+    def _check_one(cls, teacher: str | dict[str, str]) -> str | dict[str, str]:
+        if isinstance(teacher, dict):
+            raise ValueError(
+                "one teacher at a time is recorded: give --teacher HOST:PORT. `train` with several "
+                "teachers records what each of them is asked for, in RECORD/NAME"
+            )
+        return teacher
 
 
 class StudentOptions(Settings):

@@ -255,7 +255,7 @@ class DistillationMixin(FeatureHooks):
     @property
     def _column(self) -> str | None:
         """The column of the data that names the teacher of each row."""
-        return self.teacher.column if isinstance(self.teacher, Teachers) else None
+        return getattr(self.teacher, "column", None)
 
     @property
     def _carries(self) -> bool:
@@ -272,7 +272,7 @@ class DistillationMixin(FeatureHooks):
         if self.args.remove_unused_columns:
             self._set_signature_columns_if_needed()
             known = self._signature_columns
-        weigh = self.teacher.weigh if isinstance(self.teacher, Teachers) else None
+        weigh = getattr(self.teacher, "weigh", None)
         return CarryingCollator(collator, known, self._column, weigh, self._view is not None)
 
     def _open_teacher(self, teacher: OneTeacher) -> Teacher:

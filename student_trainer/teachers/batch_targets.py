@@ -94,6 +94,9 @@ class BatchTargets:
         """The rows and bytes of the last batch that was taken."""
         self._ended = False
 
+        # Only where it is needed: other teachers need not know of views.
+        viewed: dict[str, Any] = {} if view is None else {"teacher_view": view}
+
         def ask(
             source: Iterator[Any], ahead: int | str | LookAhead
         ) -> Iterator[tuple[Any, Targets]]:
@@ -105,7 +108,7 @@ class BatchTargets:
                     seed=options.seed,
                     epoch=options.epoch,
                     ahead=ahead,
-                    **({} if view is None else {"teacher_view": view}),
+                    **viewed,
                 )
             )
 

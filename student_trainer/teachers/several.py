@@ -5,7 +5,7 @@ Letters: B rows of a batch, J teachers.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,6 +83,17 @@ class Teachers(Teacher):
         """Returns one of the teachers. Raises KeyError."""
         return self._teachers[name]
 
+    def replace(self, change: Callable[[Teacher], Teacher | None]) -> "Teachers | None":
+        """Returns the same choice among other teachers; self if none changes, None if one has none."""
+        changed = {name: change(one) for name, one in self._teachers.items()}
+        if all(changed[name] is one for name, one in self._teachers.items()):
+            return self
+        found = {name: one for name, one in changed.items() if one is not None}
+        if len(found) < len(changed):
+            return None
+        weights = self.choice.get("teacher_weights")
+        return Teachers(found, column=self._column, weights=weights)
+
     @property
     def info(self) -> teacher_pb2.TeacherInfo:
         """Describes all teachers at once: fingerprints as "name=..." of each, and the least of limits."""
@@ -99,6 +110,11 @@ class Teachers(Teacher):
         if self._weights_J is None:
             return {"teacher_column": self._column}
         return {"teacher_weights": dict(zip(self.names, self._weights_J.tolist(), strict=True))}
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """The teachers by name."""
+        return dict(self._teachers)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -25,6 +25,27 @@ return the same for the same arguments: it is called again after a resume.
 """
 
 
+class PrefixView:
+    """Shows a teacher one text in front of every sequence, behind the begin token if it has one."""
+
+    def __init__(self, text: str, tokenizer: Any) -> None:
+        """text: special tokens in it count as such. Raises ValueError if it has no token."""
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if not ids:
+            raise ValueError(f"the text {text!r} that the teacher is to read has no token")
+        self._ids = torch.tensor(ids)
+        self._begin = tokenizer.bos_token_id
+
+    def __len__(self) -> int:
+        """How many tokens more the teacher reads."""
+        return len(self._ids)
+
+    def __call__(self, ids: Tensor, row: Mapping[str, Any]) -> Tensor:
+        """Returns what the teacher reads."""
+        at = int(self._begin is not None and int(ids[0]) == self._begin)
+        return torch.cat([ids[:at], self._ids, ids[at:]])
+
+
 def divide_batch(
     batch: Mapping[str, Any], number: int, view: TeacherView | None = None, tokenizer: Any = None
 ) -> dict[str, Piece]:

@@ -22,6 +22,7 @@ from student_trainer.hf.meter import cross_entropies
 from student_trainer.hf_trainer import DistillationTrainer
 from student_trainer.teachers.layout import IGNORE_INDEX, Layout
 from student_trainer.teachers.teacher import Teacher
+from student_trainer.teachers.view import TeacherView
 from student_trainer.training import checkpoints, ranks
 from student_trainer.training.corpus import Corpus
 from student_trainer.training.held_out import HeldOut
@@ -47,6 +48,7 @@ class StudentTrainer(DistillationTrainer):
         *,
         label: str,
         teacher: Teacher | None = None,
+        teacher_view: TeacherView | None = None,
         distillation: DistillationArguments | None = None,
         uses_muon: bool = False,
         identity: Mapping[str, Any],
@@ -77,6 +79,7 @@ class StudentTrainer(DistillationTrainer):
             compute_loss_func=None if teacher is not None else _make_label_loss(held_out.num_ids),
             callbacks=[*callbacks],
             teacher=teacher,
+            teacher_view=teacher_view,
             distillation=distillation,
         )
         for printing in (PrinterCallback, ProgressCallback):
@@ -311,7 +314,7 @@ def _with_labels(collate: Callable[[list[Any]], dict[str, Any]]) -> Any:
     """Adds labels to batches whose tokens are their own; tokens that are not trained have none."""
 
     def collate_with_labels(rows: list[Any]) -> dict[str, Any]:
-        batch = collate(rows)
+        batch = {k: v for k, v in collate(rows).items() if isinstance(v, Tensor)}
         layout = Layout.of(batch)
         labels = torch.full_like(layout.ids, IGNORE_INDEX)
         trained = layout.trained[:, :-1]

@@ -1,17 +1,19 @@
 """transformers' Trainer with several teachers, a mixture of them, and a view of another text."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+import transformers
 
-from student_trainer import InvalidRequest, LocalTeacher, Teachers, distillation_loss
+from student_trainer import InvalidRequest, LocalTeacher, Teachers, connect, distillation_loss
 from student_trainer.hf_trainer import IDENTITY_FILE, DistillationArguments
 from tests.conftest import one_torch_thread
 from tests.support import tiny
-from tests.support.hf import TOKENIZER, collate, make_trainer, num_trained, weights
+from tests.support.hf import SETTINGS, TOKENIZER, collate, make_trainer, num_trained, weights
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 ARGUMENTS = DistillationArguments(targets="top_k:8", ahead="2")
@@ -126,3 +128,30 @@ def test_rows_without_a_known_teacher_end_the_training(
         make_trainer(tmp_path, rows, models)
     with pytest.raises(ValueError, match="for several teachers"):
         make_trainer(tmp_path, rows, teacher_model, choice=choice)
+
+
+def test_the_examples_of_the_page_run_as_they_are_printed(
+    trained_service, padded_service, marked, tmp_path: Path, capsys
+):
+    page = (Path(__file__).parents[2] / "docs" / "several_teachers.md").read_text()
+    for name, service in (("math", trained_service), ("code", padded_service)):
+        page = page.replace(f"{name}.lab:50051", service.address)
+    names: dict[str, Any] = {
+        "tokenizer": TOKENIZER,
+        "student": tiny.make_student(),
+        "ids": torch.arange(2, 26).view(2, 12),
+        "name_ids": lambda batch: torch.arange(22 * 3).view(22, 3) % 64,
+        "args": transformers.TrainingArguments(str(tmp_path), **{**SETTINGS, "max_steps": 1}),
+        "rows": marked,
+        "collate": collate,
+    }
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        # The first example closes its teachers, as programs end; the others are programs too.
+        for name in {"math", "code"} & {*names}:
+            names[name] = connect({"math": trained_service, "code": padded_service}[name].address)
+        exec(block, names)
+    assert "22\n" in capsys.readouterr().out
+    for name in ("math", "code"):
+        names[name].close()
