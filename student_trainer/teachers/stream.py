@@ -182,7 +182,10 @@ def stream_loader(
 
 
 class _Zipped:
-    """Iterates over sequences with their given ids; its state is that of the sequences."""
+    """Iterates over sequences with their given ids.
+
+    It has no state of its own, even if the sequences have one: both are resumed by skipping, in step.
+    """
 
     def __init__(self, sequences: Iterable[Any], given_ids: Iterable[Any]) -> None:
         self._sequences, self._given_ids = sequences, given_ids
@@ -192,15 +195,12 @@ class _Zipped:
         pairs = itertools.zip_longest(self._sequences, self._given_ids, fillvalue=missing)
         for number, (sequence, ids) in enumerate(pairs):
             if sequence is missing or ids is missing:
-                more, fewer = (
-                    ("given_ids", "sequences")
-                    if ids is not missing
-                    else (
-                        "sequences",
-                        "given_ids",
-                    )
+                more, fewer = "given_ids", "sequences"
+                if ids is missing:
+                    more, fewer = fewer, more
+                raise InvalidRequest(
+                    f"there are more {more} than {fewer}: the latter ended after {number}"
                 )
-                raise InvalidRequest(f"there are more {more} than {fewer}, which has {number}")
             yield sequence, ids
 
 
