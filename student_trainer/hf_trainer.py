@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.trainer_utils import has_length
@@ -26,18 +25,17 @@ from student_trainer.hf.arguments import (
     refuse_other_losses,
 )
 from student_trainer.hf.batch_loss import AttachedTargets, BatchLoss
-from student_trainer.hf.carrying import CarryingCollator
 from student_trainer.hf.checkpoints import (
     IDENTITY_FILE,
     check_identity,
     find_newest_complete,
     write_identity,
 )
+from student_trainer.hf.column_hooks import ColumnHooks
 from student_trainer.hf.feature_hooks import FeatureHooks, make_feature_loss
 from student_trainer.hf.meter import TrainerMeter
 from student_trainer.hf.passes import Passes
 from student_trainer.losses.causal import check_causal
-from student_trainer.teachers.layout import ROW_COLUMNS
 from student_trainer.teachers.local import LocalTeacher
 from student_trainer.teachers.several import Teachers, Weights
 from student_trainer.teachers.teacher import Teacher
@@ -60,7 +58,7 @@ OneTeacher = str | Sequence[str] | nn.Module | Teacher
 """What stands for a teacher."""
 
 
-class DistillationMixin(FeatureHooks):
+class DistillationMixin(ColumnHooks, FeatureHooks):
     """Put before a Trainer class: `class Distilled(DistillationMixin, SFTTrainer)`.
 
     teacher: an address, several addresses of one service, a causal LM in this process, or a
@@ -84,8 +82,8 @@ class DistillationMixin(FeatureHooks):
         **kwargs: Any,
     ) -> None:
         self.distillation = distillation or DistillationArguments()
-        self.teacher: Teacher | None = None
-        self._is_carrying = False
+        self.teacher = None
+        self._view = teacher_view
         choosing = {"teacher_column": teacher_column, "teacher_weights": teacher_weights}
         for name, value in choosing.items():
             if value is not None and not isinstance(teacher, Mapping):
@@ -115,7 +113,6 @@ class DistillationMixin(FeatureHooks):
             self.teacher = Teachers(found, column=teacher_column, weights=teacher_weights)
         else:
             self.teacher = self._open_teacher(teacher)
-        self._view = teacher_view
         # The loss is divided by the rows of the whole accumulation window, see compute_loss.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 calls the same
@@ -179,31 +176,6 @@ class DistillationMixin(FeatureHooks):
             count = self.accelerator.gather(count).sum()  # type: ignore[union-attr]
         return samples, count.clamp(min=1)
 
-    def get_train_dataloader(self) -> Any:
-        """Returns the Trainer's; with a teacher its batches stay on the host until they are trained."""
-        collator, self._is_carrying = self.data_collator, self._carries
-        try:
-            if self._carries:
-                self.data_collator = self._make_carrying(collator)
-            loader = super().get_train_dataloader()
-        finally:
-            self.data_collator, self._is_carrying = collator, False
-        if self.teacher is not None and isinstance(loader, DataLoaderShard):
-            loader.device = None
-        return loader
-
-    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        if self._is_carrying:  # the collator gets no more than without a teacher
-            return dataset
-        return super()._remove_unused_columns(dataset, description)
-
-    def _get_collator_with_removed_columns(
-        self, data_collator: Any, description: str | None = None
-    ) -> Any:
-        if self._is_carrying:
-            return data_collator
-        return super()._get_collator_with_removed_columns(data_collator, description)
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -222,13 +194,9 @@ class DistillationMixin(FeatureHooks):
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         self._refuse_unknown_ids(attached.largest_id)
-        state = self.state
+        progress = self.state.global_step / max(1, self.state.max_steps - 1)
         loss, outputs = self._batch_loss.compute(
-            model,
-            inputs,
-            attached,
-            keep=return_outputs,
-            progress=state.global_step / max(1, state.max_steps - 1),
+            model, inputs, attached, keep=return_outputs, progress=progress
         )
         if num_items_in_batch is None:
             loss = loss / max(len(attached.rows), 1)
@@ -251,29 +219,6 @@ class DistillationMixin(FeatureHooks):
                 one.close()
 
     # How it is done.
-
-    @property
-    def _column(self) -> str | None:
-        """The column of the data that names the teacher of each row."""
-        return getattr(self.teacher, "column", None)
-
-    @property
-    def _carries(self) -> bool:
-        """Whether the teacher reads columns that the student does not."""
-        return self.teacher is not None and (self._column is not None or self._view is not None)
-
-    @property
-    def _of_teacher(self) -> tuple[str | None, ...]:
-        """Keys of a batch that the student must not get."""
-        return ROW_COLUMNS, self._column
-
-    def _make_carrying(self, collator: Any) -> CarryingCollator:
-        known = None
-        if self.args.remove_unused_columns:
-            self._set_signature_columns_if_needed()
-            known = self._signature_columns
-        weigh = getattr(self.teacher, "weigh", None)
-        return CarryingCollator(collator, known, self._column, weigh, self._view is not None)
 
     def _open_teacher(self, teacher: OneTeacher) -> Teacher:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
@@ -349,8 +294,14 @@ class DistillationMixin(FeatureHooks):
     def _get_identity(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of the teacher and of the loss."""
         assert self.teacher is not None
-        names = ["targets", "temperature", "divergence", "beta"]
-        names += ["entropy_routing", "adaptive_label_weight"]
+        names = [
+            "targets",
+            "temperature",
+            "divergence",
+            "beta",
+            "entropy_routing",
+            "adaptive_label_weight",
+        ]
         if self.feature_loss is not None:
             names += ["features", "feature_layers", "feature_loss", "feature_weight"]
         kd_weight, ce_weight = self.distillation.weights

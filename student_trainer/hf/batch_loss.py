@@ -72,7 +72,7 @@ class BatchWeights:
 
     kd: RowWeight
     ce: RowWeight
-    beta: dict[str, float]
+    beta: dict[str, Any]
     """The argument of the divergences that have one."""
 
     @classmethod

@@ -66,7 +66,9 @@ class Teachers(Teacher):
                 "names the teacher of each row, or weights=..., how much each counts for all rows"
             )
         self._teachers = dict(teachers)
-        self._column = column
+        self.column = column
+        """The column of a batch that names the teacher of each row."""
+        self._allowed = ", ".join(map(repr, teachers))
         self._weights_J = None if weights is None else self._weigh_one(weights, "weights")
         self._width = _check_alike(self._teachers)
         self._info = _describe(self._teachers, self._width)
@@ -92,7 +94,7 @@ class Teachers(Teacher):
         if len(found) < len(changed):
             return None
         weights = self.choice.get("teacher_weights")
-        return Teachers(found, column=self._column, weights=weights)
+        return Teachers(found, column=self.column, weights=weights)
 
     @property
     def info(self) -> teacher_pb2.TeacherInfo:
@@ -100,15 +102,10 @@ class Teachers(Teacher):
         return self._info
 
     @property
-    def column(self) -> str | None:
-        """The column of a batch that names the teacher of each row."""
-        return self._column
-
-    @property
     def choice(self) -> dict[str, Any]:
         """What says which teacher is asked for a row, as JSON has it."""
         if self._weights_J is None:
-            return {"teacher_column": self._column}
+            return {"teacher_column": self.column}
         return {"teacher_weights": dict(zip(self.names, self._weights_J.tolist(), strict=True))}
 
     @property
@@ -200,27 +197,27 @@ class Teachers(Teacher):
         """Returns (J,) weights of the teachers of a sequence. Raises InvalidRequest."""
         if self._weights_J is not None:
             return self._weights_J
-        assert self._column is not None
+        assert self.column is not None
         if batch is None:
             raise InvalidRequest(
-                f"{where}: sequences have no column {self._column!r} that names their teacher. Use "
+                f"{where}: sequences have no column {self.column!r} that names their teacher. Use "
                 f"stream_batches, or one teacher: teachers[{next(iter(self._teachers))!r}].stream(...)"
             )
-        if batch.get(self._column) is None:
+        if batch.get(self.column) is None:
             raise InvalidRequest(
-                f"{where}: the batch has no column {self._column!r}, which names the teacher of each "
+                f"{where}: the batch has no column {self.column!r}, which names the teacher of each "
                 f"row ({self._allowed}); it has {', '.join(batch)}"
             )
-        values, num_rows = batch[self._column], _count_rows(batch)
+        values, num_rows = batch[self.column], _count_rows(batch)
         if isinstance(values, str | Mapping):
             values = [values]
         if len(values) != num_rows:
             raise InvalidRequest(
-                f"{where}: the column {self._column!r} must name a teacher for each of the "
+                f"{where}: the column {self.column!r} must name a teacher for each of the "
                 f"{num_rows} rows of the batch, got {len(values)} values"
             )
         value = values[piece.batch_row]
-        return self._weigh_one(value, f"{where}: {self._column!r}")
+        return self._weigh_one(value, f"{where}: {self.column!r}")
 
     def _weigh_one(self, value: Any, where: str) -> Tensor:
         """Returns (J,) float64 weights. Raises InvalidRequest."""
@@ -247,10 +244,6 @@ class Teachers(Teacher):
             )
         return torch.tensor(numbers, dtype=torch.float64)
 
-    @property
-    def _allowed(self) -> str:
-        return ", ".join(map(repr, self._teachers))
-
     def _join(
         self,
         parts: Sequence[Targets],
@@ -260,16 +253,17 @@ class Teachers(Teacher):
         """Joins the answers to one batch, in the order in which they were asked for."""
         rest, said = iter(parts), []
         for chosen in weights:
-            targets = {name: self._complete(next(rest), heads.get(name)) for name in chosen}
+            targets = {name: _complete(next(rest), heads.get(name), self._width) for name in chosen}
             said.append(Said(targets, chosen))
             for name, weight in chosen.items():
                 self._rows[name] += weight * targets[name].num_rows
         return join(said)
 
-    def _complete(self, targets: Targets, head: TeacherHead | None) -> Targets:
-        if isinstance(targets, HiddenTargets) and head is not None:
-            targets = targets.with_head(head)
-        return narrow(targets, self._width)
+
+def _complete(targets: Targets, head: TeacherHead | None, width: int) -> Targets:
+    if isinstance(targets, HiddenTargets) and head is not None:
+        targets = targets.with_head(head)
+    return narrow(targets, width)
 
 
 def _count_rows(batch: Mapping[str, Any]) -> int:

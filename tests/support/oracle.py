@@ -149,11 +149,7 @@ def digest(targets: Targets) -> str:
     state = hashlib.sha256()
     for name, tensor in sorted(targets._tensors().items()):
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-<<<<<<< HEAD
-        state.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-=======
         state.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
->>>>>>> e18
     return state.hexdigest()
 
 
