@@ -65,10 +65,10 @@ class DistillationMixin(ColumnHooks, FeatureHooks):
     `Teacher`; None leaves the Trainer as it is. Only training asks the teacher; evaluation is the
     Trainer's own and needs labels.
 
-    Several teachers are a mapping from names to these: teacher_column is the column of the training
-    data that names the teacher of each row (a name, or weights by name), or teacher_weights says how
-    much each of them counts for all rows; see `Teachers`. teacher_view shows the teacher another text
-    with the same trained tokens; it gets every column of the data, see `Teacher.stream_batches`.
+    Several teachers are a mapping from names to these, see `Teachers`: teacher_column is the column of
+    the training data that names the teacher of each row, or teacher_weights says how much each counts.
+    teacher_view shows the teacher another text with the same trained tokens, see
+    `Teacher.stream_batches`; it gets every column of the data.
     """
 
     def __init__(
@@ -276,8 +276,9 @@ class DistillationMixin(ColumnHooks, FeatureHooks):
     def _compute_shares(self, teachers: Teachers) -> dict[str, float]:
         """Returns the share of each teacher in the rows since the last time, on all ranks."""
         total, before = teachers.rows_by_teacher, self._rows_of_each
+        self._rows_of_each = total
         since = [total[name] - before[name] for name in teachers.names]
-        rows, self._rows_of_each = torch.tensor(since, device=self.args.device), total
+        rows = torch.tensor(since, device=self.args.device)
         if self.args.world_size > 1:
             rows = self.accelerator.gather(rows[None]).sum(0)  # type: ignore[union-attr,call-overload]
         shares = (rows / rows.sum().clamp(min=1e-9)).tolist()
@@ -294,22 +295,9 @@ class DistillationMixin(ColumnHooks, FeatureHooks):
     def _get_identity(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of the teacher and of the loss."""
         assert self.teacher is not None
-        names = [
-            "targets",
-            "temperature",
-            "divergence",
-            "beta",
-            "entropy_routing",
-            "adaptive_label_weight",
-        ]
-        if self.feature_loss is not None:
-            names += ["features", "feature_layers", "feature_loss", "feature_weight"]
-        kd_weight, ce_weight = self.distillation.weights
         return {
             "teacher_fingerprint": self.teacher.info.teacher_fingerprint,
-            **{name: getattr(self.distillation, name) for name in names},
-            "kd_weight": kd_weight.setting,
-            "ce_weight": ce_weight.setting,
+            **self.distillation.describe_loss(),
             **(self.teacher.choice if isinstance(self.teacher, Teachers) else {}),
         }
 

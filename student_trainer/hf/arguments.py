@@ -136,6 +136,19 @@ class DistillationArguments:
             )
         return dict(zip(spec.layers, own, strict=True))
 
+    def describe_loss(self) -> dict[str, Any]:
+        """Returns the settings that decide the loss, for a checkpoint."""
+        names = ["targets", "temperature", "divergence", "beta"]
+        names += ["entropy_routing", "adaptive_label_weight"]
+        if self.features:
+            names += ["features", "feature_layers", "feature_loss", "feature_weight"]
+        kd_weight, ce_weight = self.weights
+        return {
+            **{name: getattr(self, name) for name in names},
+            "kd_weight": kd_weight.setting,
+            "ce_weight": ce_weight.setting,
+        }
+
 
 def check_arguments(arguments: DistillationArguments) -> None:
     """Raises ValueError for targets, a divergence or weights that make no loss."""
