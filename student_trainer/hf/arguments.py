@@ -1,5 +1,6 @@
 """Defines what a user may set about distillation in a Trainer, and refuses what cannot work."""
 
+import contextlib
 import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -135,6 +136,12 @@ class DistillationArguments:
                 f"{'+'.join(str(layer // 2) for layer in spec.layers)!r}; got {self.feature_layers!r}"
             )
         return dict(zip(spec.layers, own, strict=True))
+
+    def __post_init__(self) -> None:
+        """Reads numbers that flags give as text; check_arguments refuses what is none."""
+        for name in ("beta", "kd_weight", "ce_weight"):
+            with contextlib.suppress(TypeError, ValueError):
+                setattr(self, name, LinearSchedule.parse(getattr(self, name)).setting)
 
     def describe_loss(self) -> dict[str, Any]:
         """Returns the settings that decide the loss, for a checkpoint."""

@@ -112,7 +112,7 @@ def test_adaptive_labels_are_the_gradient_of_the_blended_target():
         ({"beta": "0.5->1", "divergence": "jsd", "targets": "top_k:4"}, "beta must be between"),
         ({"targets": "given_ids"}, "names no ids"),
         ({"targets": "realized"}, "realized_logprob"),
-        ({"targets": "features:layers=1"}, "losses.features"),
+        ({"targets": "features:layers=1"}, "beside a distribution: features="),
     ],
 )
 def test_what_makes_no_loss_is_refused(given, words):
