@@ -65,9 +65,13 @@ class TeacherHead:
     def logits(self, values: Tensor, scale: Tensor | None = None) -> Tensor:
         """Projects (R, D) hidden states -> (R, V) float32 logits, -inf for padding.
 
-        scale: (R,), what integer values are to be multiplied with; they are exact in any dtype.
+        scale: (R,), what integer values are to be multiplied with, after the product: integers are exact
+        in bfloat16.
         """
         weight = self.weight
+        if scale is not None and weight.dtype == torch.float16:
+            # The product of the integers might overflow, and 11 bits hold the scaled ones well enough.
+            values, scale = values * scale[:, None], None
         logits_RV = (values.to(weight.dtype) @ weight.T).float()
         if scale is not None:
             logits_RV.mul_(scale[:, None])

@@ -96,6 +96,8 @@ class TailCells(SparseCells[TailT]):
         rows = targets.entry_rows()
         kept_R = targets.logprobs.new_zeros(targets.num_rows, dtype=torch.float64)
         kept_R = kept_R.index_add(0, rows, targets.logprobs.double().exp())
+        # Where every id that was asked for has probability 0, they keep it.
+        kept_R = kept_R.clamp(min=torch.finfo(kept_R.dtype).tiny)
         logprobs = (targets.logprobs - kept_R.log()[rows]).float()
         nothing = torch.full_like(targets.tail_logprob, -torch.inf)
         return replace(targets, logprobs=logprobs, tail_logprob=nothing)

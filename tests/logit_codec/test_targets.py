@@ -19,6 +19,7 @@ from logit_codec import (
     TopKTargets,
     select,
 )
+from logit_codec.kinds import cells_of
 
 
 def top_k(**changed) -> TopKTargets:
@@ -245,6 +246,13 @@ def test_hidden_states_with_their_head_are_a_distribution():
     with pytest.raises(ValueError, match=f"for the head {'ab' * 16}, got {'cd' * 16}"):
         targets.with_head(other)
     assert hidden(head=None).with_head(HEAD).to("meta").head.weight.device.type == "meta"
+
+
+def test_given_ids_without_any_mass_stay_without_it_when_renormalised():
+    renormalised = cells_of(given()).renormalized()
+    expected = torch.tensor([2 / 3, 1 / 3, 0.0, 1 / 3, 1 / 2, 1 / 6])
+    torch.testing.assert_close(renormalised.logprobs.exp(), expected)
+    assert renormalised.tail_logprob.tolist() == [-math.inf] * 3
 
 
 def test_the_mode_of_given_ids_is_unknown_where_another_id_may_be_likelier():

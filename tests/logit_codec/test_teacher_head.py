@@ -90,6 +90,14 @@ def test_logits_are_those_of_the_formula(softcap, bias):
     torch.testing.assert_close(logits[:, :EFFECTIVE].double(), expected[:, :EFFECTIVE])
 
 
+def test_integers_do_not_overflow_in_half_precision():
+    weight = torch.full((VOCAB, SIZE), 200.0)
+    head = make_head(torch.float16, weight=weight.half(), bias=None, softcap=None, logit_scale=1.0)
+    values = torch.full((1, SIZE), 127, dtype=torch.int8)
+    logits = head.logits(values, torch.tensor([1e-4]))[:, :EFFECTIVE]
+    torch.testing.assert_close(logits, torch.full_like(logits, 4 * 200 * 127e-4), rtol=2e-3, atol=0)
+
+
 def test_a_head_is_copied_to_a_device_once():
     head = make_head()
     assert head.to("cpu") is head

@@ -1407,7 +1407,7 @@ MORE_DECODED = {
     "every id of a vocabulary of 32 drawn": "sampled,0,32,32,25000",
     "given ids": "given_ids,16,32003,64,8000",
     "single logprobs": "realized,32,9,1,250000",
-    "states of one number": "hidden,8,9,1,200000",
+    "states of one number": "hidden,8,9,1,300000",
     "features": "features,16,9,64,8000",
 }
 
