@@ -8,6 +8,9 @@ Run `python -m benchmarks.head`, or with `--device cuda`, `--quick`. Hidden stat
 - in chunks: the same for as many rows at a time as the engine's head takes;
 - the engine: `VocabularyHead`, compacted to targets.
 
+`--every 10` instead: what asking for every tenth row saves of the engine's time for all of them, and what
+states without a logprob take, which need no logits (`hidden:int8,realized=0`).
+
 Every line is a process of its own, and the three of a table take turns. `MiB` is the peak of memory
 beyond what the process had before, `chunks` the same in chunks of logits of the model's dtype;
 `us/row` is the median of the turns, and `of full` the median of the ratios of time within a turn.
@@ -61,13 +64,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each line")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--quick", action="store_true", help="fewer rows, one vocabulary")
+    parser.add_argument("--every", type=int, help="what asking for every n-th row saves")
     options = parser.parse_args()
     dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     rows = min(options.rows, 512) if options.quick else options.rows
     for vocabulary in VOCABULARIES[1:2] if options.quick else VOCABULARIES:
         for targets in TARGETS:
             setting = Setting(vocabulary, targets, rows, options.device, dtype, options.threads)
-            print_table(setting, 2 if options.quick else options.rounds)
+            rounds = 2 if options.quick else options.rounds
+            if options.every is None:
+                print_table(setting, rounds)
+            elif targets == TARGETS[0]:  # which draws
+                print_savings(setting, rounds, options.every)
 
 
 def print_table(setting: Setting, rounds: int) -> None:
@@ -99,6 +107,39 @@ def print_table(setting: Setting, rounds: int) -> None:
             f"{1e6 * statistics.median(times) / setting.rows:8,.0f}  {of_full:8.1%}",
             flush=True,
         )
+
+
+def print_savings(setting: Setting, rounds: int, every: int) -> None:
+    """Measures the engine on all rows, on every n-th, and on states that need no logits."""
+    if setting.threads:
+        torch.set_num_threads(setting.threads)
+    device = torch.device(setting.device)
+    model = make_model(setting, device)
+    queue = open_device(device)
+    head = VocabularyHead(model, queue)
+    hidden_TD = 20 * torch.randn(setting.rows + 1, HIDDEN).to(model.device, model.dtype)
+    ids = torch.zeros(setting.rows + 1, dtype=torch.int64)
+    spec, states = parse_targets(setting.targets), parse_targets("hidden:int8,realized=0")
+    all_rows = torch.arange(setting.rows)
+    drawn = torch.rand(setting.rows, dtype=torch.float64)
+    requests = [
+        RowRequest(ids, all_rows, spec, uniforms=drawn),
+        RowRequest(ids, all_rows[::every], spec, uniforms=drawn[::every]),
+        RowRequest(ids, all_rows, model.complete(states)),
+    ]
+    with torch.inference_mode():
+        for request in requests:
+            select(head, queue, hidden_TD, request)
+        turns = [
+            [time_of(lambda r=r: select(head, queue, hidden_TD, r), device) for r in requests]
+            for _ in range(rounds)
+        ]
+    names = (f"{setting.targets}, all rows", f"{setting.targets}, every {every}th", str(states))
+    print(f"\nV = {setting.vocabulary:,}, {setting.rows:,} rows, {setting.dtype}, {setting.device}")
+    for number, name in enumerate(names):
+        saved = statistics.median(1 - turn[number] / turn[0] for turn in turns)
+        seconds = statistics.median(turn[number] for turn in turns)
+        print(f"{name:28}  {1e3 * seconds:10,.1f} ms  saved {saved:6.1%}", flush=True)
 
 
 def ask(pipe: Pipe, what: str) -> float:

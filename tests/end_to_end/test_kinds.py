@@ -1,5 +1,6 @@
 """Every kind of target over a real port: bytes, parts, resuming, damage, and who may ask for what."""
 
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -17,8 +18,10 @@ from protos import teacher_pb2, teacher_pb2_grpc
 from student_trainer import LocalTeacher, connect
 from student_trainer.client import answers, keeper, links, stalls
 from student_trainer.client.remote import RemoteTeacher
+from student_trainer.commands.check import check
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 from student_trainer.teachers.teacher import Teacher
+from teacher_server.cli import main
 from tests.conftest import Served, one_torch_thread
 from tests.support import tiny
 from tests.support.oracle import digest
@@ -201,6 +204,20 @@ def test_flipped_bits_in_answers_of_any_kind_are_never_trained_on(
             assert read(teacher, kind) == wanted[kind]
         counters = teacher.counters
         assert counters.corrupt + counters.reconnects
+
+
+@pytest.mark.parametrize("kind", ["given_ids", "hidden:int8"])
+def test_check_measures_kinds_that_need_something(service: Served, kind: str):
+    found = check(service.address, targets=kind, credentials={}, seconds=0.2)
+    assert 30 < found.bytes_per_token < 80  # 16 ids of 2 bytes, or 64 numbers, and what is beside
+    assert found.tokens_per_s > 0
+
+
+def test_describe_names_the_kinds_and_the_head(service: Served, capsys):
+    assert main(["describe", service.address, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {"given_ids", "realized", "hidden", "features"} < {*said["kinds"]}
+    assert (len(said["head_fingerprint"]), said["hidden_size"], said["num_layers"]) == (32, 64, 2)
 
 
 def test_logprobs_of_a_sequence_are_the_models_own(remote: RemoteTeacher, local: LocalTeacher):

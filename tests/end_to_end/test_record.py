@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from student_trainer import cli
+from student_trainer import Recorded, cli
 from tests.conftest import Serve, Served, one_torch_thread
 from tests.end_to_end.conftest import WORDS, write_config
 from tests.faults.test_recording import rows_in
@@ -89,6 +89,29 @@ def test_a_second_record_command_asks_for_nothing_and_more_draws_for_the_rest(
     assert [one["sequences"] for one in found] == [42, 42, 126]
     draws = {(row[3], row[4]) for row in rows_in(tmp_path / "record")}
     assert draws == {(3, 0), (3, 1), (3, 2)}
+
+
+@pytest.mark.parametrize("kind", ["hidden:int8", "features:layers=1+2", "realized"])
+def test_targets_that_need_no_ids_are_recorded_by_a_command(
+    trained_service: Served, config: str, tmp_path: Path, monkeypatch, capsys, kind: str
+):
+    monkeypatch.setenv("LOGITSTREAM_CACHE", str(tmp_path / "cache"))
+    record = tmp_path / "record"
+    command = ["record", config, "--teacher", trained_service.address, "--record", str(record)]
+    assert cli.main([*command, "--targets", kind, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["asked"], said["targets"]) == (42, kind)
+    with Recorded(record) as recorded:  # its head was kept when it was recorded
+        assert len(recorded) == 42
+        assert str(recorded.default_targets) == kind
+        assert recorded.info.hidden_size == 64
+
+
+def test_given_ids_are_not_recorded_by_a_command(config: str, tmp_path: Path, capsys):
+    record = "--record", str(tmp_path / "record")
+    flags = "--teacher", "127.0.0.1:1", "--targets", "given_ids:bits=32"
+    assert cli.main(["record", config, *record, *flags]) == 1
+    assert "needs ids for each row" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [("pad",), ("isolate",), ("isolate", "--streaming")])
