@@ -1,7 +1,8 @@
 """What each way to keep a distribution costs, and what it does to the gradient.
 
-Run `python -m benchmarks.codec` (about 9 minutes on one core; --quick takes half a minute) or with
-`--device cuda`. The distributions are those of benchmarks/distributions.py.
+Run `python -m benchmarks.codec` (about 10 minutes on one core; --quick takes a few seconds) or with
+`--device cuda`; `--only Gemma sampled:64` prints the lines with these words. The distributions are
+those of benchmarks/distributions.py, the first of them the demo's teacher as it is.
 
     bytes     per token: a container of 1,024 rows, header and digest included
     error     root mean square over tokens of |g^ - g|, over that of |g|, g = q - p the gradient of
@@ -16,6 +17,9 @@ Run `python -m benchmarks.codec` (about 9 minutes on one core; --quick takes hal
 
 `published` rows are our reimplementation of a published format, from its public description; they
 have no encoder here, so no speed.
+
+A second table says where lines that draw put the mass: how much of it beyond the 64 likeliest ids,
+and on the ids of each range of probability, as a multiple of what the teacher puts there.
 """
 
 import argparse
@@ -24,6 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,7 +48,8 @@ from logit_codec import (
 )
 from logit_codec.ids import code_ids
 
-SETTINGS: list[tuple[int, float, float, float, tuple[float, float]]] = [
+SETTINGS: list[tuple[int, float | None, float, float, tuple[float, float]]] = [
+    (1024, None, 0.0, 0.0, EARLY),
     (32_768, 1.5, 2.0, 0.0, EARLY),
     (262_144, 2.4, 1.5, 0.0, EARLY),
     (262_144, 2.4, 1.5, 0.5, EARLY),
@@ -54,10 +60,14 @@ OURS = (
     "dense:f32,log_z=0",
     "top_k:64,log_z=0",
     "top_k:min_p=1/256,max_k=128,log_z=0",
+    "top_k:top_p=0.95,max_k=128,log_z=0",
     "sampled:16",
     "sampled:64",
     "sampled:256",
 )
+BANDS = (1.0, 1 / 16, 1 / 256, 1 / 4096, 0.0)
+"""Ends of the ranges of probability in the second table."""
+HEADINGS = ("p >= 1/16", ">= 1/256", ">= 1/4096", "less")
 
 
 @dataclass(eq=False)
@@ -74,6 +84,8 @@ class Row:
     total: Tensor | float = 0.0
     bias: float = 0.0
     kept: list[Targets] = field(default_factory=list)
+    masses: Tensor | float = 0.0
+    """Of a line that draws, summed over the tokens: see `where_mass_is`."""
 
 
 def main() -> None:
@@ -81,18 +93,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What each way to keep a distribution costs.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="the small vocabulary and few rows")
+    parser.add_argument("--only", nargs="+", default=[""], help="words of the lines to print")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for setting in SETTINGS[:1] if args.quick else SETTINGS:
         # Made outside of `measure`: it trains the teacher where there is none yet.
         source = Distributions(*setting, device=args.device)
-        measure(source, *((256, 512, 16) if args.quick else (1024, 4096, 256)))
+        rows = [row for row in make_rows() if any(word in row.name for word in args.only)]
+        measure(source, rows, *((256, 512, 16) if args.quick else (1024, 4096, 256)))
+
+
+def make_rows() -> list[Row]:
+    """The lines of a table."""
+    rows = [Row("published: top-k 64, ids and f32, zero", partial(raw, normalise=False))]
+    rows += [Row("published: top-k 64, renormalised", partial(raw, normalise=True))]
+    rows += [Row("published: RS-KD, 50 draws, 25 bits", rs_kd, random=True)]
+    for name, replacement in (("with", True), ("without", False)):
+        recipe = partial(gemma, replacement=replacement)
+        rows += [Row(f"published: Gemma 3, 256 {name} replacement", recipe, random=True)]
+    rows += [Row("published: DistillKit, zero (default)", partial(distillkit, bucket=False))]
+    rows += [Row("published: DistillKit, tail bucket", partial(distillkit, bucket=True))]
+    exact = partial(distillkit, dtype=torch.float64)
+    rows += [Row("DistillKit fitted in float64, zero", partial(exact, bucket=False))]
+    rows += [Row("DistillKit fitted in float64, tail bucket", partial(exact, bucket=True))]
+    return rows + [Row(text, ours(text), text, random="sampled" in text) for text in OURS]
 
 
 @torch.inference_mode()
-def measure(source: Distributions, num_rows: int, fit_rows: int, draws: int) -> None:
-    """One table. The id table is fitted to rows that are not measured."""
+def measure(
+    source: Distributions, rows: list[Row], num_rows: int, fit_rows: int, draws: int
+) -> None:
+    """Both tables. The id table is fitted to rows that are not measured."""
     vocab_size, device = source.vocab_size, source.device
     frequency = torch.zeros(vocab_size, dtype=torch.float64)
     inclusions = torch.zeros(vocab_size, dtype=torch.float64)
@@ -101,17 +133,8 @@ def measure(source: Distributions, num_rows: int, fit_rows: int, draws: int) -> 
         frequency += chunk.logits.softmax(1).sum(0).cpu() / fit_rows
     table = fit_id_table(inclusions, fit_rows)
 
-    rows = [Row("published: top-k 64, ids and f32, zero", partial(raw, normalise=False))]
-    rows += [Row("published: top-k 64, renormalised", partial(raw, normalise=True))]
-    rows += [Row("published: RS-KD, 50 draws, 25 bits", rs_kd, random=True)]
-    rows += [Row("published: DistillKit, zero (default)", partial(distillkit, bucket=False))]
-    rows += [Row("published: DistillKit, tail bucket", partial(distillkit, bucket=True))]
-    exact = partial(distillkit, dtype=torch.float64)
-    rows += [Row("DistillKit fitted in float64, zero", partial(exact, bucket=False))]
-    rows += [Row("DistillKit fitted in float64, tail bucket", partial(exact, bucket=True))]
-    rows += [Row(text, ours(text), text, random="sampled" in text) for text in OURS]
-
     squared = kl = 0.0
+    true_masses = torch.zeros(len(BANDS), dtype=torch.float64)
     entropy: list[Tensor] = []
     total = torch.zeros(vocab_size, dtype=torch.float64, device=device)
     generator = torch.Generator().manual_seed(0)
@@ -119,6 +142,7 @@ def measure(source: Distributions, num_rows: int, fit_rows: int, draws: int) -> 
         p, q = chunk.logits.softmax(1), chunk.student.softmax(1)
         g = q - p
         squared += float(g.square().sum())
+        true_masses += where_mass_is(p, p)
         total += g.sum(0)
         kl += float((p * (chunk.logits.log_softmax(1) - chunk.student.log_softmax(1))).sum())
         entropy.append(entropies(chunk.logits))
@@ -128,6 +152,8 @@ def measure(source: Distributions, num_rows: int, fit_rows: int, draws: int) -> 
             row.nbytes += nbytes
             row.squared += float((found - g).square().sum())
             row.total += found.sum(0, dtype=torch.float64)
+            if row.random:
+                row.masses += where_mass_is(q - found, p)
             if row.spec and (number == 0 or "dense" not in row.spec):
                 row.kept.append(kept(chunk, row.spec, u.to(device)).to("cpu"))
         if number == 0:
@@ -171,6 +197,36 @@ def measure(source: Distributions, num_rows: int, fit_rows: int, draws: int) -> 
                 bits, floor = id_bits(whole, used, inclusions)
                 line += f"{bits:9.2f}{bits / floor:6.2f}x"
             print(line, flush=True)
+    print_masses([row for row in rows if row.random], true_masses, num_rows)
+
+
+def where_mass_is(target: Tensor, p: Tensor) -> Tensor:
+    """Sums (C, V) targets over all rows: beyond the 64 likeliest ids of p, and by the range of p."""
+    best = p.topk(64).indices
+    masses = [target.sum() - target.gather(1, best).sum()]
+    for high, low in pairwise(BANDS):
+        within = (p >= low) & ((p < high) | (high == 1.0))
+        masses.append(target.where(within, 0.0).sum())
+    return torch.stack(masses).double().cpu()
+
+
+def print_masses(rows: list[Row], true_masses: Tensor, num_rows: int) -> None:
+    """The second table."""
+    if not rows:
+        return
+    print(f"{'':<46}{'beyond id 64':>14}" + "".join(f"{heading:>12}" for heading in HEADINGS))
+    shares = true_masses / num_rows
+    print(
+        f"{'the teacher':<46}{shares[0]:14.1%}" + "".join(f"{share:12.1%}" for share in shares[1:])
+    )
+    for row in rows:
+        assert isinstance(row.masses, Tensor)
+        times = row.masses / true_masses
+        print(
+            f"{row.name:<46}{row.masses[0] / num_rows:14.1%}"
+            + "".join(f"{each:11.3f}x" for each in times[1:]),
+            flush=True,
+        )
 
 
 def ours(text: str) -> Callable[[Chunk, Tensor, Tensor], tuple[Tensor, float]]:
@@ -217,6 +273,20 @@ def rs_kd(chunk: Chunk, q: Tensor, _: Tensor) -> tuple[Tensor, float]:
     drawn = torch.multinomial(chunk.logits.softmax(1), 50, replacement=True)
     p = torch.zeros_like(q).scatter_add_(1, drawn, torch.full_like(drawn, 1 / 50, dtype=q.dtype))
     return q - p, int((p > 0).sum()) * 25 / 8
+
+
+def gemma(chunk: Chunk, q: Tensor, _: Tensor, *, replacement: bool) -> tuple[Tensor, float]:
+    """The recipe of Gemma 3 (arXiv:2503.19786, section 2.2): 256 draws by the teacher's probability.
+
+    The target is the teacher's probability of the ids that were drawn, zero for all others, and
+    renormalised. The report says neither whether an id may be drawn twice nor how the targets are
+    stored: here bits(V - 1) for an id and 16 for its logprob.
+    """
+    p = chunk.logits.softmax(1)
+    drawn = torch.multinomial(p, 256, replacement=replacement)
+    target = torch.zeros_like(p).scatter_(1, drawn, p.gather(1, drawn))
+    nbytes = int((target > 0).sum()) * ((q.shape[1] - 1).bit_length() + 16) / 8
+    return q - target / target.sum(1, keepdim=True), nbytes
 
 
 def distillkit(

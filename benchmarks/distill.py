@@ -6,6 +6,9 @@ from the same initial weights on the same batches. Loss is held-out cross-entrop
 "from dense" is the distance to the student trained on the whole distribution.
 
     python -m benchmarks.distill [--seeds 0 1 2] [--steps 150] [--picture docs/distill.png]
+
+With --modes every way of using a teacher is trained instead, each with the targets and the loss that it
+is meant for (benchmarks/modes.py; docs/modes.md).
 """
 
 import argparse
@@ -16,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.modes import MODES, CountingTeacher, train_mode
 from benchmarks.training import train
 from examples import demo_teacher
 from examples.demo import LEARNING_RATE, STEPS
@@ -64,68 +68,94 @@ def pairs(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What each kind of target is worth.")
+    parser = argparse.ArgumentParser(description="What each kind of target, or mode, is worth.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--modes", action="store_true", help="compare ways of using a teacher")
+    parser.add_argument("--kinds", nargs="+", metavar="NAME", help="of the lines of the table")
     parser.add_argument("--teacher", type=Path, default=Path("runs/demo/teacher"))
     parser.add_argument("--picture", type=Path, help="where a picture of the curves goes")
     options = parser.parse_args()
     if options.steps > NUM_MEASUREMENTS and options.steps % NUM_MEASUREMENTS:
         parser.error(f"--steps must be a multiple of {NUM_MEASUREMENTS}, to measure at the end")
+    names = list(MODES if options.modes else KINDS)
+    if unknown := [name for name in options.kinds or [] if name not in names]:
+        parser.error(f"there is no {unknown[0]!r}; there are {', '.join(names)}")
+    names = options.kinds or names
 
     import transformers
 
     demo_teacher.build_teacher(options.teacher)
     model = transformers.AutoModelForCausalLM.from_pretrained(options.teacher)
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.teacher)
-    teacher = LocalTeacher(model, tokenizer)
+    teacher = CountingTeacher(model, tokenizer)
     train_files, held_out_files = demo_teacher.corpus_files()
     sequences = data.pack(train_files, tokenizer, demo_teacher.SEQUENCE, label="data")
     held_out = data.pack(held_out_files, tokenizer, demo_teacher.SEQUENCE, label="held-out data")
-    runs: dict[str, list[list[float]]] = {kind: [] for kind in options.kinds}
     every = max(1, options.steps // NUM_MEASUREMENTS)
+    runs: dict[str, list[list[float]]] = {name: [] for name in names}
     nbytes: dict[str, float] = {}
     for seed in options.seeds:
         batches = list(
             data.batches(sequences, batch_size=demo_teacher.BATCH, steps=options.steps, seed=seed)
         )
-        dense = [
-            targets.logprobs  # type: ignore[attr-defined]
-            for _, targets in teacher.stream_batches(
-                batches, targets="dense:f32,realized=0,log_z=0"
-            )
-        ]
-        for kind in options.kinds:
-            sent = [0, 0]
-            curve = train(
-                demo_teacher.make_student(options.teacher, seed),
-                pairs(batches, dense, kind, seed, sent),
-                held_out[:256],
-                learning_rate=LEARNING_RATE,
-                measure_every=every,
-                steps=options.steps,
-            )
-            runs[kind].append(curve)
-            nbytes[kind] = sent[0] / max(1, sent[1])
-            print(f"{kind:24} seed {seed}  {curve[-1]:.3f}", flush=True)
+        dense = [] if options.modes else score_densely(teacher, batches)
+        for name in names:
+            student = demo_teacher.make_student(options.teacher, seed)
+            if options.modes:
+                teacher.nbytes = 0
+                curve = train_mode(
+                    MODES[name],
+                    student,
+                    teacher,
+                    batches,
+                    held_out[:256],
+                    learning_rate=LEARNING_RATE,
+                    measure_every=every,
+                )
+                nbytes[name] = teacher.nbytes / (len(batches) * batches[0]["input_ids"].numel())
+            else:
+                sent = [0, 0]
+                curve = train(
+                    student,
+                    pairs(batches, dense, name, seed, sent),
+                    held_out[:256],
+                    learning_rate=LEARNING_RATE,
+                    measure_every=every,
+                    steps=options.steps,
+                )
+                nbytes[name] = sent[0] / max(1, sent[1])
+            runs[name].append(curve)
+            print(f"{name:24} seed {seed}  {curve[-1]:.3f}", flush=True)
+    print_table(runs, nbytes, options.steps, options.seeds)
+    if options.picture:
+        draw(runs, every, options.picture)
 
+
+def score_densely(teacher: LocalTeacher, batches: list[dict[str, Tensor]]) -> list[Tensor]:
+    """Returns (R, V) logprobs for each batch."""
+    stream = teacher.stream_batches(batches, targets="dense:f32,realized=0,log_z=0")
+    return [targets.logprobs for _, targets in stream]  # type: ignore[attr-defined]
+
+
+def print_table(
+    runs: dict[str, list[list[float]]], nbytes: dict[str, float], steps: int, seeds: list[int]
+) -> None:
+    """Prints the last losses, their mean, and the mean of their distances from `dense`."""
     dense_losses = [curve[-1] for curve in runs.get("dense", [])]
-    print(f"\n{options.steps} steps, held-out loss of seeds {', '.join(map(str, options.seeds))}")
+    print(f"\n{steps} steps, held-out loss of seeds {', '.join(map(str, seeds))}")
     print(f"{'targets':24}{'bytes/token':>12}{'loss':>8}{'from dense':>12}   each seed")
-    for kind, found in runs.items():
+    for name, found in runs.items():
         losses = [curve[-1] for curve in found]
         distance = ""
         if dense_losses:
             gaps = [ours - base for ours, base in zip(losses, dense_losses, strict=True)]
             distance = f"{statistics.mean(gaps):+.3f}"
-        size = f"{nbytes[kind]:.1f}" if nbytes[kind] else "-"
+        size = f"{nbytes[name]:.1f}" if nbytes[name] else "-"
         print(
-            f"{kind:24}{size:>12}{statistics.mean(losses):8.3f}{distance:>12}   "
+            f"{name:24}{size:>12}{statistics.mean(losses):8.3f}{distance:>12}   "
             + " ".join(f"{loss:.3f}" for loss in losses)
         )
-    if options.picture:
-        draw(runs, every, options.picture)
 
 
 def draw(runs: dict[str, list[list[float]]], every: int, path: Path) -> None:

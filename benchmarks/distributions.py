@@ -10,7 +10,8 @@ about 11 bits (benchmarks/codec.py prints it), as those of text under tokenizers
 
 Parts are alike in every row, which makes rows more alike in entropy than the small teacher's: few are
 nearly certain and few nearly flat. `spread` undoes that: each row gets a temperature of its own,
-log-normal with this standard deviation.
+log-normal with this standard deviation. With V = 1,024, no noise and no entropy the rows are the
+teacher's own.
 
 The student is the teacher, flattened and with noise: early in training with a KL of about 0.5 nats to
 it, late with 0.12. What is biased shows late: it does not become smaller as the gradient does.
@@ -46,12 +47,12 @@ class Chunk:
 
 
 class Distributions:
-    """Rows of a trained teacher, split to a vocabulary and calibrated to an entropy."""
+    """Rows of a trained teacher, split to a vocabulary and calibrated to an entropy, if one is given."""
 
     def __init__(
         self,
         vocab_size: int,
-        entropy: float,
+        entropy: float | None,
         noise: float,
         spread: float = 0.0,
         student: tuple[float, float] = EARLY,
@@ -69,6 +70,8 @@ class Distributions:
         of_rows = torch.randn(len(self.source), generator=shuffle).mul_(spread).exp_()
         self.temperatures = of_rows.to(self.device)
         self.temperature = 1.0
+        if entropy is None:
+            return
         # Of the rows that the benchmarks measure, every eighth.
         sample = torch.cat([self.chunk(first, 4).logits for first in range(0, 1024, 32)])
         low, high = 0.1, 2.0

@@ -26,13 +26,7 @@ def train(
     held_out: (N, L) ids, measured after every `measure_every` steps. The learning rate falls to zero
     in `steps` steps, or stays where it is after the warm-up if that is None.
     """
-
-    def factor(step: int) -> float:
-        falling = 1.0 if steps is None else (steps - step) / steps
-        return min(falling, (step + 1) / WARMUP)
-
-    optimizer = make_muon(student, learning_rate=learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    optimizer, schedule = make_optimizer(student, learning_rate, steps)
     losses = []
     student.train()
     for step, (batch, targets) in enumerate(pairs, 1):
@@ -50,6 +44,19 @@ def train(
         if step % measure_every == 0:
             losses.append(measure(student, held_out))
     return losses
+
+
+def make_optimizer(
+    student: nn.Module, learning_rate: float, steps: int | None
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Makes the demo's optimizer and its schedule, which falls to zero in `steps`, if there is an end."""
+
+    def factor(step: int) -> float:
+        falling = 1.0 if steps is None else (steps - step) / steps
+        return min(falling, (step + 1) / WARMUP)
+
+    optimizer = make_muon(student, learning_rate=learning_rate)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 @torch.inference_mode()

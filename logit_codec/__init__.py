@@ -10,6 +10,7 @@ from logit_codec.kinds.dense import DenseSpec, DenseTargets
 from logit_codec.kinds.features import FeaturesSpec, FeaturesTargets
 from logit_codec.kinds.given_ids import GivenIdsSpec, GivenIdsTargets
 from logit_codec.kinds.hidden import HiddenSpec, HiddenTargets
+from logit_codec.kinds.mixed_hidden import MixedHiddenTargets
 from logit_codec.kinds.realized import RealizedSpec, RealizedTargets
 from logit_codec.kinds.sampled import SampledSpec, SampledTargets
 from logit_codec.kinds.top_k import TopKSpec, TopKTargets
@@ -34,6 +35,7 @@ __all__ = [
     "HiddenSpec",
     "HiddenTargets",
     "IdTable",
+    "MixedHiddenTargets",
     "RealizedSpec",
     "RealizedTargets",
     "RowInputs",

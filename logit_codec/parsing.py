@@ -11,8 +11,10 @@ def parse_targets(spec: str | TargetSpec) -> TargetSpec:
     """Returns the spec that a text such as `"top_k:64"` stands for, and a spec unchanged.
 
     `sampled` (64 draws), `sampled:256`, `top_k:64`, `top_k:64,bits=16`,
-    `top_k:min_p=1/256,max_k=128,bits=7`, `dense:f32`, `dense:bf16`; each may be followed by
-    `realized=0`, `entropy=1`, `log_z=0` (`log_z=1` for sampled).
+    `top_k:min_p=1/256,max_k=128,bits=7`, `top_k:top_p=0.95,max_k=128`, `given_ids` (16 bits),
+    `given_ids:bits=32,ranks=1`, `hidden:int8`, `hidden:bf16`, `features:layers=8+16`, `dense:f32`,
+    `dense:bf16`; each may be followed by `realized=0`, `entropy=1`, `log_z=0` (`log_z=1` for sampled,
+    hidden and features). `realized` has no options.
 
     Raises ValueError, which says what was got and what is allowed.
     """

@@ -5,6 +5,8 @@ A plane is one array of a container; what a kind writes on its own is in `logit_
 Letters: R rows, E entries of all rows together.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -128,7 +130,7 @@ def pack_row_fields(targets: Targets, allowed: int) -> tuple[int, list[Tensor]]:
     return flags, planes
 
 
-def read_row_fields(reader: PlaneReader, num_rows: int) -> dict[str, Tensor]:
+def read_row_fields(reader: PlaneReader, num_rows: int) -> dict[str, Any]:
     """Reads the planes that every kind may end with. Raises CodecError."""
     fields = {}
     if "realized" in reader:

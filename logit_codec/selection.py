@@ -148,7 +148,7 @@ def select(
 
     Extra memory in a large vocabulary is a small part of the logits, and the result. A row that is
     not finite comes back so that `encode` refuses it, and leaves the others alone. Raises
-    ValueError for a k above V and for uniforms or realized_ids that are missing, have another shape
+    ValueError for a k above V and for uniforms, ids or states that are missing, have another shape
     or are out of range.
     """
     spec = parse_targets(spec)
@@ -157,6 +157,11 @@ def select(
     padded = None
     if given_ids is not None:
         given = GivenIds.of(given_ids)
+        largest = int(given.token_ids.max()) if len(given.token_ids) else -1
+        if largest >= logits.shape[1]:
+            raise ValueError(
+                f"given ids must be below the vocabulary's {logits.shape[1]}, got {largest}"
+            )
         spec, padded = spec.for_rows(given.most), given.padded().to(logits.device)
     rows = select_rows(
         logits,

@@ -134,7 +134,7 @@ class OptionText:
     """The one option without a name, such as the 64 of `top_k:64`."""
     named: dict[str, str]
     """Options that nothing has taken yet."""
-    common: dict[str, bool] = field(default_factory=dict)
+    common: dict[str, Any] = field(default_factory=dict)
     """The options that every kind has, where they are given."""
 
     def take(self, name: str, default: str) -> str:

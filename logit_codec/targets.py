@@ -6,7 +6,7 @@ Letters: R rows, V vocabulary, E kept entries of all rows together.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -74,11 +74,11 @@ class Targets:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """Returns the same targets with every tensor on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=non_blocking)
-            for name, value in self._tensors().items()
-        }
-        return replace(self, **moved)
+        return self.map_tensors(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def map_tensors(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """Returns the same targets with `move` of every tensor."""
+        return replace(self, **{name: move(value) for name, value in self._tensors().items()})
 
     def to_dense(self) -> Tensor:
         """Returns (R, V) float32 probabilities as the losses read them; for tests and a small V."""

@@ -3,6 +3,7 @@
 Letters: R rows, V vocabulary, D hidden size.
 """
 
+import math
 import struct
 from dataclasses import dataclass, field, replace
 
@@ -82,7 +83,7 @@ class TeacherHead:
 
 HEAD_MAGIC = b"LSTH"
 HEAD_VERSION = 1
-HEAD_HEADER = struct.Struct("<4sBBBxIIIIdd24x")
+HEAD_HEADER = struct.Struct("<4sBBBxIII4xdd24x")
 DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
 PIECE_NBYTES = 16 << 20
 
@@ -109,8 +110,7 @@ class HeadFile:
             head.vocab_size,
             head.hidden_size,
             head.effective_vocab_size,
-            0,
-            head.softcap or 0.0,
+            abs(head.softcap or 0.0),  # softcap * tanh(x / softcap) has no sign
             head.logit_scale,
         )
         self._parts = [torch.frombuffer(bytearray(header), dtype=torch.uint8)]
@@ -148,14 +148,22 @@ def read_head(raw: Tensor, fingerprint: str) -> TeacherHead:
     """
     if len(raw) < HEAD_HEADER.size:
         raise CodecError(f"a head has at least {HEAD_HEADER.size} bytes, got {len(raw)}")
-    fields = HEAD_HEADER.unpack(raw[: HEAD_HEADER.size].numpy().tobytes())
-    magic, version, number, has_bias, vocab_size, hidden_size, effective, _, softcap, scale = fields
+    header = raw[: HEAD_HEADER.size].numpy().tobytes()
+    fields = HEAD_HEADER.unpack(header)
+    magic, version, number, has_bias, vocab_size, hidden_size, effective, softcap, scale = fields
     if magic != HEAD_MAGIC or version != HEAD_VERSION or number not in DTYPES or has_bias > 1:
         raise CodecError(f"not a head that this version reads: it begins with {fields[:4]}")
     if not 1 <= effective <= vocab_size or not hidden_size:
         raise CodecError(
             f"a head of {vocab_size} x {hidden_size} cannot have {effective} ids with a probability"
         )
+    if not (0 <= softcap < math.inf and math.isfinite(scale) and scale):
+        raise CodecError(
+            "a head's softcap must be finite and not negative and its scale finite and not 0, got "
+            f"{softcap} and {scale}"
+        )
+    if HEAD_HEADER.pack(*fields) != header:
+        raise CodecError("the reserved bytes of a head's header are not zero")
     dtype = DTYPES[number]
     count = vocab_size * hidden_size
     expected = HEAD_HEADER.size + (count + vocab_size * has_bias) * dtype.itemsize

@@ -24,10 +24,10 @@ from logit_codec.spec import TargetSpec
 from logit_codec.targets import Targets
 
 
-def encode(targets: Targets, *, bits: int = 7, id_table: IdTable | None = None) -> bytes:
+def encode(targets: Targets, *, bits: int | None = None, id_table: IdTable | None = None) -> bytes:
     """Writes all rows of `targets` as one container.
 
-    bits: of each logprob of `top_k`. id_table: that of the teacher, None for the built-in identity;
+    bits: of each logprob of `top_k` (default 7) and `given_ids` (default 16). id_table: that of the teacher, None for the built-in identity;
     ids are written with it unless a fixed width takes no more bytes. The planes are made on the
     targets' device; only the packed words are copied from it. Raises CodecError, with the row, for
     rows that are not finite, not normalised or not sorted, and ValueError for a table of another
@@ -36,13 +36,13 @@ def encode(targets: Targets, *, bits: int = 7, id_table: IdTable | None = None) 
     return _encode(targets, bits, id_table, 0)
 
 
-def _encode(targets: Targets, bits: int, id_table: IdTable | None, first_row: int) -> bytes:
+def _encode(targets: Targets, bits: int | None, id_table: IdTable | None, first_row: int) -> bytes:
     """Encodes as `encode` does; `first_row` is the number of the first row in error messages."""
     kind = kind_named(targets.kind)
     check = RowCheck(first_row)
     kind.check_rows(targets, check)
     check.refuse_row_fields(targets)
-    content = kind.write(targets, bits, id_table)
+    content = kind.write(targets, kind.default_bits if bits is None else bits, id_table)
     flags, row_planes = pack_row_fields(targets, kind.flags)
     header = Header(
         kind=kind.number,
@@ -68,7 +68,8 @@ def encode_parts(
     """Writes `targets` as containers of at most `max_nbytes` each, unless one row alone is larger.
 
     Yields (first row, number of rows, container). Where a sequence is split depends on the spec
-    and the vocabulary only, so that the same rows always give the same bytes.
+    and the vocabulary only, so that the same rows always give the same bytes. spec: what `for_rows`
+    and `for_head` returned, of a kind that needs them.
     """
     room = max_nbytes - OVERHEAD_NBYTES - 4 * 8  # every plane may end in up to 3 bytes of padding
     step = max(1, int(room / spec.max_row_nbytes(targets.vocab_size)))

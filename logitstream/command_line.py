@@ -26,6 +26,7 @@ from logitstream.option_arguments import (
     allows_none,
     append_to_table,
     find,
+    is_in_table,
     is_list,
     is_plain,
     is_table,
@@ -288,12 +289,13 @@ class _Reader:
                 self.mistakes.append(self._explain_unknown(label, name, ""))
             return
         token = Token(keyword=key, source=where)
-        if is_table(argument):
+        if is_in_table(argument, token):
             if "." not in key and value != {}:
                 self.mistakes.append(f"{label} must be a table, got {show(value)}")
             if "." not in key:
                 return
-            append_to_table(argument, token.evolve(implicit_value=value, keys=keys_of(key)))
+            if all(other.keys for other in argument.tokens):  # no single value instead of a table
+                append_to_table(argument, token.evolve(implicit_value=value, keys=keys_of(key)))
             return
         if self.names.find_conversion(token) is not None:
             value = json.dumps(value).strip('"')

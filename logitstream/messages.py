@@ -74,22 +74,30 @@ def read_given_ids(message: teacher_pb2.ScoreRequest, num_rows: int) -> GivenIds
     Raises ValueError unless each row has at least one, ascending and not negative.
     """
     counts = np.array(message.given_counts, dtype=np.int64)
-    if len(counts) == 1:
-        counts = counts.repeat(num_rows)
-    total = int(counts.sum())
-    if len(counts) != num_rows or 4 * total != len(message.given_ids) or not (counts > 0).all():
+    if len(counts) not in (1, num_rows):
         raise ValueError(
-            f"given_counts must be one number, or one for each of the {num_rows} requested rows, at "
-            "least 1 each, and their sum the ids of 4 bytes in given_ids; got "
-            f"{len(message.given_counts)} numbers, a sum of {total} and "
-            f"{len(message.given_ids)} bytes"
+            "given_counts must be one number, or one for each requested row: there are "
+            f"{num_rows} rows, got {len(counts)} numbers"
+        )
+    if not counts.all():
+        raise ValueError(
+            f"at least one id must be given for each row, got 0 in given_counts[{counts.argmin()}]"
+        )
+    counts = np.broadcast_to(counts, num_rows)
+    total, nbytes = int(counts.sum()), len(message.given_ids)
+    if 4 * total != nbytes:
+        raise ValueError(
+            f"given_counts adds up to {total} ids of 4 bytes for {num_rows} rows, given_ids has "
+            f"{nbytes} bytes"
         )
     ids = np.frombuffer(message.given_ids, "<i4").astype(np.int64)
     splits = np.concatenate([[0], counts.cumsum()])
-    falls = ids[1:] <= ids[:-1]
-    falls[splits[1:-1] - 1] = False
-    if falls.any() or (ids < 0).any():
-        row = int(np.searchsorted(splits, int(falls.argmax() if falls.any() else 0), "right")) - 1
+    is_wrong = ids < 0
+    is_wrong[1:] |= ids[1:] <= ids[:-1]
+    starts = splits[:-1]
+    is_wrong[starts] = ids[starts] < 0  # the first of a row may be below the last of the row before
+    if is_wrong.any():
+        row = int(np.searchsorted(splits, is_wrong.argmax(), "right")) - 1
         raise ValueError(
             f"given_ids must ascend within a row, none twice and none negative; row {row} of the "
             "requested ones does not"

@@ -49,6 +49,15 @@ def is_table(argument: Argument) -> bool:
     return get_origin(argument.hint) is dict
 
 
+def is_in_table(argument: Argument, token: Token) -> bool:
+    """Whether a value belongs to a table, each name in which is a setting of its own.
+
+    An option may be a table or a single value: --teacher.math A, or --teacher A.
+    """
+    may_be = any(get_origin(one) is dict for one in get_args(argument.hint))
+    return is_table(argument) or (may_be and "." in (token.keyword or ""))
+
+
 def keys_of(name: str) -> tuple[str, ...]:
     """Returns the names in a table of a dotted name: ("optim",) of training.optim."""
     return tuple(key.replace("-", "_") for key in name.split(".")[1:])
@@ -114,7 +123,7 @@ class Names:
 
     def note(self, argument: Argument, token: Token) -> None:
         """Remembers under which name an option was given."""
-        if argument.keys and token.keyword is not None and not is_table(argument):
+        if argument.keys and token.keyword is not None and not is_in_table(argument, token):
             names = self.given.setdefault(argument.keys, {})
             names.setdefault(self._read(token), label_token(token))
 

@@ -11,6 +11,7 @@ from protos import teacher_pb2
 
 PART = struct.Struct("<IIIB")
 ERROR = struct.Struct("<iQ")
+HEAD_CHUNK = struct.Struct("<QQ")
 FULL_PART = struct.Struct("<BIIIB")
 TIMING = struct.Struct("<QQQQII")
 FULL_ERROR = struct.Struct("<BiQBIBI")
@@ -35,6 +36,13 @@ def answer_check(digest: bytes, response: teacher_pb2.ScoreResponse) -> bytes:
         part = response.part
         state.update(PART.pack(part.sequence, part.first_row, part.num_rows, part.last))
         state.update(part.payload[-CONTAINER_DIGEST_NBYTES:])
+    return state.digest()
+
+
+def head_check(chunk: teacher_pb2.HeadChunk) -> bytes:
+    """Computes `check` of a piece of a vocabulary head."""
+    state = xxhash.xxh3_128(HEAD_CHUNK.pack(chunk.offset, chunk.total_bytes))
+    state.update(chunk.data)
     return state.digest()
 
 

@@ -172,14 +172,16 @@ class FetchHeadRequest(_message.Message):
     def __init__(self, fingerprint: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class HeadChunk(_message.Message):
-    __slots__ = ("offset", "data", "total_bytes")
+    __slots__ = ("offset", "data", "total_bytes", "check")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECK_FIELD_NUMBER: _ClassVar[int]
     offset: int
     data: bytes
     total_bytes: int
-    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+    check: bytes
+    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., check: _Optional[bytes] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("session_id", "request_id", "token_ids", "lengths", "first_rows", "row_mask", "targets", "temperature", "seed", "epoch", "level", "teacher_fingerprint", "item_id", "given_ids", "given_counts")
@@ -248,14 +250,16 @@ class Sampled(_message.Message):
     def __init__(self, n: _Optional[int] = ...) -> None: ...
 
 class TopK(_message.Message):
-    __slots__ = ("k", "min_p", "bits")
+    __slots__ = ("k", "min_p", "bits", "top_p")
     K_FIELD_NUMBER: _ClassVar[int]
     MIN_P_FIELD_NUMBER: _ClassVar[int]
     BITS_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
     k: int
     min_p: float
     bits: int
-    def __init__(self, k: _Optional[int] = ..., min_p: _Optional[float] = ..., bits: _Optional[int] = ...) -> None: ...
+    top_p: float
+    def __init__(self, k: _Optional[int] = ..., min_p: _Optional[float] = ..., bits: _Optional[int] = ..., top_p: _Optional[float] = ...) -> None: ...
 
 class GivenIds(_message.Message):
     __slots__ = ("bits", "ranks")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from student_trainer.record.recorded import Recorded
     from student_trainer.teachers.local import LocalTeacher
     from student_trainer.teachers.prefetch import prefetch
+    from student_trainer.teachers.several import Teachers
     from student_trainer.teachers.teacher import Teacher
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "TeacherOverloaded",
     "TeacherTimeout",
     "TeacherUnavailable",
+    "Teachers",
     "UnsuitableTargets",
     "connect",
     "distillation_loss",
@@ -68,6 +70,7 @@ HOMES = {
     "Recorded": "student_trainer.record.recorded",
     "RemoteTeacher": "student_trainer.client.remote",
     "Teacher": "student_trainer.teachers.teacher",
+    "Teachers": "student_trainer.teachers.several",
     "connect": "student_trainer.client.remote",
     "distillation_loss": "student_trainer.losses.distillation",
     "fused_distillation_loss": "student_trainer.losses.fused",

@@ -11,6 +11,7 @@ from logitstream.connection import check_address
 from logitstream.options import AddressedService, Json, ServiceOptions, Settings
 from student_trainer import trainer_fields
 from student_trainer.aliases import ADVICE, ALIASES
+from student_trainer.loss_settings import LossSettings
 
 
 class MayChange:
@@ -40,9 +41,15 @@ class CorpusConfig(ServiceOptions):
     aliases: ClassVar = ALIASES
     shared_names: ClassVar = trainer_fields.OPTIONS
 
-    teacher: Annotated[str, MayChange] = ""
+    teacher: Annotated[str | dict[str, str], MayChange] = ""
     """HOST:PORT of the service, or a connection file (*.toml) of it; not needed if --record is
-    complete."""
+    complete. Several teachers are a table of these by name: --teacher.math HOST:PORT, or
+    teacher = { math = "HOST:PORT", code = "HOST:PORT" } in a file."""
+    teacher_column: str = ""
+    """Column of the data that names the teacher of each row, where there are several."""
+    teacher_prefix: str = ""
+    """Text that the teacher reads in front of every sequence and the student does not: a system
+    prompt as the chat template writes it, or a hint."""
     record: Annotated[str, MayChange] = ""
     """Folder, or URL such as s3://bucket/targets, of recorded targets to replay. With --teacher,
     targets that are missing there are requested and added."""
@@ -111,8 +118,26 @@ class CorpusConfig(ServiceOptions):
 
     @field_validator("teacher")
     @classmethod
-    def _check_teacher(cls, teacher: str) -> str:
-        return check_address(teacher) if teacher else teacher
+    def _check_teacher(cls, teacher: str | dict[str, str]) -> str | dict[str, str]:
+        if isinstance(teacher, str):
+            return check_address(teacher) if teacher else teacher
+        return {name: check_address(address) for name, address in teacher.items()}
+
+    @model_validator(mode="after")
+    def _check_column(self) -> Self:
+        if isinstance(self.teacher, dict) != bool(self.teacher_column):
+            raise ValueError(
+                "several teachers need --teacher-column NAME, the column of the data that names the "
+                "teacher of each row"
+                if isinstance(self.teacher, dict)
+                else "--teacher-column is for several teachers: --teacher.NAME HOST:PORT for each"
+            )
+        if self.teacher_column and self.packing not in ("", "pad"):
+            raise ValueError(
+                f"--teacher-column needs --packing pad: with {self.packing}, documents of several "
+                "teachers would share a sequence"
+            )
+        return self
 
     @classmethod
     def explain_unknown(cls, name: str) -> str:
@@ -128,8 +153,9 @@ class RecordConfig(CorpusConfig):
 
     A file for `train` also works here: settings that only `train` has are ignored."""
 
-    teacher: str = Field(min_length=1)
-    """HOST:PORT of the service, or a connection file (*.toml) of it."""
+    teacher: str | dict[str, str] = Field(min_length=1)
+    """HOST:PORT of the service, or a connection file (*.toml) of it. Several teachers are recorded
+    one by one, or by `train`."""
     record: str = Field(min_length=1)
     """Folder, or URL such as s3://bucket/targets, to write to. Targets that it already has are not
     requested again."""
@@ -151,6 +177,16 @@ class RecordConfig(CorpusConfig):
     """Seed of the teacher's draws. `train` replays what is recorded, whatever its own seed."""
     as_json: Json = False
     """Print JSON."""
+
+    @field_validator("teacher")
+    @classmethod
+    def _check_one(cls, teacher: str | dict[str, str]) -> str | dict[str, str]:
+        if isinstance(teacher, dict):
+            raise ValueError(
+                "one teacher at a time is recorded: give --teacher HOST:PORT. `train` with several "
+                "teachers records what each of them is asked for, in RECORD/NAME"
+            )
+        return teacher
 
 
 class StudentOptions(Settings):
@@ -231,13 +267,10 @@ Schedule = Literal[
     "greedy",
 ]
 """wsd, and schedules of transformers by their own names."""
-Divergence = Literal[
-    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
-]
 Reporter = Literal["wandb", "trackio", "tensorboard", "none"]
 
 
-class TrainConfig(StudentOptions, CorpusConfig):
+class TrainConfig(StudentOptions, LossSettings, CorpusConfig):
     """Train a student on a served teacher's distributions."""
 
     output: Annotated[Path, MayChange]
@@ -262,24 +295,6 @@ class TrainConfig(StudentOptions, CorpusConfig):
     """Largest norm of the gradient: a larger one is scaled down to it. 0 leaves all as they are."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the layers, AdamW for everything else."""
-    divergence: Divergence = "forward_kl"
-    """Divergence from the teacher."""
-    beta: float | None = None
-    """Parameter of jsd, skew_kl and skew_reverse_kl. Without --divergence, as in TRL: 0 is
-    forward_kl, 1 reverse_kl, and in between jsd."""
-    kd_weight: float = Field(default=1.0, ge=0)
-    """Weight of the divergence from the teacher."""
-    ce_weight: float = Field(default=0.0, ge=0)
-    """Weight of the cross-entropy on the labels."""
-    features: str = ""
-    """States of the teacher's layers to learn as well, such as features:layers=8+16. They are asked
-    for separately: the teacher reads the text twice."""
-    feature_layers: str = ""
-    """Layers of the student that learn them, in the same order, such as 4+8."""
-    feature_loss: Literal["mse", "cosine"] = "mse"
-    """Difference between the states of student and teacher."""
-    feature_weight: float = Field(default=1.0, gt=0)
-    """Weight of that difference."""
     ahead: Annotated[str, MayChange] = "30s"
     """How far to request targets ahead of training: for a time, using up to 512 MiB of memory
     ("30s,2048MiB": up to that), or a number of batches."""
@@ -348,15 +363,6 @@ class TrainConfig(StudentOptions, CorpusConfig):
             filled.setdefault("warmup_steps", 0)
         if "tensorboard" in (filled.get("report_to") or ()):
             filled["tensorboard"] = True
-        if filled.get("beta") is not None and "divergence" not in filled:
-            try:
-                beta = float(filled["beta"])
-            except (TypeError, ValueError):
-                return filled  # and is refused
-            ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
-            filled["divergence"] = ends.get(beta, "jsd")
-            if beta in ends:
-                del filled["beta"]
         return filled
 
     @model_validator(mode="after")
@@ -369,18 +375,6 @@ class TrainConfig(StudentOptions, CorpusConfig):
             raise ValueError(
                 "--schedule constant has no warm-up: give --schedule constant_with_warmup, or leave "
                 "--warmup-steps out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_divergence(self) -> Self:
-        has_beta = self.divergence in ("jsd", "skew_kl", "skew_reverse_kl")
-        if self.beta is not None and not has_beta:
-            raise ValueError(f"--divergence {self.divergence} has no --beta: leave it out")
-        if self.divergence == "jsd" and self.beta is not None and not 0 < self.beta < 1:
-            raise ValueError(
-                f"--beta of jsd must be between 0 and 1, got {self.beta:g}. Without --divergence, "
-                "--beta 0 is forward_kl and 1 is reverse_kl"
             )
         return self
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.trainer_utils import has_length
@@ -32,12 +31,15 @@ from student_trainer.hf.checkpoints import (
     find_newest_complete,
     write_identity,
 )
+from student_trainer.hf.column_hooks import ColumnHooks
 from student_trainer.hf.feature_hooks import FeatureHooks, make_feature_loss
 from student_trainer.hf.meter import TrainerMeter
 from student_trainer.hf.passes import Passes
 from student_trainer.losses.causal import check_causal
 from student_trainer.teachers.local import LocalTeacher
+from student_trainer.teachers.several import Teachers, Weights
 from student_trainer.teachers.teacher import Teacher
+from student_trainer.teachers.view import TeacherView
 from student_trainer.transfer import move_to_device
 
 __all__ = [
@@ -52,23 +54,42 @@ ATTACHED = "distillation_targets"
 """The key in a batch under which its targets travel to the loss."""
 
 
-class DistillationMixin(FeatureHooks):
+OneTeacher = str | Sequence[str] | nn.Module | Teacher
+"""What stands for a teacher."""
+
+
+class DistillationMixin(ColumnHooks, FeatureHooks):
     """Put before a Trainer class: `class Distilled(DistillationMixin, SFTTrainer)`.
 
     teacher: an address, several addresses of one service, a causal LM in this process, or a
     `Teacher`; None leaves the Trainer as it is. Only training asks the teacher; evaluation is the
     Trainer's own and needs labels.
+
+    Several teachers are a mapping from names to these, see `Teachers`: teacher_column is the column of
+    the training data that names the teacher of each row, or teacher_weights says how much each counts.
+    teacher_view shows the teacher another text with the same trained tokens, see
+    `Teacher.stream_batches`; it gets every column of the data.
     """
 
     def __init__(
         self,
         *args: Any,
-        teacher: str | Sequence[str] | nn.Module | Teacher | None = None,
+        teacher: OneTeacher | Mapping[str, OneTeacher] | None = None,
+        teacher_column: str | None = None,
+        teacher_weights: Weights | None = None,
+        teacher_view: TeacherView | None = None,
         distillation: DistillationArguments | None = None,
         **kwargs: Any,
     ) -> None:
         self.distillation = distillation or DistillationArguments()
-        self.teacher: Teacher | None = None
+        self.teacher = None
+        self._view = teacher_view
+        choosing = {"teacher_column": teacher_column, "teacher_weights": teacher_weights}
+        for name, value in choosing.items():
+            if value is not None and not isinstance(teacher, Mapping):
+                raise ValueError(
+                    f"{name}={value!r} is for several teachers: teacher={{name: address, ...}}"
+                )
         if teacher is not None:  # before a Trainer tokenizes its data
             check_arguments(self.distillation)
             for settings in (*args, *kwargs.values()):
@@ -85,14 +106,19 @@ class DistillationMixin(FeatureHooks):
         assert self.model is not None
         check_causal(self.model)
         refuse_other_losses(self.args, self.compute_loss_func)  # a subclass may set its own
-        self.teacher = self._open_teacher(teacher)
-        self._owns_teacher = self.teacher is not teacher
+        self._opened: list[RemoteTeacher] = []
+        """Connections that this Trainer made, and closes."""
+        if isinstance(teacher, Mapping):
+            found = {name: self._open_teacher(one) for name, one in teacher.items()}
+            self.teacher = Teachers(found, column=teacher_column, weights=teacher_weights)
+        else:
+            self.teacher = self._open_teacher(teacher)
         # The loss is divided by the rows of the whole accumulation window, see compute_loss.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 calls the same
         self._meter = TrainerMeter(self.args.device)
-        self._alignment = Alignment()
-        self._passes = Passes(self, self.teacher, self.distillation)
+        self._alignment = Alignment(teacher_view)
+        self._passes = Passes(self, self.teacher, self.distillation, teacher_view)
         if self.distillation.features:
             found = self.distillation, self.teacher, self.model, self.args.seed
             self._begin_features(make_feature_loss(*found))
@@ -136,7 +162,8 @@ class DistillationMixin(FeatureHooks):
                 num_rows += targets.num_rows
                 self._meter.rows_fetched += targets.num_rows
             # Tensors in such a way that nothing waits for them; then whatever else accelerate can move.
-            batch: Any = send_to_device(move_to_device(taken.batch, device), device)
+            of_student = {k: v for k, v in taken.batch.items() if k not in self._of_teacher}
+            batch: Any = send_to_device(move_to_device(of_student, device), device)
             batch[ATTACHED] = AttachedTargets.of(taken, targets, features)
             samples.append(batch)
         waited_s = time.perf_counter() - began_s
@@ -148,13 +175,6 @@ class DistillationMixin(FeatureHooks):
         if self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()  # type: ignore[union-attr]
         return samples, count.clamp(min=1)
-
-    def get_train_dataloader(self) -> Any:
-        """Returns the Trainer's; with a teacher its batches stay on the host until they are trained."""
-        loader = super().get_train_dataloader()
-        if self.teacher is not None and isinstance(loader, DataLoaderShard):
-            loader.device = None
-        return loader
 
     def compute_loss(
         self,
@@ -174,7 +194,10 @@ class DistillationMixin(FeatureHooks):
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         self._refuse_unknown_ids(attached.largest_id)
-        loss, outputs = self._batch_loss.compute(model, inputs, attached, keep=return_outputs)
+        progress = self.state.global_step / max(1, self.state.max_steps - 1)
+        loss, outputs = self._batch_loss.compute(
+            model, inputs, attached, keep=return_outputs, progress=progress
+        )
         if num_items_in_batch is None:
             loss = loss / max(len(attached.rows), 1)
         else:
@@ -192,24 +215,26 @@ class DistillationMixin(FeatureHooks):
         """Ends the connection to the teacher, if this Trainer made it."""
         if self.teacher is not None:
             self._passes.close()
-        if isinstance(self.teacher, RemoteTeacher) and self._owns_teacher:
-            self.teacher.close()
+            for one in self._opened:
+                one.close()
 
     # How it is done.
 
-    def _open_teacher(self, teacher: str | Sequence[str] | nn.Module | Teacher) -> Teacher:
+    def _open_teacher(self, teacher: OneTeacher) -> Teacher:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         if not hasattr(tokenizer, "get_vocab"):
             tokenizer = None
         if isinstance(teacher, nn.Module):
             return LocalTeacher(teacher, tokenizer)
         if isinstance(teacher, str | list | tuple):
-            return connect(teacher, tokenizer=tokenizer, patience_s=self.distillation.patience_s)
+            patience_s = self.distillation.patience_s
+            self._opened.append(connect(teacher, tokenizer=tokenizer, patience_s=patience_s))
+            return self._opened[-1]
         if hasattr(teacher, "stream_batches"):
             return teacher  # type: ignore[return-value]
         raise ValueError(
-            "teacher must be an address such as teacher.lab:50051, a list of them, a causal LM or an "
-            f"object with stream_batches; got {type(teacher).__name__}"
+            "teacher must be an address such as teacher.lab:50051, a list of them, a causal LM, an "
+            f"object with stream_batches or a mapping from names to these; got {type(teacher).__name__}"
         )
 
     def _check_targets(self, batch: Mapping[str, Any], targets: Targets) -> None:
@@ -217,7 +242,7 @@ class DistillationMixin(FeatureHooks):
         if not self.distillation.check_first_batch:
             return
         if self._meter.rows_fetched == 0:
-            warn_of_tail(targets, self.distillation.ce_weight)
+            warn_of_tail(targets, max(self.distillation.weights[1].ends))
         if not self._alignment.is_enough:
             self._alignment.add(batch, targets)
 
@@ -244,23 +269,36 @@ class DistillationMixin(FeatureHooks):
             # With features, each row was asked for twice.
             rows = (counters.rows - self._rows_before) / (2 if self.feature_loss else 1)
             logs["bytes_per_token"] = nbytes / rows
+        if isinstance(self.teacher, Teachers):
+            logs |= self._compute_shares(self.teacher)
         return logs
+
+    def _compute_shares(self, teachers: Teachers) -> dict[str, float]:
+        """Returns the share of each teacher in the rows since the last time, on all ranks."""
+        total, before = teachers.rows_by_teacher, self._rows_of_each
+        self._rows_of_each = total
+        since = [total[name] - before[name] for name in teachers.names]
+        rows = torch.tensor(since, device=self.args.device)
+        if self.args.world_size > 1:
+            rows = self.accelerator.gather(rows[None]).sum(0)  # type: ignore[union-attr,call-overload]
+        shares = (rows / rows.sum().clamp(min=1e-9)).tolist()
+        return {f"share/{name}": one for name, one in zip(teachers.names, shares, strict=True)}
 
     def _begin_counting(self) -> None:
         """Leaves what the teacher was asked before this training out of the bytes per token."""
         counters = getattr(self.teacher, "counters", None)
         self._rows_before = counters.rows if counters else 0
         self._nbytes_before = counters.payload_nbytes if counters else 0
+        if isinstance(self.teacher, Teachers):
+            self._rows_of_each = self.teacher.rows_by_teacher
 
     def _get_identity(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps of the teacher and of the loss."""
         assert self.teacher is not None
-        names = ["targets", "temperature", "divergence", "beta", "kd_weight", "ce_weight"]
-        if self.feature_loss is not None:
-            names += ["features", "feature_layers", "feature_loss", "feature_weight"]
         return {
             "teacher_fingerprint": self.teacher.info.teacher_fingerprint,
-            **{name: getattr(self.distillation, name) for name in names},
+            **self.distillation.describe_loss(),
+            **(self.teacher.choice if isinstance(self.teacher, Teachers) else {}),
         }
 
 
@@ -278,7 +316,7 @@ class _Callback(transformers.TrainerCallback):
         # Data without a length has no epochs; the Trainer begins with its first pass in any case.
         has_epochs = has_length(kwargs.get("train_dataloader"))
         self._trainer._passes.start_at(int(state.epoch or 0) if has_epochs else 0)
-        self._trainer._alignment = Alignment()
+        self._trainer._alignment = Alignment(self._trainer._view)
         self._trainer._meter.reset()
         self._trainer._begin_counting()
         self._trainer._batch_loss.begin_training()

@@ -6,7 +6,6 @@ For other devices the code is the same, and their stream does nothing.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -118,7 +117,7 @@ def move_tensors(item: Any, move: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(item, Tensor):
         return move(item)
     if isinstance(item, Targets):
-        moved = replace(item, **{name: move(part) for name, part in item._tensors().items()})
+        moved = item.map_tensors(move)
         if isinstance(item, SparseTargets) and isinstance(moved, SparseTargets):
             _remember_most_entries(item, moved)
         return moved

@@ -285,7 +285,8 @@ class TeamAdd(_OneTeam):
     weight: float = Field(default=1.0, gt=0.0, le=1e6)
     """Share of the teacher, relative to other teams that have work at the same time."""
     scopes: tuple[Literal["score", "generate", "hidden", "dense", "admin"], ...] = ("score",)
-    """What the team may do: score text, also request dense targets, or (admin) see all teams."""
+    """What the team may do: score text, also request dense targets or (hidden) hidden states and the
+    vocabulary head, or (admin) see all teams."""
     days: int = Field(default=365, ge=0)
     """Days for which the token is valid; 0: no expiry."""
     certificates: tuple[str, ...] = ()

@@ -120,7 +120,7 @@ class Replica:
             min_batch_tokens=engine.min_pack_tokens,
             max_batch_reply_nbytes=limits.max_reply_nbytes,
             max_queued_tokens=limits.max_queued_tokens,
-            cost=lambda job: costs.cost(job.num_tokens, len(job.request.rows), job.reply_nbytes),
+            cost=lambda job: costs.cost(job.num_tokens, job.num_projected, job.reply_nbytes),
             standing=team_stats,
         )
         self._pipeline = Pipeline(

@@ -87,8 +87,16 @@ class FullCells(LossCells[TargetsT]):
     """Makes every id a cell, for targets that tell p of every id."""
 
     @abstractmethod
-    def logp(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns (C, V) log p of some rows."""
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        """Returns (C, V) numbers of some rows from which `logp` follows row by row; not a copy."""
+
+    @abstractmethod
+    def logp(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns (C, V) log p of rows of what `logits` returned."""
+
+    def divergence(self, scaled: Tensor, cell: Cell) -> Tensor:
+        logp_RV = self.logp(self.logits(slice(None)), scaled.dtype)
+        return cell(logp_RV, scaled.log_softmax(1)[:, : self.targets.vocab_size]).sum(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,6 +167,8 @@ class Kind(ABC, Generic[TargetsT]):
     """None for a kind that no loss can use."""
     id_codings: ClassVar[tuple[int, ...]]
     value_bits: ClassVar[tuple[int, ...]]
+    default_bits: ClassVar[int] = 7
+    """Bits per logprob of `encode`, for a kind that has a choice of them there."""
     scope: ClassVar[str] = "score"
     """What a team must be allowed to do to ask for it."""
     flags: ClassVar[int] = ROW_FIELD_FLAGS
@@ -236,8 +246,8 @@ class SparseKind(Kind[SparseT]):
 
     def find_needed(
         self, header: Header, id_tables: Sequence[IdTable], given_ids: GivenIds | None
-    ) -> IdTable | None:
-        """Finds the table that the header names; None for the built-in identity."""
+    ) -> Any:
+        """Finds the `IdTable` that the header names; None for the built-in identity."""
         if header.needed == IDENTITY_DIGEST:
             return None
         if header.id_coding != ELIAS_FANO_IDS:

@@ -16,7 +16,7 @@ from logit_codec.errors import CodecError
 from logit_codec.header import NO_IDS, Header
 from logit_codec.id_table import IdTable
 from logit_codec.inputs import RowInputs
-from logit_codec.kinds.base import Cell, Content, FullCells, Kind
+from logit_codec.kinds.base import Content, FullCells, Kind
 from logit_codec.planes import PlaneReader, RowCheck, raw_words, read_row_fields
 from logit_codec.spec import OptionText, TargetSpec
 from logit_codec.targets import Targets, expect_tensor, first_dimension
@@ -126,12 +126,11 @@ class DenseCells(FullCells[DenseTargets]):
             logprobs = (logprobs - (left_R / (left_R + lost_R)).log()[:, None]).float()
         return replace(targets, vocab_size=width, logprobs=logprobs), lost_R
 
-    def divergence(self, scaled: Tensor, cell: Cell) -> Tensor:
-        logp_RV = self.targets.logprobs.to(scaled.dtype)
-        return cell(logp_RV, scaled.log_softmax(1)[:, : self.targets.vocab_size]).sum(1)
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        return self.targets.logprobs[rows]
 
-    def logp(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        return self.targets.logprobs[rows].to(dtype)
+    def logp(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        return logits.to(dtype)
 
 
 class Dense(Kind[DenseTargets]):

@@ -48,12 +48,7 @@ class FeaturesSpec(TargetSpec):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        layers = self.layers
-        is_good = 1 <= len(layers) <= MAX_LAYERS and list(layers) == sorted(set(layers))
-        if not is_good or not 0 <= layers[0] <= layers[-1] <= MAX_LAYER:
-            raise ValueError(
-                f"layers must be 1 to {MAX_LAYERS} ascending numbers from 0 on, got {list(layers)}"
-            )
+        _check_layers(self.layers)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
@@ -66,7 +61,9 @@ class FeaturesSpec(TargetSpec):
         return 2 * len(self.layers) * (self.hidden_size or USUAL_SIZE)
 
     def max_row_nbytes(self, vocab_size: int) -> float:
-        return self._state_nbytes() + TargetSpec.max_row_nbytes(self, vocab_size)
+        # The numbers of the layers come once per container: it may have a single row.
+        numbers_nbytes = 4 * len(self.layers)
+        return self._state_nbytes() + numbers_nbytes + TargetSpec.max_row_nbytes(self, vocab_size)
 
     def max_decoded_row_nbytes(self, vocab_size: int) -> float:
         return self._state_nbytes() + TargetSpec.max_decoded_row_nbytes(self, vocab_size)
@@ -111,7 +108,9 @@ class FeaturesTargets(Targets):
     """L numbers, ascending; `FeaturesSpec` says how they are counted."""
 
     def __post_init__(self) -> None:
-        if self.hidden.dtype != torch.bfloat16 or self.hidden.dim() != 3:
+        _check_layers(self.layers)
+        is_good = self.hidden.dtype == torch.bfloat16 and self.hidden.dim() == 3
+        if not is_good or self.hidden.shape[2] == 0:
             raise ValueError(
                 f"hidden must be (R, L, D) bfloat16, got {self.hidden.dtype} of shape "
                 f"{tuple(self.hidden.shape)}"
@@ -183,10 +182,10 @@ class Features(Kind[FeaturesTargets]):
         num_layers, size = header.num_entries, header.max_entries
         layers = tuple(reader.take_numbers("layers", num_layers, 32).tolist())
         try:
-            FeaturesSpec(layers=layers)
+            _check_layers(layers)
         except ValueError as error:
             raise CodecError(str(error)) from None
-        values = read_states(reader, header.num_rows * num_layers * size, 16)
+        values = read_states(reader, "values", header.num_rows * num_layers * size, 16)
         targets = FeaturesTargets(
             vocab_size=header.vocab_size,
             temperature=header.temperature,
@@ -198,6 +197,15 @@ class Features(Kind[FeaturesTargets]):
         self.check_rows(targets, check)
         check.refuse_row_fields(targets)
         return targets
+
+
+def _check_layers(layers: tuple[int, ...]) -> None:
+    is_good = 1 <= len(layers) <= MAX_LAYERS and list(layers) == sorted(set(layers))
+    if not is_good or not 0 <= layers[0] <= layers[-1] <= MAX_LAYER:
+        raise ValueError(
+            f"layers must be 1 to {MAX_LAYERS} ascending numbers from 0 to {MAX_LAYER}, got "
+            f"{list(layers)}"
+        )
 
 
 KIND = Features()

@@ -22,7 +22,7 @@ from logit_codec.kinds.base import Content, SparseKind
 from logit_codec.kinds.tail import TailCells, TailTargets, check_tail_entries
 from logit_codec.planes import PlaneReader, RowCheck, raw_words, read_row_fields
 from logit_codec.spec import OptionText, TargetSpec
-from logit_codec.targets import UNKNOWN, SparseTargets, row_splits_of
+from logit_codec.targets import UNKNOWN, row_splits_of
 
 CODES_PER_NAT = 512
 """Scale of the 16-bit codes: steps of 1/512 nat up to 127.998; the largest code means 'or more'."""
@@ -75,7 +75,7 @@ class GivenIdsSpec(TargetSpec):
             )
 
     def scratch_row_nbytes(self, vocab_size: int) -> int:
-        ranked = 12 * vocab_size if self.ranks else 0
+        ranked = 8 * vocab_size if self.ranks else 0
         return ranked + (self.most or USUAL_IDS) * (8 * BLOCK + 64)
 
     def select(self, masses: RowMasses | None, inputs: RowInputs) -> dict[str, Tensor]:
@@ -95,8 +95,7 @@ class GivenIdsSpec(TargetSpec):
 
     def compact(self, columns: dict[str, Tensor], common: dict[str, Any]) -> "GivenIdsTargets":
         ids_RM = columns["ids"].long()
-        is_first_RM = torch.ones_like(ids_RM, dtype=torch.bool)
-        torch.ne(ids_RM[:, 1:], ids_RM[:, :-1], out=is_first_RM[:, 1:])
+        is_first_RM = _is_first(ids_RM)
         ranks = columns.get("ranks")
         return GivenIdsTargets(
             row_splits=row_splits_of(is_first_RM.sum(1)),
@@ -155,12 +154,16 @@ class GivenIdsCells(TailCells[GivenIdsTargets]):
 
 
 class GivenIdsKind(SparseKind[GivenIdsTargets]):
-    """Writes logprobs and the tail; both sides know the ids, and the header has their digest."""
+    """Writes logprobs and the tail; both sides know the ids, and the header has their digest.
+
+    As float32, a logprob may be -inf; as a code, everything from -128 nats down is the last one.
+    """
 
     number = 4
     spec, targets, cells = GivenIdsSpec, GivenIdsTargets, GivenIdsCells
     id_codings = (NO_IDS,)
     value_bits = (16, 32)
+    default_bits = 16
     flags = ROW_FIELD_FLAGS | HAS_RANKS
 
     def _check_counts(self, header: Header) -> None:
@@ -203,8 +206,14 @@ class GivenIdsKind(SparseKind[GivenIdsTargets]):
             sizes["ranks"] = bitpack.num_words(header.num_entries, id_width(header.vocab_size))
         return sizes
 
-    def _check_entries(self, targets: GivenIdsTargets, rows: Tensor, check: RowCheck) -> None:
-        check_tail_entries(targets, rows, check, may_keep_nothing=True)
+    def _check_entries(
+        self, targets: GivenIdsTargets, rows: Tensor, check: RowCheck, tolerance: float = 1e-3
+    ) -> None:
+        check_tail_entries(targets, rows, check, any_ids=True, tolerance=tolerance)
+        ranks = targets.ranks
+        if ranks is not None:
+            is_bad = (ranks < 0) | (ranks >= targets.vocab_size)
+            check.refuse(is_bad, "its ranks are not below the vocabulary's size", rows)
 
     def write(self, targets: GivenIdsTargets, bits: int, id_table: IdTable | None) -> Content:
         if bits not in self.value_bits:
@@ -240,8 +249,6 @@ class GivenIdsKind(SparseKind[GivenIdsTargets]):
         ranks = None
         if header.flags & HAS_RANKS:
             numbers = reader.take_numbers("ranks", count, id_width(header.vocab_size))
-            if (numbers >= header.vocab_size).any():
-                raise CodecError(f"a rank is not below the vocabulary's {header.vocab_size}")
             ranks = torch.from_numpy(numbers.astype(np.int32))
         targets = GivenIdsTargets(
             vocab_size=header.vocab_size,
@@ -254,9 +261,8 @@ class GivenIdsKind(SparseKind[GivenIdsTargets]):
             **read_row_fields(reader, header.num_rows),
         )
         check = RowCheck(0)
-        SparseTargets.__post_init__(targets)
         # A code is off by up to 1/1024 nat, and so is the mass.
-        check_tail_entries(targets, targets.entry_rows(), check, True, 1e-3 if bits == 32 else 4e-3)
+        self._check_entries(targets, targets.entry_rows(), check, 1e-3 if bits == 32 else 4e-3)
         check.refuse_row_fields(targets)
         return targets
 
@@ -281,22 +287,26 @@ def _tail_logprob(masses: RowMasses, ids_RM: Tensor, logprobs_RM: Tensor) -> Ten
     left_R = (left_RM.double().where(is_leader_RM, 0.0) / scale_R1).sum(1)
     shares_RB = masses.shares_RB.scatter_(1, blocks_RM, 0.0)
     rest_R = left_R + shares_RB.sum(1)
-    is_first_RM = torch.ones_like(ids_RM, dtype=torch.bool)
-    torch.ne(ids_RM[:, 1:], ids_RM[:, :-1], out=is_first_RM[:, 1:])
-    given_R = logprobs_RM.exp().where(is_first_RM, 0.0).sum(1)
+    given_R = logprobs_RM.exp().where(_is_first(ids_RM), 0.0).sum(1)
     # Of 1 - given and the sum of the rest, each is exact where the other one cancels.
     tail_R = torch.where(given_R < 0.5, torch.log1p(-given_R), rest_R.log())
     return tail_R.clamp_(max=0.0).float()
 
 
+def _is_first(ids_RM: Tensor) -> Tensor:
+    """Returns (R, M) bool: false where an ascending id repeats the one before it."""
+    changes_RM = ids_RM[:, 1:] != ids_RM[:, :-1]
+    return torch.nn.functional.pad(changes_RM, (1, 0), value=True)
+
+
 def _count_likelier(logits: Tensor, given_RM: Tensor) -> Tensor:
     """Counts (R, M) int32: logits of the row that are larger than each of its given ones."""
-    given_RM, order_RM = given_RM.float().sort(1)
+    given_RM, order_RM = given_RM.sort(1)
     # Between which of the given logits does each logit lie? Then from the top: how many are above.
-    place_RV = torch.searchsorted(given_RM, logits.float().contiguous(), out_int32=True)
+    place_RV = torch.searchsorted(given_RM, logits.contiguous())
     counts_RN = given_RM.new_zeros(len(given_RM), given_RM.shape[1] + 1, dtype=torch.int32)
     ones_RV = torch.ones((), dtype=torch.int32, device=logits.device).expand_as(place_RV)
-    counts_RN.scatter_add_(1, place_RV.long(), ones_RV)
+    counts_RN.scatter_add_(1, place_RV, ones_RV)
     above_RM = counts_RN.flip(1).cumsum(1, dtype=torch.int32).flip(1)[:, 1:]
     return torch.empty_like(above_RM).scatter_(1, order_RM, above_RM)
 

@@ -19,7 +19,7 @@ from logit_codec.given_ids import GivenIds
 from logit_codec.header import DIGEST_NBYTES, NO_IDS, Header
 from logit_codec.id_table import IdTable
 from logit_codec.inputs import RowInputs
-from logit_codec.kinds.base import Cell, Content, FullCells, Kind
+from logit_codec.kinds.base import Content, FullCells, Kind
 from logit_codec.planes import PlaneReader, RowCheck, raw_words, read_row_fields
 from logit_codec.spec import OptionText, TargetSpec
 from logit_codec.targets import Targets, expect_tensor, first_dimension
@@ -58,7 +58,7 @@ class HiddenSpec(TargetSpec):
     def max_row_nbytes(self, vocab_size: int) -> float:
         size = self.hidden_size or USUAL_SIZE
         common = TargetSpec.max_row_nbytes(self, vocab_size)
-        return size * self.bits / 8 + (4 if self.bits == 8 else 0) + common
+        return size * self.bits / 8 + (2 if self.bits == 8 else 0) + common
 
     def max_decoded_row_nbytes(self, vocab_size: int) -> float:
         common = TargetSpec.max_decoded_row_nbytes(self, vocab_size)
@@ -73,7 +73,8 @@ class HiddenSpec(TargetSpec):
         if self.bits == 16:
             return {"values": hidden_RD.to(torch.bfloat16)}
         hidden_RD = hidden_RD.float()
-        scale_R = hidden_RD.abs().amax(1) / LARGEST
+        # A scale that is rounded to 8 bits costs nothing: no code grows by half a step.
+        scale_R = (hidden_RD.abs().amax(1) / LARGEST).to(torch.bfloat16).float()
         codes_RD = hidden_RD / scale_R.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         return {"values": codes_RD.round_().to(torch.int8), "scale": scale_R}
 
@@ -98,22 +99,57 @@ class HiddenSpec(TargetSpec):
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
-class HiddenTargets(Targets):
-    """Holds the states that the vocabulary head reads, and the head, once it is known."""
+class HeadTargets(Targets):
+    """Holds what logits are computed from when they are needed, a chunk of rows at a time."""
 
     kind: ClassVar[str] = "hidden"
+
+    @property
+    def effective_vocab_size(self) -> int:
+        """Ids from here on are padding: their probability is 0."""
+        raise NotImplementedError
+
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        """Computes (C, V) float32 logits of some rows. Raises ValueError without the head."""
+        raise NotImplementedError
+
+    def to_dense(self) -> Tensor:
+        """Returns (R, V) float32 probabilities. Raises ValueError without the head."""
+        return (self.logits(slice(None)) / self.temperature).softmax(1)
+
+    def most_likely(self) -> Tensor:
+        return self.mode()[0]
+
+    def mode(self) -> tuple[Tensor, Tensor]:
+        best = [self._mode_of(slice(at, at + CHUNK_ROWS)) for at in range(0, len(self), CHUNK_ROWS)]
+        if not best:
+            nothing = torch.zeros(0, device=self.device)
+            return nothing.long(), nothing
+        ids, logprobs = zip(*best, strict=True)
+        return torch.cat(ids), torch.cat(logprobs)
+
+    def _mode_of(self, rows: slice) -> tuple[Tensor, Tensor]:
+        largest_C, best_C = (self.logits(rows) / self.temperature).softmax(1).max(1)
+        return best_C, largest_C
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
+class HiddenTargets(HeadTargets):
+    """Holds the states that the vocabulary head reads, and the head, once it is known."""
 
     values: Tensor
     """(R, D) int8 or bfloat16."""
     scale: Tensor | None = None
-    """(R,) float32: what int8 values are multiplied with."""
+    """(R,) float32: what int8 values are multiplied with. A container has it as bfloat16, and so does
+    what `select` makes."""
     head_fingerprint: str
     """Names the head that the states are for."""
     head: TeacherHead | None = None
     """Turns the states into logits; a connected teacher sets it (`teacher.head()`)."""
 
     def __post_init__(self) -> None:
-        if self.values.dtype not in (torch.int8, torch.bfloat16) or self.values.dim() != 2:
+        is_good = self.values.dtype in (torch.int8, torch.bfloat16) and self.values.dim() == 2
+        if not is_good or self.values.shape[1] == 0:
             raise ValueError(
                 f"values must be (R, D) int8 or bfloat16, got {self.values.dtype} of shape "
                 f"{tuple(self.values.shape)}"
@@ -148,37 +184,22 @@ class HiddenTargets(Targets):
         """Returns the same targets with the head. Raises ValueError for the head of another teacher."""
         return replace(self, head=head)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "HiddenTargets":
-        moved = super(HiddenTargets, self).to(device, non_blocking=non_blocking)
-        return moved if self.head is None else replace(moved, head=self.head.to(device))
+    @property
+    def effective_vocab_size(self) -> int:
+        return self._known_head().effective_vocab_size
 
     def logits(self, rows: slice | Tensor) -> Tensor:
-        """Computes (C, V) float32 logits of some rows. Raises ValueError without the head."""
+        scale = None if self.scale is None else self.scale[rows]
+        head = self._known_head().to(self.device)
+        return head.logits(self.values[rows], scale)[:, : self.vocab_size]
+
+    def _known_head(self) -> TeacherHead:
         if self.head is None:
             raise ValueError(
                 "hidden targets need the teacher's vocabulary head: pass "
                 "teacher_head=teacher.head(), or targets.with_head(teacher.head())"
             )
-        scale = None if self.scale is None else self.scale[rows]
-        return self.head.logits(self.values[rows], scale)[:, : self.vocab_size]
-
-    def to_dense(self) -> Tensor:
-        """Returns (R, V) float32 probabilities. Raises ValueError without the head."""
-        return (self.logits(slice(None)) / self.temperature).softmax(1)
-
-    def most_likely(self) -> Tensor:
-        return self.mode()[0]
-
-    def mode(self) -> tuple[Tensor, Tensor]:
-        best = [self._mode_of(slice(at, at + CHUNK_ROWS)) for at in range(0, len(self), CHUNK_ROWS)]
-        if not best:
-            return self.values.new_zeros(0, dtype=torch.int64), self.values.new_zeros(0).float()
-        ids, logprobs = zip(*best, strict=True)
-        return torch.cat(ids), torch.cat(logprobs)
-
-    def _mode_of(self, rows: slice) -> tuple[Tensor, Tensor]:
-        largest_C, best_C = (self.logits(rows) / self.temperature).softmax(1).max(1)
-        return best_C, largest_C
+        return self.head
 
     def _slice(self, start: int, stop: int) -> "HiddenTargets":
         return self._rows(slice(start, stop))
@@ -191,27 +212,28 @@ class HiddenTargets(Targets):
         return replace(self, values=self.values[rows], scale=scale, **self._row_tensors(rows))
 
 
-class HiddenCells(FullCells[HiddenTargets]):
+class HiddenCells(FullCells[HeadTargets]):
     """Makes every id a cell, whose p follows from the head: the divergence is exact."""
 
-    def within(self, width: int) -> tuple[HiddenTargets, Tensor]:
+    def within(self, width: int) -> tuple[HeadTargets, Tensor]:
         targets = self.targets
         lost_R = torch.zeros(targets.num_rows, dtype=torch.float64, device=targets.device)
-        if targets.head is None or width < targets.head.effective_vocab_size:
+        if width < targets.effective_vocab_size:
             for at in range(0, targets.num_rows, CHUNK_ROWS):
                 rows = slice(at, at + CHUNK_ROWS)
-                p_CV = (targets.logits(rows) / targets.temperature).softmax(1)
+                p_CV = (self.logits(rows) / targets.temperature).softmax(1)
                 lost_R[rows] = p_CV[:, width:].double().sum(1)
         return replace(targets, vocab_size=width), lost_R
 
-    def divergence(self, scaled: Tensor, cell: Cell) -> Tensor:
-        logp_RV = self.logp(slice(None), scaled.dtype)
-        return cell(logp_RV, scaled.log_softmax(1)[:, : self.targets.vocab_size]).sum(1)
+    @torch.no_grad()
+    def logits(self, rows: slice | Tensor) -> Tensor:
+        # The product has the teacher's own dtype, whatever the student's are cast to.
+        with torch.autocast(self.targets.device.type, enabled=False):
+            return self.targets.logits(rows)
 
-    def logp(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    def logp(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
         # `logits` leaves out what is not shared, so that the rest sums to 1.
-        scaled_CV = self.targets.logits(rows).to(dtype).div_(self.targets.temperature)
-        return scaled_CV.log_softmax(1)
+        return (logits.to(dtype) / self.targets.temperature).log_softmax(1)
 
 
 class Hidden(Kind[HiddenTargets]):
@@ -237,11 +259,11 @@ class Hidden(Kind[HiddenTargets]):
         count = header.num_rows * header.max_entries
         sizes: dict[str, int | None] = {"values": bitpack.num_words(count, header.value_bits)}
         if header.value_bits == 8:
-            sizes["scale"] = header.num_rows
+            sizes["scale"] = bitpack.num_words(header.num_rows, 16)
         return sizes
 
     def check_rows(self, targets: HiddenTargets, check: RowCheck) -> None:
-        values = targets.values if targets.scale is None else targets.scale
+        values = targets.values if targets.scale is None else targets.scale.to(torch.bfloat16)
         bad = ~torch.isfinite(values)
         check.refuse(bad if bad.dim() == 1 else bad.any(1), "its states are not finite numbers")
         if targets.scale is not None:
@@ -250,7 +272,7 @@ class Hidden(Kind[HiddenTargets]):
     def write(self, targets: HiddenTargets, bits: int, id_table: IdTable | None) -> Content:
         planes = [raw_words(targets.values.reshape(-1))]
         if targets.scale is not None:
-            planes.append(raw_words(targets.scale))
+            planes.append(raw_words(targets.scale.to(torch.bfloat16)))
         return Content(
             planes,
             value_bits=8 * targets.values.element_size(),
@@ -260,8 +282,10 @@ class Hidden(Kind[HiddenTargets]):
 
     def read(self, reader: PlaneReader, header: Header, needed: Any) -> HiddenTargets:
         num_rows, size = header.num_rows, header.max_entries
-        values = read_states(reader, num_rows * size, header.value_bits)
-        scale = torch.from_numpy(reader.take_floats("scale")) if header.value_bits == 8 else None
+        values = read_states(reader, "values", num_rows * size, header.value_bits)
+        scale = None
+        if header.value_bits == 8:
+            scale = read_states(reader, "scale", num_rows, 16).float()
         targets = HiddenTargets(
             vocab_size=header.vocab_size,
             temperature=header.temperature,
@@ -276,11 +300,11 @@ class Hidden(Kind[HiddenTargets]):
         return targets
 
 
-def read_states(reader: PlaneReader, count: int, bits: int) -> Tensor:
-    """Reads the plane `values`: (count,) int8 or bfloat16. Raises CodecError for bad padding."""
-    raw = reader.take("values").raw_bytes()
+def read_states(reader: PlaneReader, name: str, count: int, bits: int) -> Tensor:
+    """Reads a plane of (count,) int8 or bfloat16. Raises CodecError for bad padding."""
+    raw = reader.take(name).raw_bytes()
     if raw[count * bits // 8 :].any():
-        raise CodecError("the padding of the values plane is not zero")
+        raise CodecError(f"the padding of the {name} plane is not zero")
     if bits == 8:
         return torch.from_numpy(raw.view(np.int8))[:count]
     return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)[:count]

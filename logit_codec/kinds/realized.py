@@ -19,6 +19,9 @@ from logit_codec.planes import PlaneReader, RowCheck, raw_words
 from logit_codec.spec import OptionText, TargetSpec
 from logit_codec.targets import UNKNOWN, Targets
 
+ABOVE_0 = 1e-3
+"""By how much rounding may bring a logprob above 0."""
+
 
 @dataclass(frozen=True, slots=True)
 class RealizedSpec(TargetSpec):
@@ -60,13 +63,18 @@ class RealizedSpec(TargetSpec):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False, kw_only=True)
 class RealizedTargets(Targets):
-    """Holds `realized_logprob` only. No loss of distributions can be computed from it."""
+    """Holds `realized_logprob` only, -inf for a token of probability 0.
+
+    No loss of distributions can be computed from it.
+    """
 
     kind: ClassVar[str] = "realized"
 
     def __post_init__(self) -> None:
         if self.realized_logprob is None or self.realized_logprob.dim() != 1:
             raise ValueError("realized targets need realized_logprob, (R,) float32")
+        if self.entropy is not None or self.log_z is not None:
+            raise ValueError("realized targets hold realized_logprob and nothing else")
         Targets.__post_init__(self)
 
     @property
@@ -114,9 +122,8 @@ class Realized(Kind[RealizedTargets]):
         return {"logprobs": header.num_rows}
 
     def check_rows(self, targets: RealizedTargets, check: RowCheck) -> None:
-        logprobs = targets._logprobs
-        check.refuse(~torch.isfinite(logprobs), "its logprob is not a finite number")
-        check.refuse(logprobs > 1e-3, "its logprob is above 0")
+        is_bad = ~(targets._logprobs <= ABOVE_0)
+        check.refuse(is_bad, "its logprob is not a number of at most 0")
 
     def write(self, targets: RealizedTargets, bits: int, id_table: IdTable | None) -> Content:
         return Content([raw_words(targets._logprobs)], value_bits=32)

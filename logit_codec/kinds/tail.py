@@ -83,6 +83,14 @@ class TailCells(SparseCells[TailT]):
         tail_R = cell(logp_tail_R, logq_tail_R).where(has_tail_R, 0.0)
         return tail_R.index_add(0, rows, cell(logp_E, logq_E))
 
+    def kept_divergence(self, scaled: Tensor, cell: Cell) -> Tensor:
+        """Sums over the kept ids alone: (R,) from the student's (R, V) logits / T."""
+        targets = self.targets
+        rows = targets.entry_rows()
+        logq_E = scaled.log_softmax(1)[rows, targets.token_ids]
+        each_E = cell(targets.logprobs.to(scaled.dtype), logq_E)
+        return scaled.new_zeros(targets.num_rows).index_add(0, rows, each_E)
+
     def renormalized(self) -> TailT:
         targets = self.targets
         rows = targets.entry_rows()
@@ -102,19 +110,21 @@ def check_tail_entries(
     targets: TailTargets,
     rows: Tensor,
     check: RowCheck,
-    may_keep_nothing: bool = False,
+    *,
+    any_ids: bool = False,
     tolerance: float = 1e-3,
 ) -> None:
     """Raises CodecError for logprobs that are not finite, or do not add up to 1 with the tail.
 
-    rows: (E,), of each entry. may_keep_nothing: the kept mass may round to 0. tolerance: of the sum.
+    rows: (E,), of each entry. any_ids: the ids may have probability 0, alone and all together.
+    tolerance: of the sum.
     """
     tail = targets.tail_logprob
-    bad = ~torch.isfinite(targets.logprobs)
+    bad = ~(targets.logprobs < torch.inf) if any_ids else ~torch.isfinite(targets.logprobs)
     if bool(torch.isnan(tail).any()):
         bad |= torch.isnan(tail)[rows]
     check.refuse(bad, "its logprobs are not finite numbers", rows)
-    if may_keep_nothing:
+    if any_ids:
         check.refuse(tail > 0, "its tail logprob is above 0")
     else:
         check.refuse(tail >= 0, "its tail logprob is not below 0: nothing would be kept")

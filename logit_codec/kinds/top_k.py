@@ -51,26 +51,35 @@ class TopKSpec(TargetSpec):
     """
 
     kind: ClassVar[str] = "top_k"
-    option_names: ClassVar[tuple[str, ...]] = ("min_p", "max_k", "bits")
+    option_names: ClassVar[tuple[str, ...]] = ("min_p", "top_p", "max_k", "bits")
     needs_maxima: ClassVar[bool] = True
 
     k: int
-    """Entries per row; with `min_p`, at most this many."""
+    """Entries per row (fewer only if fewer ids have a probability above 0); with `min_p` or `top_p`
+    at most this many, and at least one."""
     min_p: float = 0.0
-    """0: k entries (fewer only if fewer ids have a probability above 0); else every id with
-    p >= min_p, at least one, at most k."""
+    """Above 0: only ids with p >= min_p."""
     bits: int = 7
     """Bits per logprob: one of CODE_BITS."""
+    top_p: float = 0.0
+    """Above 0: only the smallest set of likeliest ids whose mass reaches top_p (nucleus, Holtzman et
+    al. 2020). With a min_p too, an id is kept that both keep, as in samplers."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.k < 2**31:
             raise ValueError(f"top_k must be between 1 and 2**31 - 1, got {self.k}")
-        if not 0.0 <= self.min_p <= 1.0:
-            raise ValueError(f"min_p must be between 0 and 1, got {self.min_p}")
+        for name in ("min_p", "top_p"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if self.bits not in CODE_BITS:
             raise ValueError(
                 f"bits must be one of {', '.join(map(str, CODE_BITS))} for top_k, got {self.bits}"
             )
+
+    @property
+    def has_fixed_k(self) -> bool:
+        """Whether every row has k entries; else k is only the most that it can have."""
+        return not (self.min_p or self.top_p)
 
     @property
     def code_bits(self) -> int:
@@ -88,7 +97,7 @@ class TopKSpec(TargetSpec):
         return common + 16 + 4 + 12 * min(self.k, vocab_size)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        if not self.min_p and self.k > vocab_size:
+        if self.has_fixed_k and self.k > vocab_size:
             raise ValueError(
                 f"top_k must be at most the {vocab_size} ids of the vocabulary, got {self.k}"
             )
@@ -120,21 +129,25 @@ class TopKSpec(TargetSpec):
     def parse(cls, text: OptionText) -> "TopKSpec":
         bits = text.take_integer("bits", "7")
         if text.first is not None:
-            for name in ("min_p", "max_k"):
+            for name in ("min_p", "top_p", "max_k"):
                 if name in text.named:
                     raise ValueError(
                         f"{name} does not go with a fixed number of entries in {text.text!r}; "
                         "write 'top_k:min_p=1/256,max_k=128' or 'top_k:64'"
                     )
             return cls(k=text.integer("k", text.first), bits=bits, **text.common)
-        min_p = _fraction("min_p", text.take("min_p", "1/256"), text.text)
-        if min_p <= 0.0:
-            raise ValueError(f"min_p must be greater than 0, got {min_p} in {text.text!r}")
+        named = [name for name in ("min_p", "top_p") if name in text.named] or ["min_p"]
+        limits = {name: _fraction(name, text.take(name, "1/256"), text.text) for name in named}
+        for name, limit in limits.items():
+            if limit <= 0.0:
+                raise ValueError(f"{name} must be greater than 0, got {limit} in {text.text!r}")
         max_k = text.take_integer("max_k", "128")
-        return cls(k=max_k, min_p=min_p, bits=bits, **text.common)
+        return cls(k=max_k, bits=bits, **limits, **text.common)
 
     def __str__(self) -> str:
-        head = [f"min_p={self.min_p!r}", f"max_k={self.k}"] if self.min_p else [str(self.k)]
+        limits = {"min_p": self.min_p, "top_p": self.top_p}
+        head = [f"{name}={limit!r}" for name, limit in limits.items() if limit]
+        head = [str(self.k)] if self.has_fixed_k else [*head, f"max_k={self.k}"]
         return "top_k:" + ",".join([*head, f"bits={self.bits}", *self._changed_options()])
 
 
@@ -255,6 +268,11 @@ def _keep_top(masses: RowMasses, spec: TopKSpec) -> dict[str, Tensor]:
     # An id of probability 0 is no entry.
     floor = math.log(spec.min_p) if spec.min_p else torch.finfo(torch.float32).min
     is_kept_RK = logprobs_RK.float() >= floor
+    if spec.top_p:
+        # An id is needed if the likelier ones do not reach top_p yet. In float32, to which what
+        # the logits round off does not matter: four equal ids of 1/4 reach 0.75 after three.
+        mass_RK = logprobs_RK.exp()
+        is_kept_RK &= (mass_RK.cumsum(1) - mass_RK).float() < spec.top_p
     # Rows in which no id reaches min_p, or that are not finite, keep their best id.
     is_kept_RK[:, 0].fill_(True)
     ids_RK = first_RH.gather(1, place_RK // BLOCK) + place_RK % BLOCK

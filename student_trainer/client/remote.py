@@ -15,11 +15,11 @@ from logitstream.messages import fill_given_ids, fill_targets
 from protos import teacher_pb2
 from student_trainer.client.counters import Counters
 from student_trainer.client.dispatch import Pending
-from student_trainer.client.head_cache import load_head
 from student_trainer.client.io_thread import IoThread
 from student_trainer.client.session import Session
 from student_trainer.errors import ForkedClient, IncompatibleTeacher, TeacherError
 from student_trainer.teachers.compatibility import check_compatible
+from student_trainer.teachers.head_cache import load_head
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions, row_mask
 from student_trainer.teachers.teacher import NO_HEAD, Teacher
 
@@ -65,6 +65,7 @@ class RemoteTeacher(Teacher):
         self._io = IoThread.shared()
         self._closed = False
         self._head: TeacherHead | None = None
+        self.tokenizer = tokenizer
         self._session = Session(connection, patience_s)
         try:
             self._info = self._io.run(self._session.open(min(CONNECT_S, patience_s)))

@@ -6,20 +6,18 @@ import secrets
 import time
 from typing import BinaryIO
 
-import grpc
-
 from logit_codec import IdTable
 from logitstream.connection import Connection
-from protos import teacher_pb2, teacher_pb2_grpc
+from protos import teacher_pb2
 from student_trainer.client.answers import Answers
 from student_trainer.client.counters import Counters
-from student_trainer.client.describe import RETRIED, Metadata, explain
 from student_trainer.client.dispatch import Dispatch, Pending
+from student_trainer.client.head_fetch import fetch_head
 from student_trainer.client.id_table_cache import load_id_table
 from student_trainer.client.keeper import Keeper
 from student_trainer.client.side_tasks import CLOSED, SideTasks, unexpected
 from student_trainer.client.stalls import Stalls
-from student_trainer.errors import BY_CODE, ProtocolError, TeacherError
+from student_trainer.errors import TeacherError
 
 logger = logging.getLogger(__name__)
 
@@ -113,30 +111,16 @@ class Session:
         self._answers.close()
 
     async def fetch_head(self, fingerprint: str, file: BinaryIO) -> None:
-        """Appends to a file what it lacks of the vocabulary head, from one replica after another.
-
-        Raises TeacherUnavailable after the patience, and what the service refuses with.
-        """
-        started_s = time.monotonic()
-        size = file.tell()
-        while True:
-            link = next(iter(self._keeper.links.values()), None)
-            try:
-                if link is not None:
-                    await append_head(link.stub, self._connection.metadata, fingerprint, file)
-                    return
-            except grpc.aio.AioRpcError as error:
-                if error.code() not in RETRIED:
-                    kind = BY_CODE.get(error.code().value[0], ProtocolError)
-                    raise kind(f"the vocabulary head cannot be fetched: {explain(error)}") from None
-            if file.tell() > size:  # the patience is for a service that gives nothing
-                started_s, size = time.monotonic(), file.tell()
-            waited_s = time.monotonic() - started_s
-            if waited_s >= self._patience_s:
-                discovery = self._keeper.discovery
-                raise discovery.make_unavailable(waited_s, await discovery.diagnose())
-            self._keeper.wake.set()
-            await asyncio.sleep(0.2)
+        """Appends to a file what it lacks of the vocabulary head. Raises as `fetch_head` does."""
+        await fetch_head(
+            fingerprint,
+            file,
+            self._connection,
+            self._keeper.discovery,
+            lambda: self.replicas,
+            self.counters,
+            self._patience_s,
+        )
 
     def submit(self, pending: Pending) -> None:
         """Sends a request, now or as soon as there is a link."""
@@ -160,21 +144,3 @@ class Session:
         self._dispatch.submit(pending)
         if not links or self._dispatch.num_unanswered == 1:
             self._keeper.wake.set()
-
-
-async def append_head(
-    stub: teacher_pb2_grpc.TeacherStub, metadata: Metadata, fingerprint: str, file: BinaryIO
-) -> None:
-    """Appends the rest of the vocabulary head to a file. Raises grpc.aio.AioRpcError, OSError.
-
-    What is written stays when the call breaks off, so that the next one goes on from there.
-    """
-    request = teacher_pb2.FetchHeadRequest(fingerprint=fingerprint, offset=file.tell())
-    chunks = stub.FetchHead(request, metadata=metadata)
-    try:
-        async for chunk in chunks:
-            if chunk is None or chunk.offset != file.tell():  # a flipped bit
-                break
-            await asyncio.to_thread(file.write, chunk.data)  # a disk may be slow
-    finally:
-        chunks.cancel()

@@ -1,28 +1,32 @@
 """`student-trainer check`: measures whether the targets line up with the text."""
 
 import dataclasses
+import itertools
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from logit_codec import TopKTargets
+from logit_codec import TopKTargets, parse_targets
 from student_trainer.client.remote import connect
 from student_trainer.commands.show import show
 from student_trainer.commands.student import find_student
 from student_trainer.config import CheckConfig, parse_count
 from student_trainer.hf.alignment import nll_by_shift, shared_ids
+from student_trainer.teachers.stream import TargetStream
 from student_trainer.teachers.teacher import Teacher
+
+GIVEN_IDS = 16
+"""Ids of a row that are asked for with targets of kind given_ids."""
 
 
 def run_check(config: CheckConfig) -> int:
     """Prints what `check` found; returns 1 if the targets are not where they should be."""
-    from logit_codec import parse_targets
-
     try:
         parse_targets(config.targets)
     except ValueError as error:
@@ -105,6 +109,25 @@ def generate_sample(teacher: Teacher, num_tokens: int = 24) -> Tensor:
     return torch.tensor(ids)
 
 
+def _ask(
+    teacher: Teacher, sequences: Iterable[Tensor], targets: str, **options: Any
+) -> TargetStream[Tensor]:
+    """Streams targets; where ids are to be given, random ones stand in for a student's."""
+    if not parse_targets(targets).needs_given_ids:
+        return teacher.stream(sequences, targets=targets, **options)
+    sequences, again = itertools.tee(sequences)
+    width = min(GIVEN_IDS, teacher.info.limits.max_top_k, teacher.info.effective_vocab_size)
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(num_rows: int) -> Tensor:
+        return torch.randint(
+            teacher.info.effective_vocab_size, (num_rows, width), generator=generator
+        )
+
+    given_ids = (draw(len(sequence) - 1) for sequence in again)
+    return teacher.stream(sequences, targets=targets, given_ids=given_ids, **options)
+
+
 def check(
     address: str,
     *,
@@ -133,7 +156,7 @@ def check(
         waits = []
         for _ in range(9):
             started = time.perf_counter()
-            list(teacher.stream([ids], targets=targets, interactive=True))
+            list(_ask(teacher, [ids], targets, ahead=1, interactive=True))
             waits.append(time.perf_counter() - started)
 
         length = min(512, info.max_sequence_tokens)
@@ -147,8 +170,7 @@ def check(
 
         started = time.perf_counter()
         tokens = sum(
-            len(sequence)
-            for sequence, _ in teacher.stream(until_deadline(), targets=targets, ahead=16)
+            len(sequence) for sequence, _ in _ask(teacher, until_deadline(), targets, ahead=16)
         )
         elapsed = time.perf_counter() - started
         nbytes = counters.payload_nbytes - before.payload_nbytes

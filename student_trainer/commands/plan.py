@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from student_trainer.client.remote import RemoteTeacher
 from student_trainer.commands.show import format_size
 from student_trainer.commands.student import find_student
 from student_trainer.config import TrainConfig
+from student_trainer.record.recorded import Recorded
 from student_trainer.training import ranks
 from student_trainer.training.corpus import check_ids, find_texts, read_corpus
 from student_trainer.training.held_out import HeldOut
@@ -19,6 +21,7 @@ from student_trainer.training.run import (
     check_settings,
     check_teacher,
     count_steps,
+    make_view,
     open_teacher,
     read_student,
 )
@@ -27,6 +30,10 @@ from student_trainer.training.run import (
 def run_plan(config: TrainConfig) -> int:
     """Prints the plan of a run. Raises what the run would raise before its first step."""
     check_settings(config)
+    if isinstance(config.teacher, dict):
+        raise ValueError(
+            "--dry-run measures one teacher: give --teacher HOST:PORT, without --teacher-column"
+        )
     if ranks.count() > 1:
         raise ValueError("--dry-run measures one process: start it without torchrun or accelerate")
     check_output(config.output)
@@ -34,6 +41,7 @@ def run_plan(config: TrainConfig) -> int:
     read = read_student(config.student)
     find_texts(config)
     with open_teacher(config, read.tokenizer, write=False) as teacher:
+        assert isinstance(teacher, RemoteTeacher | Recorded)
         num_ids = check_teacher(config, teacher, read)
         check_checkpoints(config, None, teacher.info.teacher_fingerprint)
         corpus = read_corpus(config, read.tokenizer)
@@ -41,7 +49,9 @@ def run_plan(config: TrainConfig) -> int:
         config = count_steps(config, corpus)
         check_checkpoints(config, corpus, teacher.info.teacher_fingerprint)
         began_s = time.perf_counter()
-        held_out = HeldOut.ask(config, teacher, corpus, num_ids)
+        held_out = HeldOut.ask(
+            config, teacher, corpus, num_ids, make_view(config, corpus.tokenizer)
+        )
         asked_s = time.perf_counter() - began_s
         plan = make_plan(config, corpus, teacher, held_out, asked_s)
     print(json.dumps(plan, indent=2) if config.as_json else format_plan(plan))

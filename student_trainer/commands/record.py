@@ -13,7 +13,7 @@ from student_trainer.commands.show import show
 from student_trainer.commands.student import find_student
 from student_trainer.config import RecordConfig
 from student_trainer.record.recorded import Recorded
-from student_trainer.teachers.layout import split_batch
+from student_trainer.teachers.view import TeacherView, divide_batch
 from student_trainer.training.corpus import Corpus, check_ids, find_texts, read_corpus
 
 
@@ -71,7 +71,9 @@ def _record_draw(
     config: RecordConfig, record: Recorded, corpus: Corpus, epoch: int, found: _Found
 ) -> None:
     """Requests what the record lacks of one draw: what a Trainer will ask for, row by row."""
-    total = None
+    from student_trainer.training.run import make_view
+
+    view, total = make_view(config, corpus.tokenizer), None
     if corpus.num_sequences is not None:
         total = corpus.num_sequences + len(corpus.held_out)
     with tqdm(
@@ -82,11 +84,12 @@ def _record_draw(
     ) as progress:
         batches = (corpus.collate([row]) for row in chain(corpus.train, corpus.held_out))
         pairs = record.stream_batches(
-            _find_missing(batches, config.seed, epoch, record, found, progress),
+            _find_missing(batches, config.seed, epoch, record, found, progress, view),
             targets=config.targets,
             temperature=config.temperature,
             seed=config.seed,
             epoch=epoch,
+            teacher_view=view,
         )
         for _ in pairs:
             progress.update()
@@ -99,10 +102,11 @@ def _find_missing(
     record: Recorded,
     found: _Found,
     progress: "tqdm[Any]",
+    view: TeacherView | None,
 ) -> Iterator[dict[str, Any]]:
     """Yields the batches of which the record lacks anything; counts, and shows those it has."""
     for number, batch in enumerate(batches):
-        pieces = split_batch(batch, number)
+        pieces = divide_batch(batch, number, view).values()
         missing = [
             piece.token_ids
             for piece in pieces

@@ -12,18 +12,18 @@ from pathlib import Path
 from torch import Tensor
 
 from student_trainer import disk
-from student_trainer.client.remote import RemoteTeacher
 from student_trainer.commands.plan import run_plan
 from student_trainer.commands.student import find_student, make_hub_repo, push_student
 from student_trainer.config import TrainConfig
 from student_trainer.errors import FailedElsewhere, Interrupted, NotWritten, TrainingFailed
 from student_trainer.hf.checkpoints import read_step
-from student_trainer.record.recorded import Recorded
 from student_trainer.report import build as report
 from student_trainer.report import model_card
+from student_trainer.teachers.several import Teachers
+from student_trainer.teachers.teacher import Teacher
 from student_trainer.training import checkpoints, ranks
-from student_trainer.training.corpus import check_ids, find_texts, read_corpus
-from student_trainer.training.held_out import HeldOut
+from student_trainer.training.corpus import check_ids, check_names, find_texts, read_corpus
+from student_trainer.training.held_out import HeldOut, find_live
 from student_trainer.training.results import Results, Scores, TeacherResults
 from student_trainer.training.run import (
     NAMES,
@@ -34,6 +34,7 @@ from student_trainer.training.run import (
     check_teacher,
     count_steps,
     folder_of,
+    make_view,
     open_teacher,
     read_student,
     train_students,
@@ -78,17 +79,22 @@ def train_here(config: TrainConfig) -> Results:
     config = _with_folder(config)
     with _make_output(config.output), _opened(config) as (read, teacher, num_ids):
         tasks = Tasks.load(config.eval_tasks, read.tokenizer, limit=config.eval_limit)
-        live = teacher.fallback if isinstance(teacher, Recorded) else teacher
+        # A text of a task names no teacher, so that of several none is measured.
+        live = None if isinstance(teacher, Teachers) else find_live(teacher)
         ranks.share(lambda: tasks.rehearse(live))
         corpus = ranks.take_turns(lambda: read_corpus(config, read.tokenizer))
         check_ids(corpus, num_ids)
+        if isinstance(teacher, Teachers):
+            check_names(corpus, config.teacher_column, teacher.names)
         config = count_steps(config, corpus)
         ranks.check_same(corpus.digest + corpus.held_out_digest, "the data")
         fingerprint = teacher.info.teacher_fingerprint
         ranks.share(lambda: check_checkpoints(config, corpus, fingerprint))
 
+        view = make_view(config, corpus.tokenizer)
+
         def ask() -> tuple[Tensor | None, Scores, str]:
-            asked = HeldOut.ask(config, teacher, corpus, num_ids)
+            asked = HeldOut.ask(config, teacher, corpus, num_ids, view)
             return asked.best_ids, asked.teacher, asked.unknown
 
         held_out = HeldOut(corpus.held_out, corpus.collate, *ranks.share(ask), num_ids)
@@ -137,7 +143,7 @@ def _train_as_worker(config: TrainConfig) -> str:
 
 
 @contextmanager
-def _opened(config: TrainConfig) -> Iterator[tuple[Student, RemoteTeacher | Recorded, int]]:
+def _opened(config: TrainConfig) -> Iterator[tuple[Student, Teacher, int]]:
     """Yields what the student is, its teacher, and how many ids they share.
 
     What is refused soon comes before what takes long. Keeps room for what is written last.

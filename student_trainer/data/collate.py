@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from student_trainer.teachers.layout import IGNORE_INDEX
@@ -19,14 +18,16 @@ class Collator:
     """Stacks rows of equal length, and pads others on the right."""
 
     pad_id: int = 0
+    teacher_column: str = ""
+    """Kept as a list of names, one for each row."""
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "Collator":
+    def of(cls, tokenizer: Any, teacher_column: str = "") -> "Collator":
         """Pads with the tokenizer's pad token, or its end token if it has none."""
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        return cls(next(one for one in ids if one is not None))
+        return cls(next(one for one in ids if one is not None), teacher_column)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Returns a batch of (B, T) int64: input_ids, and what the rows have of labels and position_ids.
 
         Padding has attention_mask 0. Beside position_ids there is no attention_mask, by which models
@@ -54,10 +55,12 @@ class Collator:
                 for one in columns["position_ids"]
             ]
         fill = {"input_ids": self.pad_id, "labels": IGNORE_INDEX, "position_ids": 0}
-        batch = {
+        batch: dict[str, Any] = {
             name: pad_sequence(values, batch_first=True, padding_value=fill[name])
             for name, values in columns.items()
         }
         if "position_ids" not in columns and int(lengths.min()) < longest:
             batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        if self.teacher_column:
+            batch[self.teacher_column] = [row[self.teacher_column] for row in rows]
         return batch

@@ -5,8 +5,9 @@ L: tokens of one document.
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -89,13 +90,17 @@ class Document:
     """(L,) int32, IGNORE_INDEX where a token is not trained; None if all are."""
     may_split: bool = True
     """Whether its parts make sense alone: those of a text do, those of a chat do not."""
+    teacher: str = ""
+    """Which of several teachers is asked."""
 
 
 class DocumentReader:
     """Reads rows with one tokenizer."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, teacher_column: str = "") -> None:
+        """teacher_column: names the teacher of each document; "" if there is one teacher."""
         self._tokenizer = tokenizer
+        self._teacher_column = teacher_column
         self._end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def check(self, columns: Columns) -> None:
@@ -109,10 +114,16 @@ class DocumentReader:
     ) -> Iterator[Document]:
         """Yields the document of each row. Raises ValueError, naming the place, for a damaged row."""
         if columns.form == "text":
-            texts = (_get(row, columns.names[0], str, place) for place, row in rows)
-            for batch in _batch_texts(texts):
+            teachers: deque[str] = deque()
+
+            def read_texts() -> Iterator[str]:
+                for place, row in rows:
+                    teachers.append(self._read_teacher(row, place))
+                    yield _get(row, columns.names[0], str, place)
+
+            for batch in _batch_texts(read_texts()):
                 for ids in self._tokenizer(batch, verbose=False).input_ids:
-                    yield Document(_int32(ids + self._end))
+                    yield Document(_int32(ids + self._end), teacher=teachers.popleft())
             return
         read_row = {
             "messages": self._read_chat,
@@ -120,7 +131,13 @@ class DocumentReader:
             "input_ids": self._read_ids,
         }[columns.form]
         for place, row in rows:
-            yield read_row(row, place, columns)
+            document = read_row(row, place, columns)
+            yield replace(document, teacher=self._read_teacher(row, place))
+
+    def _read_teacher(self, row: Mapping[str, Any], place: str) -> str:
+        if not self._teacher_column:
+            return ""
+        return _get(row, self._teacher_column, str, place)
 
     def _read_chat(self, row: Mapping[str, Any], place: str, columns: Columns) -> Document:
         messages = _get(row, columns.names[0], list, place)

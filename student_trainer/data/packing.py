@@ -7,7 +7,7 @@ tokens are not trained; position_ids, if the row has several documents that must
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from student_trainer.data.columns import Document
 from student_trainer.teachers.layout import IGNORE_INDEX
 
 Packing = Literal["concatenate", "isolate", "pad"]
-Row = dict[str, np.ndarray]
+Row = dict[str, Any]
 OPEN_ROWS = 64
 """Rows that wait for documents that fit into them; a longer search would hardly fill them better."""
 
@@ -68,12 +68,13 @@ def lay_out(
     *,
     has_labels: bool = False,
     keep_rest: bool = False,
+    teacher_column: str = "",
 ) -> Iterator[Row]:
     """Yields the rows of documents, with at most `length` tokens each, and counts what is cut.
 
     concatenate: documents one after another, cut wherever a row is full; with keep_rest the last row
     may be shorter (of two tokens at least), or else it is left out. isolate: several whole documents in a row. pad: one document
-    in a row. has_labels: whether rows have labels; if so, those of documents without any are their ids.
+    in a row; its teacher, if there are several, in teacher_column. has_labels: whether rows have labels; if so, those of documents without any are their ids.
     """
     counted = _count(documents, counts)
     if packing == "concatenate":
@@ -83,7 +84,10 @@ def lay_out(
         if packing == "isolate":
             rows = _isolate(fitting, length, has_labels)
         else:
-            rows = (_join([document], has_labels) for document in fitting)
+            rows = (
+                _join([one], has_labels) | ({teacher_column: one.teacher} if teacher_column else {})
+                for one in fitting
+            )
     return rows
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -42,6 +42,13 @@ class RowSettings:
     packing: Packing | str = ""
     trained_rows: str = ""
     text_column: str = ""
+    teacher_column: str = ""
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What decides the rows; as it was before there were several teachers, if there is one."""
+        values = astuple(self)
+        return values if self.teacher_column else values[:-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,8 @@ class Plan:
                 reader.check(found)
                 columns[shard.group] = found
         are_texts = all(one.form in ("text", "input_ids") for one in columns.values())
-        packing: Any = settings.packing or ("concatenate" if are_texts else "pad")
+        is_joined = are_texts and not settings.teacher_column
+        packing: Any = settings.packing or ("concatenate" if is_joined else "pad")
         return cls(columns, packing, any(one.is_masked for one in columns.values()))
 
 
@@ -112,7 +120,7 @@ def stream_rows(shards: Sequence[Shard], settings: RowSettings, tokenizer: Any) 
     """
     import datasets
 
-    reader = DocumentReader(tokenizer)
+    reader = DocumentReader(tokenizer, settings.teacher_column)
     maker = RowMaker(Plan.make(shards, settings, reader), settings, reader)
     count = min(len(shards), STREAM_PARTS)
     bounds = [len(shards) * part // count for part in range(count + 1)]
@@ -126,7 +134,7 @@ def identify_stream(
 ) -> str:
     """Returns a digest of what decides the rows of a stream, as far as is known before it is read."""
     identities = [[shard.group, *shard.identity] for shard in shards]
-    return hash_values([identities, astuple(settings), hash_tokenizer(tokenizer), *more])
+    return hash_values([identities, settings.identity, hash_tokenizer(tokenizer), *more])
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,16 +149,20 @@ class Summary:
     largest_id: int
 
     @classmethod
-    def of(cls, rows: Any) -> "Summary":
-        """Looks at every row of a `datasets.Dataset`."""
+    def of(cls, rows: Any, teacher_column: str = "") -> "Summary":
+        """Looks at every row of a `datasets.Dataset`; who teaches it is part of the digest."""
         names = [name for name in ("input_ids", "labels", "position_ids") if name in rows.features]
         hashes = {name: xxhash.xxh3_128() for name in (*names, "lengths")}
+        if teacher_column:
+            hashes["teachers"] = xxhash.xxh3_128()
         num_tokens = num_trained = largest = 0
         widths: set[int] = set()
         for table in rows.with_format("arrow").iter(1000):
             columns = {name: table[name].combine_chunks() for name in names}
             if "labels" in columns:  # null where all tokens are trained, in a mixture
                 columns["labels"] = coalesce(columns["labels"], columns["input_ids"])
+            if teacher_column:
+                hashes["teachers"].update(json.dumps(table[teacher_column].to_pylist()).encode())
             lengths = columns["input_ids"].value_lengths().to_numpy()
             values = {name: column.flatten().to_numpy() for name, column in columns.items()}
             for name in names:
@@ -167,7 +179,7 @@ class Summary:
             num_trained += int(is_trained.sum())
             largest = max(largest, int(values["input_ids"].max(initial=0)))
         found = hashes["input_ids"].hexdigest()
-        if len(names) > 1 or len(widths) > 1:
+        if len(hashes) > 2 or len(widths) > 1:
             parts = "".join(f"{name}={one.hexdigest()};" for name, one in hashes.items())
             found = xxhash.xxh3_128_hexdigest(parts.encode())
         return cls(found, num_tokens, num_trained, largest)
@@ -203,6 +215,7 @@ class RowMaker:
             counts,
             has_labels=self.plan.has_labels,
             keep_rest=keep_rest,
+            teacher_column=self.settings.teacher_column,
         )
 
 
@@ -214,7 +227,7 @@ def _generate(
     limit: int | None,
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows of shards, and behind them one that holds the notes."""
-    reader, counts = DocumentReader(tokenizer), Counts()
+    reader, counts = DocumentReader(tokenizer, settings.teacher_column), Counts()
     plan = Plan.make(shards, settings, reader)
     _look_through(shards, plan, label)
     maker, row = RowMaker(plan, settings, reader), None
@@ -243,7 +256,7 @@ def _look_through(shards: Sequence[Shard], plan: Plan, label: str) -> None:
         for shard in files:
             for place, row in shard.rows():
                 plan.columns[shard.group].check(row, place)
-                num_characters += sum(len(one) for one in row.values() if isinstance(one, str))
+                num_characters += _count_characters(row)
                 num_texts += 1
                 progress.update()
     if files:
@@ -256,12 +269,23 @@ def _look_through(shards: Sequence[Shard], plan: Plan, label: str) -> None:
         )
 
 
+def _count_characters(value: Any) -> int:
+    """Counts the characters of all texts in a row: in its columns, or in the messages of a chat."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_count_characters, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_count_characters, value))
+    return 0
+
+
 def _fingerprint(
     shards: Sequence[Shard], settings: RowSettings, tokenizer: Any, limit: int | None
 ) -> str:
     """Returns a hash of everything that decides the rows."""
     stamps = [[shard.group, *shard.stamp] for shard in shards]
-    return hash_values([FORMAT, stamps, astuple(settings), limit, hash_tokenizer(tokenizer)])
+    return hash_values([FORMAT, stamps, settings.identity, limit, hash_tokenizer(tokenizer)])
 
 
 def hash_values(values: list[Any]) -> str:

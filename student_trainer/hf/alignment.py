@@ -11,7 +11,8 @@ from torch import Tensor
 from logit_codec import SparseTargets, Targets, TopKTargets
 from protos import teacher_pb2
 from student_trainer.errors import IncompatibleTeacher, ProtocolError
-from student_trainer.teachers.layout import split_batch
+from student_trainer.teachers.layout import spread_columns
+from student_trainer.teachers.view import TeacherView, divide_batch
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,9 @@ class Alignment:
     than for 1. A few rows cannot tell, and are added to those of the next batch. Only sparse kinds can.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, view: TeacherView | None = None) -> None:
+        """view: what the teacher reads in place of the batch; see `stream_batches`."""
+        self._view = view
         self._nlls: dict[int, list[Tensor]] = {shift: [] for shift in SHIFTS}
         self._num_rows = 0
 
@@ -86,7 +89,7 @@ class Alignment:
             self._num_rows = ENOUGH_ROWS
             return
         first = 0
-        for piece in split_batch(batch, 0):
+        for piece in divide_batch(spread_columns(batch), 0, self._view).values():
             assert piece.rows is not None
             of_piece = targets[first : first + piece.num_rows].to("cpu")
             first += piece.num_rows

@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import torch
 import transformers
 
-from logit_codec import FeaturesSpec, select
+from logit_codec import FeaturesSpec, TargetSpec, parse_targets
 from student_trainer.losses.checks import check_divergence
 from student_trainer.losses.features import LOSSES
+from student_trainer.schedules import LinearSchedule, default_weights
 from student_trainer.teachers.look_ahead import parse_ahead
 from student_trainer.teachers.request import ScoreOptions
 
@@ -28,12 +28,38 @@ class DistillationArguments:
         default="forward_kl",
         metadata={"help": "Divergence from the teacher, see distillation_loss."},
     )
-    beta: float | None = field(
-        default=None, metadata={"help": "Parameter of the divergences that have one."}
+    beta: float | str | None = field(
+        default=None,
+        metadata={
+            "help": "Parameter of the divergences that have one; 0.1->0.9: from step to step."
+        },
     )
-    kd_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence."})
-    ce_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."}
+    kd_weight: float | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the divergence; 0.5->0.9: from step to step. Default: 1, with top_k 0.7."
+        },
+    )
+    ce_weight: float | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the cross-entropy on the labels; 0.5->0.1: from step to step. Default: 0, "
+            "with top_k 0.3. If one of both weights is given, the other is 1 or 0."
+        },
+    )
+    entropy_routing: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the rows of each batch, those of lowest teacher entropy, that learn from "
+            "the label instead of the teacher; needs targets with entropy=1."
+        },
+    )
+    adaptive_label_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Blend the label into the teacher's distribution: by this, 0 to 1, times how much "
+            "of the probability the teacher gives to other tokens."
+        },
     )
     features: str = field(
         default="",
@@ -69,6 +95,18 @@ class DistillationArguments:
         """`ahead` as `stream_batches` takes it: the values of flags are strings."""
         return int(self.ahead) if str(self.ahead).isdigit() else self.ahead
 
+    @property
+    def weights(self) -> tuple[LinearSchedule, LinearSchedule]:
+        """The weights of the divergence and of the labels. Raises ValueError."""
+        kind = parse_targets(self.targets).kind
+        weights = default_weights(kind, self.kd_weight, self.ce_weight)
+        return LinearSchedule.parse(weights[0]), LinearSchedule.parse(weights[1])
+
+    @property
+    def beta_schedule(self) -> LinearSchedule | None:
+        """`beta`, if it is given. Raises ValueError."""
+        return None if self.beta is None else LinearSchedule.parse(self.beta)
+
     def make_request(self, seed: int, epoch: int) -> ScoreOptions:
         """Returns what is asked for of each sequence of an epoch. Raises InvalidRequest."""
         return ScoreOptions.of(self.targets, self.temperature, seed, epoch)
@@ -98,6 +136,19 @@ class DistillationArguments:
             )
         return dict(zip(spec.layers, own, strict=True))
 
+    def describe_loss(self) -> dict[str, Any]:
+        """Returns the settings that decide the loss, for a checkpoint."""
+        names = ["targets", "temperature", "divergence", "beta"]
+        names += ["entropy_routing", "adaptive_label_weight"]
+        if self.features:
+            names += ["features", "feature_layers", "feature_loss", "feature_weight"]
+        kd_weight, ce_weight = self.weights
+        return {
+            **{name: getattr(self, name) for name in names},
+            "kd_weight": kd_weight.setting,
+            "ce_weight": ce_weight.setting,
+        }
+
 
 def check_arguments(arguments: DistillationArguments) -> None:
     """Raises ValueError for targets, a divergence or weights that make no loss."""
@@ -109,22 +160,49 @@ def check_arguments(arguments: DistillationArguments) -> None:
             f"computed. Ask for them beside a distribution: features={arguments.targets!r} with "
             "feature_layers, the student's layers that learn them, and targets='sampled'."
         )
-    row = select(
-        torch.zeros(1, getattr(spec, "k", 2)),
-        spec,
-        temperature=arguments.temperature,
-        uniforms=torch.zeros(1, dtype=torch.float64),
-        realized_ids=torch.zeros(1, dtype=torch.int64),
-    )
-    beta = 0.5 if arguments.beta is None else arguments.beta
-    check_divergence(row, arguments.divergence, beta, False)
+    beta = _read(arguments, "beta") or LinearSchedule(0.5, 0.5)
+    for end in beta.ends:
+        check_divergence(spec.kind, arguments.divergence, end)
+    if spec.needs_given_ids:
+        raise ValueError(
+            "a Trainer names no ids for targets='given_ids': ask for 'top_k:...', or write the loop "
+            "yourself with teacher.stream_batches(..., given_ids=...)"
+        )
     for name in ("kd_weight", "ce_weight"):
-        weight = getattr(arguments, name)
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"{name} must be at least 0 and finite, got {weight}")
+        weight = _read(arguments, name)
+        if weight is not None and min(weight.ends) < 0:
+            raise ValueError(f"{name} must be at least 0, got {weight.setting}")
     _check_features(arguments)
-    if not (arguments.kd_weight or arguments.ce_weight or arguments.features):
+    has_weight = any(end for weight in arguments.weights for end in weight.ends)
+    if not (has_weight or arguments.features):
         raise ValueError("kd_weight and ce_weight are both 0: there is nothing to learn")
+    check_label_options(spec, arguments.entropy_routing, arguments.adaptive_label_weight)
+
+
+def check_label_options(spec: TargetSpec, routing: float, adaptive: float) -> None:
+    """Raises ValueError for shares that are none, and for targets that do not carry what they need."""
+    if not 0 <= routing < 1:
+        raise ValueError(f"entropy_routing must be at least 0 and below 1, got {routing}")
+    if not 0 <= adaptive <= 1:
+        raise ValueError(f"adaptive_label_weight must be 0 to 1, got {adaptive}")
+    for name, value, needed in (
+        ("entropy_routing", routing, "entropy"),
+        ("adaptive_label_weight", adaptive, "realized"),
+    ):
+        if value and not getattr(spec, needed):
+            asked = replace(spec, **{needed: True})
+            raise ValueError(
+                f"{name} reads what targets={str(spec)!r} do not carry: ask for targets={str(asked)!r}"
+            )
+
+
+def _read(arguments: DistillationArguments, name: str) -> LinearSchedule | None:
+    """Reads a number that may change over the steps. Raises ValueError, with its name."""
+    value = getattr(arguments, name)
+    try:
+        return None if value is None else LinearSchedule.parse(value)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
 
 
 def _check_features(arguments: DistillationArguments) -> None:

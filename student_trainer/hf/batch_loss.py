@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logit_codec import Targets
+from logit_codec import HiddenTargets, Targets
 from student_trainer.hf.arguments import DistillationArguments
-from student_trainer.hf.meter import TrainerMeter, cross_entropy_sum
+from student_trainer.hf.meter import TrainerMeter, cross_entropies
 from student_trainer.losses.checks import check_labels, shared_vocabulary
-from student_trainer.losses.distillation import distillation_loss, within
+from student_trainer.losses.distillation import distillation_loss, fit
 from student_trainer.losses.features import FeatureLoss
 from student_trainer.losses.fused import fused_distillation_loss
 from student_trainer.losses.fused_chunk import RowStatistics
 from student_trainer.losses.fused_head import FusedHead, Unfusable
+from student_trainer.losses.options import RowWeight
 from student_trainer.teachers.batch_targets import Taken
 from student_trainer.transfer import copy_to, move_to_device
 
@@ -61,7 +62,57 @@ class AttachedTargets:
         assert self.targets is not None
         width = min(shared_vocabulary(self.targets, head_size), used_ids)
         check_labels(self.labels, None, width)
-        return move_to_device((within(self.targets, width), self.rows, self.labels), device)
+        targets = fit(self.targets, width, torch.device(device))
+        return targets, *move_to_device((self.rows, self.labels), device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchWeights:
+    """Holds what decides the loss of one batch beside its targets: numbers, or (R,) of each row."""
+
+    kd: RowWeight
+    ce: RowWeight
+    beta: dict[str, Any]
+    """The argument of the divergences that have one."""
+
+    @classmethod
+    def of(
+        cls, arguments: DistillationArguments, targets: Targets, progress: float
+    ) -> "BatchWeights":
+        """Returns the weights in a step; progress: 0 in the first step of a training, 1 in the last.
+
+        Labels replace the teacher by a share of each row: the row's loss is (1 - share) * kd *
+        divergence + (ce + share * kd) * cross-entropy. For forward KL at T = 1 this is the divergence
+        from (1 - share) * p + share * onehot(label), but for a constant.
+        """
+        kd, ce = (weight.at(progress) for weight in arguments.weights)
+        schedule = arguments.beta_schedule
+        beta = {} if schedule is None else {"beta": schedule.at(progress)}
+        share_R = _label_share(targets, arguments)
+        if share_R is None or not kd:
+            return cls(kd, ce, beta)
+        return cls(kd * (1.0 - share_R), ce + kd * share_R, beta)
+
+
+def _label_share(targets: Targets, arguments: DistillationArguments) -> Tensor | None:
+    """Computes (R,) how much of the teacher is replaced by the label, or None for nowhere.
+
+    adaptive_label_weight: that times 1 - p(label): where the teacher did not expect the token that
+    came, the token says more than the teacher. entropy_routing: all of it in that share of the rows,
+    of which the teacher is surest (token routing, arXiv:2509.01649).
+    """
+    share_R = None
+    if arguments.adaptive_label_weight:
+        assert targets.realized_logprob is not None
+        share_R = -arguments.adaptive_label_weight * torch.expm1(targets.realized_logprob)
+        share_R = share_R.clamp(min=0.0)  # a logprob of 16 bits may be rounded up to above 0
+    num_routed = int(arguments.entropy_routing * targets.num_rows)
+    if num_routed:
+        assert targets.entropy is not None
+        lowest_K = targets.entropy.topk(num_routed, largest=False).indices
+        share_R = torch.zeros_like(targets.entropy) if share_R is None else share_R
+        share_R = share_R.index_fill(0, lowest_K, 1.0)
+    return share_R
 
 
 class BatchLoss:
@@ -94,11 +145,18 @@ class BatchLoss:
         self._is_new = True
 
     def compute(
-        self, model: nn.Module, inputs: dict[str, Any], attached: AttachedTargets, keep: bool
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        attached: AttachedTargets,
+        *,
+        keep: bool,
+        progress: float,
     ) -> tuple[Tensor, Any]:
         """Returns kd_weight * divergence + ce_weight * cross-entropy summed over the rows.
 
-        And feature_weight * the loss on features, if there is one. With `keep`, returns the model's outputs as well, for which its logits are made in full.
+        And feature_weight * the loss on features, if there is one. With `keep`, returns the model's
+        outputs as well, for which its logits are made in full. progress: as for `BatchWeights.of`.
         """
         self._meter.num_without += attached.num_without
         # Given labels, the model would compute a loss of its own.
@@ -107,11 +165,12 @@ class BatchLoss:
         if self._feature_loss is not None:
             inputs["output_hidden_states"] = True
         if head is not None:
-            compute = partial(self._sum_in_head, head, attached)
+            compute = partial(self._sum_in_head, head, attached, progress)
             loss, outputs = head.loss(model, inputs, compute)
         else:
             outputs = model(**inputs)
-            loss = self._sum_of_logits(self._get_logits(outputs, inputs["input_ids"]), attached)
+            logits_BTV = self._get_logits(outputs, inputs["input_ids"])
+            loss = self._sum_of_logits(logits_BTV, attached, progress)
         if self._feature_loss is not None:
             loss = loss + self._sum_of_features(self._feature_loss, outputs, attached)
         return loss, outputs if keep else None
@@ -143,6 +202,7 @@ class BatchLoss:
         self,
         head: FusedHead,
         attached: AttachedTargets,
+        progress: float,
         hidden_BTD: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
@@ -154,6 +214,7 @@ class BatchLoss:
             return sum((tensor.sum() * 0.0 for tensor in used), start=hidden_BTD.new_zeros(()))
         targets, rows_R, labels_R = attached.to_rows(len(weight_VD), self._used_ids, device)
         statistics = RowStatistics.zeros(targets.num_rows, device)
+        weights = BatchWeights.of(arguments, targets, progress)
         loss = fused_distillation_loss(
             hidden_BTD.flatten(0, 1)[rows_R],
             weight_VD,
@@ -163,39 +224,48 @@ class BatchLoss:
             logit_scale=head.logit_scale,
             divergence=arguments.divergence,
             labels=labels_R,
-            kd_weight=arguments.kd_weight,
-            ce_weight=arguments.ce_weight,
+            kd_weight=weights.kd,
+            ce_weight=weights.ce,
             reduction="sum",
             statistics=statistics,
-            **self._get_beta(),
+            **weights.beta,
         )
-        kd = None
-        if arguments.kd_weight:
-            kd = statistics.divergence.sum() * targets.temperature**2
-        self._meter.add(targets, kd, statistics.cross_entropy.sum(), statistics.best)
+        distils = isinstance(weights.kd, Tensor) or weights.kd != 0
+        self._meter.add(
+            targets,
+            statistics.divergence.sum() * targets.temperature**2 if distils else None,
+            statistics.cross_entropy.sum(),
+            statistics.best,
+            # Hidden targets would multiply by the teacher's head once more.
+            statistics.teacher_best if distils and isinstance(targets, HiddenTargets) else None,
+        )
         return loss
 
-    def _sum_of_logits(self, logits_BTV: Tensor, attached: AttachedTargets) -> Tensor:
+    def _sum_of_logits(
+        self, logits_BTV: Tensor, attached: AttachedTargets, progress: float
+    ) -> Tensor:
         arguments, device = self._arguments, logits_BTV.device
         if attached.targets is None:
             return logits_BTV.sum() * 0.0  # every rank and batch takes part in the backward pass
         targets, rows_R, labels_R = attached.to_rows(logits_BTV.shape[-1], self._used_ids, device)
         logits_RV = logits_BTV.flatten(0, 1)[rows_R, : targets.vocab_size]
+        weights = BatchWeights.of(arguments, targets, progress)
         loss = logits_RV.new_zeros((), dtype=torch.float32)
         kd = None
-        if arguments.kd_weight:
-            kd = distillation_loss(
+        if isinstance(weights.kd, Tensor) or weights.kd != 0:
+            kd_R = distillation_loss(
                 logits_RV,
                 targets,
                 divergence=arguments.divergence,
-                reduction="sum",
-                **self._get_beta(),
+                reduction="none",
+                **weights.beta,
             )
-            loss = loss + arguments.kd_weight * kd
-        ce = cross_entropy_sum(logits_RV if arguments.ce_weight else logits_RV.detach(), labels_R)
-        if arguments.ce_weight:
-            loss = loss + arguments.ce_weight * ce
-        self._meter.add(targets, kd, ce, logits_RV.argmax(1))
+            loss, kd = loss + (weights.kd * kd_R).sum(), kd_R.sum()
+        has_labels = isinstance(weights.ce, Tensor) or weights.ce != 0
+        ce_R = cross_entropies(logits_RV if has_labels else logits_RV.detach(), labels_R)
+        if has_labels:
+            loss = loss + (weights.ce * ce_R).sum()
+        self._meter.add(targets, kd, ce_R.sum(), logits_RV.argmax(1))
         return loss
 
     def _sum_of_features(
@@ -217,7 +287,3 @@ class BatchLoss:
         total = feature_loss(hidden, attached.features, reduction="sum")
         self._meter.add_features(total, attached.features.num_rows)
         return self._arguments.feature_weight * total
-
-    def _get_beta(self) -> dict[str, Any]:
-        """Returns the argument of the divergences that have one."""
-        return {} if self._arguments.beta is None else {"beta": self._arguments.beta}

@@ -35,12 +35,18 @@ class Meter:
 
     @torch.no_grad()
     def add(
-        self, targets: Targets, *, kd_sum: Tensor | None, ce_sum: Tensor, best_R: Tensor
+        self,
+        targets: Targets,
+        *,
+        kd_sum: Tensor | None,
+        ce_sum: Tensor,
+        best_R: Tensor,
+        teacher_best_R: Tensor | None = None,
     ) -> None:
         """One batch, all on the device.
 
         kd_sum and ce_sum: divergence, if it is in the loss, and cross-entropy summed over the rows;
-        best_R: (R,) the student's likeliest ids.
+        best_R and teacher_best_R: (R,) the likeliest ids of the student and, if known, the teacher.
         """
         sums, num_rows = self._sums, targets.num_rows
         sums["rows"] += num_rows
@@ -48,7 +54,9 @@ class Meter:
             sums["kd_rows"] += num_rows
             sums["kd_loss"] += kd_sum
         sums["ce_loss"] += ce_sum
-        sums["top1_agreement"] += (best_R == targets.most_likely()).sum()
+        if teacher_best_R is None:
+            teacher_best_R = targets.most_likely()
+        sums["top1_agreement"] += (best_R == teacher_best_R).sum()
         if targets.realized_logprob is not None:
             sums["teacher_rows"] += num_rows
             sums["teacher_ce"] -= targets.realized_logprob.sum()
@@ -101,10 +109,17 @@ class TrainerMeter:
         """Notes that the step has ended."""
         self._busy_s += time.perf_counter() - self._began_s
 
-    def add(self, targets: Targets, kd: Tensor | None, ce: Tensor, best_R: Tensor) -> None:
-        """Adds one batch: sums over its rows, and the student's most likely ids."""
+    def add(
+        self,
+        targets: Targets,
+        kd: Tensor | None,
+        ce: Tensor,
+        best_R: Tensor,
+        teacher_best_R: Tensor | None = None,
+    ) -> None:
+        """Adds one batch: sums over its rows, and the likeliest ids of student and teacher."""
         self.rows_in_loss += targets.num_rows
-        self._rows.add(targets, kd_sum=kd, ce_sum=ce, best_R=best_R)
+        self._rows.add(targets, kd_sum=kd, ce_sum=ce, best_R=best_R, teacher_best_R=teacher_best_R)
 
     def add_features(self, loss_sum: Tensor, num_rows: int) -> None:
         """Adds one batch's loss on features, summed over its rows."""
@@ -136,13 +151,13 @@ def means(sums: Tensor) -> dict[str, float]:
     return {name: total[name] / total[rows] for name, rows in MEANS.items() if total[rows]}
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """(R, V), (R,) -> () sum over the rows; a few at a time are copied, to float32 or more."""
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """(R, V), (R,) -> (R,); a few rows at a time are copied, to float32 or more."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     found = [
-        nn.functional.cross_entropy(some_CV.to(dtype), labels_C, reduction="sum")
+        nn.functional.cross_entropy(some_CV.to(dtype), labels_C, reduction="none")
         for some_CV, labels_C in zip(
             logits.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True
         )
     ]
-    return torch.stack(found).sum()
+    return torch.cat(found)

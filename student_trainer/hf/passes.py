@@ -20,6 +20,7 @@ from student_trainer.hf.arguments import DistillationArguments
 from student_trainer.teachers.batch_targets import BatchTargets, Taken
 from student_trainer.teachers.request import ScoreOptions
 from student_trainer.teachers.teacher import Teacher
+from student_trainer.teachers.view import TeacherView
 from student_trainer.transfer import move_tensors
 
 logger = logging.getLogger(__name__)
@@ -33,11 +34,16 @@ class Passes:
     """The passes of one Trainer over its training data, one after another."""
 
     def __init__(
-        self, trainer: transformers.Trainer, teacher: Teacher, arguments: DistillationArguments
+        self,
+        trainer: transformers.Trainer,
+        teacher: Teacher,
+        arguments: DistillationArguments,
+        view: TeacherView | None = None,
     ) -> None:
         self._trainer = trainer
         self._teacher = teacher
         self._arguments = arguments
+        self._view = view
         self._number = -1
         """Of the current pass: the epoch of its draws."""
         self._epoch_iterator: Iterator[Any] | None = None
@@ -104,8 +110,14 @@ class Passes:
         arguments = self._arguments
 
         def open_stream(batches: Iterator[Any], options: ScoreOptions) -> BatchTargets:
-            agree = self._agree if together else None
-            return BatchTargets(batches, self._teacher, options, arguments.look_ahead, agree=agree)
+            return BatchTargets(
+                batches,
+                self._teacher,
+                options,
+                arguments.look_ahead,
+                agree=self._agree if together else None,
+                view=self._view,
+            )
 
         if arguments.features:
             batches, again = itertools.tee(batches)

@@ -12,21 +12,30 @@ IGNORE_INDEX = -100
 """The label of a row without one."""
 MOST_PADDING = 0.01
 """Mean probability that a teacher may give to ids that the student lacks."""
+OTHERS = "targets='sampled' (forward_kl only) or targets='top_k:min_p=1/256,max_k=128'"
+INSTEAD = {
+    "realized": "they hold one logprob per row. Read targets.realized_logprob, or for a loss ask the "
+    f"teacher for {OTHERS}",
+    "features": "they hold states of layers. Use student_trainer.losses.features, or for this loss "
+    f"ask the teacher for {OTHERS}, or targets='hidden:int8'",
+}
+"""Of the kinds that no divergence can be computed from: why, and what to do."""
 
 
-def check_divergence(targets: Targets, divergence: str, beta: float, renormalize: bool) -> None:
+def check_divergence(
+    kind: str, divergence: str, beta: float, renormalize: bool = False, correction: bool = False
+) -> None:
     """Raises ValueError, or UnsuitableTargets where targets of another kind would do."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    cells = kind_named(targets.kind).cells
+    cells = kind_named(kind).cells
     if cells is None:
         raise UnsuitableTargets(
-            f"{divergence} cannot be computed from {type(targets).__name__}. Ask the teacher for "
-            "targets='sampled' (forward_kl only) or targets='top_k:min_p=1/256,max_k=128'."
+            f"{divergence} cannot be computed from {kind} targets: {INSTEAD[kind]}."
         )
     if cells.is_estimate and divergence != "forward_kl":
         raise UnsuitableTargets(
-            f"{divergence} cannot be estimated from {targets.kind} targets: it is not linear in "
+            f"{divergence} cannot be estimated from {kind} targets: it is not linear in "
             "the teacher's probabilities. Use divergence='forward_kl', or ask the teacher for "
             "targets='top_k:min_p=1/256,max_k=128'."
         )
@@ -39,7 +48,17 @@ def check_divergence(targets: Targets, divergence: str, beta: float, renormalize
         raise ValueError(f"beta must be at least 0 and below 1 for {divergence}, got {beta}")
     if renormalize and not cells.has_tail:
         raise UnsuitableTargets(
-            f"renormalize is for top_k targets; {targets.kind} targets sum to 1 as they are."
+            f"renormalize is for top_k and given_ids targets; {kind} targets sum to 1 as they are."
+        )
+    if correction and divergence != "reverse_kl":
+        raise ValueError(
+            f"correction is for divergence='reverse_kl', which it truncates to the kept ids; got "
+            f"{divergence!r}. Leave it out: the tail bucket needs no correction."
+        )
+    if correction and not cells.has_tail:
+        raise UnsuitableTargets(
+            f"correction is for targets that keep a few ids (given_ids, top_k); {kind} targets "
+            "have every id, and reverse_kl is exact without it. Leave it out."
         )
     if renormalize and (
         divergence == "reverse_kl" or (divergence == "skew_reverse_kl" and beta == 0)
@@ -50,17 +69,12 @@ def check_divergence(targets: Targets, divergence: str, beta: float, renormalize
         )
 
 
-def check_rows(
-    targets: Targets, labels: Tensor | None, mask: Tensor | None, ce_weight: float, reduction: str
-) -> None:
-    """Raises ValueError for arguments without exactly one element for each target row."""
-    num_rows = targets.num_rows
+def check_rows(num_rows: int, reduction: str, **per_row: Tensor | float | None) -> None:
+    """Raises ValueError for tensors without exactly one element for each target row."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
-    if ce_weight and labels is None:
-        raise ValueError("ce_weight needs labels, (R,) int64 with -100 for rows without one")
-    for name, value in (("labels", labels), ("mask", mask)):
-        if value is not None and value.shape != (num_rows,):
+    for name, value in per_row.items():
+        if isinstance(value, Tensor) and value.shape != (num_rows,):
             raise ValueError(f"{name} must have shape ({num_rows},), got {tuple(value.shape)}")
 
 

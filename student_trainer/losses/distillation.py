@@ -7,79 +7,20 @@ of a top_k row are its kept ids, and one more for all other ids together, on bot
 bucket). docs/losses.md has the formulas.
 """
 
-from dataclasses import dataclass
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from logit_codec import Targets
+from logit_codec import HiddenTargets, Targets, TeacherHead
 from logit_codec.kinds import cells_of
-from logit_codec.kinds.base import Cell
+from logit_codec.kinds.tail import TailCells
 from student_trainer.losses.checks import (
     IGNORE_INDEX,
     MOST_PADDING,
-    check_divergence,
     check_labels,
-    check_rows,
     shared_vocabulary,
 )
-from student_trainer.losses.divergences import compute_cells, compute_pulls
+from student_trainer.losses.options import LossOptions, RowWeight
 from student_trainer.transfer import copy_to, move_to_device
-
-
-@dataclass(frozen=True, slots=True)
-class LossOptions:
-    """Holds the arguments of a loss that are not tensors; `distillation_loss` explains each."""
-
-    divergence: str
-    beta: float
-    kd_weight: float
-    ce_weight: float
-    temperature_scaling: bool
-    renormalize: bool
-    reduction: str
-
-    def check(self, targets: Targets, labels: Tensor | None, mask: Tensor | None) -> None:
-        """Raises ValueError for what does not fit the targets."""
-        check_divergence(targets, self.divergence, self.beta, self.renormalize)
-        check_rows(targets, labels, mask, self.ce_weight, self.reduction)
-
-    def scaled_weight(self, temperature: float) -> float:
-        """Returns kd_weight, times T^2 if temperature_scaling is on."""
-        return self.kd_weight * (temperature**2 if self.temperature_scaling else 1.0)
-
-    @property
-    def cell(self) -> Cell:
-        """What a cell adds to the divergence."""
-        return partial(compute_cells, self.divergence, self.beta)
-
-    @property
-    def pull(self) -> Cell:
-        """q * dD/dq of a cell."""
-        return partial(compute_pulls, self.divergence, self.beta)
-
-    def reduce(
-        self, total: Tensor, num_rows: int, mask: Tensor | None, num_items: int | Tensor | None
-    ) -> Tensor:
-        """Divides the sum over rows as `reduction` and `num_items` ask for."""
-        if self.reduction == "sum":
-            return total
-        return take_mean(total, num_rows, mask, num_items)
-
-
-def take_mean(
-    total: Tensor, num_rows: int, mask: Tensor | None, num_items: int | Tensor | None
-) -> Tensor:
-    """Divides a sum over rows by `num_items`, or by the rows that the mask counts."""
-    if num_items is None:
-        num_items = num_rows if mask is None else mask.sum()
-    if isinstance(num_items, Tensor):
-        # A number on the host becomes an argument of the division: nothing waits for a copy.
-        if num_items.dim() or num_items.device.type != "cpu":
-            num_items = copy_to(num_items, total.device)
-        return total / num_items.clamp(min=1)
-    return total / max(num_items, 1)
 
 
 def distillation_loss(
@@ -89,11 +30,14 @@ def distillation_loss(
     divergence: str = "forward_kl",
     beta: float = 0.5,
     labels: Tensor | None = None,
-    kd_weight: float = 1.0,
-    ce_weight: float = 0.0,
+    kd_weight: float | Tensor = 1.0,
+    ce_weight: float | Tensor = 0.0,
+    row_weights: Tensor | None = None,
     mask: Tensor | None = None,
     temperature_scaling: bool = True,
     renormalize: bool = False,
+    correction: bool = False,
+    teacher_head: TeacherHead | None = None,
     effective_vocab_size: int | None = None,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
@@ -104,24 +48,29 @@ def distillation_loss(
     forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl or total_variation; `beta` is the share of
     the teacher in jsd's mixture, and the skew of the two skewed ones.
 
-    `dense` targets give the exact divergence. `top_k` targets give the one over their entries and
-    one bucket for everything else on both sides, a lower bound. `sampled` targets take forward_kl
-    only: an unbiased estimate of value and gradient if they carry the teacher's entropy; without it
-    the value is the cross-entropy of the draws, which has the same gradient and is larger by what
-    does not depend on the student. (The entropy of the draws themselves would be biased.)
+    `dense` and `hidden` targets give the exact divergence; for `hidden`, the teacher's head makes
+    (R, V) logits here (teacher_head, by default the one that a connected teacher attached to the
+    targets). `top_k` and `given_ids` targets give the one over their entries and one bucket for
+    everything else on both sides, a lower bound. `sampled` targets take forward_kl only: an
+    unbiased estimate of value and gradient if they carry the teacher's entropy; without it the value
+    is the cross-entropy of the draws, which has the same gradient and is larger by what does not
+    depend on the student. (The entropy of the draws themselves would be biased.)
 
-    labels: (R,) int64, -100 to leave the cross-entropy of a row out. mask: (R,) bool, rows that
-    count; others may hold anything. temperature_scaling multiplies the divergence by T^2 (Hinton et
-    al. 2015, section 2), which keeps its gradient in proportion to the cross-entropy's.
-    renormalize: the kept entries of top_k are made to sum to 1 and everything else counts as 0,
+    labels: (R,) int64, -100 to leave the cross-entropy of a row out. kd_weight and ce_weight:
+    numbers, or (R,) one for each row. row_weights: (R,), multiplies the whole loss of each row.
+    mask: (R,) bool, rows that count; others may hold anything. temperature_scaling multiplies the
+    divergence by T^2 (Hinton et al. 2015, section 2), which keeps its gradient in proportion to the
+    cross-entropy's. renormalize: kept entries are made to sum to 1 and everything else counts as 0,
     instead of the tail bucket. That is biased: the student is taught that the tail is impossible.
+    correction: reverse_kl over the kept ids alone, without the tail bucket, plus the teacher's mass
+    on them minus the student's (MOPD, arXiv:2606.30406): its gradient is 0 where q = p on them.
     A student's head and a teacher's vocabulary of different size are padded differently: both
     distributions are taken over the ids that they share, cross-entropy included, and ids that one
     of them lacks have no probability and no gradient. effective_vocab_size: ids from here on are
     padding of both (`teacher.info.effective_vocab_size`); without it, those from the smaller size
     on.
-    reduction: "mean" divides by the counted rows, or by `num_items` if given (trained tokens of the
-    whole accumulation window over all ranks); "sum"; "none" gives (R,).
+    reduction: "mean" divides by the counted rows whatever their weights, or by `num_items` if given
+    (trained tokens of the whole accumulation window over all ranks); "sum"; "none" gives (R,).
 
     Raises ValueError for shapes that do not fit, for an unknown divergence and for a teacher that
     uses ids that are not shared, and UnsuitableTargets (also a ValueError) for a divergence that
@@ -134,17 +83,23 @@ def distillation_loss(
             f"got {tuple(logits.shape)}. For one sequence: student(ids).logits[0, :-1]."
         )
     options = LossOptions(
-        divergence, beta, kd_weight, ce_weight, temperature_scaling, renormalize, reduction
+        divergence=divergence,
+        beta=beta,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        row_weights=row_weights,
+        temperature_scaling=temperature_scaling,
+        renormalize=renormalize,
+        correction=correction,
+        reduction=reduction,
     )
     options.check(targets, labels, mask)
     width = shared_vocabulary(targets, logits.shape[1], effective_vocab_size)
-    check_labels(labels if ce_weight else None, mask, width)
-    targets = prepare(move_to_device(within(targets, width), logits.device), renormalize)
+    check_labels(labels if options.uses_labels else None, mask, width)
+    targets = prepare(fit(targets, width, logits.device, teacher_head), renormalize)
     if mask is not None:
         mask = copy_to(mask.to(torch.bool), logits.device)
-    loss_R = _row_losses(_finite_logits(logits, mask, width), targets, labels, options)
-    if mask is not None:
-        loss_R = loss_R.where(mask, 0.0)
+    loss_R = _row_losses(_finite_logits(logits, mask, width), targets, labels, mask, options)
     if reduction == "none":
         return loss_R
     return options.reduce(loss_R.sum(), targets.num_rows, mask, num_items)
@@ -163,20 +118,66 @@ def _finite_logits(logits: Tensor, mask: Tensor | None, width: int) -> Tensor:
 
 
 def _row_losses(
-    logits: Tensor, targets: Targets, labels: Tensor | None, options: LossOptions
+    logits: Tensor,
+    targets: Targets,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    options: LossOptions,
 ) -> Tensor:
-    """Computes the (R,) weighted sums of divergence and cross-entropy."""
+    """Computes the (R,) weighted sums of divergence and cross-entropy, 0 for masked rows."""
     loss_R = logits.new_zeros(targets.num_rows)
-    if options.kd_weight:
+
+    def add(weight: RowWeight, each_R: Tensor) -> Tensor:
+        if mask is not None:  # also the weight of a masked row may be anything
+            each_R = each_R.where(mask, 0.0)
+            weight = weight.where(mask, 0.0) if isinstance(weight, Tensor) else weight
+        return loss_R + weight * each_R
+
+    kd_weight, ce_weight = options.weights(targets.temperature, logits.device, logits.dtype)
+    if options.distils:
         scaled = logits if targets.temperature == 1.0 else logits / targets.temperature
-        scale = options.scaled_weight(targets.temperature)
-        loss_R = loss_R + scale * cells_of(targets).divergence(scaled, options.cell)
-    if options.ce_weight:
+        cells = cells_of(targets)
+        if options.correction:
+            assert isinstance(cells, TailCells)
+            loss_R = add(kd_weight, cells.kept_divergence(scaled, options.cell))
+        else:
+            loss_R = add(kd_weight, cells.divergence(scaled, options.cell))
+    if options.uses_labels:
         assert labels is not None
-        loss_R = loss_R + options.ce_weight * torch.nn.functional.cross_entropy(
+        cross_entropy_R = torch.nn.functional.cross_entropy(
             logits, copy_to(labels, logits.device), ignore_index=IGNORE_INDEX, reduction="none"
         )
+        loss_R = add(ce_weight, cross_entropy_R)
     return loss_R
+
+
+def fit(
+    targets: Targets, width: int, device: torch.device, teacher_head: TeacherHead | None = None
+) -> Targets:
+    """Returns the targets `within` the width, on the device; hidden ones with their head there.
+
+    Raises ValueError as `within` does, and for hidden targets without their head.
+    """
+    if not isinstance(targets, HiddenTargets):
+        if teacher_head is not None:
+            raise ValueError(
+                f"teacher_head is for hidden targets; {targets.kind} targets hold the teacher's "
+                "probabilities themselves. Leave it out."
+            )
+        return move_to_device(within(targets, width), device)
+    head = targets.head if teacher_head is None else teacher_head
+    if head is None:
+        raise ValueError(
+            "hidden targets need the teacher's vocabulary head, and these came without it: pass "
+            "teacher_head=teacher.head()"
+        )
+    if head.fingerprint != targets.head_fingerprint:
+        raise ValueError(
+            f"these hidden states are for the head {targets.head_fingerprint}, and teacher_head is "
+            f"{head.fingerprint}: pass teacher.head() of the teacher that they came from"
+        )
+    # Ids that are not shared are looked for on the device: on the host, the product takes seconds.
+    return within(move_to_device(targets, device).with_head(head.to(device)), width)
 
 
 def within(targets: Targets, width: int) -> Targets:

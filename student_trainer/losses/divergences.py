@@ -56,6 +56,25 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 
+def compute_corrected_cells(logp: Tensor, logq: Tensor) -> Tensor:
+    """Computes q log(q / p) + p - q of each cell, which is never negative; 0 only where q = p.
+
+    Summed over the ids that are kept, it is the reverse KL truncated to them, plus the teacher's
+    mass on them minus the student's: the correction of MOPD (arXiv:2606.30406). Without it the
+    truncated sum falls when the student moves all of its mass off the kept ids, and its gradient
+    does not vanish where q = p.
+    """
+    logp, logq = logp.clamp(min=FLOOR), logq.clamp(min=LOWEST)
+    q = logq.exp()
+    return q * (logq - logp) + logp.exp() - q
+
+
+def compute_corrected_pulls(logp: Tensor, logq: Tensor) -> Tensor:
+    """Computes q * dD/dq of `compute_corrected_cells`."""
+    logq = logq.clamp(min=LOWEST)
+    return logq.exp() * (logq - logp.clamp(min=FLOOR))
+
+
 def log_mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
     """Computes log(share * exp(first) + (1 - share) * exp(second)), for a share below 1."""
     if share == 0:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from logit_codec import FeaturesTargets, Targets
 from student_trainer.errors import UnsuitableTargets
 from student_trainer.losses.checks import check_rows
-from student_trainer.losses.distillation import take_mean
+from student_trainer.losses.options import take_mean
 from student_trainer.transfer import copy_to
 
 LOSSES = ("mse", "cosine")
@@ -108,11 +108,7 @@ class FeatureLoss(nn.Module):
         UnsuitableTargets (also a ValueError) for targets of another kind.
         """
         states, found = self._find_layers(targets)
-        check_rows(targets, None, mask, 0.0, reduction)
-        if row_weights is not None and row_weights.shape != (targets.num_rows,):
-            raise ValueError(
-                f"row_weights must have shape ({targets.num_rows},), got {tuple(row_weights.shape)}"
-            )
+        check_rows(targets.num_rows, reduction, mask=mask, row_weights=row_weights)
         students = {layer: self._get_states(hidden_states, layer, targets) for layer in found}
         device = next(iter(students.values())).device
         teacher_RLD = copy_to(states, device)

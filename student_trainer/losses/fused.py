@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logit_codec import Targets
+from logit_codec import Targets, TeacherHead
 from logit_codec.kinds import cells_of
 from student_trainer.losses.checks import check_labels, shared_vocabulary
-from student_trainer.losses.distillation import LossOptions, prepare, within
+from student_trainer.losses.distillation import fit, prepare
 from student_trainer.losses.fused_chunk import Problem, RowStatistics
 from student_trainer.losses.fused_pass import FusedPass
-from student_trainer.transfer import copy_to, most_entries, move_to_device
+from student_trainer.losses.options import LossOptions
+from student_trainer.transfer import copy_to, most_entries
 
 
 def fused_distillation_loss(
@@ -42,11 +43,14 @@ def fused_distillation_loss(
     divergence: str = "forward_kl",
     beta: float = 0.5,
     labels: Tensor | None = None,
-    kd_weight: float = 1.0,
-    ce_weight: float = 0.0,
+    kd_weight: float | Tensor = 1.0,
+    ce_weight: float | Tensor = 0.0,
+    row_weights: Tensor | None = None,
     mask: Tensor | None = None,
     temperature_scaling: bool = True,
     renormalize: bool = False,
+    correction: bool = False,
+    teacher_head: TeacherHead | None = None,
     effective_vocab_size: int | None = None,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
@@ -60,52 +64,49 @@ def fused_distillation_loss(
 
     hidden: (R, D), the student's last hidden states for exactly the target rows, after its final
     norm. head_weight: (V, D); it may be frozen, or be the input embeddings too. head_bias: (V,).
-    softcap: None for none. Inputs of 16 bits are multiplied as such; everything else is computed in
-    float32, and their gradients are added up in it. The other arguments are those of
-    distillation_loss; masked rows cost nothing. chunk_rows: rows at a time; by default as many as
-    make buffers of 96 MiB in all on a CPU, 512 MiB elsewhere. statistics: RowStatistics.zeros(R) on
-    the device of hidden, to be filled in; with it labels are looked at even if ce_weight is 0.
-    max_entries: of the row of the targets that has most; without it they are counted.
+    Inputs of 16 bits are multiplied as such; everything else is computed in float32, and their
+    gradients are added up in it. The other arguments are those of distillation_loss; masked rows
+    cost nothing, and neither the student's nor the teacher's logits exist for more than a chunk of
+    rows. chunk_rows: of these; by default as many as make buffers of 96 MiB in all on a CPU, 512 MiB
+    elsewhere. statistics: RowStatistics.zeros(R) on the device of hidden, to be filled in, labels
+    included. max_entries: of the row of the targets that has most; without it they are counted.
 
     head_weight and head_bias may be DTensors, as FSDP2's fully_shard leaves them: they are
     gathered, and their gradients averaged over the ranks of their mesh and sharded again, as FSDP2
     does. Every rank of the mesh must then make this call, with rows of its own.
 
-    Extra memory is the head's gradient, which is float32 at least, and these buffers. No gradients
-    are computed under torch.no_grad(), and there are no second derivatives. backward repeats the
-    forward pass only for reduction="none" and if it is called twice on a retained graph.
-
-    Raises what distillation_loss raises.
+    Extra memory is the head's gradient, which is float32 at least, and these buffers. There are no
+    second derivatives. backward repeats the forward pass only for reduction="none" and if it is
+    called twice on a retained graph. Raises what distillation_loss raises.
     """
     _check_shapes(hidden, head_weight, head_bias, targets, softcap, chunk_rows)
     options = LossOptions(
-        divergence, beta, kd_weight, ce_weight, temperature_scaling, renormalize, reduction
+        divergence=divergence,
+        beta=beta,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        row_weights=row_weights,
+        temperature_scaling=temperature_scaling,
+        renormalize=renormalize,
+        correction=correction,
+        reduction=reduction,
     )
     options.check(targets, labels, mask)
     width = shared_vocabulary(targets, len(head_weight), effective_vocab_size)
-    labels = labels if ce_weight != 0 or statistics is not None else None
+    labels = labels if options.uses_labels or statistics is not None else None
     check_labels(labels, mask, width)
-    _refuse_gradients(
-        targets,
-        labels=labels,
-        mask=mask,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        num_items=num_items,
-    )
+    given = {"labels": labels, "mask": mask, "num_items": num_items}
+    _refuse_gradients(targets, options, softcap=softcap, logit_scale=logit_scale, **given)
     hidden, head_weight, head_bias = _cast_alike(hidden, head_weight, head_bias)
-    device = hidden.device
-    problem = Problem(
-        cells=cells_of(prepare(move_to_device(within(targets, width), device), renormalize)),
-        options=options,
-        kd_weight=options.scaled_weight(targets.temperature),
-        labels=None if labels is None else copy_to(labels, device)[:, None],
-        rows=None if mask is None else copy_to(mask.to(torch.bool).nonzero()[:, 0], device),
+    problem = _make_problem(
+        hidden,
+        fit(targets, width, hidden.device, teacher_head),
+        options,
+        (labels, mask),
         softcap=None if softcap is None else float(softcap),
         logit_scale=float(logit_scale),
         width=width,
         chunk_rows=chunk_rows,
-        dtype=hidden.dtype,
         statistics=statistics,
         most=most_entries(targets) if max_entries is None else max_entries,
     )
@@ -142,9 +143,37 @@ def _check_shapes(
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
 
 
-def _refuse_gradients(targets: Targets, **arguments: Any) -> None:
+def _make_problem(
+    hidden: Tensor,
+    targets: Targets,
+    options: LossOptions,
+    rows: tuple[Tensor | None, Tensor | None],
+    **numbers: Any,
+) -> Problem:
+    """Brings everything but the targets, which are there, to the device of the hidden states.
+
+    rows: labels and mask.
+    """
+    labels, mask = rows
+    device, high = hidden.device, torch.promote_types(hidden.dtype, torch.float32)
+    return Problem(
+        cells=cells_of(prepare(targets, options.renormalize)),
+        options=options,
+        weights=options.weights(targets.temperature, device, high),
+        labels=None if labels is None else copy_to(labels, device)[:, None],
+        rows=None if mask is None else copy_to(mask.to(torch.bool).nonzero()[:, 0], device),
+        dtype=hidden.dtype,
+        **numbers,
+    )
+
+
+def _refuse_gradients(targets: Targets, options: LossOptions, **arguments: Any) -> None:
     """Raises ValueError for an input that requires a gradient and gets none."""
-    fields = {name: getattr(targets, name) for name in targets.__dataclass_fields__}
+    fields = {
+        name: getattr(given, name)
+        for given in (targets, options)
+        for name in given.__dataclass_fields__
+    }
     for name, value in (fields | arguments).items():
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(

@@ -3,6 +3,7 @@
 Letters: R rows, C rows of one chunk, V vocabulary, K kept entries per row at most.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from logit_codec.kinds.base import LOWEST, FullCells, SparseCells
 from student_trainer.losses.checks import IGNORE_INDEX
-from student_trainer.losses.distillation import LossOptions
+from student_trainer.losses.options import LossOptions, RowWeight
+
+SHARES = 8
+"""Into which the rows of a chunk are divided where p and q are compared in every id."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,6 +27,8 @@ class RowStatistics:
     """(R,) float32: -log q(label) at T = 1; 0 without labels, or for a label of -100."""
     best: Tensor
     """(R,) int64: the student's likeliest id."""
+    teacher_best: Tensor
+    """(R,) int64: the teacher's, of targets that tell p of every id, if kd_weight is not 0."""
 
     @classmethod
     def zeros(cls, num_rows: int, device: torch.device | str | None = None) -> "RowStatistics":
@@ -30,6 +36,7 @@ class RowStatistics:
         return cls(
             torch.zeros(num_rows, device=device),
             torch.zeros(num_rows, device=device),
+            torch.zeros(num_rows, dtype=torch.int64, device=device),
             torch.zeros(num_rows, dtype=torch.int64, device=device),
         )
 
@@ -40,8 +47,8 @@ class Problem:
 
     cells: SparseCells | FullCells
     options: LossOptions
-    kd_weight: float
-    """T^2 included."""
+    weights: tuple[RowWeight, RowWeight]
+    """Of divergence, T^2 included, and cross-entropy: numbers, or (R,) one for each row."""
     labels: Tensor | None
     """(R, 1) int64."""
     rows: Tensor | None
@@ -70,10 +77,16 @@ class Problem:
     @property
     def num_buffers(self) -> int:
         """(C, V) buffers that a chunk uses: logits, and results that must not overwrite them."""
+        mixed = self.options.distils and self.labels is not None
         if self.sparse is None:
-            return 8  # not reused: targets with every id are for small vocabularies
-        mixed = self.kd_weight != 0 and self.labels is not None
+            # And the teacher's logits, and what is computed in a share of the rows at a time.
+            return 3 + (self.softcap is not None or mixed) + (self.softcap is not None and mixed)
         return 1 + (self.softcap is not None) + (mixed and self.temperature != 1.0)
+
+    def weigh(self, term: int, where: slice | Tensor) -> RowWeight:
+        """Returns a number or (C, 1): the weight of the divergence (0) or the cross-entropy (1)."""
+        weight = self.weights[term]
+        return weight[where][:, None] if isinstance(weight, Tensor) else weight
 
 
 class Buffers:
@@ -108,7 +121,7 @@ class Labels:
             return None
         ids_C1 = problem.labels[where]
         given_C1 = ids_C1 != IGNORE_INDEX
-        weight_C1 = problem.options.ce_weight * given_C1.to(dtype)
+        weight_C1 = problem.weigh(1, where) * given_C1.to(dtype)
         return cls(ids_C1.where(given_C1, 0), given_C1, weight_C1)
 
     def subtract_from(self, gradient_CV: Tensor, weight_C1: Tensor | None) -> None:
@@ -136,22 +149,23 @@ class Chunk:
         self._gain = problem.softcap or 1.0
         # At T = 1 one softmax over the kept ids and the rest serves the cross-entropy too.
         is_joint = problem.sparse is not None and problem.temperature == 1.0
-        self._joint_labels = self._labels if is_joint and problem.kd_weight != 0 else None
+        self._joint_labels = self._labels if is_joint and problem.options.distils else None
+        self._kd_weight = problem.weigh(0, where)
         self._divergence_C1 = self._cross_entropy_C1 = units_CV.new_zeros(len(units_CV), 1)
         self._gradient_CV: Tensor | None = None
 
     def solve(self) -> tuple[Tensor, Tensor | None]:
         """Returns (C,) losses and, if there is one, the gradient on the logits."""
         problem, labels = self._problem, self._labels
-        if problem.kd_weight != 0:
+        if problem.options.distils:
             if isinstance(problem.cells, SparseCells):
                 self._distil_kept(problem.cells)
             else:
                 self._distil_all(problem.cells)
         if labels and not self._joint_labels:  # needs logits at T = 1, which it overwrites
             self._add_cross_entropy(labels)
-        loss_C1 = problem.kd_weight * self._divergence_C1
-        if labels and problem.options.ce_weight:
+        loss_C1 = self._kd_weight * self._divergence_C1
+        if labels and problem.options.uses_labels:
             loss_C1 = loss_C1 + labels.weight_C1 * self._cross_entropy_C1
         self._fill_statistics()
         if not self._differentiate or self._gradient_CV is None:
@@ -175,22 +189,39 @@ class Chunk:
         if labels:
             self._cross_entropy_C1 = kept.cross_entropy()
         if self._differentiate:
-            self._gradient_CV = kept.gradient(self._weight_C1)
+            self._gradient_CV = kept.gradient(self._kd_weight, self._weight_C1)
 
     def _distil_all(self, cells: FullCells) -> None:
-        """Computes the divergence of targets that have every id."""
-        problem = self._problem
-        logq_CV = (self._units_CV * (self._gain / problem.temperature)).log_softmax(1)
-        logp_CV = cells.logp(self._where, logq_CV.dtype)
-        self._divergence_C1 = problem.options.cell(logp_CV, logq_CV).sum(1, keepdim=True)
-        if not self._differentiate:
-            return
-        pull_CV = problem.options.pull(logp_CV, logq_CV)
-        gradient_CV = pull_CV.addcmul_(logq_CV.exp_(), pull_CV.sum(1, keepdim=True), value=-1.0)
-        gradient_CV *= problem.kd_weight / problem.temperature
-        if self._weight_C1 is not None:
-            gradient_CV *= self._weight_C1
-        self._gradient_CV = gradient_CV
+        """Computes the divergence of targets that tell p of every id; may overwrite its logits.
+
+        The teacher's logits are made for all rows at once, so that its head is read once; the
+        arithmetic, which takes many times that memory, goes over a share of the rows at a time.
+        """
+        problem, units_CV = self._problem, self._units_CV
+        self._divergence_C1 = units_CV.new_zeros(len(units_CV), 1)
+        gradient_CV = units_CV
+        if self._differentiate and (problem.softcap is not None or self._labels):
+            # The units are still needed.
+            gradient_CV = self._buffers.get("kd", tuple(units_CV.shape), units_CV.dtype)
+        teacher_CV = cells.logits(self._where)
+        if problem.statistics is not None:
+            problem.statistics.teacher_best[self._where] = teacher_CV.argmax(1)
+        size = math.ceil(len(units_CV) / SHARES)
+        for start in range(0, len(units_CV), size):
+            some = slice(start, start + size)
+            logq_CV = (units_CV[some] * (self._gain / problem.temperature)).log_softmax(1)
+            logp_CV = cells.logp(teacher_CV[some], logq_CV.dtype)
+            each_CV = problem.options.cell(logp_CV, logq_CV)
+            self._divergence_C1[some] = each_CV.sum(1, keepdim=True)
+            del each_CV
+            if self._differentiate:
+                pull_CV = problem.options.pull(logp_CV, logq_CV)
+                sum_C1 = pull_CV.sum(1, keepdim=True)
+                gradient_CV[some] = pull_CV.addcmul_(logq_CV.exp_(), sum_C1, value=-1.0)
+        if self._differentiate:
+            factor = self._kd_weight / problem.temperature
+            factor = factor if self._weight_C1 is None else factor * self._weight_C1
+            self._gradient_CV = gradient_CV.mul_(factor)
 
     def _add_cross_entropy(self, labels: Labels) -> None:
         """Computes the cross-entropy on its own, and adds its gradient."""
@@ -203,7 +234,7 @@ class Chunk:
         q_CV = logits_CV.sub_(top_C1).exp_()
         sum_C1 = q_CV.sum(1, keepdim=True)
         self._cross_entropy_C1 = top_C1 + sum_C1.log() - label_C1
-        if self._differentiate and problem.options.ce_weight != 0:
+        if self._differentiate and problem.options.uses_labels:
             factor_C1 = labels.weight_C1 / sum_C1
             weight_C1 = self._weight_C1
             q_CV.mul_(factor_C1 if weight_C1 is None else factor_C1 * weight_C1)
@@ -255,20 +286,25 @@ class KeptCells:
 
     def divergence(self) -> Tensor:
         """Computes (C, 1) divergences."""
-        cell = self._problem.options.cell
-        return self._cells.chunk_divergence(self._entries, self._logp_CK1, self._logq_CK1, cell)
+        options = self._problem.options
+        # With the correction, the tail has no cell.
+        some = slice(-1) if options.correction else slice(None)
+        logp, logq = self._logp_CK1[:, some], self._logq_CK1[:, some]
+        return self._cells.chunk_divergence(self._entries, logp, logq, options.cell)
 
     def cross_entropy(self) -> Tensor:
         """Computes (C, 1) cross-entropies of the labels at T = 1."""
         return self._log_sum_C1 - (self._label_C1 - self._largest_C1)
 
-    def gradient(self, weight_C1: Tensor | None) -> Tensor:
+    def gradient(self, kd_weight: RowWeight, weight_C1: Tensor | None) -> Tensor:
         """Computes the weighted gradient of both on the logits, in their memory."""
         problem, labels, entries = self._problem, self._labels, self._entries
         q_CK1 = self._logq_CK1.exp()
         pull_CK1 = problem.options.pull(self._logp_CK1, self._logq_CK1)
+        if problem.options.correction:
+            pull_CK1[:, -1] = 0.0
         gradient_CK1 = pull_CK1 - q_CK1 * pull_CK1.sum(1, keepdim=True)
-        gradient_CK1 *= problem.kd_weight / problem.temperature
+        gradient_CK1 *= kd_weight / problem.temperature
         if labels:
             gradient_CK1 += q_CK1 * labels.weight_C1
         if weight_C1 is not None:

@@ -101,8 +101,11 @@ def _work(config: TrainConfig, train: Callable[[TrainConfig], str], here: str) -
     try:
         return train(config)
     except AccessDenied as error:
-        seen = Connection.to(config.teacher, **config.credentials())
-        if seen.token is not None or seen.cert is not None:
+        addresses = (
+            config.teacher.values() if isinstance(config.teacher, dict) else [config.teacher]
+        )
+        seen = [Connection.to(one, **config.credentials()) for one in addresses]
+        if all(one.token is not None or one.cert is not None for one in seen):
             raise
         # It is in no setting: a worker has it from its environment.
         raise AccessDenied(

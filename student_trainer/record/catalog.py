@@ -151,7 +151,9 @@ class Catalog:
 
     def not_recorded(self, model: str) -> NotRecorded:
         """Returns the error for a sequence that is not here, with the likely cause."""
-        where = f"this sequence is not in the record {self.folder.root}"
+        named = self.provenance is not None and self.provenance.spec.startswith("given_ids")
+        what = "this sequence with these given ids" if named else "this sequence"
+        where = f"{what} is not in the record {self.folder.root}"
         if self.lost:
             return NotRecorded(
                 f"{where}, which has {len(self)} left: {self.describe_losses()}. Restore the file, "

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from logit_codec import Targets, TargetSpec, TeacherHead
 from protos import teacher_pb2
-from student_trainer.client.head_cache import load_head
 from student_trainer.errors import ForkedClient, RecordError, TeacherError
 from student_trainer.record.catalog import Catalog, read_id_tables
 from student_trainer.record.folder import Folder
@@ -28,8 +27,10 @@ from student_trainer.record.sealer import Sealer
 from student_trainer.record.shards import DamagedShard
 from student_trainer.record.worker import CLOSED, Worker, fail, resolve
 from student_trainer.teachers.compatibility import check_compatible
+from student_trainer.teachers.head_cache import load_head
 from student_trainer.teachers.layout import as_given_ids, as_token_ids
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
+from student_trainer.teachers.several import Teachers
 from student_trainer.teachers.teacher import Teacher
 
 SEAL_NBYTES = 64 << 20
@@ -74,7 +75,13 @@ class Recorded(Teacher):
         self._pid = os.getpid()
         self._closed = False
         self._head: TeacherHead | None = None
+        if isinstance(fallback, Teachers):
+            raise ValueError(
+                "a record is of one teacher: give each of several teachers a record of its own, "
+                "Teachers({name: Recorded(folder_of_it, teacher), ...}, column=...)"
+            )
         self._fallback = fallback
+        self.tokenizer = tokenizer or getattr(fallback, "tokenizer", None)
         files = Folder(folder)
         writes = write and fallback is not None
         self._catalog = Catalog(
@@ -85,7 +92,9 @@ class Recorded(Teacher):
             writes=writes,
             verify=files.is_local if verify is None else verify,
         )
-        self._info = self._check_teacher(folder, tokenizer)
+        self._info = _check_teacher(self._catalog, fallback, tokenizer)
+        if self._catalog.provenance is not None:
+            self.default_targets = self._catalog.provenance.spec
         self.id_tables = read_id_tables(files, self._catalog.provenance, fallback)
         self._worker = Worker()
         self._replayer = Replayer(
@@ -144,7 +153,8 @@ class Recorded(Teacher):
     ) -> Targets:
         """Returns the recorded targets of all rows of one sequence.
 
-        given_ids: those that were recorded, as for `stream`, of one sequence. Raises NotRecorded if there are none; the live teacher is not asked.
+        given_ids: those that were recorded, as for `stream`, of one sequence. Raises NotRecorded if
+        there are none; the live teacher is not asked.
         """
         self.check_usable()
         request = self._make_request(token_ids, seed, epoch, None, given_ids)
@@ -213,29 +223,6 @@ class Recorded(Teacher):
         if self._sealer.failure is not None:
             raise self._sealer.failure
 
-    def _check_teacher(
-        self, folder: str | os.PathLike[str], tokenizer: Any
-    ) -> teacher_pb2.TeacherInfo:
-        """Returns the teacher's description once record, live teacher and student fit together."""
-        recorded = self._catalog.provenance
-        if self._fallback is not None:
-            info = self._fallback.info
-            if recorded is not None:
-                recorded.check_same_teacher(self._catalog.folder.root, info)
-        elif recorded is not None:
-            info = recorded.info()
-        else:
-            losses = f"; {self._catalog.describe_losses()}" if self._catalog.lost else ""
-            raise RecordError(
-                f"there is no record in {folder}{losses}. Make one with student-trainer record, or "
-                "give a live teacher as fallback."
-            )
-        check_compatible(info, tokenizer)
-        if recorded is not None:
-            check_compatible(recorded.info(), None)
-            self.default_targets = recorded.spec
-        return info
-
     def _begin(self, options: ScoreOptions) -> None:
         """Lets the first request decide what the record holds."""
         digests = [table.digest for table in self.id_tables]
@@ -250,7 +237,7 @@ class Recorded(Teacher):
     ) -> Request:
         options = self.make_options(None, self.temperature, seed, epoch)
         given = as_given_ids(given_ids, "given_ids")
-        piece = Piece(as_token_ids(token_ids, 0), rows, given)
+        piece = Piece(as_token_ids(token_ids, "sequence 0"), rows, given)
         piece.check(options.spec)
         return Request.of(piece, self._catalog.assign_draw(options))
 
@@ -301,3 +288,26 @@ class Recorded(Teacher):
         answer = live.result()
         self._sealer.keep(request, entry, tuple(answer.payloads))
         return self.counters.hand_out(answer, request)
+
+
+def _check_teacher(
+    catalog: Catalog, fallback: Teacher | None, tokenizer: Any
+) -> teacher_pb2.TeacherInfo:
+    """Returns the teacher's description once record, live teacher and student fit together."""
+    recorded, root = catalog.provenance, catalog.folder.root
+    if fallback is not None:
+        info = fallback.info
+        if recorded is not None:
+            recorded.check_same_teacher(root, info)
+    elif recorded is not None:
+        info = recorded.info()
+    else:
+        losses = f"; {catalog.describe_losses()}" if catalog.lost else ""
+        raise RecordError(
+            f"there is no record in {root}{losses}. Make one with student-trainer record, or "
+            "give a live teacher as fallback."
+        )
+    check_compatible(info, tokenizer)
+    if recorded is not None:
+        check_compatible(recorded.info(), None)
+    return info

@@ -24,6 +24,15 @@ UNKNOWN = "unknown"
 """What the hub calls a license that is not known."""
 SCORES = {"loss": "nats", "accuracy": "%", "top1_agreement": "%", "calibration_error": "%"}
 """Columns of the table of results, and their units."""
+DIVERGENCES = {
+    "forward_kl": "forward KL",
+    "reverse_kl": "reverse KL",
+    "jsd": "Jensen-Shannon divergence",
+    "skew_kl": "skew KL",
+    "skew_reverse_kl": "skew reverse KL",
+    "total_variation": "total variation",
+}
+"""As the card names them."""
 STUDENTS = {
     "teacher": "teacher",
     "distilled": "**this student**",
@@ -147,11 +156,19 @@ def _make_metadata(
     )
 
 
+def _show(weight: float | str) -> str:
+    return weight if isinstance(weight, str) else f"{weight:g}"
+
+
 def _list_facts(results: Results, report: Mapping[str, Any]) -> dict[str, str]:
     teacher, settings = results.teacher, results.settings
-    loss = f"{settings['kd_weight']:g} x forward KL from the teacher"
+    divergence = settings.get("divergence", "forward_kl")
+    name = DIVERGENCES.get(divergence, divergence)
+    loss = f"{_show(settings['kd_weight'])} x {name} from the teacher"
+    if settings.get("beta") is not None:
+        loss += f" (beta {_show(settings['beta'])})"
     if settings["ce_weight"]:
-        loss += f" + {settings['ce_weight']:g} x cross-entropy on the text"
+        loss += f" + {_show(settings['ce_weight'])} x cross-entropy on the text"
     weights = "random weights"
     if results.starts_from_weights:
         weights = f"weights under the license {results.student_license or UNKNOWN}"

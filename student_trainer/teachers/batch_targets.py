@@ -19,10 +19,11 @@ from torch import Tensor
 from logit_codec import Targets
 from student_trainer.errors import ProtocolError
 from student_trainer.teachers.in_order import nbytes_of
-from student_trainer.teachers.layout import Layout
+from student_trainer.teachers.layout import Layout, spread_columns
 from student_trainer.teachers.look_ahead import LookAhead, make_look_ahead
 from student_trainer.teachers.request import Answer, ScoreOptions
 from student_trainer.teachers.teacher import Teacher
+from student_trainer.teachers.view import TeacherView
 
 Agree = Callable[[int, int], tuple[int, int]]
 """Takes how many batches this rank wants ahead and has room for; returns the most that any rank wants and
@@ -74,9 +75,11 @@ class BatchTargets:
         ahead: int | str,
         *,
         agree: Agree | None = None,
+        view: TeacherView | None = None,
     ) -> None:
         """teacher: anything with info and stream_batches will do. agree: called by every `take`, if all
-        ranks must take from the loader together. Raises InvalidRequest."""
+        ranks must take from the loader together. view: what the teacher reads instead of the batches.
+        Raises InvalidRequest."""
         self._batches = batches
         self._agree = agree
         self._look_ahead = make_look_ahead(ahead, options.spec, teacher.info)
@@ -91,6 +94,9 @@ class BatchTargets:
         """The rows and bytes of the last batch that was taken."""
         self._ended = False
 
+        # Only where it is needed: other teachers need not know of views.
+        viewed: dict[str, Any] = {} if view is None else {"teacher_view": view}
+
         def ask(
             source: Iterator[Any], ahead: int | str | LookAhead
         ) -> Iterator[tuple[Any, Targets]]:
@@ -102,6 +108,7 @@ class BatchTargets:
                     seed=options.seed,
                     epoch=options.epoch,
                     ahead=ahead,
+                    **viewed,
                 )
             )
 
@@ -181,7 +188,7 @@ class BatchTargets:
         while self._unasked or (self._agree is None and self._pull()):
             if self._unasked:
                 self._in_flight += 1
-                yield self._unasked.popleft().batch
+                yield spread_columns(self._unasked.popleft().batch)
 
     def _fill(self, size: int) -> int:
         """Returns how many of `size` batches can be in flight now.

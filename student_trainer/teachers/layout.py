@@ -12,28 +12,30 @@ from student_trainer.errors import InvalidRequest
 from student_trainer.teachers.request import Piece
 
 IGNORE_INDEX = -100
+ROW_COLUMNS = "teacher_columns"
+"""The key of a batch under which a Trainer carries columns that only the teacher reads."""
 
 
-def as_token_ids(sequence: Any, position: int) -> Tensor:
-    """Makes (L,) int64 on the CPU from a tensor, an array or a list. Raises InvalidRequest."""
+def as_token_ids(sequence: Any, whose: str) -> Tensor:
+    """Makes (L,) int64 on the CPU from a tensor, an array or a list.
+
+    Raises InvalidRequest; its message begins with `whose`, such as "sequence 3".
+    """
     try:
         ids = torch.as_tensor(sequence)
     except (TypeError, ValueError, RuntimeError):
         raise InvalidRequest(
-            f"sequence {position} must be a list or tensor of token ids, got "
-            f"{type(sequence).__name__}"
+            f"{whose} must be a list or tensor of token ids, got {type(sequence).__name__}"
         ) from None
     if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise InvalidRequest(
-            f"sequence {position} must be one row of whole numbers, got "
+            f"{whose} must be one row of whole numbers, got "
             f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
         )
     if len(ids) < 2:
-        raise InvalidRequest(
-            f"sequence {position} has {len(ids)} tokens; at least 2 are needed for one row"
-        )
+        raise InvalidRequest(f"{whose} has {len(ids)} tokens; at least 2 are needed for one row")
     ids = ids.to("cpu", torch.int64)
-    _check_ids(ids, f"sequence {position}")
+    _check_ids(ids, whose)
     return ids
 
 
@@ -149,7 +151,8 @@ class Layout:
         for start, length in zip(first.tolist(), lengths.tolist(), strict=True):
             rows = flat_trained[start : start + length].nonzero()[:, 0]
             if flat_real[start] and len(rows):
-                pieces.append(Piece(flat_ids[start : start + length], rows))
+                ids = flat_ids[start : start + length]
+                pieces.append(Piece(ids, rows, batch_row=start // num_tokens))
         return pieces
 
 
@@ -187,3 +190,22 @@ def split_batch(batch: Mapping[str, Any], number: int) -> list[Piece]:
     if not pieces:
         raise InvalidRequest(f"batch {number} has no position to train on")
     return pieces
+
+
+def spread_columns(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a batch with the columns under ROW_COLUMNS beside the others."""
+    if ROW_COLUMNS not in batch:
+        return batch
+    return {**{k: v for k, v in batch.items() if k != ROW_COLUMNS}, **batch[ROW_COLUMNS]}
+
+
+def read_row(batch: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """Returns the columns of one row of a batch: whatever has one value for each of its rows."""
+    ids = batch["input_ids"]
+    if torch.as_tensor(ids[0]).dim() == 0:  # (T,): the batch is one row
+        return dict(batch)
+    return {
+        name: values[row]
+        for name, values in batch.items()
+        if hasattr(values, "__len__") and not isinstance(values, str) and len(values) == len(ids)
+    }

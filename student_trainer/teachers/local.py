@@ -38,6 +38,7 @@ class LocalTeacher(Teacher):
         from teacher_server.engine.engine import Engine
         from teacher_server.engine.loading import prepare
 
+        self.tokenizer = tokenizer
         self._engine = Engine(prepare(model, tokenizer))
         self._model = self._engine.model
         self._info = describe_model(

@@ -51,6 +51,10 @@ class Piece:
     """(N,) int64, ascending; None for all L - 1."""
     given_ids: GivenIds | None = None
     """N rows, for targets of kind `given_ids`."""
+    batch_row: int = 0
+    """Which row of its batch the sequence is in."""
+    teacher: str = ""
+    """Which of several teachers is asked, by its name."""
 
     @property
     def num_tokens(self) -> int:

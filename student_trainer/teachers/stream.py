@@ -15,14 +15,18 @@ from torch import Tensor
 from logit_codec import Targets
 from student_trainer.errors import InvalidRequest, TeacherError
 from student_trainer.teachers.in_order import Request, Submit, answer_in_order, nbytes_of
-from student_trainer.teachers.layout import as_given_ids, as_token_ids, split_batch
+from student_trainer.teachers.layout import as_given_ids, as_token_ids
 from student_trainer.teachers.look_ahead import LookAhead
 from student_trainer.teachers.position import is_stateful, read_position
 from student_trainer.teachers.request import Piece, ScoreOptions
+from student_trainer.teachers.view import TeacherView, divide_batch
 
 Item = TypeVar("Item")
-Finish = Callable[[Targets], Targets]
-"""Completes targets before they are handed out."""
+Join = Callable[[list[Targets]], Targets]
+"""Makes the targets of an item of the answers to its pieces."""
+Assign = Callable[[Mapping[str, Any] | None, dict[str, Piece]], tuple[dict[str, Piece], Join]]
+"""Takes a batch, or None for a single sequence, and its pieces; returns what is asked, and how the
+answers are joined."""
 GiveIds = Callable[[Any], Any]
 """Returns, for a batch, ids for each trained position: what `GivenIds.of` takes."""
 
@@ -99,6 +103,13 @@ class TargetStream(Iterator[tuple[Item, Targets]]):
         self._pulled_states.clear()
 
 
+def ask_as_they_are(
+    batch: Mapping[str, Any] | None, pieces: dict[str, Piece]
+) -> tuple[dict[str, Piece], Join]:
+    """Asks for the pieces themselves, whose answers follow one another."""
+    return pieces, Targets.cat
+
+
 def stream_sequences(
     submit: Submit,
     sequences: Iterable[Any],
@@ -107,7 +118,7 @@ def stream_sequences(
     check_usable: Callable[[], None] = lambda: None,
     *,
     given_ids: Iterable[Any] | None = None,
-    finish: Finish | None = None,
+    assign: Assign = ask_as_they_are,
 ) -> TargetStream[Tensor]:
     """Implements `Teacher.stream` over a submit function."""
     if not isinstance(ahead, int) or ahead < 1:
@@ -116,15 +127,16 @@ def stream_sequences(
     def requests(numbered: Iterator[tuple[int, Any]]) -> Iterator[Request]:
         for number, item in numbered:
             sequence, ids = item if given_ids is not None else (item, None)
-            token_ids = as_token_ids(sequence, number)
+            token_ids = as_token_ids(sequence, f"sequence {number}")
             where = f"stream item {number}"
             piece = Piece(token_ids, None, as_given_ids(ids, where))
-            yield Request(token_ids, options, {where: piece}, token_ids.nbytes)
+            pieces, join = assign(None, {where: piece})
+            yield Request((token_ids, join), options, pieces, token_ids.nbytes)
 
     def pairs(numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Tensor, Targets]]:
         answers = answer_in_order(requests(numbered), submit, LookAhead(ahead))
-        for token_ids, (targets,) in answers:
-            yield token_ids, targets if finish is None else finish(targets)
+        for (token_ids, join), parts in answers:
+            yield token_ids, join(parts)
 
     if given_ids is not None:
         sequences = _Zipped(sequences, given_ids)
@@ -139,36 +151,41 @@ def stream_loader(
     check_usable: Callable[[], None] = lambda: None,
     *,
     given_ids: GiveIds | None = None,
-    finish: Finish | None = None,
+    view: TeacherView | None = None,
+    tokenizer: Any = None,
+    assign: Assign = ask_as_they_are,
 ) -> TargetStream[Any]:
     """Implements `Teacher.stream_batches` over a submit function.
 
-    look_ahead: belongs to this stream alone.
+    look_ahead: belongs to this stream alone. tokenizer: for the text in errors.
     """
 
     def requests(numbered: Iterator[tuple[int, Any]]) -> Iterator[Request]:
         for number, batch in numbered:
-            pieces = split_batch(batch, number)
+            pieces = divide_batch(batch, number, view, tokenizer)
             if given_ids is not None:
                 pieces = _with_given_ids(pieces, given_ids(batch), f"batch {number}")
+            asked, join = assign(batch, pieces)
             epoch = batch.get("epoch")
             yield Request(
-                batch,
+                (batch, join),
                 options if epoch is None else replace(options, epoch=int(epoch)),
-                {f"batch {number}, piece {i}": piece for i, piece in enumerate(pieces)},
+                asked,
                 nbytes_of(batch),
             )
 
     def pairs(numbered: Iterator[tuple[int, Any]]) -> Iterator[tuple[Any, Targets]]:
-        for batch, parts in answer_in_order(requests(numbered), submit, look_ahead):
-            targets = Targets.cat(parts)
-            yield batch, targets if finish is None else finish(targets)
+        for (batch, join), parts in answer_in_order(requests(numbered), submit, look_ahead):
+            yield batch, join(parts)
 
     return TargetStream(loader, pairs, check_usable)
 
 
 class _Zipped:
-    """Iterates over sequences with their given ids; its state is that of the sequences."""
+    """Iterates over sequences with their given ids.
+
+    It has no state of its own, even if the sequences have one: both are resumed by skipping, in step.
+    """
 
     def __init__(self, sequences: Iterable[Any], given_ids: Iterable[Any]) -> None:
         self._sequences, self._given_ids = sequences, given_ids
@@ -178,33 +195,30 @@ class _Zipped:
         pairs = itertools.zip_longest(self._sequences, self._given_ids, fillvalue=missing)
         for number, (sequence, ids) in enumerate(pairs):
             if sequence is missing or ids is missing:
-                more, fewer = (
-                    ("given_ids", "sequences")
-                    if ids is not missing
-                    else (
-                        "sequences",
-                        "given_ids",
-                    )
+                more, fewer = "given_ids", "sequences"
+                if ids is missing:
+                    more, fewer = fewer, more
+                raise InvalidRequest(
+                    f"there are more {more} than {fewer}: the latter ended after {number}"
                 )
-                raise InvalidRequest(f"there are more {more} than {fewer}, which has {number}")
             yield sequence, ids
 
 
-def _with_given_ids(pieces: list[Piece], ids: Any, where: str) -> list[Piece]:
+def _with_given_ids(pieces: dict[str, Piece], ids: Any, where: str) -> dict[str, Piece]:
     """Divides the ids that are given for the trained rows of a batch among its pieces."""
     given = as_given_ids(ids, where)
-    num_rows = sum(piece.num_rows for piece in pieces)
+    num_rows = sum(piece.num_rows for piece in pieces.values())
     if given is None or given.num_rows != num_rows:
         got = "none" if given is None else given.num_rows
         raise InvalidRequest(
             f"{where}: given_ids must name ids for each of the {num_rows} trained positions, got "
             f"{got}"
         )
-    ends = itertools.accumulate(piece.num_rows for piece in pieces)
-    return [
-        replace(piece, given_ids=given[end - piece.num_rows : end])
-        for piece, end in zip(pieces, ends, strict=True)
-    ]
+    ends = itertools.accumulate(piece.num_rows for piece in pieces.values())
+    return {
+        name: replace(piece, given_ids=given[end - piece.num_rows : end])
+        for (name, piece), end in zip(pieces.items(), ends, strict=True)
+    }
 
 
 def _number_items(items: Iterable[Item], skip: int) -> Iterator[tuple[int, Item]]:

@@ -1,7 +1,7 @@
 """Defines `Teacher`, which served, local and recorded teachers implement."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
@@ -14,7 +14,16 @@ from protos import teacher_pb2
 from student_trainer.errors import TeacherError
 from student_trainer.teachers.look_ahead import LookAhead, make_look_ahead
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
-from student_trainer.teachers.stream import GiveIds, TargetStream, stream_loader, stream_sequences
+from student_trainer.teachers.stream import (
+    Assign,
+    GiveIds,
+    Join,
+    TargetStream,
+    ask_as_they_are,
+    stream_loader,
+    stream_sequences,
+)
+from student_trainer.teachers.view import TeacherView
 
 NO_HEAD = "use top_k or sampled targets"
 
@@ -22,15 +31,17 @@ NO_HEAD = "use top_k or sampled targets"
 class Teacher(ABC):
     """Gives targets: a service, a model in this process, or a record; a context manager."""
 
-    default_ahead: ClassVar[int] = 16
+    default_ahead: int = 16
     """Default for the sequences in flight in `stream`."""
-    default_look_ahead: ClassVar[int | str] = "30s"
+    default_look_ahead: int | str = "30s"
     """Default for the look-ahead of `stream_batches`."""
     default_targets: str | TargetSpec = "sampled"
     has_one_kind: ClassVar[bool] = False
     """Whether everything that is asked for must have the same spec, as in a record."""
     id_tables: Sequence[IdTable] = ()
     """What payloads may be coded with, beside the built-in identity."""
+    tokenizer: Any = None
+    """For the text in errors, where one was given."""
 
     @property
     @abstractmethod
@@ -53,17 +64,23 @@ class Teacher(ABC):
         """Returns the teacher's vocabulary head, for targets of kind `hidden`. Raises TeacherError."""
         raise TeacherError(f"this teacher has no vocabulary head to give: {NO_HEAD}")
 
-    def _finisher(self, options: ScoreOptions) -> Callable[[Targets], Targets] | None:
-        """Returns what completes targets before they are handed out."""
+    def _assigner(self, options: ScoreOptions) -> Assign:
+        """Returns what says how each item is asked for, and how its answers are joined."""
         if not options.spec.needs_hidden:
-            return None
+            return ask_as_they_are
         head = self.head()
 
-        def finish(targets: Targets) -> Targets:
+        def join(parts: list[Targets]) -> Targets:
+            targets = Targets.cat(parts)
             assert isinstance(targets, HiddenTargets)
             return targets.with_head(head)
 
-        return finish
+        def assign(
+            batch: Mapping[str, Any] | None, pieces: dict[str, Piece]
+        ) -> tuple[dict[str, Piece], Join]:
+            return pieces, join
+
+        return assign
 
     def make_options(
         self, targets: str | TargetSpec | None, temperature: float, seed: int, epoch: int
@@ -104,7 +121,7 @@ class Teacher(ABC):
             ahead,
             self.check_usable,
             given_ids=given_ids,
-            finish=self._finisher(options),
+            assign=self._assigner(options),
         )
 
     def stream_batches(
@@ -117,6 +134,7 @@ class Teacher(ABC):
         epoch: int = 0,
         ahead: int | str | LookAhead | None = None,
         given_ids: GiveIds | None = None,
+        teacher_view: TeacherView | None = None,
     ) -> TargetStream[Any]:
         """Yields (batch, targets) of each batch of a loader, in order.
 
@@ -126,7 +144,10 @@ class Teacher(ABC):
         overrides `epoch`. ahead: batches in flight, or "30s" for as many as the trainer consumes in
         that time, with at most 512 MiB of batches and targets ("30s,2048MiB": at most 2 GiB), or a
         LookAhead; by default `default_look_ahead`. given_ids: for targets="given_ids", a function of
-        the batch that returns (R, m) ids for its trained positions, as for `stream`.
+        the batch that returns (R, m) ids for its trained positions, as for `stream`. teacher_view:
+        shows the teacher another text with the same trained tokens, see `TeacherView`: a function of the
+        ids of a sequence and the columns of its row of the batch. Raises InvalidRequest for a view
+        whose tokens are not the student's.
         """
         self.check_usable()
         options = self.make_options(targets, temperature, seed, epoch)
@@ -139,7 +160,9 @@ class Teacher(ABC):
             look_ahead,
             self.check_usable,
             given_ids=given_ids,
-            finish=self._finisher(options),
+            view=teacher_view,
+            tokenizer=self.tokenizer,
+            assign=self._assigner(options),
         )
 
     def compute_logprobs(self, token_ids: Any, *, temperature: float = 1.0) -> Tensor:

@@ -112,6 +112,8 @@ def make_distillation_arguments(config: TrainConfig, *, is_aligned: bool) -> Dis
         beta=config.beta,
         kd_weight=config.kd_weight,
         ce_weight=config.ce_weight,
+        entropy_routing=config.entropy_routing,
+        adaptive_label_weight=config.adaptive_label_weight,
         features=config.features,
         feature_layers=config.feature_layers,
         feature_loss=config.feature_loss,

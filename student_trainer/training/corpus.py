@@ -3,12 +3,10 @@
 import copy
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from student_trainer.config import CorpusConfig
 from student_trainer.data.collate import Collator
@@ -37,7 +35,8 @@ class Corpus:
     """The data of a run, as the student reads it.
 
     A row is a dict of 1-D int64 tensors: input_ids; labels, if there are tokens that are not trained
-    (-100); position_ids, if it has several documents, at each of which they begin at 0.
+    (-100); position_ids, if it has several documents, at each of which they begin at 0. With several
+    teachers it also has the name of its own.
     """
 
     tokenizer: Any
@@ -45,7 +44,7 @@ class Corpus:
     """datasets.Dataset, or datasets.IterableDataset, of the rows to train on."""
     held_out: Any
     """datasets.Dataset of the rows to measure on."""
-    collate: Callable[[Sequence[Any]], dict[str, Tensor]]
+    collate: Callable[[Sequence[Any]], dict[str, Any]]
     """Makes a batch of rows, as models of transformers take it."""
     digest: str
     """Of the rows to train on; of a stream, which nobody has read to its end, of its files."""
@@ -142,7 +141,11 @@ def read_corpus(config: CorpusConfig, tokenizer: Any, *, repeat: bool = True) ->
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = read_template(config.chat_template)
     settings = RowSettings(
-        config.sequence_length, config.packing, config.trained_rows, config.text_column
+        config.sequence_length,
+        config.packing,
+        config.trained_rows,
+        config.text_column,
+        config.teacher_column,
     )
     notes: list[str] = []
 
@@ -170,7 +173,7 @@ def read_corpus(config: CorpusConfig, tokenizer: Any, *, repeat: bool = True) ->
     for note in notes:
         logger.warning(note)
     train = _mix(sources, config, "all_exhausted", seed=config.seed)
-    of_held_out = Summary.of(held_out)
+    of_held_out = Summary.of(held_out, config.teacher_column)
     found: dict[str, int] = {}
     if config.streaming:
         train = train.shuffle(seed=config.seed, buffer_size=SHUFFLED_ROWS)
@@ -179,17 +182,17 @@ def read_corpus(config: CorpusConfig, tokenizer: Any, *, repeat: bool = True) ->
         digest = identify_stream(shards, settings, tokenizer, config.data_weights)
         sizes = None, None, None
     else:
-        whole = Summary.of(train)
+        whole = Summary.of(train, config.teacher_column)
         found["data"] = whole.largest_id
         digest, sizes = whole.digest, (len(train), whole.num_tokens, whole.num_trained)
         if len(sources) > 1:  # the order is the seed's
-            parts = [Summary.of(one).digest for one in sources]
+            parts = [Summary.of(one, config.teacher_column).digest for one in sources]
             digest = hash_values([*parts, config.data_weights])
     return Corpus(
         tokenizer,
         train,
         held_out,
-        Collator.of(tokenizer),
+        Collator.of(tokenizer, config.teacher_column),
         digest,
         of_held_out.digest,
         *sizes,
@@ -234,6 +237,23 @@ def check_ids(corpus: Corpus, num_ids: int) -> None:
             raise ValueError(
                 f"{name} has token {token!r}, id {largest:,}; student and teacher share ids 0 to "
                 f"{num_ids - 1:,}. Leave it out of the text."
+            )
+
+
+def check_names(corpus: Corpus, column: str, names: Collection[str]) -> None:
+    """Raises ValueError for a row of an unknown teacher.
+
+    Of a stream only the held-out text is known before it is trained on.
+    """
+    parts = {"the held-out text": corpus.held_out}
+    if not corpus.is_stream:
+        parts["the data"] = corpus.train
+    for label, rows in parts.items():
+        unknown = sorted({*rows.unique(column)} - {*names})
+        if unknown:
+            raise ValueError(
+                f"{label} names the teacher {unknown[0]!r} in {column!r}; the teachers are "
+                f"{', '.join(names)}"
             )
 
 

@@ -15,6 +15,7 @@ from logit_codec import Targets
 from logit_codec.targets import UNKNOWN
 from student_trainer.teachers.layout import Layout
 from student_trainer.teachers.teacher import Teacher
+from student_trainer.teachers.view import TeacherView
 from student_trainer.training.results import Bin, Scores
 from student_trainer.transfer import copy_to
 
@@ -123,8 +124,11 @@ def evaluate_teacher(
     targets: str = "top_k:1",
     temperature: float = 1.0,
     seed: int = 0,
+    view: TeacherView | None = None,
 ) -> tuple[Scores, Tensor]:
     """Measures the teacher itself on the trained rows of N sequences, as far as these targets tell.
+
+    view: what the teacher reads instead of the sequences.
 
     Returns its scores, and (R,) its likeliest ids, or UNKNOWN. top_k:1 at temperature 1 tells all.
     Samples do not tell the likeliest id, and targets at another temperature neither loss nor
@@ -137,6 +141,7 @@ def evaluate_teacher(
         temperature=temperature,
         seed=seed,
         ahead=32,
+        teacher_view=view,
     )
     shown = tqdm(pairs, total=len(rows), desc="teacher on held-out text", leave=False)
     of_each = (of_one for _, of_one in shown)

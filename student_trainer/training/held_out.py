@@ -6,15 +6,29 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from student_trainer.client.remote import RemoteTeacher
 from student_trainer.config import CorpusConfig
 from student_trainer.errors import NotRecorded
 from student_trainer.record.recorded import Recorded
+from student_trainer.teachers.several import Teachers
+from student_trainer.teachers.teacher import Teacher
+from student_trainer.teachers.view import TeacherView
 from student_trainer.training.corpus import Corpus
 from student_trainer.training.evaluate import Collate, evaluate, evaluate_teacher
 from student_trainer.training.results import Scores
 
 logger = logging.getLogger(__name__)
+
+
+def find_live(teacher: Teacher) -> Teacher | None:
+    """Returns the teacher that a service answers for; None if there is only a record of it."""
+    if isinstance(teacher, Recorded):
+        return teacher.fallback
+    return teacher.replace(find_live) if isinstance(teacher, Teachers) else teacher
+
+
+def is_recorded(teacher: Teacher) -> bool:
+    """Whether targets come from a record, or go into one."""
+    return find_live(teacher) is not teacher
 
 
 class HeldOut:
@@ -43,14 +57,18 @@ class HeldOut:
     def ask(
         cls,
         config: CorpusConfig,
-        teacher: RemoteTeacher | Recorded,
+        teacher: Teacher,
         corpus: Corpus,
         num_ids: int | None = None,
+        view: TeacherView | None = None,
     ) -> Self:
-        """Asks the teacher, as far as it can tell. Raises what `Teacher.stream_batches` does."""
+        """Asks the teacher, as far as it can tell, about the text that it reads.
+
+        Raises what `Teacher.stream_batches` does.
+        """
         rows, collate = corpus.held_out, corpus.collate
-        if not isinstance(teacher, Recorded):
-            scores, best_ids = evaluate_teacher(teacher, rows, collate=collate)
+        if not is_recorded(teacher):
+            scores, best_ids = evaluate_teacher(teacher, rows, collate=collate, view=view)
             return cls(rows, collate, best_ids, scores, num_ids=num_ids)
         try:
             scores, best_ids = evaluate_teacher(
@@ -60,6 +78,7 @@ class HeldOut:
                 targets=config.targets,
                 temperature=config.temperature,
                 seed=config.seed,
+                view=view,
             )
         except NotRecorded:
             unknown = "the held-out text was not recorded"
@@ -67,8 +86,9 @@ class HeldOut:
             return cls(rows, collate, unknown=unknown, num_ids=num_ids)
         if None not in (scores.loss, scores.accuracy, scores.calibration_error):
             return cls(rows, collate, best_ids, scores, num_ids=num_ids)
-        if teacher.fallback is not None:
-            live, best_ids = evaluate_teacher(teacher.fallback, rows, collate=collate)
+        asked = find_live(teacher)
+        if asked is not None:
+            live, best_ids = evaluate_teacher(asked, rows, collate=collate, view=view)
             if scores.loss is not None:  # the same, whether there is a live teacher or not
                 same = {"loss": scores.loss, "sequence_losses": scores.sequence_losses}
                 live = live.model_copy(update=same)

@@ -23,7 +23,7 @@ from student_trainer.training.arguments import make_training_arguments
 from student_trainer.training.corpus import Corpus
 from student_trainer.training.held_out import HeldOut
 from student_trainer.training.progress import read_history
-from student_trainer.training.run import list_targets, make_trainer
+from student_trainer.training.run import list_targets, make_trainer, make_view
 from student_trainer.training.trainer import StudentTrainer
 
 WARM_UP_STEPS, MIN_STEPS, MIN_SECONDS = 3, 5, 15.0
@@ -244,6 +244,7 @@ def _measure_teacher(config: TrainConfig, corpus: Corpus, live: Any) -> float:
             temperature=config.temperature,
             seed=config.seed,
             ahead=4 * config.batch_size,
+            teacher_view=make_view(config, corpus.tokenizer),
         )
         for targets in list_targets(config)
     ]

@@ -17,7 +17,8 @@ MOST = 1e12
 """Nothing that is counted or timed here comes near it."""
 SETTINGS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("sequence_length", "batch_size", "steps", "seed"), (int,)),
-    **dict.fromkeys(("learning_rate", "temperature", "kd_weight", "ce_weight"), (int, float)),
+    **dict.fromkeys(("learning_rate", "temperature"), (int, float)),
+    **dict.fromkeys(("kd_weight", "ce_weight"), (int, float, str)),
     **dict.fromkeys(("targets", "optimizer"), (str,)),
 }
 """Those that a report shows."""

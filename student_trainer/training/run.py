@@ -1,5 +1,6 @@
 """One training run as `student-trainer train` describes it: its text, its teacher, its students."""
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator
@@ -14,13 +15,15 @@ from torch import nn
 
 from logit_codec import parse_targets
 from logitstream.extras import check_installed
-from student_trainer.client.remote import RemoteTeacher, connect
+from student_trainer.client.remote import connect
 from student_trainer.config import CorpusConfig, TrainConfig, find_deciding
 from student_trainer.hf.alignment import shared_ids
 from student_trainer.hf.arguments import check_arguments
 from student_trainer.hf.checkpoints import read_step
 from student_trainer.record.recorded import Recorded
+from student_trainer.teachers.several import Teachers
 from student_trainer.teachers.teacher import Teacher
+from student_trainer.teachers.view import PrefixView
 from student_trainer.training import checkpoints, ranks
 from student_trainer.training.arguments import (
     check_reporters,
@@ -29,7 +32,7 @@ from student_trainer.training.arguments import (
 )
 from student_trainer.training.corpus import TOKENIZER_FILES, Corpus, read_tokenizer
 from student_trainer.training.early_stopping import EarlyStopping
-from student_trainer.training.held_out import HeldOut
+from student_trainer.training.held_out import HeldOut, find_live
 from student_trainer.training.results import StudentResults
 from student_trainer.training.shuffled_control import ShuffledTeacher
 from student_trainer.training.students import (
@@ -69,9 +72,15 @@ class Student:
 def check_settings(config: CorpusConfig) -> None:
     """Raises ValueError or InvalidRequest for what can be refused before anything is read."""
     try:
-        parse_targets(config.targets)
+        spec = parse_targets(config.targets)
     except ValueError as error:
         raise ValueError(f"--targets: {error}") from None
+    if spec.needs_given_ids:
+        raise ValueError(
+            f"--targets {config.targets} needs ids for each row, which a text does not name. Give "
+            "them in a loop of your own: teacher.stream_batches(..., given_ids=...); or use "
+            "--targets top_k, whose ids the teacher chooses"
+        )
     if isinstance(config, TrainConfig):
         if config.workers:
             check_installed("ray-train", "ray", "pandas")
@@ -115,7 +124,17 @@ def list_targets(config: CorpusConfig) -> list[str]:
     return [config.targets, *([features] if features else [])]
 
 
-def check_teacher(config: CorpusConfig, teacher: RemoteTeacher | Recorded, student: Student) -> int:
+def make_view(config: CorpusConfig, tokenizer: Any) -> PrefixView | None:
+    """Makes what the teacher reads in place of the data, if it is another text. Raises ValueError."""
+    if not config.teacher_prefix:
+        return None
+    try:
+        return PrefixView(config.teacher_prefix, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"--teacher-prefix: {error}") from None
+
+
+def check_teacher(config: CorpusConfig, teacher: Teacher, student: Student) -> int:
     """Asks the teacher for what the run is going to ask for, before anything long begins.
 
     Returns how many ids student and teacher share. Raises ValueError and what `Teacher.stream` does:
@@ -123,9 +142,10 @@ def check_teacher(config: CorpusConfig, teacher: RemoteTeacher | Recorded, stude
     """
     shared = shared_ids(teacher.info, student.tokenizer, student.num_ids)
     teacher.make_options(config.targets, config.temperature, config.seed, 0)  # as recorded?
-    live = teacher.fallback if isinstance(teacher, Recorded) else teacher
-    if live is not None:
-        for targets in list_targets(config):
+    every = teacher.teachers if isinstance(teacher, Teachers) else {"": teacher}
+    asked = itertools.product(map(find_live, every.values()), list_targets(config))
+    for live, targets in asked:
+        if live is not None:
             found = live.stream(
                 [[0, 0]], targets=targets, temperature=config.temperature, interactive=True
             )
@@ -134,32 +154,51 @@ def check_teacher(config: CorpusConfig, teacher: RemoteTeacher | Recorded, stude
 
 
 @contextmanager
-def open_teacher(
-    config: CorpusConfig, tokenizer: Any, *, write: bool = True
-) -> Iterator[RemoteTeacher | Recorded]:
-    """The teacher that the run is to learn from: served, recorded, or both.
+def open_teacher(config: CorpusConfig, tokenizer: Any, *, write: bool = True) -> Iterator[Teacher]:
+    """The teacher that the run is to learn from: served, recorded, or both; or several of them.
 
-    write: whether what a record lacks is added to it. Raises ValueError if its sequences cannot be as long as those of the run.
+    write: whether what a record lacks is added to it. Several teachers have a record each, in folders
+    of their names. Raises ValueError if its sequences cannot be as long as those of the run.
     """
+    view = make_view(config, tokenizer)
+    num_before = 0 if view is None else len(view)
     with ExitStack() as ending:
-        live = None
-        if config.teacher:
-            teacher = connect(config.teacher, tokenizer=tokenizer, **config.credentials())
-            live = ending.enter_context(teacher)
-            longest = live.info.max_sequence_tokens
-            if config.sequence_length > longest:
-                raise ValueError(
-                    f"--sequence-length must be at most {longest} for the teacher at "
-                    f"{config.teacher}, got {config.sequence_length}"
-                )
-        if config.record:
-            record = Recorded(
-                config.record, live, tokenizer=tokenizer, draws=config.draws, write=write
-            )
-            yield ending.enter_context(record)
+
+        def open_one(address: str, folder: str) -> Teacher:
+            live = None
+            if address:
+                live = connect(address, tokenizer=tokenizer, **config.credentials())
+                ending.enter_context(live)
+                _check_length(config, num_before, live, address)
+            if not folder:
+                assert live is not None
+                return live
+            record = Recorded(folder, live, tokenizer=tokenizer, draws=config.draws, write=write)
+            return ending.enter_context(record)
+
+        if isinstance(config.teacher, str):
+            yield open_one(config.teacher, config.record)
         else:
-            assert live is not None
-            yield live
+            root = config.record.rstrip("/")
+            found = {
+                name: open_one(address, f"{root}/{name}" if root else "")
+                for name, address in config.teacher.items()
+            }
+            yield Teachers(found, column=config.teacher_column)
+
+
+def _check_length(config: CorpusConfig, num_before: int, live: Teacher, address: str) -> None:
+    """Raises ValueError for sequences that the teacher does not take.
+
+    num_before: tokens that it reads in front of them.
+    """
+    longest = live.info.max_sequence_tokens - num_before
+    if config.sequence_length > longest:
+        prefix = f", which reads {num_before} tokens of --teacher-prefix too" if num_before else ""
+        raise ValueError(
+            f"--sequence-length must be at most {longest} for the teacher at {address}{prefix}, got "
+            f"{config.sequence_length}"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,7 +225,7 @@ def count_steps(config: TrainConfig, corpus: Corpus) -> TrainConfig:
 def train_students(
     config: TrainConfig,
     corpus: Corpus,
-    teacher: RemoteTeacher | Recorded,
+    teacher: Teacher,
     held_out: HeldOut,
     tasks: Tasks,
 ) -> Trained:
@@ -237,6 +276,7 @@ def make_trainer(
         held_out,
         label=f"student {name}",
         teacher=teacher,
+        teacher_view=None if teacher is None else make_view(config, corpus.tokenizer),
         distillation=make_distillation_arguments(config, is_aligned=name != "shuffled"),
         uses_muon=config.optimizer == "muon",
         identity=identity_of(config, corpus, **known),

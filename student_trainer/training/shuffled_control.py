@@ -28,6 +28,7 @@ class ShuffledTeacher(Teacher):
         self._teacher = teacher
         self._seed = seed
         self.counters = getattr(teacher, "counters", None)
+        self.column = getattr(teacher, "column", None)
 
     @property
     def info(self) -> teacher_pb2.TeacherInfo:

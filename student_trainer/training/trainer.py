@@ -18,10 +18,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from student_trainer import disk
 from student_trainer.errors import FailedElsewhere, Interrupted, NotWritten
 from student_trainer.hf.arguments import DistillationArguments
-from student_trainer.hf.meter import cross_entropy_sum
+from student_trainer.hf.meter import cross_entropies
 from student_trainer.hf_trainer import DistillationTrainer
 from student_trainer.teachers.layout import IGNORE_INDEX, Layout
 from student_trainer.teachers.teacher import Teacher
+from student_trainer.teachers.view import TeacherView
 from student_trainer.training import checkpoints, ranks
 from student_trainer.training.corpus import Corpus
 from student_trainer.training.held_out import HeldOut
@@ -47,6 +48,7 @@ class StudentTrainer(DistillationTrainer):
         *,
         label: str,
         teacher: Teacher | None = None,
+        teacher_view: TeacherView | None = None,
         distillation: DistillationArguments | None = None,
         uses_muon: bool = False,
         identity: Mapping[str, Any],
@@ -77,6 +79,7 @@ class StudentTrainer(DistillationTrainer):
             compute_loss_func=None if teacher is not None else _make_label_loss(held_out.num_ids),
             callbacks=[*callbacks],
             teacher=teacher,
+            teacher_view=teacher_view,
             distillation=distillation,
         )
         for printing in (PrinterCallback, ProgressCallback):
@@ -311,7 +314,7 @@ def _with_labels(collate: Callable[[list[Any]], dict[str, Any]]) -> Any:
     """Adds labels to batches whose tokens are their own; tokens that are not trained have none."""
 
     def collate_with_labels(rows: list[Any]) -> dict[str, Any]:
-        batch = collate(rows)
+        batch = {k: v for k, v in collate(rows).items() if isinstance(v, Tensor)}
         layout = Layout.of(batch)
         labels = torch.full_like(layout.ids, IGNORE_INDEX)
         trained = layout.trained[:, :-1]
@@ -330,7 +333,7 @@ def _make_label_loss(num_ids: int | None) -> Any:
     def compute(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
         next_ids = labels[:, 1:].flatten()
         logits = outputs["logits"][:, :-1, :num_ids].flatten(0, 1)
-        total = cross_entropy_sum(logits, next_ids)  # which ignores IGNORE_INDEX
+        total = cross_entropies(logits, next_ids).sum()  # 0 for IGNORE_INDEX
         num_rows = num_items_in_batch
         if num_rows is None:
             num_rows = (next_ids != IGNORE_INDEX).sum()

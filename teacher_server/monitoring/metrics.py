@@ -107,6 +107,13 @@ METRICS = (
     ),
     MetricSpec("teacher_bytes_sent_total", "counter", "Payload bytes written.", "Teams", TEAM),
     MetricSpec(
+        "teacher_head_bytes_sent_total",
+        "counter",
+        "Bytes of the vocabulary head written: each client needs them once.",
+        "Teams",
+        TEAM,
+    ),
+    MetricSpec(
         "teacher_rejected_total",
         "counter",
         "Requests answered with an error, and calls that were refused (team empty).",
@@ -282,6 +289,7 @@ class Metrics:
         self._batch_tokens = histograms["teacher_batch_tokens"]
         self.busy_s = counters["teacher_busy_seconds_total"]
         self.bytes_sent = counters["teacher_bytes_sent_total"]
+        self.head_bytes_sent = counters["teacher_head_bytes_sent_total"]
         self.rejected = counters["teacher_rejected_total"]
         self.connections_shut_down = counters["teacher_connections_shut_down_total"]
         self._team_tokens = counters["teacher_team_tokens_total"]

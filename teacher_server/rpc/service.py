@@ -9,6 +9,7 @@ import grpc
 from logit_codec import TeacherHead
 from logit_codec.teacher_head import HeadFile
 from protos import teacher_pb2, teacher_pb2_grpc
+from protos.answer_check import head_check
 from teacher_server.admission.access import current_caller
 from teacher_server.admission.requests import Admission
 from teacher_server.errors import RequestRefused, invalid, quoted
@@ -137,9 +138,11 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 field="offset",
             )
         # gRPC waits for a slow reader before it takes the next chunk, so one is held at a time.
+        sent = self._metrics.head_bytes_sent.labels(current_caller().team().name)
         for offset in range(request.offset, file.nbytes, HEAD_CHUNK_NBYTES):
-            data = await asyncio.to_thread(file.read, offset, HEAD_CHUNK_NBYTES)
-            yield teacher_pb2.HeadChunk(offset=offset, data=data, total_bytes=file.nbytes)
+            chunk = await asyncio.to_thread(_read_chunk, file, offset)
+            yield chunk
+            sent.inc(len(chunk.data))
 
     async def Usage(
         self, request: teacher_pb2.UsageRequest, context: grpc.aio.ServicerContext
@@ -212,3 +215,10 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 "DRAINING",
                 "this replica is draining; every request that it had read is answered",
             )
+
+
+def _read_chunk(file: HeadFile, offset: int) -> teacher_pb2.HeadChunk:
+    data = file.read(offset, HEAD_CHUNK_NBYTES)
+    chunk = teacher_pb2.HeadChunk(offset=offset, data=data, total_bytes=file.nbytes)
+    chunk.check = head_check(chunk)
+    return chunk

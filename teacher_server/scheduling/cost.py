@@ -58,7 +58,10 @@ class CostModel:
         )
 
     def cost(self, num_tokens: int, num_rows: int, reply_nbytes: int) -> float:
-        """Prices a sequence by its tokens, its rows and the bound of its answer."""
+        """Prices a sequence by its tokens, its rows and the bound of its answer.
+
+        num_rows: those that go through the vocabulary head; states are copied for next to nothing.
+        """
         return (
             num_tokens
             + self.per_token_pair * num_tokens**2

@@ -57,6 +57,11 @@ class SequenceJob:
     """The pass that scored it."""
 
     @property
+    def num_projected(self) -> int:
+        """Rows that go through the vocabulary head."""
+        return len(self.request.rows) if self.request.spec.reads_logits else 0
+
+    @property
     def waited_s(self) -> float:
         """Seconds from queueing until its batch was taken; known once it is scored."""
         assert self.forward_pass is not None

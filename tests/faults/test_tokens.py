@@ -20,9 +20,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import student_trainer.cli
+from logit_codec import parse_targets
 from logitstream.connection import Connection
 from protos import teacher_pb2, teacher_pb2_grpc
 from student_trainer import AccessDenied, TeacherUnavailable, connect
+from student_trainer.teachers.request import Piece, ScoreOptions
 from teacher_server import cli
 from tests.conftest import Served
 from tests.end_to_end.test_processes import free_port
@@ -127,6 +129,30 @@ def test_who_is_let_in_is_told_who_it_is(shared: Shared):
         assert list(teacher.info.caller.scopes) == ["dense", "score"]
         assert len(list(teacher.stream(SEQUENCES))) == len(SEQUENCES)
         assert len(list(teacher.stream(SEQUENCES[:2], targets="dense:bf16"))) == 2
+
+
+def test_hidden_states_and_the_head_need_a_scope(
+    shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LOGITSTREAM_CACHE", str(tmp_path))
+    said = r'"hidden"; team outside has: score\. The operator can add it'
+    with shared.connect(shared.add("outside")) as teacher:
+        with pytest.raises(AccessDenied, match=f"FetchHead needs the scope {said}"):
+            teacher.head()
+        for kind in ("hidden:int8", "features:layers=1"):
+            with pytest.raises(AccessDenied, match=said):
+                list(teacher.stream(SEQUENCES, targets=kind))
+        # The client asks for the head first; a request is refused all the same.
+        asked = ScoreOptions(parse_targets("hidden:int8"), 1.0, 0, 0)
+        with pytest.raises(AccessDenied, match=f"targets of kind hidden needs the scope {said}"):
+            teacher.submit(Piece(SEQUENCES[0]), asked).result(30)
+    assert 'teacher_team_tokens_total{team="outside"}' not in shared.page()
+    assert not list(tmp_path.rglob("*.bin"))
+    with shared.connect(shared.add("inside", "--scopes", "score", "hidden")) as teacher:
+        for kind in ("hidden:int8", "features:layers=1"):
+            assert len(list(teacher.stream(SEQUENCES[:2], targets=kind))) == 2
+    nbytes = next(tmp_path.rglob("*.bin")).stat().st_size
+    assert f'teacher_head_bytes_sent_total{{team="inside"}} {float(nbytes)}' in shared.page()
 
 
 @pytest.mark.parametrize(

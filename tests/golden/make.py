@@ -4,7 +4,19 @@ from pathlib import Path
 
 import torch
 
-from logit_codec import DenseTargets, IdTable, SampledTargets, Targets, TopKTargets, encode
+from logit_codec import (
+    DenseTargets,
+    FeaturesTargets,
+    GivenIds,
+    GivenIdsTargets,
+    HiddenTargets,
+    IdTable,
+    RealizedTargets,
+    SampledTargets,
+    Targets,
+    TopKTargets,
+    encode,
+)
 
 FOLDER = Path(__file__).parent
 INF = float("inf")
@@ -64,6 +76,26 @@ def dense(dtype: torch.dtype, **per_row: torch.Tensor) -> DenseTargets:
     )
 
 
+def given_ids() -> GivenIds:
+    """The ids 3 and 9 for row 0, and 10 for row 1."""
+    return GivenIds.of((torch.tensor([0, 2, 3]), torch.tensor([3, 9, 10])))
+
+
+def given(**changed: torch.Tensor) -> GivenIdsTargets:
+    """The ids of `given_ids` with the probabilities of `top_k`."""
+    tensors = {
+        "row_splits": given_ids().row_splits,
+        "token_ids": given_ids().token_ids,
+        "logprobs": torch.tensor([-1.3862944, -0.6931472, -0.1335314]),
+        "tail_logprob": torch.tensor([-1.3862944, -2.0794415]),
+        **changed,
+    }
+    return GivenIdsTargets(vocab_size=11, temperature=1.0, **tensors)
+
+
+HEAD = "ab" * 16
+"""Fingerprint of a vocabulary head."""
+
 CASES: dict[str, tuple[Targets, int, IdTable | None]] = {
     "top_k_v1.bin": (
         top_k(
@@ -85,6 +117,67 @@ CASES: dict[str, tuple[Targets, int, IdTable | None]] = {
             torch.bfloat16,
             realized_logprob=torch.tensor([-1.3862944, 0.0, -INF]),
             entropy=torch.tensor([1.0397208, 0.0, 0.3767702]),
+        ),
+        7,
+        None,
+    ),
+    "given_ids_v1.bin": (
+        given(
+            ranks=torch.tensor([1, 0, 0], dtype=torch.int32),
+            realized_logprob=torch.tensor([-0.6931472, -INF]),
+            entropy=torch.tensor([1.25, 0.5]),
+            log_z=torch.tensor([10.5, -0.25]),
+        ),
+        16,
+        None,
+    ),
+    "given_ids_f32_v1.bin": (
+        given(
+            logprobs=torch.tensor([-1.3862944, -INF, -0.1335314]),
+            tail_logprob=torch.tensor([-0.2876821, -2.0794415]),
+        ),
+        32,
+        None,
+    ),
+    "realized_v1.bin": (
+        RealizedTargets(
+            vocab_size=11,
+            temperature=1.0,
+            realized_logprob=torch.tensor([-0.6931472, -INF, -100.5]),
+        ),
+        7,
+        None,
+    ),
+    "hidden_int8_v1.bin": (
+        HiddenTargets(
+            vocab_size=11,
+            temperature=1.0,
+            values=torch.tensor([[127, -64, 0], [0, 0, 0]], dtype=torch.int8),
+            scale=torch.tensor([0.5, 0.0]),
+            head_fingerprint=HEAD,
+            realized_logprob=torch.tensor([-0.6931472, -INF]),
+        ),
+        7,
+        None,
+    ),
+    "hidden_bf16_v1.bin": (
+        HiddenTargets(
+            vocab_size=11,
+            temperature=2.0,
+            values=torch.tensor([[1.0, -2.5, 0.0]], dtype=torch.bfloat16),
+            head_fingerprint=HEAD,
+            log_z=torch.tensor([10.5]),
+        ),
+        7,
+        None,
+    ),
+    "features_v1.bin": (
+        FeaturesTargets(
+            vocab_size=11,
+            temperature=1.0,
+            hidden=torch.arange(12.0).view(2, 2, 3).bfloat16(),
+            layers=(0, 7),
+            realized_logprob=torch.tensor([-0.6931472, -INF]),
         ),
         7,
         None,

@@ -79,6 +79,7 @@ function canonicalRequest(r) {
           [1, "varint", t.top_k.k],
           [2, "double", t.top_k.min_p],
           [3, "varint", t.top_k.bits],
+          [4, "double", t.top_k.top_p],
         ]),
     ],
     [2, "message", t.dense && canonical([[1, "varint", t.dense.bits]])],

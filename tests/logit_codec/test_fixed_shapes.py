@@ -1,15 +1,22 @@
 """select_rows never waits for the device, mixes no devices, compiles whole, and needs little memory."""
 
-import weakref
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from logit_codec import Selection, Targets, decode, encode, parse_targets, select, select_rows
+from logit_codec import (
+    GivenIds,
+    Selection,
+    Targets,
+    TargetSpec,
+    decode,
+    encode,
+    parse_targets,
+    select,
+    select_rows,
+)
 from tests.support.fake_cuda import FakeCuda
+from tests.support.live_memory import LiveMemory
 from tests.support.waits import Waits
 
 SPECS = (
@@ -19,17 +26,36 @@ SPECS = (
     "top_k:64,entropy=1",
     "top_k:min_p=1/256,max_k=128",
     "top_k:min_p=1e-9,max_k=40",
+    "top_k:top_p=0.95,max_k=128",
     "dense:f32,entropy=1",
     "dense:bf16",
+    "given_ids:entropy=1",
+    "given_ids:bits=32,ranks=1",
+    "realized",
+    "hidden:int8,entropy=1",
+    "hidden:bf16,realized=0",
+    "features:layers=8+16,log_z=1",
 )
+NUM_GIVEN, HIDDEN_SIZE = 16, 96
+
+
+def spec_of(text: str) -> TargetSpec:
+    """As a service completes it."""
+    return parse_targets(text).for_rows(NUM_GIVEN).for_head("ab" * 16, HIDDEN_SIZE)
 
 
 def arguments(num_rows: int, vocab_size: int, dtype: torch.dtype = torch.float32) -> dict:
     generator = torch.Generator().manual_seed(num_rows)
+    given = torch.randint(-1, vocab_size, (num_rows, NUM_GIVEN), generator=generator)
+    given[:, 0].clamp_(min=0)
+    states = torch.randn(num_rows, 3, HIDDEN_SIZE, generator=generator).to(dtype)
     return {
         "logits": (torch.randn(num_rows, vocab_size, generator=generator) * 4).to(dtype),
         "uniforms": torch.rand(num_rows, generator=generator, dtype=torch.float64),
         "realized_ids": torch.randint(vocab_size, (num_rows,), generator=generator),
+        "given_ids": GivenIds.of(given).padded(),
+        "hidden": states[:, 0],
+        "features": states[:, 1:],
     }
 
 
@@ -40,11 +66,11 @@ def arguments(num_rows: int, vocab_size: int, dtype: torch.dtype = torch.float32
 def test_on_an_accelerator_nothing_waits_and_no_devices_are_mixed(text, dtype, vocab_size):
     text = text.replace(":64", ":16") if vocab_size == 50 else text
     asked = arguments(40, vocab_size, dtype)
-    real = select_rows(spec=text, temperature=0.7, **asked)
+    real = select_rows(spec=spec_of(text), temperature=0.7, **asked)
     with FakeCuda() as cuda:
         asked = {name: value.to(cuda.device) for name, value in asked.items()}
         with Waits() as waits:
-            fake = select_rows(spec=text, temperature=0.7, **asked)
+            fake = select_rows(spec=spec_of(text), temperature=0.7, **asked)
             ring = fake.empty_like(100, pin_memory=True)
             fake.copy_to(ring, 60)
             joined = Selection.cat([fake, fake[:3]])
@@ -68,7 +94,7 @@ def test_one_compiled_graph_selects_the_same_ids(text):
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    spec = parse_targets(text)
+    spec = spec_of(text)
 
     def columns(**asked) -> dict[str, Tensor]:
         return select_rows(spec=spec, temperature=0.7, **asked).columns
@@ -84,47 +110,28 @@ def test_one_compiled_graph_selects_the_same_ids(text):
             torch.testing.assert_close(compiled[name], column)
 
 
-class LiveMemory(TorchDispatchMode):
-    """Follows how many bytes all tensors made inside it hold, and the most of it."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.sizes = dict.fromkeys((tensor.untyped_storage()._cdata for tensor in known), 0)
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.sizes:
-                    self.sizes[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._forget, storage._cdata)
-        return result
-
-    def _forget(self, storage: int) -> None:
-        self.now -= self.sizes.pop(storage)
-
-
 @pytest.mark.parametrize("text", [*SPECS, "top_k:1024,entropy=1", "sampled:1024,entropy=1"])
 @pytest.mark.parametrize(("num_rows", "vocab_size"), [(128, 32_003), (128, 262_144)])
 def test_memory_beside_the_result_is_at_most_a_quarter_of_the_logits(text, num_rows, vocab_size):
     asked = arguments(num_rows, vocab_size, torch.bfloat16)
     with LiveMemory(*asked.values()) as memory:
-        rows = select_rows(spec=text, **asked)
+        rows = select_rows(spec=spec_of(text), **asked)
     assert memory.peak - rows.nbytes <= num_rows * vocab_size * 4 / 4
 
 
 def test_a_chunk_of_an_accelerator_needs_as_little_memory():
-    for text in SPECS[1:6]:
+    for text in (*SPECS[1:6], *SPECS[8:]):
         with FakeCuda() as cuda, cuda.device:
-            logits = torch.empty(512, 128_256, dtype=torch.bfloat16)
-            uniforms = torch.empty(512, dtype=torch.float64)
-            realized = torch.empty(512, dtype=torch.int64)
-            with LiveMemory(logits, uniforms, realized) as memory:
-                rows = select_rows(logits, text, uniforms=uniforms, realized_ids=realized)
+            asked = {
+                "logits": torch.empty(512, 128_256, dtype=torch.bfloat16),
+                "uniforms": torch.empty(512, dtype=torch.float64),
+                "realized_ids": torch.empty(512, dtype=torch.int64),
+                "given_ids": torch.empty(512, NUM_GIVEN, dtype=torch.int64),
+                "hidden": torch.empty(512, 4096, dtype=torch.bfloat16),
+                "features": torch.empty(512, 2, 4096, dtype=torch.bfloat16),
+            }
+            with LiveMemory(*asked.values()) as memory:
+                rows = select_rows(spec=spec_of(text), **asked)
             assert memory.peak - rows.nbytes <= 512 * 128_256 * 4 / 4, text
 
 
@@ -139,7 +146,7 @@ def same_targets(one: Targets, other: Targets) -> None:
 def test_a_row_gets_the_same_bytes_whatever_chunk_it_is_in(text, dtype):
     """In chunks of 1, 7, 50 and 150 rows, of which the last takes several pieces."""
     asked = arguments(150, 5000, dtype)
-    spec = parse_targets(text)
+    spec = spec_of(text)
     whole = select_rows(spec=spec, **asked)
     for size in (1, 7, 50):
         parts = [
@@ -154,8 +161,8 @@ def test_a_row_gets_the_same_bytes_whatever_chunk_it_is_in(text, dtype):
 @pytest.mark.parametrize("text", SPECS)
 def test_rows_survive_slicing_joining_and_a_ring_of_buffers(text):
     asked = arguments(30, 1001)
-    rows = select_rows(spec=text, **asked)
-    targets = select(spec=text, **asked)
+    rows = select_rows(spec=spec_of(text), **asked)
+    targets = select(spec=spec_of(text), **asked)
     assert len(rows) == 30
     same_targets(rows.compact(), targets)
     same_targets(rows[5:20].compact(), targets[5:20])
@@ -166,7 +173,9 @@ def test_rows_survive_slicing_joining_and_a_ring_of_buffers(text):
     assert ring.nbytes == rows[:1].nbytes * 100
     rows[10:30].copy_to(ring, 70)
     same_targets(ring[70:90].compact(), targets[10:30])
-    same_targets(decode(encode(rows.compact())), decode(encode(targets)))
+    given = getattr(targets, "given", None)
+    decoded = decode(encode(targets), given_ids=given)
+    same_targets(decode(encode(rows.compact()), given_ids=given), decoded)
 
 
 def test_selections_of_different_things_are_not_joined():

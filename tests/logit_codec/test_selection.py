@@ -11,9 +11,11 @@ from torch import Tensor
 from logit_codec import (
     CodecError,
     DenseSpec,
+    GivenIdsSpec,
     TargetSpec,
     TopKSpec,
     TopKTargets,
+    decode,
     encode,
     parse_targets,
     select,
@@ -240,6 +242,32 @@ def test_min_p_keeps_every_id_from_min_p_on_up_to_the_cap(vocab_size, temperatur
         assert oracle.kept_ids(select(logits, spec, temperature=temperature)) == expected
 
 
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_top_p_keeps_the_smallest_set_whose_mass_reaches_it_up_to_the_cap(vocab_size, temperature):
+    logits = make_logits("random", 8, vocab_size, seed=2)
+    probabilities = oracle.logprobs(logits, temperature).exp()
+    ranking = oracle.ranking(logits)
+    ranked = probabilities.gather(1, ranking)
+    before = ranked.cumsum(1) - ranked  # the mass of likelier ids
+    for top_p, min_p, cap in ((0.95, 0.0, 128), (0.95, 0.0, 3), (0.5, 0.0, 1000), (0.9, 0.01, 64)):
+        # No sum is so near to top_p that float32 could take it for the other side.
+        assert ((before[:, :cap] / top_p - 1).abs() > 1e-6).all()
+        sizes = ((before < top_p) & (ranked >= min_p)).sum(1).clamp(1, cap).tolist()
+        expected = [sorted(row[:size]) for row, size in zip(ranking.tolist(), sizes, strict=True)]
+        spec = TopKSpec(cap, top_p=top_p, min_p=min_p, realized=False)
+        targets = select(logits, spec, temperature=temperature)
+        assert oracle.kept_ids(targets) == expected
+        assert isinstance(targets, TopKTargets)
+        check_entries_and_tail(targets, oracle.logprobs(logits, temperature))
+
+
+def test_top_p_ends_with_the_id_that_reaches_it_exactly():
+    for top_p, size in ((0.75, 192), (0.7501, 193), (1e-9, 1), (1.0, 256)):
+        targets = select(torch.zeros(1, 256), TopKSpec(300, top_p=top_p, realized=False))
+        assert oracle.kept_ids(targets) == [list(range(size))]
+
+
 def test_min_p_keeps_an_id_that_is_exactly_at_min_p():
     spec = TopKSpec(300, min_p=1 / 256, realized=False)
     assert oracle.kept_ids(select(torch.zeros(1, 256), spec)) == [list(range(256))]
@@ -291,7 +319,8 @@ def test_padding_columns_of_minus_inf_get_probability_zero_and_change_nothing_el
 
 
 @pytest.mark.parametrize(
-    "text", ["top_k:4", "top_k:min_p=1/256,max_k=4", "dense:f32", "dense:bf16"]
+    "text",
+    [*("top_k:4", "top_k:min_p=1/256,max_k=4", "top_k:top_p=0.9"), "dense:f32", "dense:bf16"],
 )
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, "all -inf"])
@@ -374,6 +403,9 @@ def test_a_k_above_the_vocabulary_is_refused_but_not_a_cap():
         select(logits, TopKSpec(18, realized=False))
     targets = select(logits, TopKSpec(18, min_p=1e-30, realized=False))
     assert oracle.kept_ids(targets) == [list(range(17))] * 3
+    flat = torch.zeros(3, 17)
+    targets = select(flat, TopKSpec(18, top_p=1.0, realized=False))
+    assert oracle.kept_ids(targets) == [list(range(17))] * 3
 
 
 def test_a_spec_may_be_given_as_its_string():
@@ -414,3 +446,163 @@ def test_realized_ids_of_another_shape_are_refused_with_both(spec, num_rows, sha
 def test_a_spec_of_no_kind_is_refused():
     with pytest.raises(ValueError, match="no selection for TargetSpec"):
         select(torch.zeros(1, 17), TargetSpec(realized=False))
+
+
+# The kinds that keep what a client names, and states
+
+STATES = torch.randn(6, 2, 40, generator=torch.Generator().manual_seed(3))
+
+
+def given_rows(num_rows: int, vocab_size: int) -> Tensor:
+    """(R, 12) ids: any, neighbours within a block, twice the same, the last ones, and fillers."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    ids = torch.randint(vocab_size, (num_rows, 12), generator=generator)
+    ids[:, 3:6] = torch.arange(3) + vocab_size // 2
+    ids[:, 6] = ids[:, 0]
+    ids[::2, 7:] = -1
+    ids[1::2, 7:9] = vocab_size - 1 - torch.arange(2)
+    return ids
+
+
+def check_given(logits: Tensor, given: Tensor, temperature: float, realized: bool = True) -> None:
+    """Every number of given_ids, relative to itself where it is small."""
+    num_rows = len(logits)
+    targets = select(
+        logits,
+        GivenIdsSpec(32, ranks=True, realized=realized, entropy=True),
+        temperature=temperature,
+        realized_ids=torch.arange(num_rows),
+        given_ids=given,
+    )
+    expected = oracle.logprobs(logits, temperature)
+    kept = [sorted(set(row) - {-1}) for row in given.tolist()]
+    assert oracle.kept_ids(targets) == kept
+    rows, ids = targets.entry_rows(), targets.token_ids
+    assert_close(targets.logprobs, expected[rows, ids])
+    p = expected.exp()
+    rest = p.index_put((rows, ids), p.new_zeros(())).sum(1)
+    mass = p.index_put((rows, ids), p.new_zeros(()))
+    mass = (p - mass).sum(1)
+    tail = targets.tail_logprob.double()
+    torch.testing.assert_close(tail.exp(), rest, rtol=2e-5, atol=1e-37)
+    torch.testing.assert_close(-torch.expm1(tail), mass, rtol=2e-5, atol=2e-7)
+    larger = logits[rows].double() > logits[rows, ids].double()[:, None]
+    assert torch.equal(targets.ranks, larger.sum(1).int())
+    assert_close(targets.log_z, oracle.log_z(logits, temperature))
+    assert_close(targets.entropy, oracle.entropy(logits, temperature))
+    encode(targets, bits=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("vocab_size", [50, 1001, 32_000])
+def test_given_ids_have_the_numbers_of_the_oracle(vocab_size, temperature, dtype):
+    for kind in ("random", "tied", "minus_inf"):
+        logits = make_logits(kind, 6, vocab_size).to(dtype)
+        check_given(logits, given_rows(6, vocab_size), temperature)
+
+
+@pytest.mark.parametrize("gap", [5.0, 30.0, 80.0])
+def test_the_tail_of_given_ids_is_exact_however_little_is_left_or_given(gap):
+    logits = make_logits("random", 6, 1001) / 4
+    logits[:3, 700] += gap  # nearly all of the mass is given, and then nearly nothing
+    logits[3:, 0] += gap
+    given = torch.tensor([[3, 701, 700], [700, -1, -1], [640, 700, 1000]] * 2)
+    check_given(logits, given, 1.0)
+
+
+def test_given_ids_may_be_the_whole_vocabulary_or_impossible():
+    logits = torch.tensor([[0.0, 1.0, -math.inf, 2.0], [3.0, -math.inf, -math.inf, 3.0]])
+    check_given(logits, torch.tensor([[0, 1, 2, 3], [1, 2, -1, -1]]), 1.0)
+    given = torch.tensor([[0, 1, 3], [1, 2, -1]])
+    targets = select(logits, GivenIdsSpec(32, realized=False), given_ids=given)
+    assert targets.tail_logprob.tolist() == [-math.inf, 0.0]
+    assert targets.logprobs[3:].tolist() == [-math.inf] * 2
+
+
+def test_given_ids_are_named_for_every_row_and_within_the_vocabulary():
+    spec = GivenIdsSpec(realized=False)
+    with pytest.raises(ValueError, match=r"given_ids must be torch\.int64 of shape .3, .*got none"):
+        select(torch.zeros(3, 17), spec)
+    with pytest.raises(ValueError, match=r"given_ids must be .*got torch.int64 of shape \(2, 1\)"):
+        select(torch.zeros(3, 17), spec, given_ids=torch.zeros(2, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="below the vocabulary's 17, got 17"):
+        select(torch.zeros(1, 17), spec, given_ids=torch.tensor([[17]]))
+
+
+def test_realized_is_one_logprob_also_of_an_impossible_token():
+    logits = make_logits("random", 6, 1001)
+    logits[2, 9] = -math.inf
+    targets = select(logits, "realized", temperature=2.0, realized_ids=torch.full((6,), 9))
+    assert_close(targets.realized_logprob, oracle.logprobs(logits, 2.0)[:, 9])
+    assert targets.realized_logprob[2] == -math.inf
+    assert targets._tensors().keys() == {"realized_logprob"}
+    decoded = decode(encode(targets))
+    assert torch.equal(decoded.realized_logprob, targets.realized_logprob)
+
+
+def test_hidden_states_come_back_within_their_dtype():
+    states = STATES[:, 0].clone()
+    states[1] = 0.0
+    logits = torch.zeros(6, 17)
+    wide = select(logits, "hidden:bf16,realized=0", hidden=states)
+    assert torch.equal(wide.values, states.bfloat16())
+    narrow = select(logits, "hidden:int8,realized=0", hidden=states)
+    assert (narrow.hidden - states).abs().amax(1).le(states.abs().amax(1) / 254 * 1.001).all()
+    assert narrow.hidden[1].eq(0).all()
+    features = select(logits, "features:layers=1+4,realized=0", features=STATES)
+    assert torch.equal(features.hidden, STATES.bfloat16())
+    assert features.layers == (1, 4)
+    for text, wanted in (("hidden", "hidden must be numbers"), ("features:layers=1", "features")):
+        with pytest.raises(ValueError, match=f"{wanted}.*got none"):
+            select(logits, text + ",realized=0" if ":" in text else text + ":realized=0")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["given_ids:ranks=1", "given_ids:bits=32", "realized", "hidden:int8", "hidden:bf16"],
+)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "all -inf"])
+def test_a_new_kind_refuses_a_row_that_is_not_finite_and_leaves_the_others_alone(text, bad):
+    logits, states = make_logits("random", 6, 1001), STATES[:, 0].clone()
+    value = -math.inf if bad == "all -inf" else bad
+    logits[4, slice(None) if bad == "all -inf" else 3] = value
+    states[4, 3] = value
+    spec = parse_targets(text).for_head("ab" * 16, 40)
+    asked = {"realized_ids": torch.arange(6) + 7, "given_ids": given_rows(6, 1001)}
+    targets = select(logits, spec, hidden=states, **asked)
+    with pytest.raises(CodecError, match="row 4 ") as raised:
+        encode(targets)
+    assert raised.value.row == 4
+    good = [0, 1, 2, 3, 5]
+    asked = {name: value[good] for name, value in asked.items()}
+    alone = select(logits[good], spec, hidden=states[good], **asked)
+    rest = targets[torch.tensor(good)]
+    assert encode(rest) == encode(alone)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "given_ids:ranks=1,entropy=1",
+        "realized",
+        "hidden:int8",
+        "hidden:bf16",
+        "features:layers=1+4",
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rows_are_targets_of_a_new_kind_too(text, dtype):
+    empty = torch.zeros(0, dtype=torch.int64)
+    targets = select(
+        torch.zeros(0, 17, dtype=dtype),
+        parse_targets(text).for_head("ab" * 16, 40),
+        realized_ids=empty,
+        given_ids=torch.zeros(0, 3, dtype=torch.int64),
+        hidden=STATES[:0, 0].to(dtype),
+        features=STATES[:0].to(dtype),
+    )
+    data = encode(targets)
+    decoded = decode(data, given_ids=getattr(targets, "given", None))
+    assert len(decoded) == len(targets) == 0
+    assert repr(decoded) == repr(targets)

@@ -8,8 +8,13 @@ import torch
 from logit_codec import (
     DenseSpec,
     DenseTargets,
+    FeaturesTargets,
+    GivenIdsTargets,
+    HiddenTargets,
+    RealizedTargets,
     SampledTargets,
     Targets,
+    TeacherHead,
     TopKSpec,
     TopKTargets,
     select,
@@ -61,7 +66,59 @@ def dense(**changed) -> DenseTargets:
     return DenseTargets(**fields)
 
 
-EACH = pytest.mark.parametrize("make", [top_k, sampled, dense])
+def given(**changed) -> GivenIdsTargets:
+    """Three rows over 5 ids, of which 2, 1 and 3 were named."""
+    fields = {
+        "vocab_size": 5,
+        "temperature": 1.0,
+        "row_splits": torch.tensor([0, 2, 3, 6]),
+        "token_ids": torch.tensor([0, 4, 2, 1, 2, 3]),
+        "logprobs": torch.tensor([0.5, 0.25, 0.0, 0.2, 0.3, 0.1]).log(),
+        "tail_logprob": torch.tensor([0.25, 1.0, 0.4]).log(),
+        "ranks": torch.tensor([0, 1, 4, 3, 1, 4], dtype=torch.int32),
+        "log_z": torch.tensor([7.0, 8.0, 9.0]),
+        **changed,
+    }
+    return GivenIdsTargets(**fields)
+
+
+WEIGHT = torch.arange(20.0).view(5, 4).cos()
+HEAD = TeacherHead(weight=WEIGHT, softcap=9.0, effective_vocab_size=4, fingerprint="ab" * 16)
+
+
+def hidden(**changed) -> HiddenTargets:
+    """Three rows of states of 4 numbers, with a head of 5 ids, one of them padding."""
+    fields = {
+        "vocab_size": 5,
+        "temperature": 2.0,
+        "values": torch.tensor([[127, 3, -9, 0], [-127, 0, 1, 5], [0, 0, 127, 0]]).to(torch.int8),
+        "scale": torch.tensor([0.5, 0.25, 1.0]),
+        "head_fingerprint": HEAD.fingerprint,
+        "head": HEAD,
+        "log_z": torch.tensor([7.0, 8.0, 9.0]),
+        **changed,
+    }
+    return HiddenTargets(**fields)
+
+
+def realized(**changed) -> RealizedTargets:
+    fields = {"realized_logprob": torch.tensor([-1.0, -math.inf, -3.0]), **changed}
+    return RealizedTargets(vocab_size=5, temperature=1.0, **fields)
+
+
+def features(**changed) -> FeaturesTargets:
+    """Three rows of states of 4 numbers after 2 layers."""
+    fields = {
+        "hidden": torch.arange(24.0).view(3, 2, 4).bfloat16(),
+        "layers": (2, 5),
+        "log_z": torch.tensor([7.0, 8.0, 9.0]),
+        **changed,
+    }
+    return FeaturesTargets(vocab_size=5, temperature=1.0, **fields)
+
+
+EACH = pytest.mark.parametrize("make", [top_k, sampled, dense, given, hidden])
+STATES = pytest.mark.parametrize("make", [hidden, realized, features])
 
 
 def same(a: Targets, b: Targets) -> bool:
@@ -131,6 +188,117 @@ def test_cat_puts_the_slices_together_again(make, cuts):
     edges = [0, *cuts, 3]
     parts = [targets[a:b] for a, b in pairwise(edges)]
     assert same(Targets.cat(parts), targets)
+
+
+@pytest.mark.parametrize("make", [top_k, sampled, dense, given, hidden, realized, features])
+def test_rows_are_taken_by_their_numbers_as_often_as_they_are_named(make):
+    targets = make()
+    numbers = [2, 0, 2, 1]
+    taken = targets[torch.tensor(numbers)]
+    assert len(taken) == 4
+    assert same(taken, Targets.cat([targets[row : row + 1] for row in numbers]))
+    assert same(targets[torch.arange(3)], targets)
+
+
+@STATES
+def test_rows_without_a_distribution_are_sliced_joined_and_moved(make):
+    targets = make()
+    for cut in range(4):
+        parts = [targets[:cut], targets[cut:]]
+        assert [len(part) for part in parts] == [cut, 3 - cut]
+        assert same(Targets.cat(parts), targets)
+    for name, value in targets[1:]._tensors().items():
+        assert torch.equal(value, getattr(targets, name)[1:])
+    moved = targets.to("meta")
+    assert (
+        {value.device.type for value in moved._tensors().values()}
+        == {"meta"}
+        == {moved.device.type}
+    )
+    assert targets.nbytes == sum(value.nbytes for value in targets._tensors().values())
+
+
+def test_what_tells_no_distribution_says_so():
+    with pytest.raises(ValueError, match="one logprob per row, which is no distribution"):
+        realized().to_dense()
+    with pytest.raises(ValueError, match="states of layers, which are no distribution"):
+        features().to_dense()
+    with pytest.raises(ValueError, match=r"teacher's vocabulary head: pass teacher_head="):
+        hidden(head=None).to_dense()
+    for targets in (realized(), features()):
+        assert targets.most_likely().tolist() == [-1] * 3
+        assert targets.mode() is None
+
+
+def test_hidden_states_with_their_head_are_a_distribution():
+    targets = hidden()
+    states = targets.values.double() * targets.scale.double()[:, None]
+    logits = 9.0 * torch.tanh(states @ WEIGHT.double().T / 9.0)
+    expected = torch.nn.functional.pad((logits[:, :4] / 2.0).softmax(1), (0, 1))
+    torch.testing.assert_close(targets.to_dense().double(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(targets.hidden.double(), states)
+    ids, p = targets.mode()
+    assert torch.equal(ids, expected.argmax(1))
+    assert torch.equal(targets.most_likely(), ids)
+    torch.testing.assert_close(p.double(), expected.amax(1))
+    other = TeacherHead(weight=WEIGHT, effective_vocab_size=5, fingerprint="cd" * 16)
+    with pytest.raises(ValueError, match=f"for the head {'ab' * 16}, got {'cd' * 16}"):
+        targets.with_head(other)
+    assert hidden(head=None).with_head(HEAD).to("meta").head.weight.device.type == "meta"
+
+
+def test_the_mode_of_given_ids_is_unknown_where_another_id_may_be_likelier():
+    ids, p = given().mode()
+    assert ids.tolist() == [0, -1, -1]
+    torch.testing.assert_close(p, torch.tensor([0.5, 0.0, 0.3]))
+    assert given().given.token_ids.tolist() == [0, 4, 2, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ((given(), given(ranks=None)), "different fields: .*'ranks'"),
+        ((hidden(), hidden(head=None, head_fingerprint="cd" * 16)), "different head_fingerprint"),
+        (
+            (hidden(), hidden(values=hidden().values.bfloat16(), scale=None)),
+            "different fields: .*int8",
+        ),
+        ((features(), features(layers=(2, 6))), r"different layers: \(2, 5\), \(2, 6\)"),
+        ((realized(), top_k()), "different kind: realized, top_k"),
+    ],
+)
+def test_cat_refuses_parts_of_the_new_kinds_that_differ(parts, message):
+    with pytest.raises(ValueError, match=f"cannot join targets of {message}"):
+        Targets.cat(parts)
+
+
+@pytest.mark.parametrize(
+    ("make", "changed", "why"),
+    [
+        (given, {"ranks": torch.zeros(6)}, "ranks must be torch.int32"),
+        (given, {"ranks": torch.zeros(5, dtype=torch.int32)}, r"ranks must be .* \(6,\)"),
+        (given, {"tail_logprob": torch.zeros(2)}, r"tail_logprob must be .* \(3,\)"),
+        (hidden, {"values": torch.zeros(3, 4)}, r"\(R, D\) int8 or bfloat16, got torch.float32"),
+        (hidden, {"values": torch.zeros(3, 0).to(torch.int8)}, r"got torch.int8 of shape \(3, 0\)"),
+        (hidden, {"values": torch.zeros(12).to(torch.int8)}, r"of shape \(12,\)"),
+        (hidden, {"scale": None}, "int8 values need a scale"),
+        (hidden, {"values": torch.zeros(3, 4).bfloat16()}, "bfloat16 values have none"),
+        (hidden, {"scale": torch.zeros(2)}, r"scale must be .* \(3,\)"),
+        (hidden, {"log_z": torch.zeros(2)}, r"log_z must be .* \(3,\)"),
+        (realized, {"realized_logprob": None}, "need realized_logprob"),
+        (realized, {"realized_logprob": torch.zeros(3).double()}, "must be torch.float32"),
+        (realized, {"entropy": torch.zeros(3)}, "realized_logprob and nothing else"),
+        (realized, {"log_z": torch.zeros(3)}, "realized_logprob and nothing else"),
+        (features, {"hidden": torch.zeros(3, 2, 4)}, r"\(R, L, D\) bfloat16, got torch.float32"),
+        (features, {"hidden": torch.zeros(3, 8).bfloat16()}, r"of shape \(3, 8\)"),
+        (features, {"hidden": torch.zeros(3, 2, 0).bfloat16()}, r"of shape \(3, 2, 0\)"),
+        (features, {"layers": (1,)}, "1 layers, and states of 2"),
+        (features, {"layers": (5, 2)}, r"ascending numbers from 0 to 1000000, got \[5, 2\]"),
+    ],
+)
+def test_what_makes_no_targets_of_a_new_kind_is_refused(make, changed, why):
+    with pytest.raises(ValueError, match=why):
+        make(**changed)
 
 
 def test_cat_of_one_part_is_that_part_and_of_none_is_refused():
@@ -204,6 +372,13 @@ def test_repr_shows_shapes_and_no_values():
         "TopKTargets(3 rows, vocab_size=5, realized_logprob=float32[3], entropy=float32[3], "
         "log_z=float32[3], row_splits=int64[4], token_ids=int64[6], logprobs=float32[6], "
         "tail_logprob=float32[3], temperature=1.0)"
+    )
+    assert repr(hidden()) == (
+        "HiddenTargets(3 rows, vocab_size=5, log_z=float32[3], values=int8[3, 4], "
+        "scale=float32[3], temperature=2.0)"
+    )
+    assert repr(realized()) == (
+        "RealizedTargets(3 rows, vocab_size=5, realized_logprob=float32[3], temperature=1.0)"
     )
     assert repr(dense(log_z=None)) == (
         "DenseTargets(3 rows, vocab_size=4, logprobs=float32[3, 4], temperature=1.0)"

@@ -23,7 +23,16 @@ from logit_codec import (
     CodecError,
     DenseSpec,
     DenseTargets,
+    FeaturesSpec,
+    FeaturesTargets,
+    GivenIds,
+    GivenIdsSpec,
+    GivenIdsTargets,
+    HiddenSpec,
+    HiddenTargets,
     IdTable,
+    RealizedSpec,
+    RealizedTargets,
     SampledSpec,
     SampledTargets,
     SparseTargets,
@@ -32,6 +41,7 @@ from logit_codec import (
     TopKSpec,
     TopKTargets,
     decode,
+    decode_parts,
     encode,
     encode_parts,
     fit_id_table,
@@ -67,7 +77,33 @@ def random_targets(
     logits = torch.randn(num_rows, vocab_size, generator=generator) * scale
     realized = torch.randint(vocab_size, (num_rows,), generator=generator)
     uniforms = torch.rand(num_rows, generator=generator, dtype=torch.float64)
-    return select(logits, spec, temperature=temperature, uniforms=uniforms, realized_ids=realized)
+    given = torch.randint(-1, vocab_size, (num_rows, MOST_GIVEN), generator=generator)
+    given[:, :1].clamp_(min=0)
+    num_layers = len(spec.feature_layers) or 1
+    features = torch.randn(num_rows, num_layers, STATE_SIZE, generator=generator)
+    return select(
+        logits,
+        completed(spec),
+        temperature=temperature,
+        uniforms=uniforms,
+        realized_ids=realized,
+        given_ids=given,
+        hidden=features[:, 0],
+        features=features,
+    )
+
+
+MOST_GIVEN, STATE_SIZE = 6, 5
+
+
+def completed(spec: TargetSpec) -> TargetSpec:
+    """As a service completes it for the rows of `random_targets`."""
+    return spec.for_rows(MOST_GIVEN).for_head(make.HEAD, STATE_SIZE)
+
+
+def given_of(targets: Targets) -> GivenIds | None:
+    """What decode needs beside the bytes of these targets."""
+    return targets.given if isinstance(targets, GivenIdsTargets) else None
 
 
 def random_table(vocab_size: int, seed: int = 0) -> IdTable:
@@ -87,12 +123,15 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def check_round_trip(targets: Targets, bits: int, table: IdTable | None = None) -> Targets:
     """Everything that FORMAT.md promises about decode(encode(targets))."""
     data = encode(targets, bits=bits, id_table=table)
-    decoded = decode(data, id_tables=[] if table is None else [table])
+    decoded = decode(data, id_tables=[] if table is None else [table], given_ids=given_of(targets))
     assert type(decoded) is type(targets)
     assert (decoded.vocab_size, decoded.temperature) == (targets.vocab_size, targets.temperature)
     assert decoded._tensors().keys() == targets._tensors().keys()
     if targets.log_z is not None:
         assert same_bits(decoded.log_z, targets.log_z)
+    if isinstance(targets, RealizedTargets):
+        assert same_bits(decoded.realized_logprob, targets.realized_logprob)
+        return decoded
     for name in ("realized_logprob", "entropy"):
         value = getattr(targets, name)
         if value is not None:
@@ -101,6 +140,13 @@ def check_round_trip(targets: Targets, bits: int, table: IdTable | None = None) 
     if isinstance(targets, DenseTargets):
         assert same_bits(decoded.logprobs, targets.logprobs)
         return decoded
+    if isinstance(targets, HiddenTargets | FeaturesTargets):
+        for name in ("values", "scale", "hidden"):
+            if name in targets._tensors():
+                assert same_bits(getattr(decoded, name), getattr(targets, name)), name
+        for name in ("layers", "head_fingerprint"):
+            assert getattr(decoded, name, None) == getattr(targets, name, None)
+        return decoded
     assert torch.equal(decoded.token_ids, targets.token_ids)
     assert torch.equal(decoded.row_splits, targets.row_splits)
     if isinstance(targets, SampledTargets):
@@ -108,6 +154,15 @@ def check_round_trip(targets: Targets, bits: int, table: IdTable | None = None) 
         assert torch.equal(decoded.counts, targets.counts)
         return decoded
     assert same_bits(decoded.tail_logprob, targets.tail_logprob)
+    if isinstance(targets, GivenIdsTargets):
+        if targets.ranks is not None:
+            assert torch.equal(decoded.ranks, targets.ranks)
+        if bits == 32:
+            assert same_bits(decoded.logprobs, targets.logprobs)
+        else:
+            expected = targets.logprobs.clamp(-0xFFFF / 512, 0)
+            assert (decoded.logprobs - expected).abs().le(1 / 1024 + 1e-5).all()
+        return decoded
     rows = zip(
         oracle.row_logprobs(decoded),
         oracle.row_logprobs(targets),
@@ -127,6 +182,7 @@ def check_round_trip(targets: Targets, bits: int, table: IdTable | None = None) 
     return decoded
 
 
+NEW_KINDS = ("given_ids", "realized", "hidden", "features")
 FLAGS = {"realized": st.booleans(), "entropy": st.booleans(), "log_z": st.booleans()}
 
 
@@ -141,13 +197,23 @@ FLAGS = {"realized": st.booleans(), "entropy": st.booleans(), "log_z": st.boolea
 )
 @settings(deadline=None, max_examples=100)
 def test_what_is_encoded_is_decoded(data, vocab_size, num_rows, temperature, scale, flags, seed):
-    kind = data.draw(st.sampled_from(("top_k", "min_p", "sampled", "dense")))
+    kind = data.draw(st.sampled_from(("top_k", "min_p", "sampled", "dense", *NEW_KINDS)))
     table = data.draw(st.sampled_from((None, random_table(vocab_size, seed))))
     bits = data.draw(st.sampled_from(CODE_BITS))
     if kind == "dense":
         spec = DenseSpec(data.draw(st.sampled_from((16, 32))), **flags)
     elif kind == "sampled":
         spec = SampledSpec(data.draw(st.integers(1, 20) | st.sampled_from((64, 1000))), **flags)
+    elif kind == "given_ids":
+        bits = data.draw(st.sampled_from((16, 32)))
+        spec = GivenIdsSpec(bits, ranks=data.draw(st.booleans()), **flags)
+    elif kind == "realized":
+        spec = RealizedSpec()
+    elif kind == "hidden":
+        spec = HiddenSpec(data.draw(st.sampled_from((8, 16))), **flags)
+    elif kind == "features":
+        layers = data.draw(st.sets(st.integers(0, 40), min_size=1, max_size=5))
+        spec = FeaturesSpec(tuple(sorted(layers)), **flags)
     else:
         k = data.draw(st.integers(1, vocab_size))
         min_p = 0.0 if kind == "top_k" else data.draw(st.sampled_from((1e-6, 0.01, 0.3)))
@@ -157,7 +223,10 @@ def test_what_is_encoded_is_decoded(data, vocab_size, num_rows, temperature, sca
     )
     decoded = check_round_trip(targets, bits, table)
     check_round_trip(decoded, bits, table)
-    assert_agrees_with_the_plain_reader(encode(targets, bits=bits, id_table=table), table)
+    encoded = encode(targets, bits=bits, id_table=table)
+    if kind in NEW_KINDS:
+        assert encode(decoded, bits=bits) == encoded
+    assert_agrees_with_the_plain_reader(encoded, table, given_of(targets))
 
 
 @pytest.mark.parametrize("bits", CODE_BITS)
@@ -219,11 +288,13 @@ def test_a_tail_of_minus_inf_stays_and_the_entries_hold_everything():
 
 
 def test_no_rows_take_the_overhead_only():
-    for text in ("top_k:3,entropy=1", "sampled:5", "dense:f32,entropy=1", "dense:bf16"):
+    texts = ("top_k:3,entropy=1", "sampled:5", "dense:f32,entropy=1", "dense:bf16")
+    more = ("given_ids:ranks=1", "realized", "hidden:int8", "features:layers=1+4")
+    for text in texts + more:
         targets = random_targets(parse_targets(text), 3, 11)[:0]
         data = encode(targets)
-        assert len(data) == OVERHEAD
-        decoded = decode(data)
+        assert len(data) == OVERHEAD + (8 if text.startswith("features") else 0)
+        decoded = decode(data, given_ids=given_of(targets))
         assert len(decoded) == 0
         assert decoded._tensors().keys() == targets._tensors().keys()
 
@@ -266,9 +337,11 @@ def test_a_container_is_read_from_anything_that_holds_bytes():
 
 
 def test_decoded_targets_do_not_hang_on_the_bytes_they_came_from():
-    for spec in (TopKSpec(4), DenseSpec(32), SampledSpec(4, log_z=True)):
-        data = bytearray(encode(random_targets(spec, 3, 11)))
-        decoded = decode(data)
+    specs = (TopKSpec(4), DenseSpec(32), SampledSpec(4, log_z=True), GivenIdsSpec(32))
+    for spec in (*specs, RealizedSpec(), HiddenSpec(8), HiddenSpec(16), FeaturesSpec((1, 2))):
+        targets = random_targets(spec, 3, 11)
+        data = bytearray(encode(targets, bits=spec.code_bits))
+        decoded = decode(data, given_ids=given_of(targets))
         before = {name: value.clone() for name, value in decoded._tensors().items()}
         data[:] = bytes(len(data))
         assert all(torch.equal(getattr(decoded, name), before[name]) for name in before)
@@ -281,22 +354,63 @@ def test_strided_tensors_are_encoded_by_their_values():
     assert encode(replace(targets, logprobs=wide, log_z=log_z)) == encode(targets)
 
 
+@pytest.mark.parametrize(
+    ("text", "most_per_row"),
+    [("realized", 4.5), ("given_ids", 44.0), ("hidden:int8", 2304 + 6.0)],
+)
+def test_a_thousand_rows_take_few_bytes_with_everything_included(text, most_per_row):
+    """given_ids: 16 ids, their tail, log Z and the realized logprob. hidden: D = 2,304."""
+    spec = parse_targets(text).for_rows(16).for_head(make.HEAD, 2304)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1000, 1001, generator=generator)
+    targets = select(
+        logits,
+        spec,
+        realized_ids=torch.arange(1000),
+        given_ids=logits.topk(16).indices,
+        hidden=torch.randn(1000, 2304, generator=generator),
+    )
+    data = encode(targets, bits=spec.code_bits)
+    assert len(data) / 1000 <= most_per_row
+    assert len(decode(data, given_ids=given_of(targets))) == 1000
+    # What admission reckons with is an upper bound, and not far above.
+    assert len(data) - OVERHEAD <= 1000 * spec.max_row_nbytes(1001) <= 1.01 * len(data)
+
+
+def test_decoded_memory_is_at_most_what_a_spec_says_of_a_row():
+    for text in (
+        *("given_ids:ranks=1,entropy=1", "given_ids:bits=32", "realized"),
+        *("hidden:int8", "hidden:bf16,realized=0", "features:layers=1+4,log_z=1"),
+    ):
+        spec = completed(parse_targets(text))
+        for num_rows in (1, 20):
+            targets = random_targets(spec, num_rows, 1001)
+            data = encode(targets, bits=spec.code_bits)
+            decoded = decode(data, given_ids=given_of(targets))
+            assert decoded.nbytes <= num_rows * spec.max_decoded_row_nbytes(1001), text
+
+
 # Golden bytes and the second reader
 
 
-def assert_agrees_with_the_plain_reader(data: bytes, table: IdTable | None = None) -> None:
+def assert_agrees_with_the_plain_reader(
+    data: bytes, table: IdTable | None = None, given: GivenIds | None = None
+) -> None:
     """Both read the same, or both refuse."""
     tables, plain_tables = [], {}
     if table is not None:
         tables = [table]
         plain_tables = {table.digest: plain_reader.read_table(table.to_bytes())}
+    plain_given = None
+    if given is not None:
+        plain_given = [ids.tolist() for ids in given.token_ids.split(given.sizes.tolist())]
     try:
-        plain = plain_reader.read(data, plain_tables)
+        plain = plain_reader.read(data, plain_tables, plain_given)
     except plain_reader.Refused:
         with pytest.raises(CodecError):
-            decode(data, id_tables=tables)
+            decode(data, id_tables=tables, given_ids=given)
         return
-    targets = decode(data, id_tables=tables)
+    targets = decode(data, id_tables=tables, given_ids=given)
     assert (targets.kind, targets.vocab_size) == (plain.kind, plain.vocab_size)
     assert targets.temperature == plain.temperature
     for name, value in (
@@ -312,7 +426,20 @@ def assert_agrees_with_the_plain_reader(data: bytes, table: IdTable | None = Non
         assert targets.num_draws == plain.num_draws
         assert targets.counts.tolist() == [count for row in plain.counts for count in row]
         return
-    if isinstance(targets, TopKTargets):
+    if isinstance(targets, RealizedTargets):
+        return
+    if isinstance(targets, HiddenTargets):
+        assert targets.values.tolist() == plain.states
+        assert (targets.scale.tolist() if targets.scale is not None else []) == plain.scale
+        assert targets.head_fingerprint == plain.head.hex()
+        return
+    if isinstance(targets, FeaturesTargets):
+        assert targets.hidden.flatten(1).tolist() == plain.states
+        assert list(targets.layers) == plain.layers
+        return
+    if isinstance(targets, GivenIdsTargets) and targets.ranks is not None:
+        assert targets.ranks.tolist() == [rank for row in plain.ranks for rank in row]
+    if isinstance(targets, TopKTargets | GivenIdsTargets):
         assert targets.tail_logprob.tolist() == plain.tail
         got = [row.tolist() for row in oracle.row_logprobs(targets)]
     else:
@@ -334,10 +461,11 @@ def test_encode_writes_the_golden_bytes(name):
 def test_decode_reads_the_golden_bytes(name):
     data = (make.FOLDER / name).read_bytes()
     targets, bits, table = make.CASES[name]
-    decoded = decode(data, id_tables=[make.id_table()])
+    given = given_of(targets)
+    decoded = decode(data, id_tables=[make.id_table()], given_ids=given)
     assert decoded._tensors().keys() == targets._tensors().keys()
     check_round_trip(targets, bits, table)
-    assert_agrees_with_the_plain_reader(data, table)
+    assert_agrees_with_the_plain_reader(data, table, given)
 
 
 def test_every_golden_file_has_its_case():
@@ -393,6 +521,12 @@ FORMAT = Path(logit_codec.__file__).parent / "FORMAT.md"
         pytest.param(FORMAT, "## Example of top_k", "top_k_v1.bin", id="top_k in FORMAT.md"),
         pytest.param(FORMAT, "## Example of sampled", "sampled_v1.bin", id="sampled in FORMAT.md"),
         pytest.param(
+            *(FORMAT, "## Example of given_ids", "given_ids_v1.bin"), id="given_ids in FORMAT.md"
+        ),
+        pytest.param(
+            *(FORMAT, "## Example of hidden", "hidden_int8_v1.bin"), id="hidden in FORMAT.md"
+        ),
+        pytest.param(
             make.FOLDER / "README.md", "## `top_k_v1.bin`", "top_k_v1.bin", id="golden/README.md"
         ),
     ],
@@ -401,8 +535,7 @@ def test_the_bytes_that_a_page_spells_out_are_those_of_the_example(page, heading
     section = page.read_text().split(heading)[1].split("## ")[0]
     cells = [line.split("|")[1:3] for line in section.splitlines() if line.count("|") == 5]
     spelled = {int(offset): text.strip(" `") for offset, text in cells if offset.strip().isdigit()}
-    assert spelled[40] == "sixteen `00"
-    spelled[40] = "00" * 16
+    spelled[40] = spelled[40].replace("sixteen `00", "00" * 16)
     joined = b""
     for offset in sorted(spelled):
         assert offset == len(joined)
@@ -418,6 +551,8 @@ def hostile_cases() -> dict[str, bytes]:
     bare = {"realized": False, "log_z": False}
     cases["no rows"] = encode(random_targets(TopKSpec(3), 3, 11)[:0])
     cases["no dense rows"] = encode(random_targets(DenseSpec(32), 3, 11)[:0])
+    cases["no rows of features"] = encode(random_targets(FeaturesSpec((1, 2)), 3, 11)[:0])
+    cases["no states"] = encode(random_targets(HiddenSpec(8), 3, 11)[:0])
     cases["no sampled rows"] = encode(random_targets(SampledSpec(3), 3, 11)[:0])
     cases["draws of fixed width"] = encode(random_targets(SampledSpec(5, **bare), 3, 4))
     cases["draws of a vocabulary of one"] = encode(random_targets(SampledSpec(9, **bare), 2, 1))
@@ -425,6 +560,10 @@ def hostile_cases() -> dict[str, bytes]:
     cases["three rows of three"] = encode(random_targets(TopKSpec(3, **bare), 3, 6), bits=5)
     cases["a vocabulary of one"] = encode(random_targets(TopKSpec(1, **bare), 2, 1), bits=8)
     return cases
+
+
+def read_hostile(data: bytes | bytearray) -> Targets:
+    return decode(data, id_tables=[make.id_table()], given_ids=make.given_ids())
 
 
 HOSTILE = pytest.mark.parametrize(
@@ -436,20 +575,20 @@ HOSTILE = pytest.mark.parametrize(
 def test_decode_rejects_every_truncation(data):
     for length in range(len(data)):
         with pytest.raises(CodecError):
-            decode(data[:length])
+            read_hostile(data[:length])
         with pytest.raises(CodecError):
-            decode(with_digest(data[:length]) if length >= 16 else data[:length])
+            read_hostile(with_digest(data[:length]) if length >= 16 else data[:length])
         with pytest.raises(CodecError):
-            decode(data[len(data) - length :] if length else b"")
+            read_hostile(data[len(data) - length :] if length else b"")
 
 
 @HOSTILE
 def test_decode_rejects_anything_that_follows(data):
     for more in (b"\0", b"\0\0\0\0", bytes(16), data):
         with pytest.raises(CodecError):
-            decode(data + more)
+            read_hostile(data + more)
         with pytest.raises(CodecError):
-            decode(with_digest(data + more))
+            read_hostile(with_digest(data + more))
 
 
 @HOSTILE
@@ -458,17 +597,17 @@ def test_decode_rejects_every_flipped_bit(data):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         with pytest.raises(CodecError):
-            decode(changed, id_tables=[make.id_table()])
+            read_hostile(changed)
 
 
 @HOSTILE
 def test_a_flipped_bit_under_a_fitting_digest_is_refused_or_read_as_the_format_says(data):
     """Never any other exception, and never a value that the second reader does not see."""
-    table = make.id_table()
+    table, given = make.id_table(), make.given_ids()
     for bit in range(8 * (len(data) - 16)):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
-        assert_agrees_with_the_plain_reader(with_digest(changed), table)
+        assert_agrees_with_the_plain_reader(with_digest(changed), table, given)
 
 
 def test_a_bfloat16_padding_of_minus_zero_is_refused():
@@ -494,7 +633,7 @@ def test_any_edits_under_a_fitting_digest_are_refused_or_read_as_the_format_says
     )
     for offset, value in data.draw(st.lists(edits, min_size=1, max_size=8)):
         changed[offset] = value
-    assert_agrees_with_the_plain_reader(with_digest(changed), make.id_table())
+    assert_agrees_with_the_plain_reader(with_digest(changed), make.id_table(), make.given_ids())
 
 
 @given(
@@ -525,6 +664,58 @@ def test_random_planes_of_the_right_length_are_refused_or_read_as_the_format_say
         num_entries, data.draw(st.floats(0.1, 10.0)), bytes(16),
     )  # fmt: skip
     assert_agrees_with_the_plain_reader(with_digest(header + planes + bytes(16)))
+
+
+@given(
+    data=st.data(),
+    kind=st.sampled_from((4, 5, 6, 7)),
+    flags=st.integers(0, 15),
+    num_rows=st.integers(0, 4),
+    vocab_size=st.integers(1, 20),
+)
+@settings(deadline=None, max_examples=150)
+def test_random_planes_of_a_new_kind_are_refused_or_read_as_the_format_says(
+    data, kind, flags, num_rows, vocab_size
+):
+    bits = data.draw(st.sampled_from({4: (16, 32), 5: (32,), 6: (8, 16), 7: (16,)}[kind]))
+    flags &= {4: 15, 5: 0}.get(kind, 7)
+    most, num_entries, needed, given, ids = 0, 0, bytes(16), None, []
+    if kind == 4:
+        some_ids = st.sets(st.integers(0, vocab_size - 1), min_size=1)
+        ids = data.draw(st.lists(some_ids, min_size=num_rows, max_size=num_rows))
+        splits = [0, *itertools.accumulate(map(len, ids))]
+        flat = torch.tensor([i for row in ids for i in row], dtype=torch.int64)
+        given = GivenIds.of((torch.tensor(splits), flat))
+        most, num_entries, needed = max(map(len, ids), default=1), len(flat), given.digest()
+        sizes = [num_entries * bits, num_rows * 32]
+        sizes += [num_entries * max(1, (vocab_size - 1).bit_length())] if flags & 8 else []
+    elif kind == 5:
+        sizes = [num_rows * 32]
+    else:
+        most = data.draw(st.integers(1, 5))
+        sizes = [num_rows * most * bits] + [num_rows * 16] * (bits == 8)
+        if kind == 7:
+            num_entries = data.draw(st.integers(1, 3))
+            sizes = [num_entries * 32, num_rows * num_entries * most * bits]
+    sizes += [num_rows * width for i, width in enumerate((16, 16, 32)) if flags >> i & 1]
+    planes = b""
+    for size in sizes:
+        length = -(-size // 32) * 4
+        zeros = st.just(bytes(length))  # so that some are read
+        planes += data.draw(st.binary(min_size=length, max_size=length) | zeros)
+    if kind == 4 and data.draw(st.booleans()):
+        shares = [1 / (1 + len(row)) for row in ids]
+        logprobs = [math.log(share) for share, row in zip(shares, ids, strict=True) for _ in row]
+        codes = [round(-512 * value) for value in logprobs]
+        values = plane(codes, 16) if bits == 16 else struct.pack(f"<{num_entries}f", *logprobs)
+        tails = struct.pack(f"<{num_rows}f", *map(math.log, shares))
+        planes = values + tails + planes[len(values + tails) :]
+    header = struct.pack(
+        "<4sBBBBIIIIQd16s", b"LSTG", 1, kind, 0, bits, flags, num_rows, vocab_size, most,
+        num_entries, data.draw(st.floats(0.1, 10.0)), needed,
+    )  # fmt: skip
+    container = with_digest(header + planes + bytes(16))
+    assert_agrees_with_the_plain_reader(container, given=given)
 
 
 def plane(numbers: list[int], width: int) -> bytes:
@@ -601,6 +792,12 @@ ELIAS_FANO = (make.FOLDER / "top_k_elias_fano_v1.bin").read_bytes()
 SAMPLED = (make.FOLDER / "sampled_v1.bin").read_bytes()
 SAMPLED_TABLE = (make.FOLDER / "sampled_table_v1.bin").read_bytes()
 DENSE = (make.FOLDER / "dense_f32_v1.bin").read_bytes()
+GIVEN = (make.FOLDER / "given_ids_v1.bin").read_bytes()
+GIVEN_F32 = (make.FOLDER / "given_ids_f32_v1.bin").read_bytes()
+REALIZED = (make.FOLDER / "realized_v1.bin").read_bytes()
+HIDDEN = (make.FOLDER / "hidden_int8_v1.bin").read_bytes()
+HIDDEN_BF16 = (make.FOLDER / "hidden_bf16_v1.bin").read_bytes()
+FEATURES = (make.FOLDER / "features_v1.bin").read_bytes()
 NAN = math.nan
 
 
@@ -611,7 +808,7 @@ NAN = math.nan
         (TOP_K, 4, "B", 0, "version 0 is not supported"),
         (TOP_K, 4, "B", 2, "version 2 is not supported.*reads version 1.*[Uu]pgrade"),
         (TOP_K, 5, "B", 0, "kind number 0"),
-        (TOP_K, 5, "B", 4, "kind number 4"),
+        (TOP_K, 5, "B", 8, "kind number 8"),
         (TOP_K, 6, "B", 0, "id coding 0"),
         (TOP_K, 6, "B", 2, "occupancy plane has 2 entries, not 3"),
         (TOP_K, 6, "B", 3, "id coding 3"),
@@ -640,8 +837,8 @@ NAN = math.nan
         (TOP_K, 32, "d", -1.0, "temperature must be positive and finite, got -1.0"),
         (TOP_K, 32, "d", INF, "temperature must be positive and finite, got inf"),
         (TOP_K, 32, "d", NAN, "temperature must be positive and finite, got nan"),
-        (TOP_K, 40, "B", 1, "id table 0100.* is named, but id coding 1 takes none"),
-        (TOP_K, 55, "B", 1, "id table .*01 is named, but id coding 1 takes none"),
+        (TOP_K, 40, "B", 1, "header names 0100.*, but id coding 1 of top_k takes none"),
+        (TOP_K, 55, "B", 1, "header names .*01, but id coding 1 of top_k takes none"),
         (TOP_K, 56, "I", 0b1111, "do not add up"),
         (TOP_K, 56, "I", 0b0011, "do not add up"),
         (TOP_K, 56, "I", 0b10110, "padding of the counts plane"),
@@ -680,11 +877,58 @@ NAN = math.nan
         (DENSE, 68, "f", INF, "row 1 cannot be a target: its logprobs are not finite"),
         (DENSE, 68, "f", -INF, "row 1 cannot be a target: its probabilities do not add up"),
         (DENSE, 68, "f", 0.002, "row 1 cannot be a target: its probabilities do not add up"),
+        (GIVEN, 6, "B", 1, "id coding 1"),
+        (GIVEN, 7, "B", 8, "8 bits per value"),
+        (GIVEN, 8, "I", 31, "flags 0x1f"),
+        (GIVEN, 12, "I", 3, "header counts 3 rows, 3 ids and at most 2 in a row; the given ids"),
+        (GIVEN, 16, "I", 10, "a given id is not below the vocabulary's 10"),
+        (GIVEN, 20, "I", 3, "header counts 2 rows, 3 ids and at most 3 in a row"),
+        (GIVEN, 24, "Q", 4, "header counts 2 rows, 4 ids"),
+        (GIVEN, 40, "B", 1, "for other given ids .01"),
+        (GIVEN, 56, "H", 0, "row 0 cannot be a target: its probabilities do not add up"),
+        (GIVEN, 62, "H", 1, "padding of the values plane"),
+        (GIVEN, 64, "f", NAN, "row 0 cannot be a target: its logprobs are not finite"),
+        (GIVEN, 68, "f", 1e-6, "row 1 cannot be a target: its tail logprob is above 0"),
+        (GIVEN, 68, "f", -INF, "row 1 cannot be a target: its probabilities do not add up"),
+        (GIVEN, 72, "I", 0xB1, "row 0 cannot be a target: its ranks are not below"),
+        (GIVEN, 72, "I", 0x1001, "padding of the ranks plane"),
+        (GIVEN_F32, 56, "f", NAN, "row 0 cannot be a target: its logprobs are not finite"),
+        (GIVEN_F32, 64, "f", INF, "row 1 cannot be a target: its logprobs are not finite"),
+        (GIVEN_F32, 60, "f", -0.1, "row 0 cannot be a target: its probabilities do not add up"),
+        (REALIZED, 7, "B", 16, "16 bits per value"),
+        (REALIZED, 8, "I", 1, "flags 0x1"),
+        (REALIZED, 20, "I", 1, "zeros where others count entries"),
+        (REALIZED, 40, "B", 1, "header names 0100.*, but id coding 0 of realized takes none"),
+        (REALIZED, 56, "f", NAN, "row 0 cannot be a target: its logprob is not a number of at"),
+        (REALIZED, 60, "f", 0.01, "row 1 cannot be a target: its logprob is not a number of at"),
+        (HIDDEN, 7, "B", 32, "32 bits per value"),
+        (HIDDEN, 8, "I", 9, "flags 0x9"),
+        (HIDDEN, 20, "I", 0, "states of 1 to 2.*got 0 and 0"),
+        (HIDDEN, 20, "I", 2**31, "states of 1 to 2.*got 0 and 2147483648"),
+        (HIDDEN, 24, "Q", 1, "a hidden container has 0 entries"),
+        (HIDDEN, 62, "B", 1, "padding of the values plane"),
+        (HIDDEN, 64, "H", 0x7FC0, "row 0 cannot be a target: its states are not finite"),
+        (HIDDEN, 66, "H", 0xBF80, "row 1 cannot be a target: its scale is below 0"),
+        (HIDDEN_BF16, 58, "H", 0x7F80, "row 0 cannot be a target: its states are not finite"),
+        (FEATURES, 20, "I", 0, "states of 1 to 2"),
+        (FEATURES, 24, "Q", 0, "1 to 64 layers"),
+        (FEATURES, 24, "Q", 65, "1 to 64 layers"),
+        (FEATURES, 40, "B", 1, "but id coding 0 of features takes none"),
+        (FEATURES, 56, "I", 7, "ascending numbers from 0 to 1000000"),
+        (FEATURES, 60, "I", 2**32 - 1, "ascending numbers from 0 to 1000000"),
+        (FEATURES, 78, "H", 0x7FC0, "row 1 cannot be a target: its states are not finite"),
     ],
 )
 def test_what_a_reader_refuses_is_refused_by_name(data, offset, layout, value, message):
     with pytest.raises(CodecError, match=message):
-        decode(with_field(data, offset, layout, value))
+        decode(with_field(data, offset, layout, value), given_ids=make.given_ids())
+
+
+def test_given_ids_are_needed_to_read_them():
+    with pytest.raises(CodecError, match=r"are needed to read them: decode\(data, given_ids="):
+        decode(GIVEN)
+    with pytest.raises(CodecError, match="for other given ids"):
+        decode(GIVEN, given_ids=make.given_ids()[:1])
 
 
 def test_an_unknown_id_table_is_named():
@@ -757,6 +1001,11 @@ def test_a_codec_error_survives_a_pickle_with_its_row():
 GOOD = make.CASES["top_k_v1.bin"][0]
 GOOD_DENSE = make.CASES["dense_f32_v1.bin"][0]
 GOOD_SAMPLED = make.CASES["sampled_v1.bin"][0]
+GOOD_GIVEN = make.CASES["given_ids_v1.bin"][0]
+GOOD_REALIZED = make.CASES["realized_v1.bin"][0]
+GOOD_HIDDEN = make.CASES["hidden_int8_v1.bin"][0]
+GOOD_BF16 = make.CASES["hidden_bf16_v1.bin"][0]
+GOOD_FEATURES = make.CASES["features_v1.bin"][0]
 
 
 @pytest.mark.parametrize(
@@ -787,6 +1036,21 @@ GOOD_SAMPLED = make.CASES["sampled_v1.bin"][0]
         (GOOD_SAMPLED, {"token_ids": torch.tensor([3, 701, 700, 9])}, 0, "ascending ids"),
         (GOOD_SAMPLED, {"token_ids": torch.tensor([3, 700, 701, 1000])}, 1, "ascending ids"),
         (GOOD_SAMPLED, {"row_splits": torch.tensor([0, 4, 4])}, 1, "no entry"),
+        (GOOD_GIVEN, {"token_ids": torch.tensor([9, 3, 10])}, 0, "ascending ids"),
+        (GOOD_GIVEN, {"row_splits": torch.tensor([0, 3, 3])}, 1, "no entry"),
+        (GOOD_GIVEN, {"logprobs": torch.tensor([-1.3862944, NAN, -0.1335])}, 0, "not finite"),
+        (GOOD_GIVEN, {"logprobs": torch.tensor([-1.3862944, -0.6931472, INF])}, 1, "not finite"),
+        (GOOD_GIVEN, {"tail_logprob": torch.tensor([-1.3862944, NAN])}, 1, "not finite"),
+        (GOOD_GIVEN, {"tail_logprob": torch.tensor([-1.3862944, 1e-6])}, 1, "above 0"),
+        (GOOD_GIVEN, {"ranks": torch.tensor([0, 1, 11]).int()}, 1, "ranks are not below"),
+        (GOOD_GIVEN, {"ranks": torch.tensor([-1, 1, 0]).int()}, 0, "ranks are not below"),
+        (GOOD_REALIZED, {"realized_logprob": torch.tensor([-1.0, NAN])}, 1, "number of at most 0"),
+        (GOOD_REALIZED, {"realized_logprob": torch.tensor([-1.0, 0.1])}, 1, "number of at most 0"),
+        (GOOD_HIDDEN, {"scale": torch.tensor([1.0, INF])}, 1, "states are not finite"),
+        (GOOD_HIDDEN, {"scale": torch.tensor([-1.0, 1.0])}, 0, "scale is below 0"),
+        (GOOD_HIDDEN, {"realized_logprob": torch.tensor([-1.0, NAN])}, 1, "realized_logprob is"),
+        (GOOD_BF16, {"values": torch.tensor([[NAN, 0, 0]]).bfloat16()}, 0, "states are not finite"),
+        (GOOD_FEATURES, {"hidden": GOOD_FEATURES.hidden.log()}, 0, "states are not finite"),
         (GOOD_DENSE, {"logprobs": torch.full((3, 3), -1.0)}, 0, "do not add up"),
         (GOOD_DENSE, {"logprobs": torch.full((3, 3), -INF)}, 0, "do not add up|not finite"),
         (GOOD_DENSE, {"logprobs": torch.full((3, 3), NAN)}, 0, "not finite"),
@@ -803,6 +1067,8 @@ def test_encode_refuses_what_decode_would_and_names_the_row(targets, changed, ro
 def test_encode_refuses_a_width_that_the_format_does_not_have(bits):
     with pytest.raises(ValueError, match=f"one of .5, 6, 7, 8, 16. for top_k, got {bits}"):
         encode(GOOD, bits=bits)
+    with pytest.raises(ValueError, match=r"one of .16, 32. for given_ids, got 7"):
+        encode(GOOD_GIVEN, bits=7)
 
 
 @pytest.mark.parametrize(("row_splits", "got"), [([1, 2], "1 to 2"), ([0, 2], "0 to 2")])
@@ -858,22 +1124,27 @@ def test_encode_writes_nothing_that_decode_refuses(changed, why):
         "sampled:20,entropy=1",
         "dense:f32",
         "dense:bf16,realized=0,log_z=0",
+        "given_ids:ranks=1,entropy=1",
+        "given_ids:bits=32,realized=0",
+        "realized",
+        "hidden:int8",
+        "hidden:bf16,realized=0",
+        "features:layers=1+4+9",
     ],
 )
 @pytest.mark.parametrize("max_nbytes", [1, 200, 1000, 10**6])
 def test_parts_join_to_the_same_targets(text, max_nbytes):
-    spec = parse_targets(text)
+    spec = completed(parse_targets(text))
     targets = random_targets(spec, 43, 37)
-    bits = getattr(spec, "bits", 7)
-    whole = decode(encode(targets, bits=bits))
+    bits, given = getattr(spec, "bits", 7), given_of(targets)
+    whole = decode(encode(targets, bits=bits), given_ids=given)
     parts = list(encode_parts(targets, spec, max_nbytes=max_nbytes))
     edges = [first for first, _, _ in parts] + [43]
     assert edges[0] == 0
     assert [count for _, count, _ in parts] == [b - a for a, b in itertools.pairwise(edges)]
     for first, count, data in parts:
         assert data == encode(targets[first : first + count], bits=bits)
-        assert len(decode(data)) == count
-    joined = Targets.cat([decode(data) for _, _, data in parts])
+    joined = decode_parts([data for _, _, data in parts], given_ids=given)
     assert joined._tensors().keys() == whole._tensors().keys()
     for name, value in whole._tensors().items():
         assert same_bits(getattr(joined, name), value), name
@@ -896,10 +1167,16 @@ def test_parts_join_to_the_same_targets(text, max_nbytes):
         "dense:f32",
         "dense:bf16,realized=0,log_z=0",
         "dense:bf16,entropy=1",
+        "given_ids:ranks=1,entropy=1",
+        "given_ids:bits=32,realized=0",
+        "realized",
+        "hidden:int8",
+        "hidden:bf16,realized=0",
+        "features:layers=1+4+9",
     ],
 )
 def test_a_part_is_never_larger_than_asked_unless_it_is_one_row(text):
-    spec = parse_targets(text)
+    spec = completed(parse_targets(text))
     targets = random_targets(spec, 300, 37, scale=0.1)
     for max_nbytes in (1000, 5000, 20_000):
         for _, count, data in encode_parts(targets, spec, max_nbytes=max_nbytes):
@@ -917,11 +1194,17 @@ def test_a_part_is_never_larger_than_asked_unless_it_is_one_row(text):
         "sampled:2000,entropy=1",
         "dense:f32",
         "dense:bf16,entropy=1",
+        "given_ids:ranks=1,entropy=1",
+        "given_ids:bits=32,realized=0",
+        "realized",
+        "hidden:int8",
+        "hidden:bf16,realized=0",
+        "features:layers=1+4+9",
     ],
 )
 def test_max_row_nbytes_is_an_upper_bound_of_what_a_row_takes(text):
     """With 32 rows every plane fills its words, so there is no padding to count."""
-    spec = parse_targets(text)
+    spec = completed(parse_targets(text))
     for scale in (0.1, 4.0):
         targets = random_targets(spec, 32, 37, scale=scale)
         for table in (None, random_table(37)):
@@ -1025,7 +1308,9 @@ def test_huge_stated_counts_are_refused_without_allocating_for_them():
     payloads = []
     for base in hostile_cases().values():
         for value in (2**20, 2**24, 2**31 - 1, 2**31, 2**32 - 1):
-            payloads += [with_field(base, offset, "I", value) for offset in (12, 16, 20)]
+            # States and single logprobs do not depend on the vocabulary.
+            offsets = (12, 20) if base[5] >= 5 else (12, 16, 20)
+            payloads += [with_field(base, offset, "I", value) for offset in offsets]
             payloads.append(with_field(base, 24, "Q", value * value))
             everything = with_field(with_field(base, 12, "I", value), 16, "I", 2**31 - 1)
             if base[5] == 2:
@@ -1041,7 +1326,8 @@ def test_huge_stated_counts_are_refused_without_allocating_for_them():
 DECODE_MEMORY = """
 import gc
 import torch
-from logit_codec import DenseTargets, SampledTargets, TopKTargets, decode, encode
+from logit_codec import DenseTargets, FeaturesTargets, GivenIdsTargets, HiddenTargets
+from logit_codec import RealizedTargets, SampledTargets, TopKTargets, decode, encode
 
 for line in sys.stdin.read().split():
     kind, bits, vocab_size, per_row, num_rows = line.split(",")
@@ -1049,10 +1335,27 @@ for line in sys.stdin.read().split():
 
     def container(num_rows):
         fill = -float(torch.tensor(float(per_row)).log())
+        if kind == "realized":
+            logprobs = torch.full((num_rows,), -1.0)
+            return encode(
+                RealizedTargets(vocab_size=9, temperature=1.0, realized_logprob=logprobs)
+            ), None
+        if kind == "hidden":
+            values = torch.zeros(num_rows, per_row, dtype=torch.int8)
+            scale = torch.ones(num_rows)
+            more = dict(values=values, scale=scale, head_fingerprint="ab" * 16)
+            return encode(HiddenTargets(vocab_size=9, temperature=1.0, **more)), None
+        if kind == "features":
+            states = torch.zeros(num_rows, 1, per_row, dtype=torch.bfloat16)
+            return encode(
+                FeaturesTargets(vocab_size=9, temperature=1.0, hidden=states, layers=(1,))
+            ), None
         if kind == "dense":
             logprobs = torch.full((num_rows, vocab_size), fill)
             logprobs = logprobs.to(torch.float32 if bits == 32 else torch.bfloat16)
-            return encode(DenseTargets(vocab_size=vocab_size, temperature=1.0, logprobs=logprobs))
+            return encode(
+                DenseTargets(vocab_size=vocab_size, temperature=1.0, logprobs=logprobs)
+            ), None
         common = dict(
             vocab_size=vocab_size,
             temperature=1.0,
@@ -1061,20 +1364,22 @@ for line in sys.stdin.read().split():
         )
         if kind == "sampled":
             counts = torch.ones(per_row * num_rows, dtype=torch.int64)
-            return encode(SampledTargets(counts=counts, num_draws=per_row, **common))
-        targets = TopKTargets(
+            return encode(SampledTargets(counts=counts, num_draws=per_row, **common)), None
+        Kind = GivenIdsTargets if kind == "given_ids" else TopKTargets
+        targets = Kind(
             **common,
             logprobs=torch.full((per_row * num_rows,), fill),
             tail_logprob=torch.full((num_rows,), -float("inf")),
         )
-        return encode(targets, bits=bits)
+        return encode(targets, bits=bits), getattr(targets, "given", None)
 
-    decode(container(10))
-    data = container(num_rows)
+    data, given = container(10)
+    decode(data, given_ids=given)
+    data, given = container(num_rows)
     gc.collect()
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts anew
     before = proc("VmRSS")
-    decode(data)
+    decode(data, given_ids=given)
     assert len(data) > 700_000, len(data)
     print(line, (proc("VmHWM") - before) / len(data))
 """
@@ -1086,6 +1391,8 @@ DECODED = {
     "draws from a real vocabulary": "sampled,0,262144,64,8000",
     "one draw per row": "sampled,0,262144,1,350000",
     "one draw from one id": "sampled,0,1,1,800000",
+    "one given id per row": "given_ids,16,32003,1,150000",
+    "int8 states": "hidden,8,9,64,20000",
 }
 """The worst case, and what is usual."""
 MORE_DECODED = {
@@ -1098,6 +1405,10 @@ MORE_DECODED = {
     "draws from 4,096 ids": "sampled,0,4096,16,45000",
     "one draw from 4,096 ids": "sampled,0,4096,1,450000",
     "every id of a vocabulary of 32 drawn": "sampled,0,32,32,25000",
+    "given ids": "given_ids,16,32003,64,8000",
+    "single logprobs": "realized,32,9,1,250000",
+    "states of one number": "hidden,8,9,1,200000",
+    "features": "features,16,9,64,8000",
 }
 
 
@@ -1171,7 +1482,7 @@ measure(
     vocab_size=1024,
     max_entries=8,
     num_entries=8192,
-    id_table=table.digest,
+    needed=table.digest,
 )
 """
 

@@ -126,6 +126,24 @@ def test_trls_beta_chooses_the_divergence(tmp_path: Path):
     assert find_mistakes(file) == ["--divergence forward_kl has no --beta: leave it out"]
 
 
+def test_weights_may_change_over_the_steps_and_labels_count_for_top_k(tmp_path: Path):
+    for settings, found in (
+        ({}, (1.0, 0.0, None)),
+        ({"targets": "top_k:4"}, (0.7, 0.3, None)),
+        ({"targets": "top_k:4", "ce_weight": 0}, (1.0, 0.0, None)),
+        ({"ce_weight": "0.50 -> 0.1"}, (1.0, "0.5->0.1", None)),
+        ({"targets": "top_k:4", "beta": "0.1->0.9", "kd_weight": 1}, (1.0, 0.0, "0.1->0.9")),
+    ):
+        config = read_given(tmp_path / "a.toml", **settings)
+        assert (config.kd_weight, config.ce_weight, config.beta) == found
+        assert (config.divergence == "jsd") == (config.beta is not None)
+    file = write(tmp_path / "a.toml", GIVEN)
+    assert read(file, "--ce-weight", "0.5->0.1", "--kd-weight", "0.5").ce_weight == "0.5->0.1"
+    assert read(file, "--kd-weight", "0.5").kd_weight == 0.5
+    assert "must be at least 0" in find_mistakes(file, "--ce-weight", "0.5->-1")[0]
+    assert "a number, or two such as 0.5->0.1" in find_mistakes(file, "--ce-weight", "half")[0]
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_that_divergence_is_the_one_of_trl(tmp_path: Path, monkeypatch, beta: float):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")

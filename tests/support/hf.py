@@ -54,8 +54,10 @@ def make_trainer(
     student: nn.Module | None = None,
     distillation: DistillationArguments | None = None,
     collator=collate,
+    choice: dict[str, Any] | None = None,
     **arguments,
 ):
+    """choice: which teacher is asked for a row, and what it reads."""
     return kind(
         model=tiny.make_student() if student is None else student,
         args=transformers.TrainingArguments(str(folder), **{**SETTINGS, **arguments}),
@@ -65,6 +67,7 @@ def make_trainer(
         processing_class=TOKENIZER,
         teacher=teacher,
         distillation=distillation,
+        **(choice or {}),
     )
 
 

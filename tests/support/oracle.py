@@ -149,7 +149,7 @@ def digest(targets: Targets) -> str:
     state = hashlib.sha256()
     for name, tensor in sorted(targets._tensors().items()):
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        state.update(tensor.contiguous().numpy().tobytes())
+        state.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
 
 

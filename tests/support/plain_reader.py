@@ -30,6 +30,12 @@ class Plain:
     ranges: list[int] = field(default_factory=list)
     codes: list[list[int]] = field(default_factory=list)
     tail: list[float] = field(default_factory=list)
+    ranks: list[list[int]] | None = None
+    layers: list[int] = field(default_factory=list)
+    states: list[list[float]] = field(default_factory=list)
+    """The values of each row, of features the layers one after the other."""
+    scale: list[float] = field(default_factory=list)
+    head: bytes = b""
     realized: list[float] | None = None
     entropy: list[float] | None = None
     log_z: list[float] | None = None
@@ -68,10 +74,18 @@ def read_table(data: bytes) -> Table:
     return Table(vocab_size, shifts, ids)
 
 
-def read(data: bytes, tables: dict[bytes, Table] | None = None) -> Plain:
+KINDS = ("dense", "top_k", "sampled", "given_ids", "realized", "hidden", "features")
+WIDTHS = ((16, 32), (5, 6, 7, 8, 16), (0,), (16, 32), (32,), (8, 16), (16,))
+
+
+def read(
+    data: bytes,
+    tables: dict[bytes, Table] | None = None,
+    given_ids: list[list[int]] | None = None,
+) -> Plain:
     """The content of one container; raises Refused for what the page says is malformed.
 
-    tables: id tables by digest.
+    tables: id tables by digest. given_ids: what the client asked for, row by row.
     """
     need(len(data) >= 72 and len(data) % 4 == 0, "size")
     need(data[:4] == b"LSTG", "magic")
@@ -80,15 +94,20 @@ def read(data: bytes, tables: dict[bytes, Table] | None = None) -> Plain:
     (num_entries,) = struct.unpack_from("<Q", data, 24)
     (temperature,) = struct.unpack_from("<d", data, 32)
     need(version == 1, "version")
-    need(kind in (1, 2, 3), "kind")
-    need(flags < 8, "flags")
+    need(1 <= kind <= len(KINDS), "kind")
+    need(flags < {4: 16, 5: 1}.get(kind, 8), "flags")
     need(1 <= vocab_size <= 2**31 - 1, "vocab_size")
     need(math.isfinite(temperature) and temperature > 0, "temperature")
-    need(id_coding in ((0,), (1, 2), (1, 2))[kind - 1], "coding")
-    need(value_bits in ((16, 32), (5, 6, 7, 8, 16), (0,))[kind - 1], "value_bits")
-    need(id_coding == 2 or data[40:56] == bytes(16), "id table")
-    if kind == 1:
+    need(id_coding in ((1, 2) if kind in (2, 3) else (0,)), "coding")
+    need(value_bits in WIDTHS[kind - 1], "value_bits")
+    need(id_coding == 2 or kind in (4, 6) or data[40:56] == bytes(16), "what is needed")
+    if kind in (1, 5):
         need(max_entries == 0 and num_entries == 0, "entries")
+    elif kind in (6, 7):
+        need(1 <= max_entries < 2**31, "size of a state")
+        need(num_entries == 0 if kind == 6 else 1 <= num_entries <= 64, "layers")
+    elif kind == 4:
+        check_given(given_ids, data[40:56], rows, vocab_size, max_entries, num_entries)
     else:
         if kind == 2:
             need(1 <= max_entries <= vocab_size, "max_entries")
@@ -101,14 +120,30 @@ def read(data: bytes, tables: dict[bytes, Table] | None = None) -> Plain:
     need(digest == data[-16:], "digest")
 
     # What is known from the header alone has to be there before anything else is looked at.
-    end_bits = {"tail": rows * 32} if kind == 2 else {}
+    end_bits = {"tail": rows * 32} if kind == 2 else {"scale": rows * 16} if value_bits == 8 else {}
+    if kind == 4:
+        end_bits["tail"] = rows * 32
+        if flags & 8:
+            end_bits["ranks"] = num_entries * max(1, (vocab_size - 1).bit_length())
     for number, name, width in ((1, "realized", 16), (2, "entropy", 16), (4, "log_z", 32)):
         if flags & number:
             end_bits[name] = rows * width
     body = Planes(data[56:-16], sum(map(nbytes, end_bits.values())))
-    plain = Plain(("dense", "top_k", "sampled")[kind - 1], vocab_size, temperature, value_bits)
+    plain = Plain(KINDS[kind - 1], vocab_size, temperature, value_bits)
     if kind == 1:
         read_dense(plain, body, rows)
+    elif kind == 4:
+        plain.ids = given_ids or []
+        values = numbers(body.take(num_entries * value_bits, "values"), num_entries, value_bits)
+        values = [float_of_bits(v) if value_bits == 32 else -v / 512 for v in values]
+        plain.logprobs = divide(values, plain.ids)
+    elif kind == 5:
+        values = numbers(body.take(rows * 32, "logprobs"), rows, 32)
+        plain.realized = [float_of_bits(value) for value in values]
+        need(all(value <= 0.001 for value in plain.realized), "logprob")  # nor NaN
+    elif kind in (6, 7):
+        read_states(plain, body, rows, max_entries, num_entries)
+        plain.head = data[40:56] if kind == 6 else b""
     else:
         if id_coding == 1:
             need(nbytes(rows * most.bit_length()) <= body.spare(), "counts")
@@ -135,9 +170,17 @@ def read(data: bytes, tables: dict[bytes, Table] | None = None) -> Plain:
     need(body.spare() == 0, "length")
     body.reserved = 0
     plane = {name: body.take(size, name) for name, size in end_bits.items()}
-    if kind == 2:
+    if kind in (2, 4):
         plain.tail = list(struct.unpack(f"<{rows}f", plane["tail"]))
-        read_logprobs(plain)
+        check_masses(plain) if kind == 4 else read_logprobs(plain)
+    if "scale" in plane:
+        plain.scale = [float_of_bits(code << 16) for code in numbers(plane["scale"], rows, 16)]
+        need(all(0 <= value < math.inf for value in plain.scale), "scale")
+    if "ranks" in plane:
+        width = max(1, (vocab_size - 1).bit_length())
+        ranks = numbers(plane["ranks"], num_entries, width)
+        need(all(rank < vocab_size for rank in ranks), "rank")
+        plain.ranks = divide(ranks, plain.ids)
     if "realized" in plane:
         plain.realized = [-code / 2048 for code in numbers(plane["realized"], rows, 16)]
     if "entropy" in plane:
@@ -179,6 +222,52 @@ def read_dense(plain: Plain, body: Planes, rows: int) -> None:
         total = sum(exp(value) for value in logprobs)
         need(abs(total - 1) <= (0.25 if value_bits == 16 else 0.001), "sum")
         plain.logprobs.append(logprobs)
+
+
+def check_given(
+    ids: list[list[int]] | None, digest: bytes, rows: int, vocab_size: int, most: int, entries: int
+) -> None:
+    """The header fits the ids that the client asked for."""
+    need(ids is not None, "no given ids")
+    flat = [token_id for row in ids for token_id in row]
+    named = struct.pack(f"<{rows + len(flat)}i", *map(len, ids), *flat) if rows == len(ids) else b""
+    need(rows == len(ids), "rows of given ids")
+    own = xxhash.xxh3_128_intdigest(named, seed=0).to_bytes(16, "big")
+    need(own == digest, "digest of given ids")
+    need(entries == len(flat) and most == max(map(len, ids), default=1), "sizes of given ids")
+    need(most <= vocab_size and all(token_id < vocab_size for token_id in flat), "given id")
+
+
+def check_masses(plain: Plain) -> None:
+    for logprobs, tail in zip(plain.logprobs, plain.tail, strict=True):
+        need(all(value < math.inf for value in logprobs) and tail <= 0, "not finite")  # nor NaN
+        total = sum(map(exp, logprobs)) + exp(tail)
+        need(abs(total - 1) <= (0.004 if plain.value_bits == 16 else 0.001), "sum")
+
+
+def read_states(plain: Plain, body: Planes, rows: int, size: int, layers: int) -> None:
+    if layers:
+        plain.layers = numbers(body.take(layers * 32, "layers"), layers, 32)
+        need(all(a < b for a, b in pairwise(plain.layers)), "order of layers")
+        need(plain.layers[-1] <= 1_000_000, "layer")
+    size *= layers or 1
+    width = plain.value_bits
+    values = numbers(body.take(rows * size * width, "values"), rows * size, width)
+    if width == 8:
+        values = [value - 256 * (value > 127) for value in values]
+    else:
+        values = [float_of_bits(value << 16) for value in values]
+        need(all(map(math.isfinite, values)), "states")
+    plain.states = [values[row * size : (row + 1) * size] for row in range(rows)]
+
+
+def divide(values: list, ids: list[list[int]]) -> list[list]:
+    """Values of all entries, row by row."""
+    rows, first = [], 0
+    for row in ids:
+        rows.append(values[first : first + len(row)])
+        first += len(row)
+    return rows
 
 
 def read_elias_fano(

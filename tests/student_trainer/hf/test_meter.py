@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from logit_codec import select
-from student_trainer.hf.meter import CHUNK_ROWS, Meter, cross_entropy_sum, means
+from student_trainer.hf.meter import CHUNK_ROWS, Meter, cross_entropies, means
 
 VOCAB = 50
 
@@ -40,7 +40,7 @@ def test_means_are_those_of_all_rows_since_the_last_time(spec, with_kd):
             meter.add(
                 targets,
                 kd_sum=torch.tensor(2.0 * num_rows) if with_kd else None,
-                ce_sum=cross_entropy_sum(student, labels),
+                ce_sum=cross_entropies(student, labels).sum(),
                 best_R=student.argmax(1),
             )
         found = means(meter.take())

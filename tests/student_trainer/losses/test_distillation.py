@@ -9,12 +9,14 @@ from logit_codec import (
     SampledTargets,
     Targets,
     TopKTargets,
+    decode,
+    encode,
     parse_targets,
     select,
 )
 from student_trainer import UnsuitableTargets, distillation_loss
 from student_trainer.losses.divergences import DIVERGENCES
-from tests.support.divergences import divergence_of, oracle, relative_error
+from tests.support.divergences import divergence_of, oracle, relative_error, select_any
 
 ROWS, VOCAB = 23, 61
 
@@ -24,14 +26,7 @@ def make(spec: str, temperature: float = 1.0, seed: int = 0) -> tuple[Tensor, Ta
     torch.manual_seed(seed)
     teacher = torch.randn(ROWS, VOCAB) * 3
     student = (torch.randn(ROWS, VOCAB, dtype=torch.float64) * 2).requires_grad_()
-    realized = torch.randint(VOCAB, (ROWS,))
-    targets = select(
-        teacher,
-        parse_targets(spec),
-        temperature=temperature,
-        uniforms=torch.rand(ROWS, dtype=torch.float64),
-        realized_ids=realized,
-    )
+    targets = select_any(teacher, spec, temperature)
     return student, targets, (teacher.double() / temperature).softmax(1)
 
 
@@ -123,7 +118,11 @@ def test_sampled_targets_with_the_entropy_estimate_the_full_kl_without_bias():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(
-    "spec", ["dense:f32", "dense:bf16", "top_k:5", "top_k:min_p=1/8,max_k=8", f"top_k:{VOCAB}"]
+    "spec",
+    [
+        *("dense:f32", "dense:bf16", "top_k:5", "top_k:min_p=1/8,max_k=8", f"top_k:{VOCAB}"),
+        *("given_ids:bits=32", "hidden:int8", "hidden:bf16"),
+    ],
 )
 def test_value_and_gradient_are_those_of_the_formula(spec, divergence, temperature):
     student, targets, _ = make(spec, temperature)
@@ -173,6 +172,36 @@ def test_every_divergence_of_top_k_is_a_lower_bound_that_rises_with_k(divergence
     assert bounds == sorted(bounds)
     assert bounds[-1] == pytest.approx(float(full), rel=1e-4)
     assert bounds[0] < bounds[-1]
+
+
+def test_reverse_kl_on_the_students_ids_falls_short_by_no_more_than_the_students_tail_allows():
+    """Ids: the student's top 16 and the realized one. p of no tail id is below 2^-149.
+
+    full - bucketed = q_tail * KL(q in the tail || p in the tail), which is at least 0 and at most
+    q_tail * log(p_tail / the smallest p in the tail).
+    """
+    torch.manual_seed(3)
+    student = torch.randn(ROWS, VOCAB, dtype=torch.float64) * 3
+    teacher = student.float() + torch.randn(ROWS, VOCAB)
+    realized = torch.randint(VOCAB, (ROWS, 1))
+    ids = torch.cat([student.topk(16).indices, realized], 1)
+    full = divergence_of(teacher.double().softmax(1), student.softmax(1), "reverse_kl", 0.5)
+    inside = torch.zeros(ROWS, VOCAB, dtype=torch.bool).scatter_(1, ids, True)
+    q_tail = student.softmax(1).masked_fill(inside, 0.0).sum(1)
+    rest = [one.double().masked_fill(inside, -torch.inf).softmax(1) for one in (student, teacher)]
+    within_tail = divergence_of(rest[1], rest[0], "reverse_kl", 0.5)
+    p = teacher.double().softmax(1)
+    p_tail = p.masked_fill(inside, 0.0).sum(1)
+    bound = q_tail * (p_tail / p.masked_fill(inside, 1.0).amin(1)).log()
+    for bits, rounding in ((32, 1e-6), (16, 1.0 / 1024)):
+        targets = select(teacher, f"given_ids:bits={bits},realized=0", given_ids=ids)
+        targets = decode(encode(targets, bits=bits), given_ids=targets.given)
+        options = {"divergence": "reverse_kl", "reduction": "none"}
+        gap = full - distillation_loss(student, targets, **options)
+        assert torch.allclose(gap, q_tail * within_tail, rtol=0, atol=rounding)
+        assert (gap >= -rounding).all()
+        assert (gap <= bound + rounding).all()
+    assert float(gap.mean()) < 0.1 * float(full.mean())
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -1,6 +1,7 @@
 """fused_distillation_loss against distillation_loss of the full logits, and against the formulas."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,16 +9,24 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from logit_codec import TopKTargets, select
+from logit_codec import FeaturesTargets, RealizedTargets, TopKTargets, select
 from student_trainer import UnsuitableTargets, distillation_loss, fused_distillation_loss
-from student_trainer.losses import distillation, fused_pass
+from student_trainer.losses import fused_pass
+from student_trainer.losses import options as loss_options
 from student_trainer.losses.divergences import DIVERGENCES
 from student_trainer.losses.fused_chunk import RowStatistics
 from tests.support import tiny
-from tests.support.divergences import gradients, oracle, relative_error
+from tests.support.divergences import gradients, oracle, relative_error, select_any
 
 ROWS, VOCAB, DIM = 13, 31, 5
-SPECS = ("dense:f32", "top_k:4", "top_k:min_p=1/4,max_k=8", f"top_k:{VOCAB}", "sampled:16")
+SPECS = (
+    *("dense:f32", "top_k:4", "top_k:min_p=1/4,max_k=8", f"top_k:{VOCAB}", "sampled:16"),
+    *("given_ids:bits=32", "hidden:bf16", "hidden:int8"),
+)
+REALIZED = RealizedTargets(vocab_size=VOCAB, temperature=1.0, realized_logprob=torch.zeros(ROWS))
+FEATURES = FeaturesTargets(
+    vocab_size=VOCAB, temperature=1.0, hidden=torch.zeros(ROWS, 1, 4).bfloat16(), layers=(1,)
+)
 ALLOWED = [
     (spec, divergence)
     for spec, divergence in itertools.product(SPECS, DIVERGENCES)
@@ -37,12 +46,7 @@ def make(
 ) -> tuple[Tensor, Tensor, Any]:
     """(hidden with gradient, head with gradient, targets)."""
     torch.manual_seed(seed)
-    targets = select(
-        torch.randn(rows, vocab) * sharpness,
-        f"{spec},realized=0",
-        temperature=temperature,
-        uniforms=torch.rand(rows, dtype=torch.float64),
-    )
+    targets = select_any(torch.randn(rows, vocab) * sharpness, spec, temperature)
     hidden = torch.randn(rows, DIM, dtype=torch.float64).to(dtype).requires_grad_()
     head = torch.randn(vocab, DIM, dtype=torch.float64).to(dtype).requires_grad_()
     return hidden, head, targets
@@ -397,7 +401,7 @@ def test_chunks_follow_the_size_of_their_buffers(monkeypatch):
 def test_no_gradient_is_computed_under_no_grad(monkeypatch):
     hidden, head, targets = make("top_k:4")
     wanted = fused_distillation_loss(hidden, head, targets)
-    monkeypatch.setattr(distillation, "compute_pulls", None)
+    monkeypatch.setattr(loss_options, "compute_pulls", None)
     with torch.no_grad():
         loss = fused_distillation_loss(hidden, head, targets)
         assert fused_distillation_loss(hidden, head, targets, reduction="none").shape == (ROWS,)
@@ -420,7 +424,7 @@ def test_reduction_none_weighs_rows_afterwards():
         assert relative_error(found, exact) < 1e-12
 
 
-@pytest.mark.parametrize("spec", ["dense:f32", "top_k:4"])
+@pytest.mark.parametrize("spec", ["dense:f32", "top_k:4", "hidden:int8", "given_ids:bits=32"])
 def test_reduction_none_with_labels_temperature_and_mask(spec):
     hidden, head, targets = make(spec, 2.0)
     weights = torch.rand(ROWS, dtype=torch.float64)
@@ -431,6 +435,95 @@ def test_reduction_none_with_labels_temperature_and_mask(spec):
     assert relative_error(each, wanted) < 1e-12
     (found,) = gradients((each * weights).sum(), head)
     assert relative_error(found, gradients((wanted * weights).sum(), head)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("spec", SPECS)
+def test_weights_of_rows_multiply_each_term_and_leave_the_divisor_alone(
+    spec, temperature, reduction
+):
+    """Both losses, of which masked rows and their weights may be anything."""
+    hidden, head, targets = make(spec, temperature)
+    weights, kd_weight, ce_weight = torch.rand(3, ROWS)
+    kd_weight[2] = ce_weight[4] = 0.0
+    labels, mask = torch.randint(VOCAB, (ROWS,)), torch.arange(ROWS) % 3 != 1
+    plain = {"labels": labels, "reduction": "none"}
+    outer = torch.rand(ROWS, dtype=torch.float64) if reduction == "none" else torch.tensor(1.0)
+    divisor = {"mean": 7, "sum": 1, "none": 1}[reduction]
+    for per_row in (True, False):
+        kd, ce = (kd_weight, ce_weight) if per_row else (0.5, 0.25)
+        logits = hidden @ head.T
+        each_kd = distillation_loss(logits, targets, **plain)
+        each_ce = distillation_loss(logits, targets, kd_weight=0.0, ce_weight=1.0, **plain)
+        each = (weights * (kd * each_kd + ce * each_ce)).where(mask, 0.0)
+        wanted = (each * outer).sum() / divisor
+        options = {"labels": labels, "mask": mask, "num_items": 7, "reduction": reduction}
+        options |= {"row_weights": weights.masked_fill(~mask, torch.nan)}
+        options |= {"kd_weight": kd, "ce_weight": ce}
+        statistics = RowStatistics.zeros(ROWS)
+        for loss in (
+            distillation_loss(hidden @ head.T, targets, **options),
+            fused_distillation_loss(
+                hidden, head, targets, chunk_rows=4, statistics=statistics, **options
+            ),
+        ):
+            found = (loss * outer).sum()
+            assert relative_error(found, wanted) < 1e-6
+            for one, exact in zip(
+                gradients(found, hidden, head), gradients(wanted, hidden, head), strict=True
+            ):
+                assert relative_error(one, exact) < 1e-6
+        kd_R = (each_kd / temperature**2).where(mask, 0.0)
+        assert relative_error(statistics.divergence, kd_R) < 1e-6
+        assert relative_error(statistics.cross_entropy, each_ce.where(mask, 0.0)) < 1e-6
+
+
+@pytest.mark.parametrize("spec", ["given_ids:bits=32", "top_k:4"])
+def test_the_corrected_truncated_reverse_kl_is_stationary_at_the_teacher(spec):
+    """Whatever the student does outside of the kept ids; without the correction it is not."""
+    _, _, targets = make(spec)
+    p = targets.to_dense().double()
+    kept = p > 0
+    noise = torch.randn(ROWS, VOCAB, dtype=torch.float64).masked_fill(kept, -torch.inf).softmax(1)
+    student = (p + noise * targets.tail_logprob.double().exp()[:, None]).log().requires_grad_()
+    options: dict[str, Any] = {"divergence": "reverse_kl", "correction": True, "reduction": "sum"}
+    eye = torch.eye(VOCAB, dtype=torch.float64)
+    for loss in (
+        distillation_loss(student, targets, **options),
+        fused_distillation_loss(student, eye, targets, **options),
+    ):
+        assert float(loss.detach().abs()) < 1e-6
+        assert float(gradients(loss, student)[0].abs().max()) < 1e-6
+    q = student.softmax(1)
+    truncated = (q * (q / p.where(kept, 1.0)).log()).where(kept, 0.0).sum()
+    assert float(gradients(truncated, student)[0].abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("spec", ["given_ids:bits=32", "top_k:4", f"top_k:{VOCAB}"])
+def test_the_correction_is_that_of_the_formula(spec, temperature):
+    hidden, head, targets = make(spec, temperature)
+    labels, mask = torch.randint(VOCAB, (ROWS,)), torch.arange(ROWS) % 3 != 1
+    options: dict[str, Any] = {"labels": labels, "ce_weight": 0.4, "mask": mask}
+    p = targets.to_dense().double()
+    kept = p > 0
+    q = (hidden @ head.T / temperature).softmax(1)
+    each = (q * (q.log() - p.where(kept, 1.0).log()) + p - q).where(kept, 0.0).sum(1)
+    each = temperature**2 * each + 0.4 * torch.nn.functional.cross_entropy(
+        hidden @ head.T, labels, reduction="none"
+    )
+    wanted = each[mask].mean()
+    options |= {"divergence": "reverse_kl", "correction": True}
+    for loss in (
+        distillation_loss(hidden @ head.T, targets, **options),
+        fused_distillation_loss(hidden, head, targets, chunk_rows=4, **options),
+    ):
+        assert relative_error(loss, wanted) < 1e-6
+        for found, exact in zip(
+            gradients(loss, hidden, head), gradients(wanted, hidden, head), strict=True
+        ):
+            assert relative_error(found, exact) < 1e-6
 
 
 def test_a_retained_graph_can_be_used_again():
@@ -528,6 +621,31 @@ def test_autocast_multiplies_in_its_own_dtype_and_gives_gradients_in_the_paramet
         (lambda h, w: {"reduction": "median"}, ["mean, sum or none", "median"]),
         (lambda h, w: {"ce_weight": 1.0}, ["labels"]),
         (lambda h, w: {"mask": torch.ones(2).bool()}, [str(ROWS), "(2,)"]),
+        (lambda h, w: {"row_weights": torch.ones(2)}, ["row_weights", str(ROWS), "(2,)"]),
+        (lambda h, w: {"kd_weight": torch.ones(2)}, ["kd_weight", str(ROWS), "(2,)"]),
+        (lambda h, w: {"correction": True}, ["divergence='reverse_kl'", "'forward_kl'"]),
+        (
+            lambda h, w: {
+                "targets": make("dense:f32")[2],
+                "divergence": "reverse_kl",
+                "correction": True,
+            },
+            ["given_ids, top_k", "dense targets have every id"],
+        ),
+        (lambda h, w: {"teacher_head": make("hidden")[2].head}, ["hidden targets", "top_k"]),
+        (
+            lambda h, w: {"targets": replace(make("hidden")[2], head=None)},
+            ["teacher_head=teacher.head()"],
+        ),
+        (
+            lambda h, w: {
+                "targets": make("hidden")[2],
+                "teacher_head": replace(make("hidden")[2].head, fingerprint="cd" * 16),
+            },
+            ["ab" * 16, "cd" * 16, "teacher.head()"],
+        ),
+        (lambda h, w: {"targets": REALIZED}, ["realized_logprob", "targets='top_k:"]),
+        (lambda h, w: {"targets": FEATURES}, ["losses.features", "targets='hidden:int8'"]),
     ],
 )
 def test_what_does_not_fit_is_refused_with_got_and_allowed(change, words):

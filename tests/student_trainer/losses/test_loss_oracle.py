@@ -7,7 +7,7 @@ Letters: R rows, V ids of the teacher, S ids of the student's head, W ids that b
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,11 +16,15 @@ from torch import Tensor
 
 from logit_codec import (
     DenseTargets,
+    GivenIdsTargets,
+    HiddenTargets,
     SampledTargets,
     Targets,
+    TeacherHead,
     TopKTargets,
     decode,
     encode,
+    parse_targets,
     select,
 )
 from student_trainer import UnsuitableTargets, distillation_loss, fused_distillation_loss
@@ -87,7 +91,11 @@ class Setting:
         kept = pick(
             (f"top_k:{k}", f"top_k:{min(k, 4)}", f"top_k:{least}", f"top_k:{ids + teacher_padding}")
         )
-        spec = pick(("dense:f32", "dense:bf16", sampled, kept, kept, kept))
+        given = f"given_ids:bits={pick((16, 32))}"
+        hidden = f"hidden:{pick(('int8', 'bf16'))}"
+        spec = pick(
+            ("dense:f32", "dense:bf16", sampled, kept, kept, kept, given, given, hidden, hidden)
+        )
         divergence = pick(WITHOUT_BETA + WITH_BETA)
         if "sampled" in spec and chance.random() < 0.9:
             divergence = "forward_kl"
@@ -142,14 +150,22 @@ class Setting:
         teacher = torch.randn(self.rows, size) * self.teacher_sharpness
         largest = teacher[:, : self.ids].amax(1, keepdim=True)
         teacher[:, self.ids :] = largest + self.padding_logit
+        width = size if self.padding_logit > -100 else self.ids
+        teacher_head = self.make_head(size)
         targets = select(
             teacher,
-            f"{self.spec},realized=0",
+            f"{self.spec},realized=0{',log_z=0' * ('hidden' in self.spec)}",
             temperature=self.temperature,
             uniforms=torch.rand(self.rows, dtype=torch.float64),
+            given_ids=torch.randint(width, (self.rows, 3)) if "given" in self.spec else None,
+            hidden=torch.randn(self.rows, teacher_head.hidden_size),
         )
+        if isinstance(targets, HiddenTargets):
+            targets = replace(targets, head_fingerprint=teacher_head.fingerprint)
         if self.coded:
-            targets = decode(encode(targets))
+            data = encode(targets, bits=parse_targets(self.spec).code_bits)
+            given = targets.given if isinstance(targets, GivenIdsTargets) else None
+            targets = decode(data, given_ids=given)
         dim = 5
         hidden = torch.randn(self.rows, dim, dtype=self.dtype)
         head = torch.randn(head_size, dim, dtype=self.dtype) * self.student_sharpness
@@ -165,10 +181,24 @@ class Setting:
             if self.bias
             else None,
             "targets": targets,
+            "teacher_head": teacher_head if isinstance(targets, HiddenTargets) else None,
             "labels": labels,
             "mask": mask,
             "row_weights": torch.rand(self.rows, dtype=torch.float64),
         }
+
+    def make_head(self, size: int) -> TeacherHead:
+        """The teacher's, for hidden targets; what is padding has a bias of -40, or is named so."""
+        dim = 4
+        bias = torch.randn(size) - 40.0 * (torch.arange(size) >= self.ids)
+        return TeacherHead(
+            weight=torch.randn(size, dim) * self.teacher_sharpness / 2,
+            bias=bias if self.bias or self.padding_logit > -100 else None,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            effective_vocab_size=size if self.padding_logit > -100 else self.ids,
+            fingerprint="5a" * 16,
+        )
 
     def options(self, made: dict[str, Any]) -> dict[str, Any]:
         """What both losses are given beside their input."""
@@ -181,6 +211,7 @@ class Setting:
             "mask": made["mask"],
             "temperature_scaling": self.temperature_scaling,
             "renormalize": self.renormalize,
+            "teacher_head": made["teacher_head"],
             "effective_vocab_size": self.ids if self.effective else None,
             "reduction": self.reduction,
             "num_items": self.num_items,
@@ -194,19 +225,34 @@ def logits_of(setting: Setting, hidden: Tensor, head: Tensor, bias: Tensor | Non
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def shared_probabilities(setting: Setting, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+def hidden_probabilities(
+    setting: Setting, targets: HiddenTargets, head: TeacherHead
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = targets.values.double()
+    hidden = hidden if targets.scale is None else hidden * targets.scale.double()[:, None]
+    logits = hidden @ head.weight.double().T
+    logits = head.logit_scale * (logits if head.bias is None else logits + head.bias.double())
+    cap = head.softcap
+    logits = (logits if cap is None else cap * torch.tanh(logits / cap))[:, : setting.ids]
+    p = (logits / setting.temperature).softmax(1)
+    return p, torch.ones_like(p, dtype=torch.bool), p.new_zeros(len(p))
+
+
+def shared_probabilities(setting: Setting, made: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """(R, W) probabilities, (R, W) which of them are cells of their own, (R,) the tail's.
 
     Given that the id is shared: what lies on others is spread over all in proportion.
     """
-    width = setting.ids
+    width, targets = setting.ids, made["targets"]
+    if isinstance(targets, HiddenTargets):
+        return hidden_probabilities(setting, targets, made["teacher_head"])
     whole = torch.zeros(targets.num_rows, targets.vocab_size, dtype=torch.float64)
     kept = torch.zeros_like(whole, dtype=torch.bool)
     tail = torch.zeros(targets.num_rows, dtype=torch.float64)
     if isinstance(targets, DenseTargets):
         whole, kept = targets.logprobs.double().exp(), ~kept
     else:
-        assert isinstance(targets, SampledTargets | TopKTargets)
+        assert isinstance(targets, SampledTargets | TopKTargets | GivenIdsTargets)
         for row in range(targets.num_rows):
             some = slice(int(targets.row_splits[row]), int(targets.row_splits[row + 1]))
             kept[row, targets.token_ids[some]] = True
@@ -215,7 +261,7 @@ def shared_probabilities(setting: Setting, targets: Targets) -> tuple[Tensor, Te
             else:
                 values = targets.logprobs[some].double().exp()
             whole[row, targets.token_ids[some]] = values
-        if isinstance(targets, TopKTargets) and not setting.renormalize:
+        if not isinstance(targets, SampledTargets) and not setting.renormalize:
             tail = targets.tail_logprob.double().exp()
     before = whole.sum(1) + tail * ~kept.all(1)
     tail = tail * ~kept[:, :width].all(1)
@@ -229,7 +275,7 @@ def oracle(setting: Setting, logits: Tensor, made: dict[str, Any]) -> tuple[Tens
     targets: Targets = made["targets"]
     logits = logits[:, : setting.ids]
     logq = (logits / setting.temperature).log_softmax(1)
-    p, kept, tail = shared_probabilities(setting, targets)
+    p, kept, tail = shared_probabilities(setting, made)
     if isinstance(targets, SampledTargets):
         found = -(p * logq).sum(1)
         found = found if targets.entropy is None else found - targets.entropy.double()
@@ -288,6 +334,7 @@ def assert_close(setting: Setting, what: str, found: Tensor, wanted: Tensor, sca
     """Up to rounding: of values of about `scale`, and of what is found."""
     # Targets that were renormalised are float32 again.
     single = setting.dtype == torch.float32 or setting.renormalize or setting.teacher_padding
+    single = single or "hidden" in setting.spec  # the teacher's logits are
     tolerance = (1e-6 if single else 1e-10) * (scale + float(wanted.detach().abs().amax()))
     difference = float((found.detach().double() - wanted.detach()).abs().amax())
     assert difference <= tolerance, f"{what} is off by {difference} of {tolerance}: {setting}"

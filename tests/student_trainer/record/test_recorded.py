@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from logit_codec import Targets, decode, encode, fit_id_table, ids_digest
+from logit_codec.teacher_head import HeadFile
 from student_trainer import (
     ForkedClient,
     IncompatibleTeacher,
@@ -47,7 +48,10 @@ from tests.support import tiny
 from tests.support.fleet import wait_until
 
 VOCAB = 500
-SPECS = ["sampled", "top_k:min_p=1/64", "dense:f32"]
+SPECS = [
+    *("sampled", "top_k:min_p=1/64", "dense:f32", "given_ids", "given_ids:bits=32,ranks=1"),
+    *("realized", "hidden:int8", "hidden:bf16", "features:layers=0+2"),
+]
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 
@@ -100,18 +104,41 @@ class Silent:
         raise AssertionError("the live teacher was asked")
 
 
+def ids_for(sequence: Tensor, seed: int = 0) -> Tensor:
+    """One to nine ids to give for each row."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCAB, (len(sequence) - 1, 9), generator=generator)
+    return ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, -1).index_fill(
+        1, torch.tensor([4]), 7
+    )
+
+
+def keep_head(live: LocalTeacher, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts the teacher's vocabulary head where a host keeps those that it fetched."""
+    monkeypatch.setenv("LOGITSTREAM_CACHE", str(folder))
+    head = live.head()
+    file = HeadFile(head)
+    path = folder / "heads" / f"{head.fingerprint}.bin"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(file.read(0, file.nbytes))
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_replay_is_what_the_recording_run_saw_and_what_the_live_teacher_says(
-    live, tmp_path: Path, spec
+    live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec
 ):
-    seen = write(tmp_path, live, targets=spec, seed=5)
-    said = [targets for _, targets in live.stream(SEQUENCES, targets=spec, seed=5)]
+    options: dict[str, Any] = {"targets": spec, "seed": 5}
+    if spec.startswith("given_ids"):
+        options["given_ids"] = [ids_for(sequence) for sequence in SEQUENCES]
+    keep_head(live, tmp_path / "cache", monkeypatch)
+    seen = write(tmp_path, live, **options, seal_nbytes=500 if spec == "realized" else 3000)
+    said = [targets for _, targets in live.stream(SEQUENCES, **options)]
     assert len(shards_in(tmp_path)) > 1
     with Recorded(tmp_path) as record:
         assert len(record) == len(SEQUENCES)
         assert record.info.teacher_fingerprint == live.info.teacher_fingerprint
         for _ in range(2):
-            replayed = [targets for _, targets in record.stream(SEQUENCES, targets=spec, seed=5)]
+            replayed = [targets for _, targets in record.stream(SEQUENCES, **options)]
             for one, two, three in zip(seen, said, replayed, strict=True):
                 assert same(one, two)
                 assert same(one, three)
@@ -137,7 +164,7 @@ def test_rows_that_are_not_trained_are_left_out(live, tmp_path: Path):
         torch.arange(padded.shape[1]) < torch.tensor([len(one) for one in SEQUENCES[:4]])[:, None]
     )
     batch = {"input_ids": padded, "labels": labels, "attention_mask": mask}
-    for spec in SPECS:
+    for spec in SPECS[:3]:
         ((_, said),) = live.stream_batches([batch], targets=spec)
         whole, part = tmp_path / f"whole-{spec[0]}", tmp_path / f"part-{spec[0]}"
         write(whole, live, SEQUENCES[:4], targets=spec)
@@ -150,6 +177,33 @@ def test_rows_that_are_not_trained_are_left_out(live, tmp_path: Path):
                 assert same(replayed, said)
         with Recorded(part) as record, pytest.raises(NotRecorded, match="not asked for"):
             next(record.stream(SEQUENCES[:1]))
+
+
+def test_the_same_text_with_other_given_ids_is_another_sequence(live, tmp_path: Path):
+    sequence = SEQUENCES[0]
+    with Recorded(tmp_path, live) as record:
+        for seed in (0, 1, 0):
+            given = [ids_for(sequence, seed)]
+            list(record.stream([sequence], targets="given_ids", given_ids=given))
+        assert (record.counters.asked, record.counters.replayed) == (2, 1)
+        assert record.has(sequence, given_ids=ids_for(sequence, 1))
+        assert not record.has(sequence, given_ids=ids_for(sequence, 2))
+    with Recorded(tmp_path) as record:
+        assert record.get(sequence, given_ids=ids_for(sequence, 1)).kind == "given_ids"
+        with pytest.raises(NotRecorded, match="these given ids"):
+            record.get(sequence, given_ids=ids_for(sequence, 2))
+
+
+def test_recorded_hidden_states_need_the_head_and_say_where_it_comes_from(
+    live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write(tmp_path / "record", live, targets="hidden:int8")
+    monkeypatch.setenv("LOGITSTREAM_CACHE", str(tmp_path / "cache"))
+    with (
+        Recorded(tmp_path / "record") as record,
+        pytest.raises(TeacherError, match=r"is not in .*Connect to the teacher"),
+    ):
+        list(record.stream(SEQUENCES))
 
 
 def test_what_is_recorded_is_not_asked_for_again(live, tmp_path: Path):

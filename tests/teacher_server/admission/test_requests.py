@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -34,6 +35,7 @@ LIMITS = Limits(
 )
 TOP_8 = teacher_pb2.TargetSpec(top_k=teacher_pb2.TopK(k=8, bits=7))
 DENSE = teacher_pb2.TargetSpec(dense=teacher_pb2.Dense(bits=32))
+GIVEN_IDS = teacher_pb2.TargetSpec(given_ids=teacher_pb2.GivenIds(bits=16))
 Change = Callable[[teacher_pb2.ScoreRequest], object]
 
 
@@ -117,6 +119,7 @@ def test_targets_become_a_spec(admission: Admission) -> None:
 
     top_k = teacher_pb2.TopK(k=5, min_p=0.25, bits=16)
     assert spec_of(top_k=top_k) == TopKSpec(k=5, min_p=0.25, bits=16)
+    assert spec_of(top_k=teacher_pb2.TopK(k=5, top_p=0.5, bits=7)) == TopKSpec(k=5, top_p=0.5)
     assert spec_of(dense=teacher_pb2.Dense(bits=16)) == DenseSpec(bits=16)
     assert spec_of(
         top_k=top_k, omit_realized_logprob=True, entropy=True, omit_log_z=True
@@ -138,6 +141,17 @@ def test_fields_that_do_not_concern_admission_are_let_through(admission: Admissi
     + [
         (teacher_pb2.TargetSpec(top_k={"k": k, "bits": bits, "min_p": min_p}, entropy=True), 0.1)
         for k, bits, min_p in ((1, 16, 0.0), (64, 5, 0.0), (64, 8, 1e-4))
+    ]
+    + [
+        (targets, 1.0)
+        for targets in (
+            GIVEN_IDS,
+            teacher_pb2.TargetSpec(given_ids={"bits": 32, "ranks": True}, entropy=True),
+            teacher_pb2.TargetSpec(realized={}, omit_log_z=True),
+            teacher_pb2.TargetSpec(hidden={"bits": 8}),
+            teacher_pb2.TargetSpec(hidden={"bits": 16}, omit_log_z=True),
+            teacher_pb2.TargetSpec(features={"layers": [0, 1, 2]}, entropy=True),
+        )
     ],
 )
 def test_the_estimate_of_an_answer_bounds_it_but_for_the_containers_fixed_parts(
@@ -149,6 +163,9 @@ def test_the_estimate_of_an_answer_bounds_it_but_for_the_containers_fixed_parts(
     engine = Engine(model)
     for length in (2, 3, 20):
         request = make_request(length, targets=targets, temperature=temperature)
+        if targets.HasField("given_ids"):
+            request.given_ids = np.arange(64, dtype="<i4").tobytes() * (length - 1)
+            request.given_counts.append(64)
         (item,) = admission.admit(request)
         (kept,) = engine.score([item.request])
         parts = list(encode_parts(kept, item.request.spec, max_nbytes=1 << 20))
@@ -184,6 +201,25 @@ def test_a_sequence_of_which_no_row_is_wanted_keeps_its_place_and_costs_nothing(
     admitted = admission.admit(make_request(3, 3, 3, row_mask=bytes([0b100001])))
     assert wanted_rows(admitted) == [[0], [], [1]]
     assert admitted[1].reply_nbytes == 0
+
+
+@pytest.mark.parametrize("rows", [{"row_mask": bytes([0b100001])}, {"first_rows": [1, 1, 0]}])
+def test_given_ids_belong_to_the_requested_rows_in_their_order(
+    admission: Admission, rows: dict[str, object]
+) -> None:
+    request = make_request(3, 3, 3, **rows)
+    num_rows = 2 if request.row_mask else 4
+    ids = [[5, 7, 9], [3], [2, 4], [8]][:num_rows]
+    give(request, [*itertools.chain(*ids)], [*map(len, ids)])
+    admitted = admission.admit(request)
+    given = [item.request.given_ids for item in admitted]
+    if request.row_mask:  # none of the second sequence's rows is wanted
+        assert given[1] is None
+        assert admitted[1].reply_nbytes == 0
+        assert [some.tolist() for some in (given[0], given[2])] == [[[5, 7, 9]], [[3]]]
+        assert admitted[0].reply_nbytes > admitted[2].reply_nbytes
+    else:
+        assert [some.tolist() for some in given] == [[[5, 7, 9]], [[3]], [[2, 4], [8, 8]]]
 
 
 @st.composite
@@ -353,6 +389,11 @@ REFUSALS: dict[str, tuple[Change, str, str, int | None, list[str]]] = {
         *("BAD_TARGETS", "targets.top_k", None),
         ["between 0 and 1", "got nan"],
     ),
+    "top_p above 1": (
+        lambda r: setattr(r.targets.top_k, "top_p", 95),
+        *("BAD_TARGETS", "targets.top_k", None),
+        ["top_p must be between 0 and 1", "got 95"],
+    ),
     **{
         f"temperature {value}": (
             lambda r, value=value: setattr(r, "temperature", value),
@@ -365,6 +406,116 @@ REFUSALS: dict[str, tuple[Change, str, str, int | None, list[str]]] = {
         lambda r: setattr(r, "session_id", bytes(15)),
         *("BAD_SESSION_ID", "session_id", None),
         ["16", "got 15"],
+    ),
+    "given ids for another kind": (
+        lambda r: setattr(r, "given_ids", bytes(4)),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        ["of kind given_ids", "asks for top_k:8"],
+    ),
+    "given counts for another kind": (
+        lambda r: r.given_counts.append(1),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        ["of kind given_ids", "asks for top_k:8"],
+    ),
+    "no given ids": (
+        lambda r: give(r, [], []),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        ["there are 6 rows", "got 0 numbers"],
+    ),
+    "no given id for one row": (
+        lambda r: give(r, [1, 2, 3, 4, 5], [1, 1, 1, 0, 1, 1]),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        ["at least one", "0 in given_counts[3]"],
+    ),
+    "no given id for any row": (
+        lambda r: give(r, [], [0]),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        ["at least one", "0 in given_counts[0]"],
+    ),
+    "given counts that overflow": (
+        lambda r: give(r, [1] * 6, [2**32 - 1] * 6),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        [f"{6 * (2**32 - 1)} ids", "6 rows", "24 bytes"],
+    ),
+    "one given count that overflows": (
+        lambda r: give(r, [1] * 6, [2**32 - 1]),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        [f"{6 * (2**32 - 1)} ids", "6 rows", "24 bytes"],
+    ),
+    "given counts for too few rows": (
+        lambda r: give(r, [1] * 5, [1] * 5),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        ["there are 6 rows", "got 5 numbers"],
+    ),
+    "given counts for all rows of a mask": (
+        lambda r: (setattr(r, "row_mask", b"\x05"), give(r, [1] * 6, [1] * 6)),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        ["there are 2 rows", "got 6 numbers"],
+    ),
+    "given counts for rows before the first": (
+        lambda r: (r.first_rows.extend([2, 0, 1]), give(r, [1] * 6, [1] * 6)),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        ["there are 3 rows", "got 6 numbers"],
+    ),
+    "half a given id": (
+        lambda r: (give(r, [1] * 6, [1]), setattr(r, "given_ids", bytes(26))),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        ["6 ids of 4 bytes", "26 bytes"],
+    ),
+    "given ids that descend": (
+        lambda r: give(r, [1, 2, 1, 2, 2, 1, 1, 2, 1, 2, 1, 2], [2]),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        ["ascend", "row 2 "],
+    ),
+    "a given id twice": (
+        lambda r: give(r, [9, 1, 2, 3, 3, 0, 0, 0], [1, 2, 2, 1, 1, 1]),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        ["none twice", "row 2 "],
+    ),
+    "a negative given id": (
+        lambda r: give(r, [9, 8, 7, 6, -1, 5], [1]),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        ["none negative", "row 4 "],
+    ),
+    "a negative given id before ids that descend": (
+        lambda r: give(r, [9, 9, -5, 1, 2, 1, 0, 1, 0, 1], [1, 1, 2, 2, 2, 2]),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        ["row 2 "],
+    ),
+    "a given id beyond the effective vocabulary": (
+        lambda r: give(r, [1, 2, EFFECTIVE, 3, 4, 5], [1]),
+        *("TOKEN_ID_OUT_OF_RANGE", "given_ids", None),
+        [f"the id {EFFECTIVE}", f"0 to {EFFECTIVE - 1}"],
+    ),
+    "too many given ids for one row": (
+        lambda r: give(r, [*range(65), 1, 1, 1, 1, 1], [65, 1, 1, 1, 1, 1]),
+        *("GIVEN_IDS_DO_NOT_FIT", "given_ids", None),
+        ["at most 64", "got 65", "--targets.max-top-k"],
+    ),
+    "bits of given_ids": (
+        lambda r: (give(r, [1] * 6, [1]), setattr(r.targets.given_ids, "bits", 8)),
+        *("BAD_TARGETS", "targets.given_ids", None),
+        ["16 or 32", "got 8"],
+    ),
+    "bits of hidden": (
+        lambda r: setattr(r.targets.hidden, "bits", 4),
+        *("BAD_TARGETS", "targets.hidden", None),
+        ["8", "16", "got 4"],
+    ),
+    "no layer": (
+        lambda r: r.targets.features.SetInParent(),
+        *("BAD_TARGETS", "targets.features", None),
+        ["layers"],
+    ),
+    "layers that descend": (
+        lambda r: r.targets.features.layers.extend([1, 0]),
+        *("BAD_TARGETS", "targets.features", None),
+        ["layers", "1, 0"],
+    ),
+    "a layer that the teacher lacks": (
+        lambda r: r.targets.features.layers.append(3),
+        *("BAD_TARGETS", "targets.features", None),
+        ["to 2", "got 3"],
     ),
     "an unknown level": (
         lambda r: setattr(r, "level", 7),
@@ -444,6 +595,13 @@ REFUSALS: dict[str, tuple[Change, str, str, int | None, list[str]]] = {
 }
 
 
+def give(request: teacher_pb2.ScoreRequest, ids: list[int], counts: list[int]) -> None:
+    """Asks for given ids, and names them."""
+    request.targets.CopyFrom(GIVEN_IDS)
+    request.given_ids = np.array(ids, dtype="<i4").tobytes()
+    request.given_counts[:] = counts
+
+
 def set_id(request: teacher_pb2.ScoreRequest, position: int, token_id: int) -> None:
     ids = np.frombuffer(request.token_ids, dtype="<i4").copy()
     ids[position] = token_id
@@ -489,10 +647,16 @@ small = st.integers(0, 24)
 top_ks = st.builds(
     teacher_pb2.TopK, k=small | uint32, min_p=st.floats(), bits=st.sampled_from([7, 16]) | uint32
 )
+given_kinds = st.builds(teacher_pb2.GivenIds, bits=st.sampled_from([16, 32]) | uint32)
+layers = st.lists(st.integers(0, 3) | uint32, max_size=3)
 denses = st.builds(teacher_pb2.Dense, bits=st.sampled_from([16, 32]) | uint32)
 target_specs = (
     st.builds(teacher_pb2.TargetSpec, top_k=top_ks, entropy=st.booleans())
     | st.builds(teacher_pb2.TargetSpec, dense=denses, omit_log_z=st.booleans())
+    | st.builds(teacher_pb2.TargetSpec, given_ids=given_kinds)
+    | st.builds(teacher_pb2.TargetSpec, features=st.builds(teacher_pb2.Features, layers=layers))
+    | st.just(teacher_pb2.TargetSpec(hidden={"bits": 8}))
+    | st.just(teacher_pb2.TargetSpec(realized={}, omit_log_z=True))
     | st.just(teacher_pb2.TargetSpec())
     | st.just(TOP_8)
 )
@@ -517,6 +681,8 @@ def garbage(draw: st.DrawFn) -> teacher_pb2.ScoreRequest:
         first_rows=draw(optional_rows),
         row_mask=draw(st.just(b"") | st.binary(max_size=8)),
         targets=draw(target_specs),
+        given_ids=draw(st.just(b"") | st.binary(max_size=40)),
+        given_counts=draw(st.just([]) | st.lists(small | uint32, max_size=6)),
         temperature=draw(st.just(0.0) | st.floats()),
         level=draw(st.integers(0, 3) | st.integers(-(2**31), 2**31 - 1)),
         teacher_fingerprint=draw(st.just("") | st.text(max_size=70)),

@@ -37,21 +37,14 @@ def load_head(fingerprint: str, fetch: Fetch | None, where: str) -> TeacherHead:
     """
     path = cache_folder() / "heads" / f"{fingerprint}.bin"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
-            raw = _read(path, fingerprint)
-            for _ in range(FETCH_ATTEMPTS):
-                if raw is not None or fetch is None:
-                    break
-                part = path.with_suffix(".part")
-                with part.open("ab") as file:
-                    fetch(file)
-                if _digest_of(part) == fingerprint:
-                    part.replace(path)
-                else:
-                    logger.warning("the vocabulary head arrived damaged, fetching it again")
-                    part.unlink()
-                raw = _read(path, fingerprint)
+        raw = _read(path, fingerprint)  # a folder that holds it may be read-only
+        if raw is None and fetch is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.with_suffix(".lock")):
+                raw = _read(path, fingerprint)  # another process may have fetched it meanwhile
+                if raw is None:
+                    _fetch(path, fingerprint, fetch, where)
+                    raw = _map(path)
     except OSError as error:
         if isinstance(error, TeacherError):
             raise
@@ -59,19 +52,31 @@ def load_head(fingerprint: str, fetch: Fetch | None, where: str) -> TeacherHead:
             f"the vocabulary head {fingerprint} cannot be kept in {path.parent}: {error}. Make room, "
             "or set LOGITSTREAM_CACHE to another folder."
         ) from error
-    if raw is None and fetch is None:
+    if raw is None:
         raise TeacherError(
             f"the vocabulary head {fingerprint} is not in {path.parent}, and {where} cannot give it. "
             "Connect to the teacher, which has it: teacher.head() keeps it there."
-        )
-    if raw is None:
-        raise ProtocolError(
-            f"the vocabulary head {fingerprint} arrived damaged from {where} {FETCH_ATTEMPTS} times"
         )
     try:
         return read_head(raw, fingerprint)
     except CodecError as error:
         raise ProtocolError(f"the vocabulary head from {where} cannot be read: {error}") from error
+
+
+def _fetch(path: Path, fingerprint: str, fetch: Fetch, where: str) -> None:
+    """Makes the file, or goes on with what an interrupted attempt left of it."""
+    part = path.with_suffix(".part")
+    for _ in range(FETCH_ATTEMPTS):
+        with part.open("ab") as file:
+            fetch(file)
+        if _digest_of(part) == fingerprint:
+            part.replace(path)
+            return
+        logger.warning("the vocabulary head arrived damaged, fetching it again")
+        part.unlink()
+    raise ProtocolError(
+        f"the vocabulary head {fingerprint} arrived damaged from {where} {FETCH_ATTEMPTS} times"
+    )
 
 
 @contextmanager
@@ -91,8 +96,11 @@ def _read(path: Path, fingerprint: str) -> Tensor | None:
         return None
     if _digest_of(path) != fingerprint:
         logger.warning("%s is damaged and will be fetched again", path)
-        path.unlink()
         return None
+    return _map(path)
+
+
+def _map(path: Path) -> Tensor:
     return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
 
