@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from student_trainer.errors import InvalidRequest
 from student_trainer.hf.arguments import DistillationArguments
 from student_trainer.losses.features import FeatureLoss
+from student_trainer.teachers.several import Teachers
 from student_trainer.teachers.teacher import Teacher
 
 PROJECTORS_FILE = "feature_projectors.safetensors"
@@ -31,15 +32,21 @@ def make_feature_loss(
 ) -> FeatureLoss:
     """Makes the loss that the arguments describe; the seed decides the projectors' first weights.
 
-    Raises ValueError for a record, and for a student that does not say its layers or lacks one of
-    those that are named, InvalidRequest for a teacher that lacks one.
+    Raises ValueError for a record, for teachers of several widths, and for a student that does not
+    say its layers or lacks one of those that are named, InvalidRequest for a teacher that lacks one.
     """
-    if getattr(
-        teacher, "has_one_kind", False
-    ):  # anything with info and stream_batches is a teacher
+    several = isinstance(teacher, Teachers)
+    teachers = {name: teacher[name] for name in teacher.names} if several else {"": teacher}
+    # Anything with info and stream_batches is a teacher.
+    if any(getattr(one, "has_one_kind", False) for one in teachers.values()):
         raise ValueError(
             "features are asked for beside targets, and a record holds one of the two: give the live "
             "teacher, or leave features out"
+        )
+    sizes = {name: one.info.hidden_size for name, one in teachers.items()}
+    if len({*sizes.values()}) > 1:
+        raise ValueError(
+            f"features of several teachers need one hidden size, got {sizes}: leave features out"
         )
     layers, info = arguments.map_layers(), teacher.info
     if not info.hidden_size:

@@ -67,9 +67,10 @@ def make_muon(
 ) -> MuonWithAdamW:
     """Makes an optimizer of what is trained of a student: Muon for the matrices of its layers.
 
-    others: what is trained beside the student; it goes to AdamW. Embeddings, the head and whatever is no matrix go to AdamW with these `betas`. LoRA's A and B
-    in the layers are matrices like any other: hidden states are multiplied by them, and with the
-    rate adjusted to the shape an update of either is as large as AdamW's.
+    Embeddings, the head and whatever is no matrix go to AdamW with these `betas`, and so do
+    `others`, which are trained beside the student. LoRA's A and B in the layers are matrices like
+    any other: hidden states are multiplied by them, and with the rate adjusted to the shape an
+    update of either is as large as AdamW's.
     """
     outside = {
         id(parameter) for module in _find_embeddings(student) for parameter in module.parameters()

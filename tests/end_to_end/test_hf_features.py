@@ -277,6 +277,21 @@ def test_a_record_has_no_room_for_features(teacher_model, rows, tmp_path: Path):
         make_trainer(tmp_path, rows, record, distillation=arguments())
 
 
+def test_teachers_of_two_widths_share_no_projector(teacher_model, rows, tmp_path: Path):
+    teachers = {
+        "wide": LocalTeacher(teacher_model, TOKENIZER),
+        "narrow": LocalTeacher(tiny.make_model("Llama", 64, hidden_size=32), TOKENIZER),
+    }
+    with pytest.raises(ValueError, match=r"one hidden size, got \{'wide': 64, 'narrow': 32\}"):
+        make_trainer(
+            tmp_path,
+            rows,
+            teachers,
+            distillation=arguments(),
+            choice={"teacher_column": "teacher"},
+        )
+
+
 class Sharded(DistillationTrainer):
     create_accelerator_and_postprocess = shard_on_cpu  # type: ignore[assignment]
 
