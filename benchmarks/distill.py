@@ -15,6 +15,7 @@ import argparse
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from examples.demo import LEARNING_RATE, STEPS
 from logit_codec import Targets, decode, encode, ids_digest, parse_targets, select, uniforms
 from student_trainer import LocalTeacher, data
 from student_trainer.losses.distillation import prepare
+from student_trainer.teachers.several import Teachers
+from student_trainer.teachers.teacher import Teacher
 
 NUM_MEASUREMENTS = 10
 KINDS: dict[str, tuple[str | None, bool]] = {
@@ -89,6 +92,13 @@ def main() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(options.teacher)
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.teacher)
     teacher = CountingTeacher(model, tokenizer)
+    mixed: Teacher = teacher
+    if any(MODES[name].mixes for name in names if options.modes):
+        second = options.teacher.with_name(f"{options.teacher.name}-second")
+        demo_teacher.build_teacher(second, seed=1)
+        other = transformers.AutoModelForCausalLM.from_pretrained(second)
+        both = {"first": teacher, "second": CountingTeacher(other, tokenizer)}
+        mixed = Teachers(both, weights={"first": 0.5, "second": 0.5})
     train_files, held_out_files = demo_teacher.corpus_files()
     sequences = data.pack(train_files, tokenizer, demo_teacher.SEQUENCE, label="data")
     held_out = data.pack(held_out_files, tokenizer, demo_teacher.SEQUENCE, label="held-out data")
@@ -99,6 +109,8 @@ def main() -> None:
         batches = list(
             data.batches(sequences, batch_size=demo_teacher.BATCH, steps=options.steps, seed=seed)
         )
+        if options.modes:
+            add_text_before(batches, sequences)
         dense = [] if options.modes else score_densely(teacher, batches)
         for name in names:
             student = demo_teacher.make_student(options.teacher, seed)
@@ -107,13 +119,14 @@ def main() -> None:
                 curve = train_mode(
                     MODES[name],
                     student,
-                    teacher,
+                    mixed if MODES[name].mixes else teacher,
                     batches,
                     held_out[:256],
                     learning_rate=LEARNING_RATE,
                     measure_every=every,
                 )
-                nbytes[name] = teacher.nbytes / (len(batches) * batches[0]["input_ids"].numel())
+                rows = len(batches) * batches[0]["input_ids"][:, 1:].numel()
+                nbytes[name] = teacher.nbytes / rows * (2 if MODES[name].mixes else 1)
             else:
                 sent = [0, 0]
                 curve = train(
@@ -130,6 +143,14 @@ def main() -> None:
     print_table(runs, nbytes, options.steps, options.seeds)
     if options.picture:
         draw(runs, every, options.picture)
+
+
+def add_text_before(batches: list[dict[str, Any]], sequences: Tensor) -> None:
+    """Adds the sequence that comes before each one in the text to the batches, as `before`."""
+    places = {ids.numpy().tobytes(): place for place, ids in enumerate(sequences)}
+    for batch in batches:
+        found = [places[ids.numpy().tobytes()] for ids in batch["input_ids"]]
+        batch["before"] = [sequences[max(0, place - 1)].tolist() for place in found]
 
 
 def score_densely(teacher: LocalTeacher, batches: list[dict[str, Tensor]]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.training import make_optimizer, measure
 from logit_codec import Targets
-from student_trainer import LocalTeacher, distillation_loss
+from student_trainer import FeatureLoss, LocalTeacher, distillation_loss
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 from student_trainer.teachers.teacher import Teacher
 
@@ -36,6 +36,12 @@ class Mode:
     """Of `stream_batches`."""
     from_student: bool = False
     """Whether the student's own likeliest ids are given."""
+    mixes: bool = False
+    """Whether a second teacher, trained like the first from another seed, counts as much as the first."""
+    sees_more: bool = False
+    """Whether the teacher reads the text that comes before a sequence, which the student does not."""
+    features: dict[int, int] = field(default_factory=dict)
+    """The teacher's layers whose states are learnt as well, and the student's that learn them."""
 
     def give_ids(self, logits_RV: Tensor, labels_R: Tensor) -> Tensor:
         """Returns (R, m) ids: the student's likeliest ones, and the token that came next."""
@@ -60,6 +66,9 @@ MODES: dict[str, Mode] = {
     ),
     "dense, reverse KL": Mode("dense:f32", {"divergence": "reverse_kl"}),
     "hidden:int8, jsd": Mode("hidden:int8", {"divergence": "jsd"}),
+    "sampled:64 + features": Mode("sampled:64", features={1: 1, 2: 2}),
+    "two teachers, mixed": Mode("hidden:int8", mixes=True),
+    "teacher sees more": Mode("sampled:64", sees_more=True),
 }
 """By the name in the table."""
 
@@ -89,13 +98,18 @@ def train_mode(
     measure_every: int,
 ) -> list[float]:
     """Trains a student; returns the curve of held-out losses."""
-    optimizer, schedule = make_optimizer(student, learning_rate, len(batches))
+    feature_loss = None
+    if mode.features:
+        config: Any = student.config
+        feature_loss = FeatureLoss(mode.features, config.hidden_size, teacher.info.hidden_size)
+    optimizer, schedule = make_optimizer(student, learning_rate, len(batches), feature_loss)
     losses = []
     student.train()
     for step, batch in enumerate(batches, 1):
         ids = batch["input_ids"]
         labels_R = ids[:, 1:].flatten()
-        logits_RV = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        outputs = student(input_ids=ids, output_hidden_states=bool(mode.features))
+        logits_RV = outputs.logits[:, :-1].flatten(0, 1)
         if mode.targets is None:
             loss = nn.functional.cross_entropy(logits_RV, labels_R)
         else:
@@ -104,6 +118,11 @@ def train_mode(
             if options.get("ce_weight"):
                 options["labels"] = labels_R
             loss = distillation_loss(logits_RV, targets, **options)
+        if feature_loss is not None:
+            layers = "+".join(map(str, mode.features))
+            wanted = Mode(f"features:layers={layers},realized=0")
+            states = [state[:, :-1].flatten(0, 1) for state in outputs.hidden_states]
+            loss = loss + feature_loss(states, _ask(wanted, teacher, batch, logits_RV, labels_R))
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -119,6 +138,8 @@ def _ask(
 ) -> Targets:
     """Asks the teacher for one batch."""
     ask = dict(mode.ask)
+    if mode.sees_more:
+        ask["teacher_view"] = lambda ids, row: [*row["before"], *ids.tolist()]
     if mode.from_student:
         ask["given_ids"] = lambda _: mode.give_ids(logits_RV, labels_R)
     stream: Iterator[tuple[Any, Targets]] = teacher.stream_batches(

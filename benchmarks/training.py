@@ -47,15 +47,22 @@ def train(
 
 
 def make_optimizer(
-    student: nn.Module, learning_rate: float, steps: int | None
+    student: nn.Module,
+    learning_rate: float,
+    steps: int | None,
+    beside: nn.Module | None = None,
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Makes the demo's optimizer and its schedule, which falls to zero in `steps`, if there is an end."""
+    """Makes the demo's optimizer and its schedule, which falls to zero in `steps`, if there is an end.
+
+    beside: what is trained with the student, at the same rate.
+    """
 
     def factor(step: int) -> float:
         falling = 1.0 if steps is None else (steps - step) / steps
         return min(falling, (step + 1) / WARMUP)
 
-    optimizer = make_muon(student, learning_rate=learning_rate)
+    both = student if beside is None else nn.ModuleList([student, beside])
+    optimizer = make_muon(both, learning_rate=learning_rate)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
