@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     )
     from student_trainer import (
         AccessDenied,
+        FeatureLoss,
         ForkedClient,
         IncompatibleTeacher,
         InvalidRequest,
@@ -48,6 +49,7 @@ __all__ = [
     "DistillationArguments",
     "DistillationMixin",
     "DistillationTrainer",
+    "FeatureLoss",
     "ForkedClient",
     "IncompatibleTeacher",
     "InvalidRequest",
