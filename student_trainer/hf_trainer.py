@@ -89,13 +89,8 @@ class DistillationMixin(_Trainer):
     ) -> None:
         self.distillation = distillation or DistillationArguments()
         self.teacher: Teacher | None = None
-        self._is_carrying = False
-        choosing = {"teacher_column": teacher_column, "teacher_weights": teacher_weights}
-        for name, value in choosing.items():
-            if value is not None and not isinstance(teacher, Mapping):
-                raise ValueError(
-                    f"{name}={value!r} is for several teachers: teacher={{name: address, ...}}"
-                )
+        self._carries = self._is_carrying = False
+        _check_choice(teacher, teacher_column=teacher_column, teacher_weights=teacher_weights)
         if teacher is not None:  # before a Trainer tokenizes its data
             check_arguments(self.distillation)
             for settings in (*args, *kwargs.values()):
@@ -104,11 +99,7 @@ class DistillationMixin(_Trainer):
         super().__init__(*args, **kwargs)
         if teacher is None:
             return
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                "several GPUs in one process are not supported: start one process for each with "
-                "torchrun or accelerate launch, or choose one with CUDA_VISIBLE_DEVICES"
-            )
+        _refuse_several_gpus(self.args)
         assert self.model is not None
         check_causal(self.model)
         refuse_other_losses(self.args, self.compute_loss_func)  # a subclass may set its own
@@ -120,6 +111,10 @@ class DistillationMixin(_Trainer):
         else:
             self.teacher = self._open_teacher(teacher)
         self._view = teacher_view
+        self._column: str | None = getattr(self.teacher, "column", None)
+        """Of the data: names the teacher of each row."""
+        self._carries = self._column is not None or teacher_view is not None
+        """Whether the teacher reads columns that the student does not."""
         # The loss is divided by the rows of the whole accumulation window, see compute_loss.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 calls the same
@@ -165,7 +160,8 @@ class DistillationMixin(_Trainer):
                 num_rows += targets.num_rows
                 self._meter.rows_fetched += targets.num_rows
             # Tensors in such a way that nothing waits for them; then whatever else accelerate can move.
-            of_student = {k: v for k, v in taken.batch.items() if k not in self._of_teacher}
+            of_teacher = ROW_COLUMNS, self._column
+            of_student = {k: v for k, v in taken.batch.items() if k not in of_teacher}
             batch: Any = send_to_device(move_to_device(of_student, device), device)
             batch[ATTACHED] = AttachedTargets.of(taken, targets)
             samples.append(batch)
@@ -221,7 +217,7 @@ class DistillationMixin(_Trainer):
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        self._refuse_unknown_ids(attached.largest_id)
+        _refuse_unknown_ids(self.model, attached.largest_id)
         loss, outputs = self._batch_loss.compute(model, inputs, attached, keep=return_outputs)
         if num_items_in_batch is None:
             loss = loss / max(len(attached.rows), 1)
@@ -245,21 +241,6 @@ class DistillationMixin(_Trainer):
 
     # How it is done.
 
-    @property
-    def _column(self) -> str | None:
-        """The column of the data that names the teacher of each row."""
-        return getattr(self.teacher, "column", None)
-
-    @property
-    def _carries(self) -> bool:
-        """Whether the teacher reads columns that the student does not."""
-        return self.teacher is not None and (self._column is not None or self._view is not None)
-
-    @property
-    def _of_teacher(self) -> tuple[str | None, ...]:
-        """Keys of a batch that the student must not get."""
-        return ROW_COLUMNS, self._column
-
     def _make_carrying(self, collator: Any) -> CarryingCollator:
         known = None
         if self.args.remove_unused_columns:
@@ -269,9 +250,7 @@ class DistillationMixin(_Trainer):
         return CarryingCollator(collator, known, self._column, weigh, self._view is not None)
 
     def _open_teacher(self, teacher: OneTeacher) -> Teacher:
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        if not hasattr(tokenizer, "get_vocab"):
-            tokenizer = None
+        tokenizer = _find_tokenizer(self.processing_class)
         if isinstance(teacher, nn.Module):
             return LocalTeacher(teacher, tokenizer)
         if isinstance(teacher, str | list | tuple):
@@ -294,16 +273,6 @@ class DistillationMixin(_Trainer):
         if not self._alignment.is_enough:
             self._alignment.add(batch, targets)
 
-    def _refuse_unknown_ids(self, largest: int) -> None:
-        """Raises ValueError, where the embeddings would raise an IndexError or a GPU would abort."""
-        get_embeddings = getattr(self.model, "get_input_embeddings", None)
-        size = getattr(get_embeddings and get_embeddings(), "num_embeddings", None)
-        if size is not None and largest >= size:
-            raise ValueError(
-                f"a batch has the id {largest}, and the student has {size} ids. Use a student with "
-                "every id of the tokenizer, or student.resize_token_embeddings(len(tokenizer))."
-            )
-
     def _collect_logs(self) -> dict[str, float]:
         sums = self._meter.take_sums()
         if self.args.world_size > 1:
@@ -316,18 +285,17 @@ class DistillationMixin(_Trainer):
             nbytes = counters.payload_nbytes - self._nbytes_before
             logs["bytes_per_token"] = nbytes / (counters.rows - self._rows_before)
         if isinstance(self.teacher, Teachers):
-            logs |= self._compute_shares(self.teacher)
+            total = self.teacher.rows_by_teacher
+            rows = torch.tensor(
+                [total[name] - before for name, before in self._rows_of_each.items()],
+                device=self.args.device,
+            )
+            self._rows_of_each = total
+            if self.args.world_size > 1:
+                rows = self.accelerator.gather(rows[None]).sum(0)  # type: ignore[union-attr,call-overload]
+            shares = (rows / rows.sum().clamp(min=1e-9)).tolist()
+            logs |= {f"share/{name}": one for name, one in zip(total, shares, strict=True)}
         return logs
-
-    def _compute_shares(self, teachers: Teachers) -> dict[str, float]:
-        """Returns the share of each teacher in the rows since the last time, on all ranks."""
-        total, before = teachers.rows_by_teacher, self._rows_of_each
-        since = [total[name] - before[name] for name in teachers.names]
-        rows, self._rows_of_each = torch.tensor(since, device=self.args.device), total
-        if self.args.world_size > 1:
-            rows = self.accelerator.gather(rows[None]).sum(0)  # type: ignore[union-attr,call-overload]
-        shares = (rows / rows.sum().clamp(min=1e-9)).tolist()
-        return {f"share/{name}": one for name, one in zip(teachers.names, shares, strict=True)}
 
     def _begin_counting(self) -> None:
         """Leaves what the teacher was asked before this training out of the bytes per token."""
@@ -346,6 +314,41 @@ class DistillationMixin(_Trainer):
             **{name: getattr(self.distillation, name) for name in names},
             **(self.teacher.choice if isinstance(self.teacher, Teachers) else {}),
         }
+
+
+def _check_choice(teacher: Any, **choice: Any) -> None:
+    """Raises ValueError for what chooses between teachers where there is one."""
+    for name, value in choice.items():
+        if value is not None and not isinstance(teacher, Mapping):
+            raise ValueError(
+                f"{name}={value!r} is for several teachers: teacher={{name: address, ...}}"
+            )
+
+
+def _refuse_several_gpus(args: transformers.TrainingArguments) -> None:
+    """Raises ValueError where a Trainer would divide each batch among GPUs of its process."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            "several GPUs in one process are not supported: start one process for each with "
+            "torchrun or accelerate launch, or choose one with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _find_tokenizer(processing_class: Any) -> Any:
+    """Returns a Trainer's tokenizer, also inside a processor; None if there is none."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return tokenizer if hasattr(tokenizer, "get_vocab") else None
+
+
+def _refuse_unknown_ids(student: Any, largest: int) -> None:
+    """Raises ValueError, where the embeddings would raise an IndexError or a GPU would abort."""
+    get_embeddings = getattr(student, "get_input_embeddings", None)
+    size = getattr(get_embeddings and get_embeddings(), "num_embeddings", None)
+    if size is not None and largest >= size:
+        raise ValueError(
+            f"a batch has the id {largest}, and the student has {size} ids. Use a student with "
+            "every id of the tokenizer, or student.resize_token_embeddings(len(tokenizer))."
+        )
 
 
 class DistillationTrainer(DistillationMixin, transformers.Trainer):

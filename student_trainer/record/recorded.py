@@ -73,11 +73,7 @@ class Recorded(Teacher):
         self._pid = os.getpid()
         self._closed = False
         self._head: TeacherHead | None = None
-        if isinstance(fallback, Teachers):
-            raise ValueError(
-                "a record is of one teacher: give each of several teachers a record of its own, "
-                "Teachers({name: Recorded(folder_of_it, teacher), ...}, column=...)"
-            )
+        _refuse_several(fallback)
         self._fallback = fallback
         self.tokenizer = tokenizer or getattr(fallback, "tokenizer", None)
         files = Folder(folder)
@@ -306,3 +302,12 @@ class Recorded(Teacher):
         answer = live.result()
         self._sealer.keep(request, entry, tuple(answer.payloads))
         return self.counters.hand_out(answer, request)
+
+
+def _refuse_several(teacher: Teacher | None) -> None:
+    """Raises ValueError for several teachers, whose targets have no common record."""
+    if isinstance(teacher, Teachers):
+        raise ValueError(
+            "a record is of one teacher: give each of several teachers a record of its own, "
+            "Teachers({name: Recorded(folder_of_it, teacher), ...}, column=...)"
+        )

@@ -5,7 +5,7 @@ Letters: B rows of a batch, J teachers.
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,17 +109,12 @@ class Teachers(Teacher):
         """What says which teacher is asked for a row, as JSON has it."""
         if self._weights_J is None:
             return {"teacher_column": self._column}
-        return {"teacher_weights": dict(zip(self.names, self._weights_J.tolist(), strict=True))}
+        return {"teacher_weights": dict(zip(self._teachers, self._weights_J.tolist(), strict=True))}
 
     @property
     def teachers(self) -> dict[str, Teacher]:
         """The teachers by name."""
         return dict(self._teachers)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The teachers, in their order."""
-        return tuple(self._teachers)
 
     @property
     def counters(self) -> TotalCounters | None:
@@ -209,7 +204,7 @@ class Teachers(Teacher):
         if batch.get(self._column) is None:
             raise InvalidRequest(
                 f"{where}: the batch has no column {self._column!r}, which names the teacher of each "
-                f"row ({self._allowed}); it has {', '.join(batch)}"
+                f"row ({_list(self._teachers)}); it has {', '.join(batch)}"
             )
         values, num_rows = batch[self._column], _count_rows(batch)
         if isinstance(values, str | Mapping):
@@ -229,13 +224,13 @@ class Teachers(Teacher):
         given = {str(value): 1.0} if isinstance(value, str) else value
         if not isinstance(given, Mapping):
             raise InvalidRequest(
-                f"{where} must be the name of a teacher ({self._allowed}) or weights by name, got "
+                f"{where} must be the name of a teacher ({_list(self._teachers)}) or weights by name, got "
                 f"{value!r}"
             )
         unknown = [name for name in given if name not in self._teachers]
         if unknown:
             raise InvalidRequest(
-                f"{where} names the teacher {unknown[0]!r}; the teachers are {self._allowed}"
+                f"{where} names the teacher {unknown[0]!r}; the teachers are {_list(self._teachers)}"
             )
         try:
             numbers = [float(given.get(name, 0.0)) for name in self._teachers]
@@ -247,10 +242,6 @@ class Teachers(Teacher):
             )
         return torch.tensor(numbers, dtype=torch.float64)
 
-    @property
-    def _allowed(self) -> str:
-        return ", ".join(map(repr, self._teachers))
-
     def _join(
         self,
         parts: Sequence[Targets],
@@ -260,16 +251,22 @@ class Teachers(Teacher):
         """Joins the answers to one batch, in the order in which they were asked for."""
         rest, said = iter(parts), []
         for chosen in weights:
-            targets = {name: self._complete(next(rest), heads.get(name)) for name in chosen}
+            targets = {name: _complete(next(rest), heads.get(name), self._width) for name in chosen}
             said.append(Said(targets, chosen))
             for name, weight in chosen.items():
                 self._rows[name] += weight * targets[name].num_rows
         return join(said)
 
-    def _complete(self, targets: Targets, head: TeacherHead | None) -> Targets:
-        if isinstance(targets, HiddenTargets) and head is not None:
-            targets = targets.with_head(head)
-        return narrow(targets, self._width)
+
+def _complete(targets: Targets, head: TeacherHead | None, width: int) -> Targets:
+    """Returns what one teacher answered, over the ids that all teachers share."""
+    if isinstance(targets, HiddenTargets) and head is not None:
+        targets = targets.with_head(head)
+    return narrow(targets, width)
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _count_rows(batch: Mapping[str, Any]) -> int:
