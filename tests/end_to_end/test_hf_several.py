@@ -147,10 +147,10 @@ def test_the_examples_of_the_page_run_as_they_are_printed(
     }
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 4
-    for block in blocks:
-        # The first example closes its teachers, as programs end; the others are programs too.
-        for name in {"math", "code"} & {*names}:
-            names[name] = connect({"math": trained_service, "code": padded_service}[name].address)
+    exec(blocks[0], names)  # closes its teachers at the end
+    for name, service in (("math", trained_service), ("code", padded_service)):
+        names[name] = connect(service.address, tokenizer=TOKENIZER)
+    for block in blocks[1:]:
         exec(block, names)
     assert "22\n" in capsys.readouterr().out
     for name in ("math", "code"):
