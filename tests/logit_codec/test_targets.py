@@ -245,7 +245,9 @@ def test_hidden_states_with_their_head_are_a_distribution():
     other = TeacherHead(weight=WEIGHT, effective_vocab_size=5, fingerprint="cd" * 16)
     with pytest.raises(ValueError, match=f"for the head {'ab' * 16}, got {'cd' * 16}"):
         targets.with_head(other)
-    assert hidden(head=None).with_head(HEAD).to("meta").head.weight.device.type == "meta"
+    # The head follows where it is used: copied with each batch, it would be copied for nothing.
+    moved = hidden(head=None).with_head(HEAD).to("meta")
+    assert moved.logits(slice(None)).device.type == "meta"
 
 
 def test_given_ids_without_any_mass_stay_without_it_when_renormalised():

@@ -29,6 +29,10 @@ def test_the_kinds_are_those_of_the_contract():
     assert {name: kind_named(name).number for name in KINDS} == {
         "sampled": 3,
         "top_k": 2,
+        "given_ids": 4,
+        "realized": 5,
+        "hidden": 6,
+        "features": 7,
         "dense": 1,
     }
     assert all(kind_numbered(kind_named(name).number) is kind_named(name) for name in KINDS)
@@ -36,7 +40,7 @@ def test_the_kinds_are_those_of_the_contract():
 
 
 def test_a_message_without_a_kind_is_refused_with_the_kinds_that_there_are():
-    with pytest.raises(ValueError, match="sampled, top_k, dense"):
+    with pytest.raises(ValueError, match="sampled, top_k, given_ids, .*, dense"):
         read_targets(teacher_pb2.TargetSpec())
 
 

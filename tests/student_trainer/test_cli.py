@@ -105,7 +105,7 @@ def test_a_mistake_is_a_line_on_stderr_and_exit_code_2(tmp_path: Path, capsys):
         ("--device", "gpu", "--device must be auto, cpu, cuda"),
         ("--targets", "topk:64", "--targets: unknown kind of targets 'topk'"),
         ("--targets", "given_ids", "needs ids for each row, which a text does not name"),
-        ("--targets", "realized", "forward_kl cannot be computed from RealizedTargets"),
+        ("--targets", "realized", "forward_kl cannot be computed from realized targets"),
         ("--ahead", "3x", "ahead must be a number of batches"),
         ("--output", "/proc/x", "--output /proc/x cannot be created"),
     ],

@@ -388,8 +388,8 @@ def answers_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
         waiting: list[Any] = []
         while True:
             for request in itertools.islice(requests, look_ahead.size - len(waiting)):
-                for where, (ids, wanted) in request.pieces.items():
-                    request.futures[where] = submit(ids, wanted, request.options)
+                for where, piece in request.pieces.items():
+                    request.futures[where] = submit(piece, request.options)
                 waiting.append(request)
             if not waiting:
                 return

@@ -199,7 +199,10 @@ def test_more_time_for_the_same_steps_and_waiting_are_reported():
 
 def test_settings_that_differ_are_compared_side_by_side():
     report = make_report(CASES["several"])
-    assert [group["label"] for group in report["groups"]] == ["targets sampled", "targets top_k:8"]
+    assert [group["label"] for group in report["groups"]] == [
+        "targets sampled, kd_weight 1.0, ce_weight 0.0",
+        "targets top_k:8, kd_weight 0.7, ce_weight 0.3",  # by default
+    ]
     assert "Lowest loss on held-out text: targets sampled" in said(report)
     # What is about the machine makes no other setting.
     same = {
