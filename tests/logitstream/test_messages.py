@@ -40,7 +40,7 @@ def test_the_kinds_are_those_of_the_contract():
 
 
 def test_a_message_without_a_kind_is_refused_with_the_kinds_that_there_are():
-    with pytest.raises(ValueError, match="sampled, top_k, given_ids, .*, dense"):
+    with pytest.raises(ValueError, match=r"sampled, top_k, given_ids, .*, dense"):
         read_targets(teacher_pb2.TargetSpec())
 
 
