@@ -1,6 +1,6 @@
 """The short examples, run against a live service and stopped in between."""
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -74,11 +74,12 @@ def test_the_features_example_learns_the_layers_and_saves_the_student_alone(
 
 
 @pytest.mark.parametrize("example", [plain_loop, hf_trainer, many_epochs, features])
-def test_an_example_without_its_arguments_says_how_it_is_used(example):
-    command = [sys.executable, "-m", example.__name__, "127.0.0.1:1"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 2
-    (line,) = ended.stderr.splitlines()
+def test_an_example_without_its_arguments_says_how_it_is_used(example, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [example.__file__, "127.0.0.1:1"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(example.__file__, run_name="__main__")
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"usage: python -m {example.__name__} HOST:PORT STUDENT_FOLDER ")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from logit_codec.kinds import KINDS
 from student_trainer import IncompatibleTeacher, TeacherUnavailable, connect
 from tests.conftest import ENDLESS_CLIENT, Served
 from tests.support import tiny
@@ -52,7 +53,7 @@ def test_describe_prints_what_the_service_says(gemma_service: Served):
         assert found["teacher_fingerprint"] == teacher.info.teacher_fingerprint
     assert found["vocab_size"] == found["effective_vocab_size"] == VOCAB
     assert found["max_sequence_tokens"] == tiny.CONTEXT
-    assert found["kinds"] == ["sampled", "top_k", "dense"]
+    assert found["kinds"] == [*KINDS]
     assert found["exactness"] == "bytes"
     assert found["limits"]["max_top_k"] == 256
     (replica,) = found["replicas"]

@@ -315,7 +315,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_the_text_is_read(argument
     kept = arguments(checkpoint_every=1)
     assert main(["train", *kept]) == 0
     line = refused(capsys, caplog, "train", *kept, "--ce-weight", "0.5")
-    assert "belongs to another run: ce_weight was 0.0 and is 0.5. Give what it had" in line
+    assert "ce_weight was 0.3 and is 0.5. Give what it had" in line
 
 
 # Texts.

@@ -176,7 +176,7 @@ def test_the_source_is_read_only_as_far_ahead_as_asked(gemma_service: Served):
         ([5], {}, ["1 tokens", "at least 2"]),
         ([], {}, ["whole numbers"]),
         ([1, 2], {"targets": "top_k:257"}, ["between 1 and 256", "257"]),
-        ([1, 2], {"targets": "hidden:int8"}, ["hidden", "sampled, top_k, dense"]),
+        ([1, 2], {"targets": "hiden:int8"}, ["hiden", "sampled, top_k, ", "hidden"]),
         ([1, 2], {"targets": "top_k:0"}, ["between 1", "got 0"]),
         ([1, 2], {"temperature": 0.0}, ["temperature", "0.0"]),
         ([1, 2], {"ahead": 0}, ["ahead", "0"]),

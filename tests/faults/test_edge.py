@@ -246,7 +246,16 @@ def test_a_port_that_cannot_be_opened_again_ends_its_replica_and_another_takes_o
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(300, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["unfinished", "unfinished-check", "watching", "idle", "half-tls"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "unfinished",
+        pytest.param("unfinished-check", marks=pytest.mark.slow),
+        "watching",
+        "idle",
+        "half-tls",
+    ],
+)
 def test_strangers_do_not_make_a_shared_service_grow(shared: Shared, kind: str, count: int):
     with shared.connect() as teacher:
         list(teacher.stream(SEQUENCES))

@@ -83,6 +83,7 @@ def test_a_killed_replica_is_forgotten_and_replaced(pair: Launched) -> None:
     assert len(before.keys() & after.keys()) == 1
 
 
+@pytest.mark.slow
 def test_an_update_replaces_replicas_one_by_one_and_no_trainer_notices(
     pair: Launched, launch, model_folder
 ) -> None:
