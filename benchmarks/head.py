@@ -109,14 +109,20 @@ def print_table(setting: Setting, rounds: int) -> None:
         )
 
 
-def print_savings(setting: Setting, rounds: int, every: int) -> None:
-    """Measures the engine on all rows, on every n-th, and on states that need no logits."""
+def open_head(setting: Setting) -> tuple[TeacherModel, Device, VocabularyHead]:
+    """Makes a teacher with random weights, the queue of its device, and its head."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
     device = torch.device(setting.device)
     model = make_model(setting, device)
     queue = open_device(device)
     head = VocabularyHead(model, queue)
+    return model, queue, head
+
+
+def print_savings(setting: Setting, rounds: int, every: int) -> None:
+    """Measures the engine on all rows, on every n-th, and on states that need no logits."""
+    model, queue, head = open_head(setting)
     hidden_TD = 20 * torch.randn(setting.rows + 1, HIDDEN).to(model.device, model.dtype)
     ids = torch.zeros(setting.rows + 1, dtype=torch.int64)
     spec, states = parse_targets(setting.targets), parse_targets("hidden:int8,realized=0")
@@ -131,7 +137,7 @@ def print_savings(setting: Setting, rounds: int, every: int) -> None:
         for request in requests:
             select(head, queue, hidden_TD, request)
         turns = [
-            [time_of(lambda r=r: select(head, queue, hidden_TD, r), device) for r in requests]
+            [time_of(lambda r=r: select(head, queue, hidden_TD, r), model.device) for r in requests]
             for _ in range(rounds)
         ]
     names = (f"{setting.targets}, all rows", f"{setting.targets}, every {every}th", str(states))
@@ -151,19 +157,16 @@ def ask(pipe: Pipe, what: str) -> float:
 def work(pipe: Pipe, method: str, setting: Setting) -> None:
     """Body of a process: measures one method whenever it is asked to."""
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as the service does
-    if setting.threads:
-        torch.set_num_threads(setting.threads)
-    device = torch.device(setting.device)
-    model = make_model(setting, device)
-    queue = open_device(device)
-    head = VocabularyHead(model, queue)
+    model, queue, head = open_head(setting)
     run = make_run(method, setting, head, queue)
     small = make_run(method, replace(setting, rows=32), head, queue)
     small()  # what comes once, whatever the number of rows
     pipe.send(head.chunk_rows * model.vocab_size * model.dtype.itemsize)
     with torch.inference_mode():
         while what := pipe.recv():
-            pipe.send(peak_of(run, device) if what == "memory" else time_of(run, device))
+            pipe.send(
+                peak_of(run, model.device) if what == "memory" else time_of(run, model.device)
+            )
 
 
 def make_model(setting: Setting, device: torch.device) -> TeacherModel:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training import make_optimizer, measure
+from benchmarks.training import minimise
 from logit_codec import Targets
 from student_trainer import FeatureLoss, LocalTeacher, distillation_loss
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
@@ -102,35 +102,42 @@ def train_mode(
     if mode.features:
         config: Any = student.config
         feature_loss = FeatureLoss(mode.features, config.hidden_size, teacher.info.hidden_size)
-    optimizer, schedule = make_optimizer(student, learning_rate, len(batches), feature_loss)
-    losses = []
-    student.train()
-    for step, batch in enumerate(batches, 1):
-        ids = batch["input_ids"]
-        labels_R = ids[:, 1:].flatten()
-        outputs = student(input_ids=ids, output_hidden_states=bool(mode.features))
-        logits_RV = outputs.logits[:, :-1].flatten(0, 1)
-        if mode.targets is None:
-            loss = nn.functional.cross_entropy(logits_RV, labels_R)
-        else:
-            targets = _ask(mode, teacher, batch, logits_RV.detach(), labels_R)
-            options = dict(mode.options)
-            if options.get("ce_weight"):
-                options["labels"] = labels_R
-            loss = distillation_loss(logits_RV, targets, **options)
-        if feature_loss is not None:
-            layers = "+".join(map(str, mode.features))
-            wanted = Mode(f"features:layers={layers},realized=0")
-            states = [state[:, :-1].flatten(0, 1) for state in outputs.hidden_states]
-            loss = loss + feature_loss(states, _ask(wanted, teacher, batch, logits_RV, labels_R))
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % measure_every == 0:
-            losses.append(measure(student, held_out))
-    return losses
+    return minimise(
+        student,
+        (_compute_loss(mode, student, teacher, batch, feature_loss) for batch in batches),
+        held_out,
+        learning_rate=learning_rate,
+        measure_every=measure_every,
+        steps=len(batches),
+        beside=feature_loss,
+    )
+
+
+def _compute_loss(
+    mode: Mode,
+    student: nn.Module,
+    teacher: Teacher,
+    batch: Batch,
+    feature_loss: FeatureLoss | None,
+) -> Tensor:
+    """Asks for the targets of a batch and computes its loss."""
+    ids = batch["input_ids"]
+    labels_R = ids[:, 1:].flatten()
+    outputs = student(input_ids=ids, output_hidden_states=bool(mode.features))
+    logits_RV = outputs.logits[:, :-1].flatten(0, 1)
+    if mode.targets is None:
+        return nn.functional.cross_entropy(logits_RV, labels_R)
+    targets = _ask(mode, teacher, batch, logits_RV.detach(), labels_R)
+    options = dict(mode.options)
+    if options.get("ce_weight"):
+        options["labels"] = labels_R
+    loss = distillation_loss(logits_RV, targets, **options)
+    if feature_loss is not None:
+        layers = "+".join(map(str, mode.features))
+        wanted = Mode(f"features:layers={layers},realized=0")
+        states = [state[:, :-1].flatten(0, 1) for state in outputs.hidden_states]
+        loss = loss + feature_loss(states, _ask(wanted, teacher, batch, logits_RV, labels_R))
+    return loss
 
 
 def _ask(

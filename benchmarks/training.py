@@ -1,6 +1,6 @@
 """The loop with which the benchmarks train small students on (batch, targets) pairs, on one CPU."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,38 +23,44 @@ def train(
 ) -> list[float]:
     """Trains on targets, or on the labels where targets is None; returns the curve of held-out losses.
 
-    held_out: (N, L) ids, measured after every `measure_every` steps. The learning rate falls to zero
-    in `steps` steps, or stays where it is after the warm-up if that is None.
+    The other arguments are those of `minimise`.
     """
-    optimizer, schedule = make_optimizer(student, learning_rate, steps)
-    losses = []
-    student.train()
-    for step, (batch, targets) in enumerate(pairs, 1):
-        ids = batch["input_ids"]
-        logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
-        if targets is None:
-            loss = nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
-        else:
-            loss = distillation_loss(logits, targets)
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % measure_every == 0:
-            losses.append(measure(student, held_out))
-    return losses
+
+    def losses() -> Iterator[Tensor]:
+        for batch, targets in pairs:
+            ids = batch["input_ids"]
+            logits = student(input_ids=ids).logits[:, :-1].flatten(0, 1)
+            if targets is None:
+                yield nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+            else:
+                yield distillation_loss(logits, targets)
+
+    return minimise(
+        student,
+        losses(),
+        held_out,
+        learning_rate=learning_rate,
+        measure_every=measure_every,
+        steps=steps,
+    )
 
 
-def make_optimizer(
+def minimise(
     student: nn.Module,
+    losses: Iterable[Tensor],
+    held_out: Tensor,
+    *,
     learning_rate: float,
-    steps: int | None,
+    measure_every: int,
+    steps: int | None = None,
     beside: nn.Module | None = None,
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Makes the demo's optimizer and its schedule, which falls to zero in `steps`, if there is an end.
+) -> list[float]:
+    """Takes a step of the demo's optimizer on each loss; returns the curve of held-out losses.
 
-    beside: what is trained with the student, at the same rate.
+    losses: each is computed when it is asked for, from the student as it is then. held_out: (N, L)
+    ids, measured after every `measure_every` steps. The learning rate falls to zero in `steps` steps,
+    or stays where it is after the warm-up if that is None. beside: what is trained with the student,
+    at the same rate.
     """
 
     def factor(step: int) -> float:
@@ -63,7 +69,18 @@ def make_optimizer(
 
     both = student if beside is None else nn.ModuleList([student, beside])
     optimizer = make_muon(both, learning_rate=learning_rate)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    curve = []
+    student.train()
+    for step, loss in enumerate(losses, 1):
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % measure_every == 0:
+            curve.append(measure(student, held_out))
+    return curve
 
 
 @torch.inference_mode()

@@ -67,6 +67,15 @@ class PlaneReader:
         """Reads a plane of (n,) float32 and nothing else."""
         return self.take(name).raw_bytes().view(np.float32)
 
+    def take_values(self, name: str, count: int, bits: int) -> Tensor:
+        """Reads a plane of (count,) int8, bfloat16 or float32, by their bits, and nothing else."""
+        raw = self.take(name).raw_bytes()
+        if raw[count * bits // 8 :].any():
+            raise CodecError(f"the padding of the {name} plane is not zero")
+        if bits == 16:  # numpy has no bfloat16
+            return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)[:count]
+        return torch.from_numpy(raw.view(np.int8 if bits == 8 else np.float32))[:count]
+
     def __contains__(self, name: str) -> bool:
         return name in self._sizes
 

@@ -6,7 +6,6 @@ Letters: R rows, V vocabulary.
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,17 +161,11 @@ class Dense(Kind[DenseTargets]):
 
     def read(self, reader: PlaneReader, header: Header, needed: Any) -> DenseTargets:
         num_rows, vocab_size = header.num_rows, header.vocab_size
-        raw = reader.take("values").raw_bytes()
-        if raw[num_rows * vocab_size * header.value_bits // 8 :].any():
-            raise CodecError("the padding of the values plane is not zero")
-        if header.value_bits == 32:
-            values = torch.from_numpy(raw.view(np.float32))
-        else:  # numpy has no bfloat16
-            values = torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)
+        values = reader.take_values("values", num_rows * vocab_size, header.value_bits)
         targets = DenseTargets(
             vocab_size=vocab_size,
             temperature=header.temperature,
-            logprobs=values[: num_rows * vocab_size].view(num_rows, vocab_size),
+            logprobs=values.view(num_rows, vocab_size),
             **read_row_fields(reader, num_rows),
         )
         check = RowCheck(0)

@@ -18,7 +18,7 @@ from logit_codec.header import NO_IDS, Header
 from logit_codec.id_table import IdTable
 from logit_codec.inputs import RowInputs
 from logit_codec.kinds.base import Content, Kind
-from logit_codec.kinds.hidden import USUAL_SIZE, read_states
+from logit_codec.kinds.hidden import USUAL_SIZE
 from logit_codec.planes import PlaneReader, RowCheck, raw_words, read_row_fields
 from logit_codec.spec import OptionText, TargetSpec
 from logit_codec.targets import UNKNOWN, Targets
@@ -185,7 +185,7 @@ class Features(Kind[FeaturesTargets]):
             _check_layers(layers)
         except ValueError as error:
             raise CodecError(str(error)) from None
-        values = read_states(reader, "values", header.num_rows * num_layers * size, 16)
+        values = reader.take_values("values", header.num_rows * num_layers * size, 16)
         targets = FeaturesTargets(
             vocab_size=header.vocab_size,
             temperature=header.temperature,

@@ -8,7 +8,6 @@ Letters: R rows, C rows of a chunk, D hidden size, V vocabulary.
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -282,10 +281,10 @@ class Hidden(Kind[HiddenTargets]):
 
     def read(self, reader: PlaneReader, header: Header, needed: Any) -> HiddenTargets:
         num_rows, size = header.num_rows, header.max_entries
-        values = read_states(reader, "values", num_rows * size, header.value_bits)
+        values = reader.take_values("values", num_rows * size, header.value_bits)
         scale = None
         if header.value_bits == 8:
-            scale = read_states(reader, "scale", num_rows, 16).float()
+            scale = reader.take_values("scale", num_rows, 16).float()
         targets = HiddenTargets(
             vocab_size=header.vocab_size,
             temperature=header.temperature,
@@ -298,16 +297,6 @@ class Hidden(Kind[HiddenTargets]):
         self.check_rows(targets, check)
         check.refuse_row_fields(targets)
         return targets
-
-
-def read_states(reader: PlaneReader, name: str, count: int, bits: int) -> Tensor:
-    """Reads a plane of (count,) int8 or bfloat16. Raises CodecError for bad padding."""
-    raw = reader.take(name).raw_bytes()
-    if raw[count * bits // 8 :].any():
-        raise CodecError(f"the padding of the {name} plane is not zero")
-    if bits == 8:
-        return torch.from_numpy(raw.view(np.int8))[:count]
-    return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)[:count]
 
 
 def read_fingerprint(text: str) -> bytes:

@@ -74,7 +74,8 @@ def lay_out(
 
     concatenate: documents one after another, cut wherever a row is full; with keep_rest the last row
     may be shorter (of two tokens at least), or else it is left out. isolate: several whole documents in a row. pad: one document
-    in a row; its teacher, if there are several, in teacher_column. has_labels: whether rows have labels; if so, those of documents without any are their ids.
+    in a row; its teacher, if there are several, in teacher_column. has_labels: whether rows have
+    labels; if so, those of documents without any are their ids.
     """
     counted = _count(documents, counts)
     if packing == "concatenate":

@@ -21,7 +21,7 @@ from student_trainer.losses.features import FeatureLoss
 from student_trainer.losses.fused import fused_distillation_loss
 from student_trainer.losses.fused_chunk import RowStatistics
 from student_trainer.losses.fused_head import FusedHead, Unfusable
-from student_trainer.losses.options import RowWeight
+from student_trainer.losses.options import RowWeight, counts
 from student_trainer.teachers.batch_targets import Taken
 from student_trainer.transfer import copy_to, move_to_device
 
@@ -230,7 +230,7 @@ class BatchLoss:
             statistics=statistics,
             **weights.beta,
         )
-        distils = isinstance(weights.kd, Tensor) or weights.kd != 0
+        distils = counts(weights.kd)
         self._meter.add(
             targets,
             statistics.divergence.sum() * targets.temperature**2 if distils else None,
@@ -252,7 +252,7 @@ class BatchLoss:
         weights = BatchWeights.of(arguments, targets, progress)
         loss = logits_RV.new_zeros((), dtype=torch.float32)
         kd = None
-        if isinstance(weights.kd, Tensor) or weights.kd != 0:
+        if counts(weights.kd):
             kd_R = distillation_loss(
                 logits_RV,
                 targets,
@@ -261,7 +261,7 @@ class BatchLoss:
                 **weights.beta,
             )
             loss, kd = loss + (weights.kd * kd_R).sum(), kd_R.sum()
-        has_labels = isinstance(weights.ce, Tensor) or weights.ce != 0
+        has_labels = counts(weights.ce)
         ce_R = cross_entropies(logits_RV if has_labels else logits_RV.detach(), labels_R)
         if has_labels:
             loss = loss + (weights.ce * ce_R).sum()

@@ -1,22 +1,17 @@
 """Lets a Trainer's batches carry what only the teacher reads: which teacher it is, and what a view needs."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import transformers
 from accelerate.data_loader import DataLoaderShard
 
 from student_trainer.hf.carrying import CarryingCollator
+from student_trainer.hf.trainer_base import TrainerBase
 from student_trainer.teachers.layout import ROW_COLUMNS
 from student_trainer.teachers.teacher import Teacher
 from student_trainer.teachers.view import TeacherView
 
-if TYPE_CHECKING:
-    _Trainer = transformers.Trainer
-else:
-    _Trainer = object
 
-
-class ColumnHooks(_Trainer):
+class ColumnHooks(TrainerBase):
     """Keeps columns of the data for the teacher; the student gets none of them."""
 
     teacher: Teacher | None = None

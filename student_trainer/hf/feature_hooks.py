@@ -5,26 +5,21 @@ their gradients are averaged over the ranks here, and they are saved and loaded 
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from student_trainer.errors import InvalidRequest
 from student_trainer.hf.arguments import DistillationArguments
+from student_trainer.hf.trainer_base import TrainerBase
 from student_trainer.losses.features import FeatureLoss
-from student_trainer.teachers.several import Teachers
+from student_trainer.teachers.several import split_teachers
 from student_trainer.teachers.teacher import Teacher
 
 PROJECTORS_FILE = "feature_projectors.safetensors"
 """In a checkpoint: the projectors of the loss on features."""
-
-if TYPE_CHECKING:
-    _Trainer = transformers.Trainer
-else:
-    _Trainer = object
 
 
 def make_feature_loss(
@@ -35,8 +30,7 @@ def make_feature_loss(
     Raises ValueError for a record, for teachers of several widths, and for a student that does not
     say its layers or lacks one of those that are named, InvalidRequest for a teacher that lacks one.
     """
-    several = isinstance(teacher, Teachers)
-    teachers = {name: teacher[name] for name in teacher.names} if several else {"": teacher}
+    teachers = split_teachers(teacher)
     # Anything with info and stream_batches is a teacher.
     if any(getattr(one, "has_one_kind", False) for one in teachers.values()):
         raise ValueError(
@@ -77,7 +71,7 @@ def make_feature_loss(
         return FeatureLoss(layers, size, info.hidden_size, loss=arguments.feature_loss, dtype=dtype)
 
 
-class FeatureHooks(_Trainer):
+class FeatureHooks(TrainerBase):
     """Is what a Trainer calls to train the projectors, where there are any."""
 
     feature_loss: FeatureLoss | None = None

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from logitstream.head_arithmetic import read_head_arithmetic
 from student_trainer.losses.causal import evaluating
 
 Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -72,10 +73,7 @@ class FusedHead:
         head = _plain_head(student)
         config: Any = getattr(student, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else None
-        softcap = getattr(config, "final_logit_softcapping", None)
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        fused = cls(student, head, None if softcap is None else float(softcap), scale)
+        fused = cls(student, head, *read_head_arithmetic(config))
         fused._check(model, inputs)
         return fused
 

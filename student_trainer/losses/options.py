@@ -24,6 +24,11 @@ RowWeight = float | Tensor
 """Of a term of the loss: one number, or (R,) or (R, 1), one for each row."""
 
 
+def counts(weight: RowWeight) -> bool:
+    """Whether a term may count in any row; does not ask the device."""
+    return isinstance(weight, Tensor) or weight != 0
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class LossOptions:
     """Holds the arguments that say what the loss is; `distillation_loss` explains each."""
@@ -58,12 +63,12 @@ class LossOptions:
     @property
     def distils(self) -> bool:
         """Whether the divergence may count in any row."""
-        return isinstance(self.kd_weight, Tensor) or self.kd_weight != 0
+        return counts(self.kd_weight)
 
     @property
     def uses_labels(self) -> bool:
         """Whether the cross-entropy may count in any row."""
-        return isinstance(self.ce_weight, Tensor) or self.ce_weight != 0
+        return counts(self.ce_weight)
 
     @property
     def cell(self) -> Cell:

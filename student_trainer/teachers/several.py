@@ -260,6 +260,11 @@ class Teachers(Teacher):
         return join(said)
 
 
+def split_teachers(teacher: Teacher) -> dict[str, Teacher]:
+    """Returns several teachers by name, and a single one under the name ""."""
+    return teacher.teachers if isinstance(teacher, Teachers) else {"": teacher}
+
+
 def _complete(targets: Targets, head: TeacherHead | None, width: int) -> Targets:
     if isinstance(targets, HiddenTargets) and head is not None:
         targets = targets.with_head(head)

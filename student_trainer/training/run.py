@@ -21,7 +21,7 @@ from student_trainer.hf.alignment import shared_ids
 from student_trainer.hf.arguments import check_arguments
 from student_trainer.hf.checkpoints import read_step
 from student_trainer.record.recorded import Recorded
-from student_trainer.teachers.several import Teachers
+from student_trainer.teachers.several import Teachers, split_teachers
 from student_trainer.teachers.teacher import Teacher
 from student_trainer.teachers.view import PrefixView
 from student_trainer.training import checkpoints, ranks
@@ -142,8 +142,8 @@ def check_teacher(config: CorpusConfig, teacher: Teacher, student: Student) -> i
     """
     shared = shared_ids(teacher.info, student.tokenizer, student.num_ids)
     teacher.make_options(config.targets, config.temperature, config.seed, 0)  # as recorded?
-    every = teacher.teachers if isinstance(teacher, Teachers) else {"": teacher}
-    asked = itertools.product(map(find_live, every.values()), list_targets(config))
+    every = split_teachers(teacher).values()
+    asked = itertools.product(map(find_live, every), list_targets(config))
     for live, targets in asked:
         if live is not None:
             found = live.stream(

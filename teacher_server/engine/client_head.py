@@ -11,6 +11,7 @@ import torch
 
 from logit_codec import TeacherHead
 from logit_codec.teacher_head import DTYPES, HeadFile
+from logitstream.head_arithmetic import read_head_arithmetic
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +31,11 @@ def make_client_head(model: Any, tolerance: float) -> TeacherHead | None:
         or embeddings.weight.dtype not in DTYPES.values()
     ):
         return None
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap, scale = read_head_arithmetic(config)
     head = TeacherHead(
         weight=embeddings.weight,
         bias=embeddings.bias,
-        softcap=None if softcap is None else float(softcap),
+        softcap=softcap,
         logit_scale=scale,
         effective_vocab_size=model.effective_vocab_size,
         fingerprint="",

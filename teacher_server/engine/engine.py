@@ -156,11 +156,10 @@ class Engine:
         """Queues the scoring of one pack."""
         upload = self.device.upload
         start = self.device.mark()
-        with watch_layers(self.model.causal_lm, _layers_of(requests, pack.members)) as kept:
+        with watch_layers(self.model.causal_lm, _layers_of(requests, pack.members)) as by_layer:
             hidden_TD = self.model.hidden_states(
                 upload(pack.token_ids), upload(pack.positions), upload(pack.cu_seqlens), pack
             )
-        by_layer = {layer: state.flatten(0, -2) for layer, state in kept.items()}
         if pack.tiling is not None:
             by_layer = {layer: pack.tiling.from_tiles(state) for layer, state in by_layer.items()}
         states = States(hidden_TD, by_layer)
@@ -172,11 +171,10 @@ class Engine:
     ) -> tuple[dict[int, ScoredRows], Marks]:
         """Queues the scoring of sequences of one canonical length."""
         start = self.device.mark()
-        with watch_layers(self.model.causal_lm, _layers_of(requests, members)) as kept:
+        with watch_layers(self.model.causal_lm, _layers_of(requests, members)) as by_layer:
             hidden_BLD = self.model.padded_hidden_states(
                 [requests[index].token_ids for index in members]
             )
-        by_layer = {layer: state.flatten(0, -2) for layer, state in kept.items()}
         states = States(hidden_BLD.flatten(0, 1), by_layer)
         forwarded = self.device.mark()
         num_tokens = len(states.hidden_TD)

@@ -21,13 +21,13 @@ def find_layers(causal_lm: Any) -> nn.ModuleList | None:
 
 @contextmanager
 def watch_layers(causal_lm: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Fills a dict, while a model runs, with the (B, T, D) states that go into some of its layers.
+    """Fills a dict, while a model runs, with the (B * T, D) states that go into some of its layers.
 
     What goes into layer n, counted from 0, has come out of n layers. The number of all layers is not
     kept: that state is what the base model returns.
     """
     kept: dict[int, Tensor] = {}
-    modules = find_layers(causal_lm)
+    modules = find_layers(causal_lm) if layers else None
     handles = []
     for number in layers:
         if modules is not None and number < len(modules):
@@ -48,4 +48,5 @@ class _Keeper:
         self._kept, self._number = kept, number
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._kept[self._number] = args[0] if args else kwargs["hidden_states"]
+        states = args[0] if args else kwargs["hidden_states"]
+        self._kept[self._number] = states.flatten(0, -2)

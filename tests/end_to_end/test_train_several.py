@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,17 +35,23 @@ def add_teachers(config: str, addresses: dict[str, str]) -> None:
         file.writelines(f'{name} = "{address}"\n' for name, address in addresses.items())
 
 
+def settings_of(student_folder: Path, data: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "teacher_column": "domain",
+        "teacher_prefix": PREFIX,
+        "student": str(student_folder),
+        "data": [str(data)],
+        "output": str(tmp_path / "out"),
+    }
+
+
 def test_each_row_is_learnt_from_its_teacher(
     trained_service, padded_service, student_folder, data, tmp_path: Path
 ):
     pair = {"math": trained_service.address, "code": padded_service.address}
     config = write_config(
         tmp_path / "train.toml",
-        teacher_column="domain",
-        teacher_prefix=PREFIX,
-        student=str(student_folder),
-        data=[str(data)],
-        output=str(tmp_path / "out"),
+        **settings_of(student_folder, data, tmp_path),
         record=str(tmp_path / "record"),
         sequence_length=64,
         batch_size=8,
@@ -98,11 +105,7 @@ def test_what_cannot_work_is_refused_before_training(
 ):
     config = write_config(
         tmp_path / "train.toml",
-        teacher_column="domain",
-        teacher_prefix=PREFIX,
-        student=str(student_folder),
-        data=[str(data)],
-        output=str(tmp_path / "out"),
+        **settings_of(student_folder, data, tmp_path),
         sequence_length=64,
         steps=2,
     )
