@@ -160,7 +160,7 @@ class HiddenTargets(HeadTargets):
         if self.head is not None and self.head.fingerprint != self.head_fingerprint:
             raise ValueError(
                 f"these hidden states are for the head {self.head_fingerprint}, got "
-                f"{self.head.fingerprint}"
+                f"{self.head.fingerprint}: use teacher.head() of the teacher that they came from"
             )
         Targets.__post_init__(self)
 
@@ -185,14 +185,15 @@ class HiddenTargets(HeadTargets):
 
     @property
     def effective_vocab_size(self) -> int:
-        return self._known_head().effective_vocab_size
+        return self.known_head().effective_vocab_size
 
     def logits(self, rows: slice | Tensor) -> Tensor:
         scale = None if self.scale is None else self.scale[rows]
-        head = self._known_head().to(self.device)
+        head = self.known_head().to(self.device)
         return head.logits(self.values[rows], scale)[:, : self.vocab_size]
 
-    def _known_head(self) -> TeacherHead:
+    def known_head(self) -> TeacherHead:
+        """Returns the head. Raises ValueError if these targets came without it."""
         if self.head is None:
             raise ValueError(
                 "hidden targets need the teacher's vocabulary head: pass "

@@ -165,19 +165,11 @@ def fit(
                 "probabilities themselves. Leave it out."
             )
         return move_to_device(within(targets, width), device)
-    head = targets.head if teacher_head is None else teacher_head
-    if head is None:
-        raise ValueError(
-            "hidden targets need the teacher's vocabulary head, and these came without it: pass "
-            "teacher_head=teacher.head()"
-        )
-    if head.fingerprint != targets.head_fingerprint:
-        raise ValueError(
-            f"these hidden states are for the head {targets.head_fingerprint}, and teacher_head is "
-            f"{head.fingerprint}: pass teacher.head() of the teacher that they came from"
-        )
+    if teacher_head is not None:
+        targets = targets.with_head(teacher_head)
+    targets.known_head()  # before anything is computed
     # Ids that are not shared are looked for on the device: on the host, the product takes seconds.
-    return within(move_to_device(targets, device).with_head(head.to(device)), width)
+    return within(move_to_device(targets, device), width)
 
 
 def within(targets: Targets, width: int) -> Targets:
