@@ -277,12 +277,12 @@ class DistillationMixin(ColumnHooks, FeatureHooks):
         """Returns the share of each teacher in the rows since the last time, on all ranks."""
         total, before = teachers.rows_by_teacher, self._rows_of_each
         self._rows_of_each = total
-        since = [total[name] - before[name] for name in teachers.names]
+        since = [total[name] - before[name] for name in total]
         rows = torch.tensor(since, device=self.args.device)
         if self.args.world_size > 1:
             rows = self.accelerator.gather(rows[None]).sum(0)  # type: ignore[union-attr,call-overload]
         shares = (rows / rows.sum().clamp(min=1e-9)).tolist()
-        return {f"share/{name}": one for name, one in zip(teachers.names, shares, strict=True)}
+        return {f"share/{name}": one for name, one in zip(total, shares, strict=True)}
 
     def _begin_counting(self) -> None:
         """Leaves what the teacher was asked before this training out of the bytes per token."""

@@ -157,6 +157,11 @@ class HiddenTargets(HeadTargets):
             raise ValueError("int8 values need a scale, and bfloat16 values have none")
         if self.scale is not None:
             expect_tensor("scale", self.scale, torch.float32, first_dimension(self.values))
+        if self.head is not None and not isinstance(self.head, TeacherHead):
+            raise ValueError(
+                f"the head must be a TeacherHead, as teacher.head() returns, got "
+                f"{type(self.head).__name__}"
+            )
         if self.head is not None and self.head.fingerprint != self.head_fingerprint:
             raise ValueError(
                 f"these hidden states are for the head {self.head_fingerprint}, got "

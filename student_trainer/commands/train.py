@@ -85,7 +85,7 @@ def train_here(config: TrainConfig) -> Results:
         corpus = ranks.take_turns(lambda: read_corpus(config, read.tokenizer))
         check_ids(corpus, num_ids)
         if isinstance(teacher, Teachers):
-            check_names(corpus, config.teacher_column, teacher.names)
+            check_names(corpus, config.teacher_column, teacher.teachers)
         config = count_steps(config, corpus)
         ranks.check_same(corpus.digest + corpus.held_out_digest, "the data")
         fingerprint = teacher.info.teacher_fingerprint

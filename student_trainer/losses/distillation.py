@@ -12,6 +12,7 @@ from torch import Tensor
 
 from logit_codec import HiddenTargets, Targets, TeacherHead
 from logit_codec.kinds import cells_of
+from logit_codec.kinds.hidden import HeadTargets
 from logit_codec.kinds.tail import TailCells
 from student_trainer.losses.checks import (
     IGNORE_INDEX,
@@ -159,6 +160,10 @@ def fit(
     Raises ValueError as `within` does, and for hidden targets without their head.
     """
     if not isinstance(targets, HiddenTargets):
+        if teacher_head is not None and isinstance(targets, HeadTargets):
+            raise ValueError(
+                "these targets have the heads of several teachers already: leave teacher_head out"
+            )
         if teacher_head is not None:
             raise ValueError(
                 f"teacher_head is for hidden targets; {targets.kind} targets hold the teacher's "

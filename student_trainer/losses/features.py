@@ -86,7 +86,7 @@ class FeatureLoss(nn.Module):
 
     def forward(
         self,
-        hidden_states: Sequence[Tensor] | Mapping[int, Tensor],
+        hidden_states: Sequence[Tensor] | Mapping[int, Tensor] | None,
         targets: Targets,
         *,
         mask: Tensor | None = None,
@@ -107,6 +107,10 @@ class FeatureLoss(nn.Module):
         Raises ValueError for shapes that do not fit and for a layer that is missing,
         UnsuitableTargets (also a ValueError) for targets of another kind.
         """
+        if hidden_states is None:
+            raise ValueError(
+                "the student's hidden_states are None: call it with output_hidden_states=True"
+            )
         states, found = self._find_layers(targets)
         check_rows(targets.num_rows, reduction, mask=mask, row_weights=row_weights)
         students = {layer: self._get_states(hidden_states, layer, targets) for layer in found}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from logit_codec import HiddenTargets, Targets, TargetSpec, TeacherHead
 from protos import teacher_pb2
-from student_trainer.errors import IncompatibleTeacher, InvalidRequest
+from student_trainer.errors import IncompatibleTeacher, InvalidRequest, TeacherError
 from student_trainer.teachers.mixture import Said, check_mixable, join, narrow
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 from student_trainer.teachers.stream import Assign, Join
@@ -60,10 +60,18 @@ class Teachers(Teacher):
     ) -> None:
         if not teachers:
             raise ValueError("several teachers need at least one, got an empty mapping")
+        for name, one in teachers.items():
+            if not isinstance(one, Teacher):
+                raise ValueError(
+                    f"the teacher {name!r} must be a Teacher, such as connect(address) returns, got "
+                    f"{type(one).__name__}"
+                )
         if (column is None) == (weights is None):
+            given = "neither" if column is None else "both"
             raise ValueError(
                 f"the teachers {', '.join(teachers)} need either column=..., the column of a batch that "
-                "names the teacher of each row, or weights=..., how much each counts for all rows"
+                "names the teacher of each row, or weights=..., how much each counts for all rows; got "
+                f"{given}"
             )
         self._teachers = dict(teachers)
         self.column = column
@@ -106,17 +114,12 @@ class Teachers(Teacher):
         """What says which teacher is asked for a row, as JSON has it."""
         if self._weights_J is None:
             return {"teacher_column": self.column}
-        return {"teacher_weights": dict(zip(self.names, self._weights_J.tolist(), strict=True))}
+        return {"teacher_weights": dict(zip(self._teachers, self._weights_J.tolist(), strict=True))}
 
     @property
     def teachers(self) -> dict[str, Teacher]:
         """The teachers by name."""
         return dict(self._teachers)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The teachers, in their order."""
-        return tuple(self._teachers)
 
     @property
     def counters(self) -> TotalCounters | None:
@@ -142,6 +145,11 @@ class Teachers(Teacher):
     def submit(self, piece: Piece, options: ScoreOptions) -> "Future[Answer]":
         """Asks the teacher that the piece names."""
         return self._teachers[piece.teacher].submit(piece, options)
+
+    def head(self) -> TeacherHead:
+        """Raises TeacherError: each teacher has its own."""
+        name = next(iter(self._teachers))
+        raise TeacherError(f"several teachers have a head each: teachers[{name!r}].head()")
 
     def make_options(
         self, targets: str | TargetSpec | None, temperature: float, seed: int, epoch: int

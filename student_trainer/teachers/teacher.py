@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logit_codec import HiddenTargets, IdTable, Targets, TargetSpec, TeacherHead
 from protos import teacher_pb2
-from student_trainer.errors import TeacherError
+from student_trainer.errors import InvalidRequest, TeacherError
 from student_trainer.teachers.look_ahead import LookAhead, make_look_ahead
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 from student_trainer.teachers.stream import (
@@ -150,6 +150,11 @@ class Teacher(ABC):
         whose tokens are not the student's.
         """
         self.check_usable()
+        if given_ids is not None and not callable(given_ids):
+            raise InvalidRequest(
+                "given_ids of stream_batches is a function of the batch, such as lambda batch: ids, "
+                f"since batches are asked for one after another; got {type(given_ids).__name__}"
+            )
         options = self.make_options(targets, temperature, seed, epoch)
         ahead = self.default_look_ahead if ahead is None else ahead
         look_ahead = make_look_ahead(ahead, options.spec, self.info)

@@ -163,6 +163,8 @@ def test_options_that_cannot_be_are_refused(options, word):
 
 def test_states_and_targets_that_do_not_fit_are_refused(targets):
     loss, states = make_loss(), make_states()
+    with pytest.raises(ValueError, match="output_hidden_states=True"):
+        loss(None, targets)
     with pytest.raises(ValueError, match="lack layer 3 of the student, which learns layer 5"):
         loss(states[:3], targets)
     with pytest.raises(ValueError, match=r"hidden_states of layer 1 must be \(7, 5\)"):

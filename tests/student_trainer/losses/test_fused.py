@@ -644,6 +644,10 @@ def test_autocast_multiplies_in_its_own_dtype_and_gives_gradients_in_the_paramet
             },
             ["ab" * 16, "cd" * 16, "teacher.head()"],
         ),
+        (
+            lambda h, w: {"targets": make("hidden")[2], "teacher_head": w},
+            ["TeacherHead", "teacher.head()", "got Tensor"],
+        ),
         (lambda h, w: {"targets": REALIZED}, ["realized_logprob", "targets='top_k:"]),
         (lambda h, w: {"targets": FEATURES}, ["losses.features", "targets='hidden:int8'"]),
     ],

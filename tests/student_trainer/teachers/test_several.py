@@ -14,6 +14,7 @@ from student_trainer import (
     InvalidRequest,
     LocalTeacher,
     Recorded,
+    TeacherError,
     Teachers,
     distillation_loss,
     fused_distillation_loss,
@@ -91,6 +92,18 @@ def rows_of(batch: dict[str, Any], wanted: int) -> slice:
     return slice(sum(counts[:wanted]), sum(counts[: wanted + 1]))
 
 
+def test_what_belongs_to_one_teacher_or_to_a_batch_says_so(alone, teachers):
+    with pytest.raises(TeacherError, match=r"a head each: teachers\['math'\]"):
+        teachers.head()
+    batch = make_batch(["math", "code", "code", "math"])
+    targets = ask(teachers, batch, "hidden:int8")
+    logits, head = torch.zeros(targets.num_rows, VOCAB), alone["math"].head()
+    with pytest.raises(ValueError, match="heads of several teachers already"):
+        distillation_loss(logits, targets, teacher_head=head)
+    with pytest.raises(InvalidRequest, match=r"is a function of the batch, .* got Tensor"):
+        alone["math"].stream_batches([batch], targets="given_ids", given_ids=torch.zeros(3, 2))
+
+
 @pytest.mark.parametrize("targets", KINDS)
 def test_each_row_has_what_its_own_teacher_says(alone, teachers, targets):
     names = ["math", "code", "code", "math"]
@@ -153,8 +166,12 @@ def test_teachers_of_two_vocabularies_are_refused(alone):
 def test_sequences_have_no_column(teachers, alone):
     with pytest.raises(InvalidRequest, match="stream_batches"):
         next(teachers.stream([[1, 2, 3]]))
-    with pytest.raises(ValueError, match=r"either column=.* or weights="):
+    with pytest.raises(ValueError, match=r"either column=.* or weights=.*got neither"):
         Teachers(alone)
+    with pytest.raises(ValueError, match="got both"):
+        Teachers(alone, column="domain", weights={"code": 1.0})
+    with pytest.raises(ValueError, match=r"'math' must be a Teacher, .*connect.* got str"):
+        Teachers({"math": "localhost:50051"}, column="domain")  # type: ignore[dict-item]
     mixed = Teachers({"math": alone["math"], "code": alone["code"]}, weights={"code": 1.0})
     assert torch.equal(mixed.compute_logprobs([1, 2, 3]), alone["code"].compute_logprobs([1, 2, 3]))
 
