@@ -12,10 +12,19 @@ class Level(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LEVEL_INTERACTIVE: _ClassVar[Level]
     LEVEL_TRAINING: _ClassVar[Level]
     LEVEL_BULK: _ClassVar[Level]
+
+class Finish(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FINISH_UNSPECIFIED: _ClassVar[Finish]
+    FINISH_STOP: _ClassVar[Finish]
+    FINISH_LENGTH: _ClassVar[Finish]
 LEVEL_UNSPECIFIED: Level
 LEVEL_INTERACTIVE: Level
 LEVEL_TRAINING: Level
 LEVEL_BULK: Level
+FINISH_UNSPECIFIED: Finish
+FINISH_STOP: Finish
+FINISH_LENGTH: Finish
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -291,6 +300,94 @@ class Dense(_message.Message):
     bits: int
     def __init__(self, bits: _Optional[int] = ...) -> None: ...
 
+class GenerateRequest(_message.Message):
+    __slots__ = ("session_id", "request_id", "item_id", "cancel", "prompt_ids", "samples", "targets", "max_new_tokens", "draw", "target_temperature", "seed", "epoch", "stop_ids", "stop_strings", "ignore_teacher_stop_ids", "level", "teacher_fingerprint")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DRAW_FIELD_NUMBER: _ClassVar[int]
+    TARGET_TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_TEACHER_STOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    request_id: int
+    item_id: int
+    cancel: bool
+    prompt_ids: bytes
+    samples: _containers.RepeatedCompositeFieldContainer[Sample]
+    targets: TargetSpec
+    max_new_tokens: int
+    draw: Draw
+    target_temperature: float
+    seed: int
+    epoch: int
+    stop_ids: _containers.RepeatedScalarFieldContainer[int]
+    stop_strings: _containers.RepeatedScalarFieldContainer[str]
+    ignore_teacher_stop_ids: bool
+    level: Level
+    teacher_fingerprint: str
+    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[int] = ..., item_id: _Optional[int] = ..., cancel: bool = ..., prompt_ids: _Optional[bytes] = ..., samples: _Optional[_Iterable[_Union[Sample, _Mapping]]] = ..., targets: _Optional[_Union[TargetSpec, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ..., target_temperature: _Optional[float] = ..., seed: _Optional[int] = ..., epoch: _Optional[int] = ..., stop_ids: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_teacher_stop_ids: bool = ..., level: _Optional[_Union[Level, str]] = ..., teacher_fingerprint: _Optional[str] = ...) -> None: ...
+
+class Sample(_message.Message):
+    __slots__ = ("number", "received_ids")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_IDS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    received_ids: bytes
+    def __init__(self, number: _Optional[int] = ..., received_ids: _Optional[bytes] = ...) -> None: ...
+
+class Draw(_message.Message):
+    __slots__ = ("temperature", "top_k", "top_p")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ...) -> None: ...
+
+class GenerateResponse(_message.Message):
+    __slots__ = ("request_id", "part", "error", "check")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    CHECK_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    part: GeneratedPart
+    error: RequestError
+    check: bytes
+    def __init__(self, request_id: _Optional[int] = ..., part: _Optional[_Union[GeneratedPart, _Mapping]] = ..., error: _Optional[_Union[RequestError, _Mapping]] = ..., check: _Optional[bytes] = ...) -> None: ...
+
+class GeneratedPart(_message.Message):
+    __slots__ = ("sample", "first", "token_ids", "payload", "finish", "last", "teacher_fingerprint", "timing")
+    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    sample: int
+    first: int
+    token_ids: bytes
+    payload: bytes
+    finish: Finish
+    last: bool
+    teacher_fingerprint: str
+    timing: Timing
+    def __init__(self, sample: _Optional[int] = ..., first: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., payload: _Optional[bytes] = ..., finish: _Optional[_Union[Finish, str]] = ..., last: bool = ..., teacher_fingerprint: _Optional[str] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ...) -> None: ...
+
 class ScoreResponse(_message.Message):
     __slots__ = ("request_id", "part", "error", "check", "full_check")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -370,7 +467,7 @@ class RequestError(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., reason: _Optional[str] = ..., sequence: _Optional[int] = ..., row: _Optional[int] = ...) -> None: ...
 
 class TeacherInfo(_message.Message):
-    __slots__ = ("service_id", "model", "revision", "weights_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint", "vocab_size", "effective_vocab_size", "max_sequence_tokens", "limits", "kinds", "exactness", "replicas", "team", "architecture", "dtype", "device", "attention", "format_versions", "server_version", "replica_id", "id_tables", "caller", "layout", "head_fingerprint", "hidden_size", "num_layers")
+    __slots__ = ("service_id", "model", "revision", "weights_fingerprint", "tokenizer_fingerprint", "teacher_fingerprint", "vocab_size", "effective_vocab_size", "max_sequence_tokens", "limits", "kinds", "exactness", "replicas", "team", "architecture", "dtype", "device", "attention", "format_versions", "server_version", "replica_id", "id_tables", "caller", "layout", "head_fingerprint", "hidden_size", "num_layers", "stop_ids", "max_generation_tokens")
     SERVICE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -398,6 +495,8 @@ class TeacherInfo(_message.Message):
     HEAD_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    STOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_GENERATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     service_id: str
     model: str
     revision: str
@@ -425,7 +524,9 @@ class TeacherInfo(_message.Message):
     head_fingerprint: str
     hidden_size: int
     num_layers: int
-    def __init__(self, service_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., teacher_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., effective_vocab_size: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kinds: _Optional[_Iterable[str]] = ..., exactness: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., team: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., format_versions: _Optional[_Iterable[int]] = ..., server_version: _Optional[str] = ..., replica_id: _Optional[str] = ..., id_tables: _Optional[_Iterable[bytes]] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ..., layout: _Optional[str] = ..., head_fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ...) -> None: ...
+    stop_ids: _containers.RepeatedScalarFieldContainer[int]
+    max_generation_tokens: int
+    def __init__(self, service_id: _Optional[str] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., teacher_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., effective_vocab_size: _Optional[int] = ..., max_sequence_tokens: _Optional[int] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., kinds: _Optional[_Iterable[str]] = ..., exactness: _Optional[str] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., team: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., attention: _Optional[str] = ..., format_versions: _Optional[_Iterable[int]] = ..., server_version: _Optional[str] = ..., replica_id: _Optional[str] = ..., id_tables: _Optional[_Iterable[bytes]] = ..., caller: _Optional[_Union[Caller, _Mapping]] = ..., layout: _Optional[str] = ..., head_fingerprint: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., stop_ids: _Optional[_Iterable[int]] = ..., max_generation_tokens: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_request_tokens", "max_request_sequences", "max_request_bytes", "max_top_k", "max_reply_bytes", "max_stream_bytes", "max_queued_tokens", "max_part_bytes", "max_answers_bytes")

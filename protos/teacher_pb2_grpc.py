@@ -44,6 +44,11 @@ class TeacherStub(object):
                 request_serializer=protos_dot_teacher__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=protos_dot_teacher__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Generate = channel.stream_stream(
+                '/logitstream.v1.Teacher/Generate',
+                request_serializer=protos_dot_teacher__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=protos_dot_teacher__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.FetchIdTable = channel.unary_unary(
                 '/logitstream.v1.Teacher/FetchIdTable',
                 request_serializer=protos_dot_teacher__pb2.FetchIdTableRequest.SerializeToString,
@@ -86,6 +91,18 @@ class TeacherServicer(object):
         half-closes, the service answers what is outstanding and ends the stream with OK. A draining
         service answers the requests it has read and ends the stream with UNAVAILABLE (14): requests without
         an answer were not read, and are to be sent again on another stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Generate(self, request_iterator, context):
+        """Writes continuations of prompts and returns each new token with the targets of the distribution that it
+        was drawn from. As for Score, requests may be sent without waiting for answers, every one that was read
+        ends in its parts or in one RequestError, and the status of the stream is only for authentication, drain
+        and transport; what is said of Score streams above holds for these streams too. Parts of different requests
+        and samples arrive interleaved, those of one sample in order. Needs the scope generate. A request that was
+        interrupted goes on elsewhere: send it again with the same item_id and what was received of each sample.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -137,6 +154,11 @@ def add_TeacherServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=protos_dot_teacher__pb2.ScoreRequest.FromString,
                     response_serializer=protos_dot_teacher__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Generate': grpc.stream_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=protos_dot_teacher__pb2.GenerateRequest.FromString,
+                    response_serializer=protos_dot_teacher__pb2.GenerateResponse.SerializeToString,
             ),
             'FetchIdTable': grpc.unary_unary_rpc_method_handler(
                     servicer.FetchIdTable,
@@ -213,6 +235,33 @@ class Teacher(object):
             '/logitstream.v1.Teacher/Score',
             protos_dot_teacher__pb2.ScoreRequest.SerializeToString,
             protos_dot_teacher__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/logitstream.v1.Teacher/Generate',
+            protos_dot_teacher__pb2.GenerateRequest.SerializeToString,
+            protos_dot_teacher__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

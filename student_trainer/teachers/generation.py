@@ -1,0 +1,70 @@
+"""Defines what a teacher is asked to write, and what it wrote."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from logit_codec import Targets, TargetSpec
+from student_trainer.errors import InvalidRequest
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Generation:
+    """Holds one text that a teacher wrote, with the targets of its tokens."""
+
+    prompt_ids: Tensor
+    """(P,) int64."""
+    token_ids: Tensor
+    """(N,) int64: what was written after the prompt, with the token that ended it."""
+    targets: Targets | None
+    """N rows: row i is the distribution that token i was drawn from, before any cut; None if no
+    targets were asked for."""
+    finish: Finish
+    """How it ended: "stop" at a stop id or stop string, "length" at `max_new_tokens`."""
+    index: int
+    """Which of the prompts it continues."""
+    sample: int = 0
+    """Which of the `num_samples` texts of that prompt it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """Says how every prompt of a call is continued."""
+
+    spec: TargetSpec | None
+    """None: no targets."""
+    max_new_tokens: int
+    temperature: float = 1.0
+    """Of the draws; 0: the most likely id."""
+    top_k: int = 0
+    top_p: float = 1.0
+    target_temperature: float = 0.0
+    """Of the targets; 0: that of the draws, or 1 where that is 0."""
+    seed: int = 0
+    epoch: int = 0
+    stop_ids: Sequence[int] = ()
+    stop_strings: Sequence[str] = ()
+    ignore_teacher_stop_ids: bool = False
+    num_samples: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InvalidRequest(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.num_samples < 1:
+            raise InvalidRequest(f"num_samples must be at least 1, got {self.num_samples}")
+        if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
+            raise InvalidRequest(f"temperature must be 0 or 0.001 to 1000, got {self.temperature}")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise InvalidRequest(
+                "top_k must be at least 0 and top_p above 0 and at most 1, got "
+                f"{self.top_k} and {self.top_p}"
+            )
+
+    @property
+    def spec_temperature(self) -> float:
+        """The temperature of the targets."""
+        return self.target_temperature or self.temperature or 1.0
