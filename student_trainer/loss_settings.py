@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from logit_codec import FeaturesSpec, parse_targets
 from logitstream.options import Settings
 from student_trainer.schedules import LinearSchedule, default_weights
 
@@ -38,10 +39,10 @@ class LossSettings(Settings):
     jsd."""
     kd_weight: Weight = 1.0
     """Weight of the divergence from the teacher; "0.5->0.9" goes from one number to the other over
-    the steps. Default: 1; with top_k targets and no --ce-weight 0.7."""
+    the steps. With top_k targets and no --ce-weight it is 0.7."""
     ce_weight: Weight = 0.0
-    """Weight of the cross-entropy on the labels; "0.5->0.1" as above. Default: 0; with top_k targets
-    and no --kd-weight 0.3: their tail says nothing."""
+    """Weight of the cross-entropy on the labels; "0.5->0.1" as above. With top_k targets and no
+    --kd-weight it is 0.3: their tail says nothing."""
     entropy_routing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the rows of each batch, those of lowest teacher entropy, that learn from the label
     instead of the teacher, such as 0.15. Needs --targets with entropy=1."""
@@ -78,6 +79,33 @@ class LossSettings(Settings):
             if beta in ends:
                 del filled["beta"]
         return filled
+
+    @model_validator(mode="after")
+    def _check_features(self) -> Self:
+        if not self.features:
+            if self.feature_layers:
+                raise ValueError(
+                    "--feature-layers are the student's for --features: give the teacher's too, such as "
+                    "--features features:layers=8+16"
+                )
+            return self
+        try:
+            spec = parse_targets(self.features)
+        except ValueError as error:
+            raise ValueError(f"--features: {error}") from None
+        if not isinstance(spec, FeaturesSpec):
+            raise ValueError(
+                "--features are states of the teacher's layers, such as features:layers=8+16; got "
+                f"{self.features}"
+            )
+        words = self.feature_layers.split("+") if self.feature_layers else []
+        if len(words) != len(spec.layers) or not all(word.strip().isdecimal() for word in words):
+            raise ValueError(
+                f"--feature-layers must name {len(spec.layers)} of the student's layers, one for each of "
+                f"{self.features}, such as {'+'.join(map(str, spec.layers))}; got "
+                f"{self.feature_layers or 'none'}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_divergence(self) -> Self:

@@ -16,7 +16,7 @@ OTHERS = "targets='sampled' (forward_kl only) or targets='top_k:min_p=1/256,max_
 INSTEAD = {
     "realized": "they hold one logprob per row. Read targets.realized_logprob, or for a loss ask the "
     f"teacher for {OTHERS}",
-    "features": "they hold states of layers. Use student_trainer.losses.features, or for this loss "
+    "features": "they hold states of layers. Use logitstream.FeatureLoss, or for this loss "
     f"ask the teacher for {OTHERS}, or targets='hidden:int8'",
 }
 """Of the kinds that no divergence can be computed from: why, and what to do."""

@@ -49,8 +49,8 @@ def load_head(fingerprint: str, fetch: Fetch | None, where: str) -> TeacherHead:
         if isinstance(error, TeacherError):
             raise
         raise TeacherError(
-            f"the vocabulary head {fingerprint} cannot be kept in {path.parent}: {error}. Make room, "
-            "or set LOGITSTREAM_CACHE to another folder."
+            f"the vocabulary head {fingerprint} cannot be kept in {path.parent}: {error}. Make "
+            "room there, or set LOGITSTREAM_CACHE to a folder that can be written to."
         ) from error
     if raw is None:
         raise TeacherError(

@@ -164,7 +164,12 @@ def stream_loader(
         for number, batch in numbered:
             pieces = divide_batch(batch, number, view, tokenizer)
             if given_ids is not None:
-                pieces = _with_given_ids(pieces, given_ids(batch), f"batch {number}")
+                try:
+                    ids = given_ids(batch)
+                except Exception as error:
+                    error.add_note(f"raised by given_ids for batch {number}")
+                    raise
+                pieces = _with_given_ids(pieces, ids, f"batch {number}")
             asked, join = assign(batch, pieces)
             epoch = batch.get("epoch")
             yield Request(

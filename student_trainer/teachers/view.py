@@ -54,7 +54,11 @@ def divide_batch(
     tokenizer: for the text in errors. Raises InvalidRequest if nothing is trained, and if the teacher's
     tokens of a view are not the student's.
     """
-    pieces = {f"batch {number}, piece {i}": one for i, one in enumerate(split_batch(batch, number))}
+    pieces: dict[str, Piece] = {}
+    for piece in split_batch(batch, number):
+        where = f"batch {number}, row {piece.batch_row}"
+        same = sum(other.batch_row == piece.batch_row for other in pieces.values())
+        pieces[f"{where}, sequence {same}" if same else where] = piece
     if view is None:
         return pieces
     return {where: _show(piece, view, batch, where, tokenizer) for where, piece in pieces.items()}
@@ -64,7 +68,11 @@ def _show(
     piece: Piece, view: TeacherView, batch: Mapping[str, Any], where: str, tokenizer: Any
 ) -> Piece:
     """Returns the piece of the teacher's text whose rows belong to those of a student's piece."""
-    found = view(piece.token_ids, read_row(batch, piece.batch_row))
+    try:
+        found = view(piece.token_ids, read_row(batch, piece.batch_row))
+    except Exception as error:
+        error.add_note(f"raised by teacher_view for {where}")
+        raise
     rows = None
     if isinstance(found, tuple):
         if len(found) != 2:

@@ -306,3 +306,19 @@ def test_a_reporter_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPa
         ValueError, match="--report-to trackio needs the package trackio, which is not"
     ):
         check_reporters(["trackio"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--features", "1+2", "--feature-layers", "1+2"], ["--features", "1+2"]),
+        (["--features", "top_k:4", "--feature-layers", "1"], ["states of the teacher's layers"]),
+        (["--features", "features:layers=1+2", "--feature-layers", "1"], ["must name 2", "got 1"]),
+        (["--features", "features:layers=1"], ["--feature-layers", "got none"]),
+        (["--feature-layers", "1"], ["give the teacher's too"]),
+    ],
+)
+def test_layers_that_cannot_be_learned_are_refused_before_anything_is_read(options, words):
+    given = [f"--{name}={value}" for name, value in GIVEN.items()]
+    (mistake,) = find_mistakes(*given, *options)
+    assert all(word in mistake for word in words)

@@ -649,7 +649,7 @@ def test_autocast_multiplies_in_its_own_dtype_and_gives_gradients_in_the_paramet
             ["TeacherHead", "teacher.head()", "got Tensor"],
         ),
         (lambda h, w: {"targets": REALIZED}, ["realized_logprob", "targets='top_k:"]),
-        (lambda h, w: {"targets": FEATURES}, ["losses.features", "targets='hidden:int8'"]),
+        (lambda h, w: {"targets": FEATURES}, ["FeatureLoss", "targets='hidden:int8'"]),
     ],
 )
 def test_what_does_not_fit_is_refused_with_got_and_allowed(change, words):

@@ -139,7 +139,7 @@ def test_who_is_asked_is_counted(alone, teachers):
     ("domain", "words"),
     [
         (None, ["no column 'domain'", "'math', 'code'", "input_ids"]),
-        (["math", "maths", "code", "code"], ["piece 1", "'maths'", "'math', 'code'"]),
+        (["math", "maths", "code", "code"], ["row 1", "'maths'", "'math', 'code'"]),
         (["math"] * 3, ["each of the 4 rows", "got 3"]),
         ([{"math": 0.5, "code": 0.6}] * 4, ["add up to 1"]),
         ([{"math": 1.5, "code": -0.5}] * 4, ["at least 0"]),
@@ -355,10 +355,25 @@ def test_rows_are_found_in_the_teachers_text(name):
     assert piece.token_ids[piece.rows + 1].tolist() == [14, 15, 17]
 
 
+def test_what_a_users_function_raises_names_the_batch(alone):
+    batch = {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]])}
+
+    def fail(*arguments):
+        raise KeyError("hint")
+
+    with pytest.raises(KeyError) as caught:
+        divide_batch(batch, 4, fail, TOKENIZER)
+    assert caught.value.__notes__ == ["raised by teacher_view for batch 4, row 0"]
+    stream = alone["math"].stream_batches([batch], targets="given_ids", given_ids=fail)
+    with pytest.raises(KeyError) as caught:
+        next(iter(stream))
+    assert caught.value.__notes__ == ["raised by given_ids for batch 0"]
+
+
 @pytest.mark.parametrize(
     ("view", "words"),
     [
-        (lambda ids, row: ids.flip(0), ["token 4", "14 ('w12')", "13 ('w11')", "piece 0"]),
+        (lambda ids, row: ids.flip(0), ["token 4", "14 ('w12')", "13 ('w11')", "row 0"]),
         (lambda ids, row: ids[:3], ["token 4", "outside of its text"]),
         (lambda ids, row: torch.cat([ids, ids, MARK]), ["several times", "4 and 12"]),
         (
