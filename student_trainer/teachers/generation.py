@@ -29,6 +29,9 @@ class Generation:
     """Which of the prompts it continues."""
     sample: int = 0
     """Which of the `num_samples` texts of that prompt it is."""
+    payloads: tuple[bytes, ...] = ()
+    """The codec's containers that the targets were decoded from, in the order of the rows, so that
+    they can be stored exactly; none where the teacher does not say."""
 
 
 @dataclass(frozen=True, slots=True)
