@@ -56,6 +56,24 @@ ALIASES: dict[str, Alias] = {
 }
 """Other names of options; a conversion where the values differ too."""
 
+GENERATE_ALIASES: dict[str, Alias] = {
+    "model_name_or_path": Alias("student"),
+    "model_revision": Alias("revision"),
+    "output_dir": Alias("output"),
+    "dataset_name": Alias("prompts"),
+    "dataset_train_split": Alias("split"),
+    "dataset_streaming": Alias("streaming"),
+    "chat_template_path": Alias("chat_template"),
+    # Of transformers, TRL and vLLM.
+    "num_return_sequences": Alias("num_samples"),
+    "num_generations": Alias("num_samples"),
+    "max_completion_length": Alias("max_new_tokens"),
+    "max_tokens": Alias("max_new_tokens"),
+    "max_prompt_length": Alias("prompt_tokens"),
+    "stop": Alias("stop_strings"),
+}
+"""The same of the command that lets a teacher write."""
+
 ADVICE = {
     "teacher_model_name_or_path": "the teacher is a service: start one with teacher-server serve "
     "--model NAME, and give --teacher HOST:PORT",

@@ -12,16 +12,24 @@ from importlib import import_module
 from logitstream.command_line import Group, WrongUsage, parse
 from logitstream.logs import log_to_stderr
 from student_trainer.config import CheckConfig, RecordConfig, ReportConfig, TrainConfig
+from student_trainer.generate_config import GenerateConfig
 
 COMMANDS = Group(
     "Train students on a served teacher's distributions.",
-    {"train": TrainConfig, "report": ReportConfig, "record": RecordConfig, "check": CheckConfig},
+    {
+        "train": TrainConfig,
+        "report": ReportConfig,
+        "record": RecordConfig,
+        "generate": GenerateConfig,
+        "check": CheckConfig,
+    },
     files_of={"record": "train"},
 )
 RUNNERS = {
     TrainConfig: "train.run_train",
     ReportConfig: "report.run_report",
     RecordConfig: "record.run_record",
+    GenerateConfig: "generate.run_generate",
     CheckConfig: "check.run_check",
 }
 """Modules and functions in `commands` that run a command."""

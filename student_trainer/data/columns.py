@@ -15,7 +15,7 @@ import numpy as np
 
 from student_trainer.teachers.layout import IGNORE_INDEX
 
-Form = Literal["text", "messages", "prompt", "input_ids"]
+Form = Literal["text", "messages", "prompt", "input_ids", "written"]
 COLUMNS: dict[Form, tuple[str, ...]] = {
     "text": ("text",),
     "messages": ("messages",),
@@ -30,7 +30,10 @@ _KINDS: dict[Form, Any] = {
     "messages": list,
     "prompt": (str, list),
     "input_ids": list,
+    "written": (list, int),
 }
+WRITTEN = ("input_ids", "prompt_tokens")
+"""Columns of texts that a teacher wrote, as `student-trainer generate` stores them."""
 BATCH_TEXTS, BATCH_CHARACTERS = 256, 1 << 20
 """How much text is given to the tokenizer at once."""
 
@@ -65,6 +68,7 @@ class Columns:
             "messages": ["assistant", "all"],
             "prompt": ["completion", "all", *(["assistant"] if is_chat else [])],
             "input_ids": ["all"],
+            "written": ["completion", "all"],
         }[form]
         trained: Any = trained_rows or allowed[0]
         if trained not in allowed:
@@ -77,7 +81,7 @@ class Columns:
     def check(self, row: Mapping[str, Any], place: str) -> None:
         """Raises ValueError, naming the place, for a row that lacks what is read."""
         for name in self.names:
-            _get(row, name, _KINDS[self.form], place)
+            get_value(row, name, _KINDS[self.form], place)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,9 +123,9 @@ class DocumentReader:
             def read_texts() -> Iterator[str]:
                 for place, row in rows:
                     teachers.append(self._read_teacher(row, place))
-                    yield _get(row, columns.names[0], str, place)
+                    yield get_value(row, columns.names[0], str, place)
 
-            for batch in _batch_texts(read_texts()):
+            for batch in batch_texts(read_texts()):
                 for ids in self._tokenizer(batch, verbose=False).input_ids:
                     yield Document(_int32(ids + self._end), teacher=teachers.popleft())
             return
@@ -129,6 +133,7 @@ class DocumentReader:
             "messages": self._read_chat,
             "prompt": self._read_prompt,
             "input_ids": self._read_ids,
+            "written": self._read_written,
         }[columns.form]
         for place, row in rows:
             document = read_row(row, place, columns)
@@ -137,10 +142,10 @@ class DocumentReader:
     def _read_teacher(self, row: Mapping[str, Any], place: str) -> str:
         if not self._teacher_column:
             return ""
-        return _get(row, self._teacher_column, str, place)
+        return get_value(row, self._teacher_column, str, place)
 
     def _read_chat(self, row: Mapping[str, Any], place: str, columns: Columns) -> Document:
-        messages = _get(row, columns.names[0], list, place)
+        messages = get_value(row, columns.names[0], list, place)
         ids, mask = self._write_chat(messages, row, place, needs_mask=columns.trained != "all")
         return _masked(ids, mask)
 
@@ -169,13 +174,20 @@ class DocumentReader:
         return _masked(ids, mask)
 
     def _read_ids(self, row: Mapping[str, Any], place: str, columns: Columns) -> Document:
-        ids = _check_ids(_get(row, columns.names[0], list, place), place, 0)
+        ids = check_ids(get_value(row, columns.names[0], list, place), place, 0)
         if "labels" not in columns.names:
             return Document(ids)
-        labels = _check_ids(_get(row, "labels", list, place), place, IGNORE_INDEX)
+        labels = check_ids(get_value(row, "labels", list, place), place, IGNORE_INDEX)
         if len(labels) != len(ids):
             raise ValueError(f"{place}: {len(labels)} labels for {len(ids)} input_ids")
         return Document(ids, labels, may_split=False)
+
+    def _read_written(self, row: Mapping[str, Any], place: str, columns: Columns) -> Document:
+        ids = check_ids(get_value(row, "input_ids", list, place), place, 0)
+        num_before = get_value(row, "prompt_tokens", int, place)
+        if columns.trained == "all":
+            return Document(ids, may_split=False)
+        return _masked(ids, [0] * num_before + [1] * (len(ids) - num_before))
 
     def _write_chat(
         self,
@@ -187,23 +199,47 @@ class DocumentReader:
         add_generation_prompt: bool = False,
     ) -> tuple[list[int], Sequence[int] | None]:
         """Returns the ids of a chat, and 1 for each that is the assistant's, if that is needed."""
-        import jinja2
+        return write_chat(
+            self._tokenizer,
+            messages,
+            row,
+            place,
+            needs_mask=needs_mask,
+            add_generation_prompt=add_generation_prompt,
+        )
 
-        tools = row.get("tools") or None
-        try:
-            written = self._tokenizer.apply_chat_template(
-                _drop_nulls(messages),
-                tools=_drop_nulls(json.loads(tools) if isinstance(tools, str) else tools),
-                return_dict=True,
-                return_assistant_tokens_mask=needs_mask,
-                add_generation_prompt=add_generation_prompt,
-                **(row.get("chat_template_kwargs") or {}),
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{place}: the chat template cannot write these messages: {error}"
-            ) from None
-        return list(written["input_ids"]), written.get("assistant_masks")
+
+def write_chat(
+    tokenizer: Any,
+    messages: list[Any],
+    row: Mapping[str, Any],
+    place: str,
+    *,
+    needs_mask: bool = False,
+    add_generation_prompt: bool = False,
+) -> tuple[list[int], Sequence[int] | None]:
+    """Returns the ids of a chat, and 1 for each that is the assistant's, if that is needed.
+
+    row: what the messages are from, which may have tools and arguments of the template too. Raises
+    ValueError, naming the place.
+    """
+    import jinja2
+
+    tools = row.get("tools") or None
+    try:
+        written = tokenizer.apply_chat_template(
+            _drop_nulls(messages),
+            tools=_drop_nulls(json.loads(tools) if isinstance(tools, str) else tools),
+            return_dict=True,
+            return_assistant_tokens_mask=needs_mask,
+            add_generation_prompt=add_generation_prompt,
+            **(row.get("chat_template_kwargs") or {}),
+        )
+    except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{place}: the chat template cannot write these messages: {error}"
+        ) from None
+    return list(written["input_ids"]), written.get("assistant_masks")
 
 
 def check_template(tokenizer: Any, *, needs_mask: bool) -> None:
@@ -255,6 +291,8 @@ def _find_form(row: Mapping[str, Any], place: str, column: str) -> tuple[Form, t
     if len(found) == 1:
         (form,) = found
         return form, COLUMNS[form]
+    if all(name in row for name in WRITTEN):  # beside which there is the text too
+        return "written", WRITTEN
     known = "'text', 'messages', 'prompt' with 'completion', or 'input_ids'"
     if not found:
         raise ValueError(
@@ -268,7 +306,8 @@ def _find_form(row: Mapping[str, Any], place: str, column: str) -> tuple[Form, t
     )
 
 
-def _batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:
+def batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yields as much text at once as a tokenizer reads quickly."""
     texts = iter(texts)
     while batch := list(islice(texts, 1)):
         size = len(batch[0])
@@ -293,7 +332,8 @@ def _int32(values: Any) -> np.ndarray:
     return np.asarray(values, dtype=np.int32)
 
 
-def _check_ids(values: list[Any], place: str, lowest: int) -> np.ndarray:
+def check_ids(values: list[Any], place: str, lowest: int) -> np.ndarray:
+    """Returns ids of a row as (L,) int32. Raises ValueError, naming the place."""
     ids = np.asarray(values)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(f"{place}: token ids must be a list of whole numbers")
@@ -303,7 +343,7 @@ def _check_ids(values: list[Any], place: str, lowest: int) -> np.ndarray:
     return _int32(ids)
 
 
-def _get(row: Mapping[str, Any], column: str, kind: Any, place: str) -> Any:
+def get_value(row: Mapping[str, Any], column: str, kind: Any, place: str) -> Any:
     """Returns a value of a row. Raises ValueError, naming the place, if it is not of its kind."""
     value = row.get(column)
     if not isinstance(value, kind):

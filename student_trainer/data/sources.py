@@ -15,6 +15,8 @@ from student_trainer.data.text import find_files, read_json_lines, read_text
 Rows = Iterator[tuple[str, dict[str, Any]]]
 """Each row of a data set with the place where it stands, for messages."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
+BESIDE, OF_RECORDS = "__record__", {"key", "row_mask", "targets"}
+"""Folder in a record for what is no data, and columns that show a record, of no use here."""
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -79,9 +81,12 @@ class FileShard:
         elif self.group == ".parquet":
             import datasets
 
-            found: Any = datasets.load_dataset(
-                "parquet", data_files=str(self.path), split="train", streaming=True
-            )
+            options: Any = {"data_files": str(self.path), "split": "train", "streaming": True}
+            found: Any = datasets.load_dataset("parquet", **options)
+            names = set(found.column_names or ())
+            if names >= OF_RECORDS:  # of a record: what is large in it is not read
+                read = sorted(names - OF_RECORDS)
+                found = datasets.load_dataset("parquet", columns=read, **options)
             yield from _number_rows(found, str(self.path))
         else:
             yield str(self.path), {"text": read_text(self.path)}
@@ -128,13 +133,15 @@ def find_shards(names: Sequence[str], *, split: str, streaming: bool) -> list[Sh
 
     A name is a file, folder or glob pattern, here or at a URL, or a data set of the hub with or
     without a configuration (NAME, ORG/NAME, ORG/NAME:CONFIG), of which `split` is read; a folder with
-    Parquet files is read as such a data set. Raises FileNotFoundError, ValueError.
+    Parquet files is read as such a data set, and a record as its shards. Raises FileNotFoundError, ValueError.
     """
     patterns: list[str] = []
     others: list[Shard] = []
     for name in names:
         if "://" in name:
             others += _find_at_url(name)
+        elif shards := _find_record(name):
+            others += shards
         elif (folder := _find_folder(name)) is not None:
             others += _find_split(folder, split, streaming)
         elif _is_hub_name(name):
@@ -162,7 +169,7 @@ def _find_at_url(url: str) -> list[Shard]:
         found = [
             one
             for one in system.find(path)
-            if not any(part.startswith(".") for part in one[len(path) :].split("/"))
+            if not any(part.startswith((".", BESIDE)) for part in one[len(path) :].split("/"))
         ]
     else:
         found = [path] if system.exists(path) else []
@@ -173,6 +180,17 @@ def _find_at_url(url: str) -> list[Shard]:
         FileShard(system.unstrip_protocol(one), system.info(one)["size"], system.ukey(one))
         for one in found
     ]
+
+
+def _find_record(name: str) -> list[Shard]:
+    """Returns the shards of a record on this machine, in their order; none of another folder.
+
+    `datasets` would copy them, with all targets, and read those that were set aside too.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / BESIDE).is_dir():
+        return []
+    return [_of_file(path) for path in sorted(folder.glob("shard-*.parquet"))]
 
 
 def _find_folder(name: str) -> str | None:

@@ -58,6 +58,8 @@ class Catalog:
         """Shards that a manifest lists and the folder does not have."""
         self.lost: list[str] = []
         """Those, and the damaged ones."""
+        self.written: list[str] = []
+        """Shards of texts that the teacher wrote, in their order."""
         self.provenance = self._read(verify)
         """What the record was made of; None while it is empty."""
 
@@ -197,6 +199,7 @@ class Catalog:
             try:
                 provenance = self.shards.provenance(name)
                 identities = self.shards.identities(name)
+                is_written = self.shards.is_written(name)
                 self._index.add(name, identities)
             except DAMAGE as error:
                 try:
@@ -204,6 +207,8 @@ class Catalog:
                 except DamagedShard:
                     damaged.append(name)
                     continue
+            if is_written:
+                self.written.append(name)
             yield name, provenance, len(identities)
 
     def _put_aside(self, name: str) -> None:

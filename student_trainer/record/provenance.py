@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 MAX_TEMPERATURE = 1e9
 """Far above any temperature that makes sense."""
+NO_TARGETS = "none"
+"""Stands for the targets of texts that were written without any."""
 NOT_THE_TEACHERS = ("service_id", "replicas", "replica_id", "team", "limits", "server_version")
 """Fields of TeacherInfo that describe the service, not the teacher."""
 
@@ -30,7 +32,7 @@ class Provenance:
     teacher: dict[str, Any]
     """Fields of TeacherInfo, as JSON has them."""
     spec: str
-    """The kind of targets, as `parse_targets` reads it."""
+    """The kind of targets, as `parse_targets` reads it, or NO_TARGETS."""
     temperature: float
     id_tables: tuple[str, ...] = ()
     """Digests, in hex, of the tables that the targets may be coded with."""
@@ -90,7 +92,8 @@ class Provenance:
                 content["teacher"], content["spec"], content["temperature"], tuple(tables)
             )
             provenance.info()
-            parse_targets(provenance.spec)
+            if provenance.spec != NO_TARGETS:
+                parse_targets(provenance.spec)
             temperature = provenance.temperature
             if isinstance(temperature, bool) or not 0 < temperature < MAX_TEMPERATURE:
                 raise ValueError("the temperature is not a number above 0")
@@ -104,11 +107,15 @@ class Provenance:
 
     def check_options(self, root: str, options: ScoreOptions) -> None:
         """Raises InvalidRequest for other targets than the record at `root` holds."""
-        if (str(options.spec), options.temperature) != (self.spec, self.temperature):
+        self.check_targets(root, str(options.spec), options.temperature)
+
+    def check_targets(self, root: str, spec: str, temperature: float) -> None:
+        """The same of a spec, which may be NO_TARGETS."""
+        if (spec, temperature) != (self.spec, self.temperature):
             raise InvalidRequest(
                 f"{root} holds {self.spec} at temperature {self.temperature}, asked for "
-                f"{options.spec} at temperature {options.temperature}. Ask for what it holds, or record "
-                "the other targets to another folder."
+                f"{spec} at temperature {temperature}. Ask for what it holds, or record the other "
+                "targets to another folder."
             )
 
     def check_same_teacher(self, root: str, info: teacher_pb2.TeacherInfo) -> None:

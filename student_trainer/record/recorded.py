@@ -20,7 +20,7 @@ from student_trainer.errors import ForkedClient, RecordError, TeacherError
 from student_trainer.record.catalog import Catalog, read_id_tables
 from student_trainer.record.folder import Folder
 from student_trainer.record.index import Entry
-from student_trainer.record.provenance import Provenance
+from student_trainer.record.provenance import NO_TARGETS, Provenance
 from student_trainer.record.replay import Replayer
 from student_trainer.record.request import RecordCounters, Request
 from student_trainer.record.sealer import Sealer
@@ -295,6 +295,11 @@ def _check_teacher(
 ) -> teacher_pb2.TeacherInfo:
     """Returns the teacher's description once record, live teacher and student fit together."""
     recorded, root = catalog.provenance, catalog.folder.root
+    if recorded is not None and recorded.spec == NO_TARGETS:
+        raise RecordError(
+            f"{root} holds texts without targets: train on them with --data {root} --targets none, or "
+            "have others written with targets (student-trainer generate --targets sampled)"
+        )
     if fallback is not None:
         info = fallback.info
         if recorded is not None:

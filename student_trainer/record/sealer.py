@@ -1,5 +1,6 @@
 """Collects new rows in memory, and seals them in shards of a sensible size."""
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ from student_trainer.record.provenance import Provenance
 from student_trainer.record.request import Request
 from student_trainer.record.schema import Row
 from student_trainer.record.writer import Writer
+
+logger = logging.getLogger(__name__)
 
 
 class Sealer:
@@ -33,12 +36,18 @@ class Sealer:
         seal_nbytes: int,
         seal_s: float,
     ) -> None:
-        """writes: whether to record at all; if not, answers are not kept."""
+        """writes: whether to record at all; if not, answers are not kept. Nor are they added to texts
+        that a teacher wrote, which are data too."""
         self._folder = catalog.folder
         self._catalog = catalog
         self._info = info
         self._id_tables = id_tables
-        self._writes = writes
+        self._writes = writes and not catalog.written
+        if writes and catalog.written:
+            logger.info(
+                "%s holds texts that a teacher wrote: targets of others are asked for and not added",
+                catalog.folder.root,
+            )
         self._seal_nbytes, self._seal_s = seal_nbytes, seal_s
         self._writer: Writer | None = None
         self._unsealed: list[tuple[Row, Entry]] = []

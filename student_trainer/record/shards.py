@@ -28,7 +28,7 @@ from tqdm import tqdm
 from student_trainer.errors import RecordError
 from student_trainer.record.folder import Folder
 from student_trainer.record.provenance import Provenance
-from student_trainer.record.schema import IDENTITY, METADATA, SCHEMA
+from student_trainer.record.schema import IDENTITY, METADATA, SCHEMA, WRITTEN_SCHEMA
 
 OPEN_SHARDS = 128
 """Shards whose footer is kept in memory."""
@@ -91,9 +91,28 @@ class Shards:
         metadata = self._file(name)[0].metadata.metadata or {}
         return Provenance.from_signed(metadata[METADATA.encode()])
 
+    def is_written(self, name: str) -> bool:
+        """Whether its rows are texts that the teacher wrote. Raises one of DAMAGE."""
+        return "prompt_tokens" in self._file(name)[0].schema_arrow.names
+
+    def read(self, name: str, columns: Sequence[str]) -> pa.Table:
+        """Reads some columns of all rows. Raises one of DAMAGE."""
+        return self._file(name)[0].read(columns=list(columns), use_threads=False)
+
+    def column_nbytes(self, name: str, column: str) -> int:
+        """Returns what a column takes in the file, without reading it. Raises one of DAMAGE."""
+        metadata = self._file(name)[0].metadata
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        chunks = [group.column(at) for group in groups for at in range(group.num_columns)]
+        return sum(
+            chunk.total_compressed_size
+            for chunk in chunks
+            if chunk.path_in_schema.partition(".")[0] == column
+        )
+
     def identities(self, name: str) -> pa.Table:
         """Reads the IDENTITY columns of all rows. Raises one of DAMAGE."""
-        table = self._file(name)[0].read(columns=list(IDENTITY), use_threads=False)
+        table = self.read(name, IDENTITY)
         if any(table.column(column).null_count for column in ("key", "seed", "epoch")):
             raise ValueError("a row does not say which sequence it holds")
         return table
@@ -147,7 +166,7 @@ class Shards:
         source = self._folder.open(name)
         try:
             file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
-            if not file.schema_arrow.equals(SCHEMA):
+            if not any(file.schema_arrow.equals(known) for known in (SCHEMA, WRITTEN_SCHEMA)):
                 raise ValueError(f"{name} has other columns than a shard")
         except BaseException:
             source.close()

@@ -61,7 +61,7 @@ def test_what_only_train_takes_is_refused_by_record_as_a_flag(tmp_path: Path):
 def test_a_mistake_is_a_line_on_stderr_and_exit_code_2(tmp_path: Path, capsys):
     given = "--student", "s", "--data", "d", "--output", "o", "--teacher", "x:1"
     for arguments, mistakes in (
-        ((), ["a command is missing: give train or report or record or check"]),
+        ((), ["a command is missing: give train or report or record or generate or check"]),
         (("trian",), ["'trian' is not a command (did you mean train?): give train or report or"]),
         (
             ("train", *given, "--stepz", "3"),
@@ -84,6 +84,10 @@ def test_a_mistake_is_a_line_on_stderr_and_exit_code_2(tmp_path: Path, capsys):
             ],
         ),
         (("record", *given[:4]), ["--teacher is missing: HOST:", "--record is missing: Folder"]),
+        (
+            ("generate", "--prompts", "p.txt", "--student", "s", "--teacher", "x:1"),
+            ["--output is missing: Folder, or URL such as"],
+        ),
         (("check",), ["ADDRESS is missing: HOST:PORT of the service, or a connection file"]),
         (("check", "x:1", "--tokens", "many"), ["--tokens: a number of tokens is written like"]),
         (("report",), ["RUNS is missing: Folders that `train` wrote"]),
@@ -142,7 +146,7 @@ def helped(capsys, *arguments: str) -> str:
 
 
 def test_help_says_where_options_and_the_token_come_from(capsys):
-    for arguments in ((), ("train",), ("record",), ("check",)):
+    for arguments in ((), ("train",), ("record",), ("generate",), ("check",)):
         said = helped(capsys, *arguments)
         assert "@FILE or --config FILE" in said
         assert "TEACHER_TOKEN" in said
