@@ -30,18 +30,28 @@ def uniforms(seed: int, epoch: int, ids_digest: bytes, positions: Tensor) -> Ten
     if len(ids_digest) != 16:
         raise ValueError(f"ids_digest must have 16 bytes, got {len(ids_digest)}")
     halves = (int.from_bytes(half, "little") for half in (ids_digest[:8], ids_digest[8:]))
+    key = torch.tensor(make_key(seed, epoch, *halves))
+    return shift_right(hash_counters(key, positions.long()), 11).double() * 2.0**-53
+
+
+def make_key(*words: int) -> int:
+    """Makes the key of a sequence of random numbers from words of 64 bits, as a signed number."""
     key = 0
-    for word in (seed, epoch, *halves):
+    for word in words:
         key = _mix_number((key ^ word) + _GOLDEN & _MASK)
-    mixed = _mix((positions.long() + 1) * _signed(_GOLDEN) + _signed(key))
-    return _shift(mixed, 11).double() * 2.0**-53
+    return _signed(key)
+
+
+def hash_counters(keys: Tensor, counters: Tensor) -> Tensor:
+    """Makes random int64 words, mix(key + (counter + 1) * G) above; the shapes are broadcast."""
+    return _mix((counters + 1) * _signed(_GOLDEN) + keys)
 
 
 def _mix(values: Tensor) -> Tensor:
     """Applies SplitMix64's output function to int64 words, which wrap."""
-    values = (values ^ _shift(values, 30)) * _signed(0xBF58476D1CE4E5B9)
-    values = (values ^ _shift(values, 27)) * _signed(0x94D049BB133111EB)
-    return values ^ _shift(values, 31)
+    values = (values ^ shift_right(values, 30)) * _signed(0xBF58476D1CE4E5B9)
+    values = (values ^ shift_right(values, 27)) * _signed(0x94D049BB133111EB)
+    return values ^ shift_right(values, 31)
 
 
 def _mix_number(value: int) -> int:
@@ -49,7 +59,7 @@ def _mix_number(value: int) -> int:
     return int(_mix(torch.tensor(_signed(value)))) & _MASK
 
 
-def _shift(values: Tensor, by: int) -> Tensor:
+def shift_right(values: Tensor, by: int) -> Tensor:
     """Shifts right logically; the shift of int64 would copy the sign."""
     return (values >> by) & ((1 << (64 - by)) - 1)
 

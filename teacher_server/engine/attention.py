@@ -12,7 +12,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,24 @@ QUERY_BLOCK = 128
 SCORES_NBYTES = 1 << 20
 """Scores that are computed at a time, of at least one key head: a core's cache should hold them."""
 NO_WINDOW = -1
+
+
+class KeysPlan(Protocol):
+    """Says which keys are kept, and attends to those that were."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int,
+        softcap: float,
+        scale: float,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Computes (1, T, H, D) for one layer, of the arguments of `attend_on_cpu`."""
+        ...
 
 
 class CannotPack(Exception):
@@ -55,24 +73,25 @@ def attend_on_cpu(
     arithmetic depends on its own length alone.
     """
     out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
-    for places in _places_of_segments(cu_seqlens, rest_seqlens):
-        q, k, v = (_take(x, places) for x in (query, key, value))
-        is_plain = softcap == 0.0 and sinks is None
-        if is_plain and not 0 <= window < q.shape[2]:
-            attended = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        else:
-            attended = _attend_in_blocks(q, k, v, window, softcap, scale, sinks)
-        first = 0
-        for place in places:
-            last = first + place.stop - place.start
-            out[:, place] = attended[:, :, first:last].transpose(1, 2)
-            first = last
+    for places in places_of_segments(cu_seqlens, rest_seqlens):
+        q, k, v = (take(x, places) for x in (query, key, value))
+        put(out, places, attend_in_segment(q, k, v, window, softcap, scale, sinks))
     return out
 
 
-def _places_of_segments(cu_seqlens: Tensor, rest_seqlens: Tensor | None) -> Iterator[list[slice]]:
+def attend_in_segment(
+    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, scale: float, sinks: Tensor | None
+) -> Tensor:
+    """Computes (1, H, L, D) causally for the last L tokens of a segment, of which all keys are given."""
+    is_plain = softcap == 0.0 and sinks is None and k.shape[2] == q.shape[2]
+    if is_plain and not 0 <= window < q.shape[2]:
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return _attend_in_blocks(q, k, v, window, softcap, scale, sinks)
+
+
+def places_of_segments(cu_seqlens: Tensor, rest_seqlens: Tensor | None) -> Iterator[list[slice]]:
     """Yields where the rows of each segment are that has any."""
     bounds = [cu_seqlens.tolist()] + ([] if rest_seqlens is None else [rest_seqlens.tolist()])
     for pairs in zip(*map(itertools.pairwise, bounds), strict=True):
@@ -80,7 +99,16 @@ def _places_of_segments(cu_seqlens: Tensor, rest_seqlens: Tensor | None) -> Iter
             yield places
 
 
-def _take(x: Tensor, places: list[slice]) -> Tensor:
+def put(out: Tensor, places: list[slice], attended: Tensor) -> None:
+    """Writes (1, H, L, D) of a segment into the places of its rows in (1, T, H, D)."""
+    first = 0
+    for place in places:
+        last = first + place.stop - place.start
+        out[:, place] = attended[:, :, first:last].transpose(1, 2)
+        first = last
+
+
+def take(x: Tensor, places: list[slice]) -> Tensor:
     """Takes (1, H, L, D) out of (1, H, T, D); without a copy if the rows are in one place."""
     parts = [x[:, :, place] for place in places]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
@@ -106,17 +134,20 @@ def _attend_in_blocks(
 ) -> Tensor:
     """Computes (1, H, L, D) for one segment, some queries of some heads at a time.
 
-    Query heads that share a key head are one product.
+    Query heads that share a key head are one product. Keys that there are more of than queries stand
+    before them.
     """
     num_kv_heads, length = k.shape[1], q.shape[2]
+    past = k.shape[2] - length
     q_GHLD = q[0].unflatten(0, (num_kv_heads, -1))
     k_GLD, v_GLD = k[0].contiguous(), v[0].contiguous()
     shared = q_GHLD.shape[1]
     out_GHLD = q.new_empty(num_kv_heads, shared, length, v.shape[3])
     for first in range(0, length, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, length)
-        begin = max(0, first - window + 1) if window >= 0 else 0
-        score_nbytes = shared * (last - first) * (last - begin) * 4
+        first_key, last_key = past + first, past + last
+        begin = max(0, first_key - window + 1) if window >= 0 else 0
+        score_nbytes = shared * (last - first) * (last_key - begin) * 4
         step = max(1, SCORES_NBYTES // score_nbytes)
         for head in range(0, num_kv_heads, step):
             some = slice(head, head + step)
@@ -124,16 +155,16 @@ def _attend_in_blocks(
             scores_SML = torch.baddbmm(
                 q_SMD.new_empty(()),
                 q_SMD,
-                k_GLD[some, begin:last].transpose(1, 2),
+                k_GLD[some, begin:last_key].transpose(1, 2),
                 beta=0,
                 alpha=scale / (softcap or 1.0),
             )
             if softcap:
                 scores_SML.tanh_().mul_(softcap)
             scores = scores_SML.unflatten(1, (shared, -1))
-            _hide(scores, first, last, begin, window)
+            _hide(scores, first_key, last_key, begin, window)
             weights = _softmax(scores, None if sinks is None else sinks.view(-1, shared)[some])
-            attended = torch.bmm(weights.to(q.dtype).flatten(1, 2), v_GLD[some, begin:last])
+            attended = torch.bmm(weights.to(q.dtype).flatten(1, 2), v_GLD[some, begin:last_key])
             out_GHLD[some, :, first:last] = attended.unflatten(1, (shared, -1))
     return out_GHLD.flatten(0, 1)[None]
 
@@ -241,19 +272,24 @@ def attend(
     s_aux: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     rest_seqlens: Tensor | None = None,
+    keys_plan: KeysPlan | None = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
     """Computes (1, T, H, D) attention within segments, as transformers calls it.
 
-    rest_seqlens: only on a CPU.
+    rest_seqlens: only on a CPU. keys_plan: attends instead, with keys that were kept.
     Raises CannotPack for a call that is not one of a packed causal language model.
     """
-    if cu_seqlens is None:
+    if cu_seqlens is None and keys_plan is None:
         raise CannotPack("its attention does not pass keyword arguments on")
     if attention_mask is not None or getattr(module, "is_causal", True) is False:
         raise CannotPack("its attention is not plainly causal")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = NO_WINDOW if sliding_window is None else sliding_window
+    if keys_plan is not None:
+        arguments = (window, softcap or 0.0, scale, s_aux)
+        return keys_plan.attend(module.layer_idx, query, key, value, *arguments), None
+    assert cu_seqlens is not None
     if query.device.type == "cpu":
         attended = attend_on_cpu(
             query, key, value, cu_seqlens, rest_seqlens, window, softcap or 0.0, scale, s_aux

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from logit_codec import TargetSpec
+from logit_codec import TargetSpec, ids_digest
+from logit_codec.sampling import make_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,13 @@ class Continuation:
     """Pages of the pool that hold its keys and values, in the order of its tokens."""
     num_cached: int = 0
     """Tokens from the start whose keys and values are in the pages."""
+    draw_key: int = field(init=False)
+    """Of the noise that its tokens are drawn with: of the prompt and the seeds, so of this text alone."""
+
+    def __post_init__(self) -> None:
+        digest, rule = ids_digest(self.prompt_ids), self.rule
+        halves = (int.from_bytes(half, "little") for half in (digest[:8], digest[8:]))
+        self.draw_key = make_key(rule.seed, rule.epoch, *halves, rule.sample)
 
     @property
     def num_tokens(self) -> int:

@@ -16,6 +16,7 @@ import torch
 from logit_codec import Targets
 from teacher_server.engine.batch import PackTimes, RowRequest
 from teacher_server.engine.device import Device, Event, open_device
+from teacher_server.engine.generate import Generator
 from teacher_server.engine.head import ScoredRows, States, VocabularyHead
 from teacher_server.engine.layers import watch_layers
 from teacher_server.engine.model import TeacherModel
@@ -98,6 +99,13 @@ class Engine:
             # An architecture that cannot pack pads sequences to lengths that this limit cuts.
             "max_sequence_tokens": None if model.is_packed else model.max_sequence_tokens,
         }
+
+    def open_generation(self, pool_nbytes: int) -> Generator:
+        """Returns what writes texts, with a pool of keys of at most this size.
+
+        Raises CannotGenerate, and ValueError if the pool holds no page.
+        """
+        return Generator(self.model, self.device, pool_nbytes, exact=self.exact)
 
     @torch.inference_mode()
     def launch(self, requests: Sequence[RowRequest]) -> Launched:

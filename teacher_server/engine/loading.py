@@ -161,6 +161,7 @@ def prepare(
         head=_make_head(causal_lm),
         # On the device where the targets are made, so that no answer has to copy it there.
         id_table=None if id_table is None else id_table.to(causal_lm.device),
+        stop_ids=_find_stop_ids(causal_lm, vocab_size),
     )
     if id_table is not None and id_table.vocab_size != vocab_size:
         raise ModelError(
@@ -173,6 +174,19 @@ def prepare(
         is_packed=packed and can_pack(model),
         client_head=make_client_head(model, head_tolerance(model)),
     )
+
+
+def _find_stop_ids(causal_lm: Any, vocab_size: int) -> tuple[int, ...]:
+    """Reads the ids at which texts end, from the generation config or else the model's own."""
+    for config in (
+        getattr(causal_lm, "generation_config", None),
+        causal_lm.config.get_text_config(),
+    ):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            ids = {found} if isinstance(found, int) else {*found}
+            return tuple(sorted(one for one in ids if 0 <= one < vocab_size))
+    return ()
 
 
 class _Passed:

@@ -65,6 +65,8 @@ class TeacherModel:
     """Fitted to this teacher by `teacher-server fit-ids`; shortens the ids of targets."""
     client_head: TeacherHead | None = None
     """The vocabulary head as clients can use it; None if they cannot."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids at which the teacher's own texts end, ascending."""
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,302 @@
+"""Writes texts: keeps the keys of prompts, and draws one token after another.
+
+All tokens of a prompt but the last are computed in chunks, as sequences are that are scored. The last
+one, and every token that is drawn, is a row of a launch of DECODE_ROWS rows, filled up with padding: so
+its bits depend neither on the texts beside it nor on their number. A text that goes on elsewhere, or
+whose pages were taken away, computes its prompt in chunks again and the tokens after it as such rows
+again, several at once, and goes on as if nothing had happened.
+
+Letters: R rows of a launch, D hidden size, V vocabulary, T tokens of a pack.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logit_codec import TargetSpec, select_rows
+from teacher_server.engine.attention import packed_attention
+from teacher_server.engine.batch import PackTimes
+from teacher_server.engine.continuation import Continuation
+from teacher_server.engine.device import Device, Event
+from teacher_server.engine.drawing import draw, uniforms_of
+from teacher_server.engine.head import ScoredRows, States
+from teacher_server.engine.kept_keys import ChunkPlan, Row, RowPlan, ShapeFinder
+from teacher_server.engine.key_pool import PAGE_TOKENS, KeyPool, KeyShape, slots_of
+from teacher_server.engine.layers import watch_layers
+from teacher_server.engine.model import TeacherModel
+from teacher_server.engine.packing import ROW_MULTIPLE
+from teacher_server.engine.products import TiledProducts, Tiling
+
+DECODE_ROWS = {"cpu": 8, "cuda": 64}
+"""Rows of a launch that draws tokens. On a CPU a product of 8 rows takes little longer than one of a
+single row, because it waits for the weights, and all 8 round alike (docs/log.md)."""
+CHUNK_TOKENS = 512
+"""Tokens of a prompt that are computed at once, a whole number of pages."""
+
+
+class CannotGenerate(Exception):
+    """Raised for a teacher that scores, and cannot write: says why."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LaunchedChunks:
+    """Holds parts of prompts that the device was given."""
+
+    chunks: tuple[tuple[Continuation, int], ...]
+    events: tuple[Event, Event]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LaunchedStep:
+    """Holds rows that the device was given, one for each text."""
+
+    texts: tuple[Continuation, ...]
+    token_ids: tuple[Tensor, ...]
+    """Of each launch, (R,) int64; not to be read before the last event."""
+    rows: tuple[ScoredRows | None, ...]
+    """In the order of the texts; None for one without targets."""
+    events: tuple[Event, Event, Event, Event]
+    """The start, and the ends of the base model's work, of the head's, and of the copies."""
+
+
+class Generator:
+    """Runs the texts of one engine; whoever calls it decides which of them, and when.
+
+    Nothing here waits for a GPU but `result_of_chunks` and `result_of_step`. Not thread-safe: one thread
+    launches, and another may take results.
+    """
+
+    def __init__(
+        self, model: TeacherModel, device: Device, pool_nbytes: int, *, exact: bool = True
+    ) -> None:
+        """Raises CannotGenerate, and ValueError if the pool holds no page."""
+        self._model = model
+        self._device = device
+        self._exact = exact
+        shapes = find_key_shapes(model)
+        self.pool = KeyPool(shapes, model.dtype, model.device, pool_nbytes)
+        self.decode_rows = DECODE_ROWS.get(model.device.type, DECODE_ROWS["cuda"])
+        longest = model.max_sequence_tokens
+        if model.max_shared_positions is not None:
+            # Rows of one launch share the frequencies of RoPE, which change there.
+            longest = min(longest, model.max_shared_positions)
+        self.max_tokens = min(longest, self.pool.max_tokens)
+        """Most tokens of a text, its prompt included."""
+
+    def next_chunk(self, text: Continuation) -> int:
+        """Returns how many tokens come next before a token can be drawn; 0 if it can be now."""
+        at, last = text.num_cached, text.num_tokens - 1
+        prefilled = len(text.prompt_ids) - 1
+        if at < prefilled:  # the cuts depend on the place in the text alone
+            return min(prefilled, at - at % CHUNK_TOKENS + CHUNK_TOKENS) - at
+        return min(last - at, CHUNK_TOKENS)
+
+    def launch_chunks(self, chunks: Sequence[tuple[Continuation, int]]) -> LaunchedChunks:
+        """Queues the computation of the next tokens of some texts, as many as `next_chunk` said.
+
+        Their pages must be there. No text may be in two launches that are in flight.
+        """
+        start = self._device.mark()
+        prompts = [(text, count) for text, count in chunks if _is_prompt(text)]
+        if prompts:
+            self._run_prompts(prompts)
+        rows = [
+            (text, at)
+            for text, count in chunks
+            if not _is_prompt(text)
+            for at in range(text.num_cached, text.num_cached + count)
+        ]
+        step = self.decode_rows
+        for first in range(0, len(rows), step):
+            self._run_rows(rows[first : first + step])
+        return LaunchedChunks(tuple(chunks), (start, self._device.mark()))
+
+    def result_of_chunks(self, launched: LaunchedChunks) -> PackTimes:
+        """Waits for the device, and counts the tokens as cached. Raises the device's error."""
+        start, done = launched.events
+        done.synchronize()
+        for text, count in launched.chunks:
+            text.num_cached += count
+        return PackTimes(0.0, 0.0, 0.0, self._device.seconds_between(start, done), 0.0, 0.0)
+
+    def launch_step(self, texts: Sequence[Continuation]) -> LaunchedStep:
+        """Queues one token for each text: each must be ready, with a page for its last token."""
+        start = self._device.mark()
+        ids: list[Tensor] = []
+        rows: list[ScoredRows | None] = []
+        forwarded = selected = start
+        states = []
+        size = self.decode_rows if self._exact else max(len(texts), self.decode_rows)
+        for first in range(0, len(texts), size):
+            some = texts[first : first + size]
+            layers = sorted({n for text in some if text.spec for n in text.spec.feature_layers})
+            states.append(
+                (some, self._run_rows([(text, text.num_cached) for text in some], layers))
+            )
+        forwarded = self._device.mark()
+        found = [self._draw(some, state) for some, state in states]
+        selected = self._device.mark()
+        for drawn, kept in found:
+            ids.append(self._download(drawn))
+            rows += kept
+        return LaunchedStep(
+            tuple(texts), tuple(ids), tuple(rows), (start, forwarded, selected, self._device.mark())
+        )
+
+    def result_of_step(
+        self, launched: LaunchedStep
+    ) -> tuple[list[int], tuple[ScoredRows | None, ...], PackTimes]:
+        """Waits for the device; returns the id that was drawn for each text, and its targets.
+
+        The caller appends the ids to the texts. Raises the device's error.
+        """
+        start, forwarded, selected, done = launched.events
+        done.synchronize()
+        between = self._device.seconds_between
+        times = PackTimes(
+            fill_s=0.0,
+            launch_s=0.0,
+            wait_s=0.0,
+            forward_s=between(start, forwarded),
+            head_s=between(forwarded, selected),
+            copy_s=between(selected, done),
+        )
+        drawn = [token_id for ids in launched.token_ids for token_id in ids.tolist()]
+        for text in launched.texts:
+            text.num_cached += 1
+        return drawn, launched.rows, times
+
+    @torch.inference_mode()
+    def _run_prompts(self, chunks: Sequence[tuple[Continuation, int]]) -> None:
+        """Runs chunks of prompts in one pack, and keeps their keys."""
+        lengths = [count for _, count in chunks]
+        padding = -sum(lengths) % ROW_MULTIPLE
+        zeros = torch.zeros(padding, dtype=torch.int64)
+        spans = [(text, text.num_cached, text.num_cached + count) for text, count in chunks]
+        token_ids = torch.cat([*(text.prompt_ids[a:b] for text, a, b in spans), zeros])
+        positions = torch.cat([*(torch.arange(a, b) for _, a, b in spans), zeros])
+        upload = self._device.upload
+        begun = [
+            torch.tensor(
+                [text.pages[b // PAGE_TOKENS]] if b % PAGE_TOKENS else [], dtype=torch.int64
+            )
+            for text, _, b in spans
+        ]
+        kept = (
+            [upload(slots_of(text.pages, a, b)) for text, a, b in spans],
+            [upload(torch.tensor(text.pages[: a // PAGE_TOKENS])) for text, a, _ in spans],
+            [upload(one) for one in begun],
+        )
+        if self._exact and self._model.device.type == "cpu":
+            tiling = Tiling.of([*lengths, padding])
+            plan = ChunkPlan(self.pool, tiling.large_seqlens, tiling.small_seqlens, *kept)
+            with TiledProducts(tiling):
+                self._run_model(tiling.to_tiles(token_ids), tiling.to_tiles(positions), plan)
+            return
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        plan = ChunkPlan(self.pool, ends, None, *kept)
+        self._run_model(upload(token_ids), upload(positions), plan)
+
+    @torch.inference_mode()
+    def _run_rows(
+        self, rows: Sequence[tuple[Continuation, int]], layers: Sequence[int] = ()
+    ) -> States:
+        """Runs single tokens, each at its place in its text, in one launch of a fixed size."""
+        padding = max(self.decode_rows - len(rows), 0)
+        token_ids = torch.tensor([*(_token(text, at) for text, at in rows), *[0] * padding])
+        positions = torch.tensor([*(at for _, at in rows), *[0] * padding])
+        plan = RowPlan(self.pool, [Row(text.pages, at) for text, at in rows], self._model.device)
+        upload = self._device.upload
+        with watch_layers(self._model.causal_lm, layers) as by_layer:
+            hidden_RD = self._run_model(upload(token_ids), upload(positions), plan)
+        return States(hidden_RD, by_layer)
+
+    def _run_model(self, token_ids: Tensor, positions: Tensor, plan: Any) -> Tensor:
+        return run_model(self._model, token_ids, positions, plan)
+
+    @torch.inference_mode()
+    def _draw(
+        self, texts: Sequence[Continuation], states: States
+    ) -> tuple[Tensor, list[ScoredRows | None]]:
+        """Draws the next tokens of texts and selects their targets from the same logits."""
+        hidden_RD = states.hidden_TD
+        logits_RV = hidden_RD.new_empty(len(hidden_RD), self._model.vocab_size)
+        self._model.logits_into(hidden_RD, logits_RV, len(hidden_RD))
+        logits_RV[:, self._model.effective_vocab_size :] = -torch.inf
+        drawn_R = draw(logits_RV, texts)
+        rows: list[ScoredRows | None] = [None] * len(texts)
+        groups: dict[tuple[TargetSpec, float], list[int]] = {}
+        for row, text in enumerate(texts):
+            if text.spec is not None:
+                groups.setdefault((text.spec, text.target_temperature), []).append(row)
+        index = torch.arange(len(hidden_RD), device=hidden_RD.device)
+        for (spec, temperature), members in groups.items():
+            # All rows each time: what a selection computes of a row might depend on their number.
+            inputs: dict[str, Tensor] = {"realized_ids": drawn_R}
+            if spec.needs_uniforms:
+                uniforms = torch.zeros(len(hidden_RD), dtype=torch.float64)
+                uniforms[: len(texts)] = uniforms_of(texts)
+                inputs["uniforms"] = self._device.upload(uniforms)
+            if spec.needs_hidden:
+                inputs["hidden"] = hidden_RD
+            if spec.feature_layers:
+                inputs["features"] = states.features(spec.feature_layers, index)
+            selection = select_rows(logits_RV, spec, temperature=temperature, **inputs)
+            selection = self._device.download(selection)
+            for row in members:
+                rows[row] = ScoredRows(((selection, slice(row, row + 1)),))
+        return drawn_R[: len(texts)], rows
+
+    def _download(self, drawn_R: Tensor) -> Tensor:
+        return drawn_R.to("cpu", non_blocking=True)
+
+
+def run_model(model: TeacherModel, token_ids: Tensor, positions: Tensor, plan: Any) -> Tensor:
+    """Runs tokens at their positions -> (T, D) hidden states; attention goes by the plan."""
+    with packed_attention(model.causal_lm):
+        output = model.causal_lm.base_model(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            keys_plan=plan,
+        )
+    return output.last_hidden_state[0]
+
+
+@torch.inference_mode()
+def find_key_shapes(model: TeacherModel) -> list[KeyShape]:
+    """Finds what each layer keeps of a token. Raises CannotGenerate."""
+    if not model.is_packed:
+        raise CannotGenerate(
+            f"{model.architecture} does not keep the sequences of a pack apart, which writing texts "
+            "needs"
+        )
+    finder = ShapeFinder()
+    device = model.device
+    run_model(
+        model,
+        torch.zeros(2, dtype=torch.int64, device=device),
+        torch.arange(2, device=device),
+        finder,
+    )
+    count = model.causal_lm.config.get_text_config().num_hidden_layers
+    if sorted(finder.shapes) != list(range(count)):
+        raise CannotGenerate(
+            f"{model.architecture} keeps something else than keys and values of each of its {count} "
+            "layers"
+        )
+    return [finder.shapes[layer] for layer in range(count)]
+
+
+def _is_prompt(text: Continuation) -> bool:
+    """Whether the next token to compute is one of the prompt that no token is drawn after."""
+    return text.num_cached < len(text.prompt_ids) - 1
+
+
+def _token(text: Continuation, at: int) -> int:
+    """Returns the token at a place of the text."""
+    prompt = len(text.prompt_ids)
+    return int(text.prompt_ids[at]) if at < prompt else text.new_ids[at - prompt]
