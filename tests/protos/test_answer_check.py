@@ -13,6 +13,7 @@ from protos import teacher_pb2
 from protos.answer_check import (
     answer_check,
     full_answer_check,
+    generation_check,
     is_what_was_written,
     request_digest,
 )
@@ -215,3 +216,32 @@ def test_a_request_is_hashed_in_its_canonical_bytes(
 ):
     expected = "100722020102" + "a00605" if canonical is None else canonical
     assert request_digest(request_) == xxhash.xxh3_128_digest(bytes.fromhex(expected))
+
+
+def test_the_check_of_generated_parts_is_as_written_in_the_contract():
+    request = teacher_pb2.GenerateRequest(request_id=7, prompt_ids=b"\3\0\0\0", max_new_tokens=4)
+    digest = request_digest(request)
+    assert digest == xxhash.xxh3_128_digest(bytes.fromhex("10072a04030000004004"))
+    part = teacher_pb2.GeneratedPart(
+        sample=2,
+        first=5,
+        token_ids=b"\1\0\0\0",
+        payload=b"container" + bytes(range(16)),
+        finish=teacher_pb2.FINISH_LENGTH,
+        last=True,
+        teacher_fingerprint="ab",
+    )
+    hexed = (
+        "02 02000000 05000000 02000000 01  04000000 01000000"
+        "10000000 000102030405060708090a0b0c0d0e0f  02000000 6162"
+    )
+    wanted = xxhash.xxh3_128_digest(digest + bytes.fromhex(hexed))
+    assert generation_check(digest, teacher_pb2.GenerateResponse(part=part)) == wanted
+    part.payload = b""
+    empty = hexed.replace("10000000 000102030405060708090a0b0c0d0e0f", "00000000")
+    wanted = xxhash.xxh3_128_digest(digest + bytes.fromhex(empty))
+    assert generation_check(digest, teacher_pb2.GenerateResponse(part=part)) == wanted
+    error = teacher_pb2.RequestError(code=8, message="full", field="x", retry_after_ms=20, row=0)
+    assert generation_check(digest, teacher_pb2.GenerateResponse(error=error)) == full_answer_check(
+        digest, teacher_pb2.ScoreResponse(error=error)
+    )
