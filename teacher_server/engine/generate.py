@@ -27,6 +27,7 @@ from teacher_server.engine.kept_keys import ChunkPlan, Row, RowPlan, ShapeFinder
 from teacher_server.engine.key_pool import PAGE_TOKENS, KeyPool, KeyShape, slots_of
 from teacher_server.engine.layers import watch_layers
 from teacher_server.engine.model import TeacherModel
+from teacher_server.engine.packed_weights import PackedProducts
 from teacher_server.engine.packing import ROW_MULTIPLE
 from teacher_server.engine.products import TiledProducts, Tiling
 
@@ -79,6 +80,7 @@ class Generator:
         shapes = find_key_shapes(model)
         self.pool = KeyPool(shapes, model.dtype, model.device, pool_nbytes)
         self.decode_rows = DECODE_ROWS.get(model.device.type, DECODE_ROWS["cuda"])
+        self._products = PackedProducts(model.causal_lm, self.decode_rows)
         longest = model.max_sequence_tokens
         if model.max_shared_positions is not None:
             # Rows of one launch share the frequencies of RoPE, which change there.
@@ -210,7 +212,7 @@ class Generator:
         positions = torch.tensor([*(at for _, at in rows), *[0] * padding])
         plan = RowPlan(self.pool, [Row(text.pages, at) for text, at in rows], self._model.device)
         upload = self._device.upload
-        with watch_layers(self._model.causal_lm, layers) as by_layer:
+        with watch_layers(self._model.causal_lm, layers) as by_layer, self._products.use():
             hidden_RD = self._run_model(upload(token_ids), upload(positions), plan)
         return States(hidden_RD, by_layer)
 
@@ -223,8 +225,8 @@ class Generator:
     ) -> tuple[Tensor, list[ScoredRows | None]]:
         """Draws the next tokens of texts and selects their targets from the same logits."""
         hidden_RD = states.hidden_TD
-        logits_RV = hidden_RD.new_empty(len(hidden_RD), self._model.vocab_size)
-        self._model.logits_into(hidden_RD, logits_RV, len(hidden_RD))
+        with self._products.use():
+            logits_RV = self._model.logits(hidden_RD)
         logits_RV[:, self._model.effective_vocab_size :] = -torch.inf
         drawn_R = draw(logits_RV, texts)
         rows: list[ScoredRows | None] = [None] * len(texts)

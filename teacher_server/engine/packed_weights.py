@@ -1,0 +1,78 @@
+"""Multiplies few rows at the speed at which weights are read, on a CPU.
+
+The product of 8 rows that torch calls for copies the weights into another order first, each time: that
+takes two to four times as long as the product of one row, which only reads them. Here they are put
+into oneDNN's order for so many rows once, and a product of 8 rows takes about as long as one of a
+single row (docs/log.md, `python -m benchmarks.generate --products`). The ordered weights take as
+much memory as the weights themselves, beside them, as soon as the first text is written.
+
+Letters: R rows, K columns of the input, N columns of the output.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class PackedProducts:
+    """Replaces the products of a model's linear layers as long as `use` lasts, if they have R rows."""
+
+    def __init__(self, causal_lm: Any, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._forwards: dict[nn.Module, Forward] | None = None
+        """Of each layer whose weights are in order; None before the first use."""
+        self._causal_lm = causal_lm
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Replaces them. Not for two threads at once."""
+        if self._forwards is None:
+            self._forwards = dict(self._order_weights())
+        # Straight into the dict: nn.Module's own way of setting an attribute takes ten times as long.
+        for module, forward in self._forwards.items():
+            module.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            for module in self._forwards:
+                module.__dict__.pop("forward", None)
+
+    def _order_weights(self) -> Iterator[tuple[nn.Module, Forward]]:
+        if self._causal_lm.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return
+        ordered: dict[int, Tensor] = {}
+        """By the memory of the weights, which layers may share."""
+        for module in self._causal_lm.modules():
+            if type(module) is nn.Linear:
+                weight_NK = module.weight
+            elif type(module) is Conv1D:
+                weight_NK = module.weight.t()
+            else:
+                continue
+            place = module.weight.data_ptr()
+            if place not in ordered:
+                try:
+                    ordered[place] = torch.ops.mkldnn._reorder_linear_weight(
+                        weight_NK.detach().contiguous(), self._num_rows
+                    )
+                except RuntimeError:  # of a dtype that oneDNN does not multiply here
+                    continue
+            yield module, self._make_forward(module, ordered[place], weight_NK.shape[1])
+
+    def _make_forward(self, module: Any, ordered: Tensor, num_inputs: int) -> Forward:
+        own = type(module).forward
+        num_numbers = self._num_rows * num_inputs
+        multiply = torch.ops.mkldnn._linear_pointwise
+
+        def forward(rows: Tensor) -> Tensor:
+            if rows.numel() != num_numbers:  # such as those that an expert gets
+                return own(module, rows)
+            return multiply(rows, ordered, module.bias, "none", [], "")
+
+        return forward
