@@ -11,7 +11,8 @@ from importlib import import_module
 
 from logitstream.command_line import Group, WrongUsage, parse
 from logitstream.logs import log_to_stderr
-from student_trainer.config import CheckConfig, RecordConfig, ReportConfig, TrainConfig
+from student_trainer.check_config import CheckConfig
+from student_trainer.config import RecordConfig, ReportConfig, TrainConfig
 from student_trainer.generate_config import GenerateConfig
 
 COMMANDS = Group(

@@ -1,6 +1,5 @@
 """Declares every option of `student-trainer`, one class for each command."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -8,10 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from logitstream.connection import check_address
-from logitstream.options import AddressedService, Json, ServiceOptions, Settings
+from logitstream.options import Json, ServiceOptions, Settings
 from student_trainer import trainer_fields
 from student_trainer.aliases import ADVICE, ALIASES
-from student_trainer.loss_settings import LossSettings
+from student_trainer.loss_settings import NO_TARGETS, LossSettings
 
 
 class MayChange:
@@ -24,15 +23,6 @@ class MayChange:
 class MayDiffer:
     """Marks a setting in which two runs may differ and still repeat each other, as in their
     seed."""
-
-
-def parse_count(text: str) -> int:
-    """1000, 300M, 1.5B -> a number of tokens. Raises ValueError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kKmMbBtT]?)", text.strip())
-    if match is None:
-        raise ValueError(f"a number of tokens is written like 1000, 300M or 1.5B; got {text!r}")
-    scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}[match.group(2).lower()]
-    return round(float(match.group(1)) * scale)
 
 
 class CorpusConfig(ServiceOptions):
@@ -96,7 +86,8 @@ class CorpusConfig(ServiceOptions):
     sequence_length: int = Field(default=512, ge=2)
     """Tokens per sequence; longer chats are cut there."""
     targets: str = "sampled"
-    """Targets to request from the teacher, such as sampled, sampled:256, top_k:64 or dense:bf16."""
+    """Targets to request from the teacher, such as sampled, sampled:256, top_k:64 or dense:bf16. none:
+    `train` learns from the text alone, which a teacher may have written (`generate`)."""
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the teacher's and the student's distributions in the distillation loss."""
     seed: Annotated[int, MayDiffer] = Field(default=0, ge=0)
@@ -138,6 +129,11 @@ class CorpusConfig(ServiceOptions):
                 "teachers would share a sequence"
             )
         return self
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether a student learns from a teacher's targets; if not, from the text alone."""
+        return self.targets.strip() != NO_TARGETS
 
     @classmethod
     def explain_unknown(cls, name: str) -> str:
@@ -273,6 +269,10 @@ Reporter = Literal["wandb", "trackio", "tensorboard", "none"]
 class TrainConfig(StudentOptions, LossSettings, CorpusConfig):
     """Train a student on a served teacher's distributions."""
 
+    data: Annotated[list[str], MayChange] = Field(min_length=1)
+    """What to train on: .txt, .jsonl or .parquet files (paths, folders, glob patterns, URLs such as
+    s3://bucket/*.parquet), data sets of the hub (ORG/NAME or ORG/NAME:CONFIG), or a folder of texts
+    that `generate` wrote. Default: --record, if it is such a folder."""
     output: Annotated[Path, MayChange]
     """Folder for the trained student and the report."""
     batch_size: int = Field(default=16, ge=1)
@@ -357,6 +357,8 @@ class TrainConfig(StudentOptions, LossSettings, CorpusConfig):
         if not isinstance(given, dict):
             return given
         filled = dict(given)
+        if not filled.get("data") and isinstance(filled.get("record"), str) and filled["record"]:
+            filled["data"] = [filled["record"]]  # if it holds texts that a teacher wrote
         if filled.get("steps") is None and filled.get("epochs") is None:
             filled["steps"] = 1000
         if filled.get("schedule") == "constant":
@@ -388,11 +390,28 @@ class TrainConfig(StudentOptions, LossSettings, CorpusConfig):
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
-        if not (self.teacher or self.record):
+        if not (self.teacher or self.record) and self.has_targets:
             raise ValueError("give --teacher HOST:PORT, --record FOLDER or both")
         if self.features and self.record:
             raise ValueError(
                 "--record holds --targets alone: give --features or --record, not both"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if self.has_targets:
+            return self
+        needing = ("features", "entropy_routing", "adaptive_label_weight", "kd_weight")
+        for name in (*needing, "teacher_prefix", "teacher_column", "shuffled_control"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"--targets none asks for nothing that {_flag(name)} could use: leave one of them out"
+                )
+        if self.control:
+            raise ValueError(
+                "--control is a student trained on labels alone, which --targets none trains already: "
+                "leave it out, and compare with a run that has targets (student-trainer report A B)"
             )
         return self
 
@@ -449,24 +468,3 @@ class ReportConfig(Settings):
     run, or in the current one if there are several."""
     as_json: Json = False
     """Print the numbers as JSON."""
-
-
-class CheckConfig(AddressedService):
-    """Check that a teacher fits the student and its targets the text, and measure its speed."""
-
-    student: Path | None = None
-    """Hugging Face folder or hub id of the student: its tokenizer is compared with the
-    teacher's."""
-    tokens: str | None = None
-    """Estimate hours, bytes and disk for this many tokens, such as 1B or 300M."""
-    targets: str = "sampled"
-    """Targets to request."""
-    as_json: Json = False
-    """Print JSON."""
-
-    @field_validator("tokens")
-    @classmethod
-    def _check_tokens(cls, tokens: str | None) -> str | None:
-        if tokens is not None:
-            parse_count(tokens)
-        return tokens

@@ -20,6 +20,8 @@ def _read_weight(value: float | str) -> float | str:
     return schedule.setting
 
 
+NO_TARGETS = "none"
+"""Stands for targets where a student learns from the text alone."""
 Divergence = Literal[
     "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
 ]
@@ -68,7 +70,8 @@ class LossSettings(Settings):
         filled = dict(given)
         if filled.get("kd_weight") is filled.get("ce_weight") is None:
             kind = str(filled.get("targets", "")).partition(":")[0].strip()
-            filled["kd_weight"], filled["ce_weight"] = default_weights(kind, None, None)
+            weights = (0.0, 1.0) if kind == NO_TARGETS else default_weights(kind, None, None)
+            filled["kd_weight"], filled["ce_weight"] = weights
         if filled.get("beta") is not None and "divergence" not in filled:
             try:
                 beta = LinearSchedule.parse(filled["beta"]).setting

@@ -41,6 +41,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "student_trainer.loss_settings": ("schedules",),
     "student_trainer.config": ("aliases", "trainer_fields", "loss_settings"),
     "student_trainer.generate_config": ("aliases",),
+    "student_trainer.check_config": (),
     "student_trainer.disk": (),
     "student_trainer.transfer": (),
     "student_trainer.losses": ("transfer",),
@@ -57,7 +58,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "student_trainer.report": ("training.results", "disk"),
     "student_trainer.ray_train": ("config",),
     "student_trainer.commands": ("*",),
-    "student_trainer.cli": ("commands", "config", "generate_config"),
+    "student_trainer.cli": ("commands", "config", "generate_config", "check_config"),
     "student_trainer.__main__": (),
 }
 """Of each wing, what it may import beside itself, `errors.py` of its package, and EVERYBODY."""

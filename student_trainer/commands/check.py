@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from logit_codec import TopKTargets, parse_targets
+from student_trainer.check_config import CheckConfig, parse_count
 from student_trainer.client.remote import connect
 from student_trainer.commands.show import show
 from student_trainer.commands.student import find_student
-from student_trainer.config import CheckConfig, parse_count
 from student_trainer.hf.alignment import nll_by_shift, shared_ids
 from student_trainer.teachers.stream import TargetStream
 from student_trainer.teachers.teacher import Teacher

@@ -22,6 +22,7 @@ from student_trainer.training.run import (
     check_teacher,
     count_steps,
     make_view,
+    open_measure,
     open_teacher,
     read_student,
 )
@@ -40,20 +41,27 @@ def run_plan(config: TrainConfig) -> int:
     config = config.model_copy(update={"student": find_student(config.student, config.revision)})
     read = read_student(config.student)
     find_texts(config)
-    with open_teacher(config, read.tokenizer, write=False) as teacher:
-        assert isinstance(teacher, RemoteTeacher | Recorded)
-        num_ids = check_teacher(config, teacher, read)
-        check_checkpoints(config, None, teacher.info.teacher_fingerprint)
+    opened = open_measure(config, read.tokenizer)
+    if config.has_targets:
+        opened = open_teacher(config, read.tokenizer, write=False)
+    with opened as teacher:
+        assert teacher is None or isinstance(teacher, RemoteTeacher | Recorded)
+        num_ids, fingerprint = read.num_ids, ""
+        if teacher is not None:
+            num_ids = check_teacher(config, teacher, read)
+            fingerprint = teacher.info.teacher_fingerprint
+        check_checkpoints(config, None, fingerprint)
         corpus = read_corpus(config, read.tokenizer)
         check_ids(corpus, num_ids)
         config = count_steps(config, corpus)
-        check_checkpoints(config, corpus, teacher.info.teacher_fingerprint)
+        check_checkpoints(config, corpus, fingerprint)
         began_s = time.perf_counter()
         held_out = HeldOut.ask(
             config, teacher, corpus, num_ids, make_view(config, corpus.tokenizer)
         )
         asked_s = time.perf_counter() - began_s
-        plan = make_plan(config, corpus, teacher, held_out, asked_s)
+        learnt_from = teacher if config.has_targets else None
+        plan = make_plan(config, corpus, learnt_from, held_out, asked_s)
     print(json.dumps(plan, indent=2) if config.as_json else format_plan(plan))
     return 0
 

@@ -3,20 +3,24 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 from torch import Tensor
 
+from protos import teacher_pb2
 from student_trainer import disk
 from student_trainer.commands.plan import run_plan
 from student_trainer.commands.student import find_student, make_hub_repo, push_student
+from student_trainer.commands.written import find_written
 from student_trainer.config import TrainConfig
 from student_trainer.errors import FailedElsewhere, Interrupted, NotWritten, TrainingFailed
 from student_trainer.hf.checkpoints import read_step
+from student_trainer.record.written import WrittenSummary
 from student_trainer.report import build as report
 from student_trainer.report import model_card
 from student_trainer.teachers.several import Teachers
@@ -24,7 +28,7 @@ from student_trainer.teachers.teacher import Teacher
 from student_trainer.training import checkpoints, ranks
 from student_trainer.training.corpus import check_ids, check_names, find_texts, read_corpus
 from student_trainer.training.held_out import HeldOut, find_live
-from student_trainer.training.results import Results, Scores, TeacherResults
+from student_trainer.training.results import Results, Scores, TeacherResults, WrittenResults
 from student_trainer.training.run import (
     NAMES,
     RESULTS_NBYTES,
@@ -35,6 +39,7 @@ from student_trainer.training.run import (
     count_steps,
     folder_of,
     make_view,
+    open_measure,
     open_teacher,
     read_student,
     train_students,
@@ -80,7 +85,8 @@ def train_here(config: TrainConfig) -> Results:
     with _make_output(config.output), _opened(config) as (read, teacher, num_ids):
         tasks = Tasks.load(config.eval_tasks, read.tokenizer, limit=config.eval_limit)
         # A text of a task names no teacher, so that of several none is measured.
-        live = None if isinstance(teacher, Teachers) else find_live(teacher)
+        one = None if isinstance(teacher, Teachers) else teacher
+        live = None if one is None else find_live(one)
         ranks.share(lambda: tasks.rehearse(live))
         corpus = ranks.take_turns(lambda: read_corpus(config, read.tokenizer))
         check_ids(corpus, num_ids)
@@ -88,7 +94,7 @@ def train_here(config: TrainConfig) -> Results:
             check_names(corpus, config.teacher_column, teacher.teachers)
         config = count_steps(config, corpus)
         ranks.check_same(corpus.digest + corpus.held_out_digest, "the data")
-        fingerprint = teacher.info.teacher_fingerprint
+        fingerprint = "" if teacher is None else teacher.info.teacher_fingerprint
         ranks.share(lambda: check_checkpoints(config, corpus, fingerprint))
 
         view = make_view(config, corpus.tokenizer)
@@ -98,8 +104,10 @@ def train_here(config: TrainConfig) -> Results:
             return asked.best_ids, asked.teacher, asked.unknown
 
         held_out = HeldOut(corpus.held_out, corpus.collate, *ranks.share(ask), num_ids)
-        trained = train_students(config, corpus, teacher, held_out, tasks)
-        info = teacher.info
+        learnt_from = teacher if config.has_targets else None
+        trained = train_students(config, corpus, learnt_from, held_out, tasks)
+        written = ranks.share(lambda: find_written(config))
+        described = _describe_teacher(teacher, written, held_out, num_ids)
         teacher_tasks = ranks.share(lambda: tasks.measure_teacher(live))
     student = trained.student
     packages = ("logitstream", "torch", "transformers", *(["lm_eval"] if config.eval_tasks else []))
@@ -117,18 +125,35 @@ def train_here(config: TrainConfig) -> Results:
         bytes_per_token=trained.bytes_per_token,
         versions={name: version(name) for name in packages},
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        teacher=TeacherResults(
-            model=info.model,
-            revision=info.revision,
-            license=model_card.license_of_hub_model(info.model, info.revision),
-            weights_fingerprint=info.weights_fingerprint,
-            teacher_fingerprint=info.teacher_fingerprint,
-            vocab_size=info.vocab_size,
-            scores=held_out.teacher,
-            unknown=held_out.unknown,
-            tasks=teacher_tasks,
-        ),
+        teacher=described.model_copy(update={"tasks": teacher_tasks}),
         students=trained.students,
+        written=[WrittenResults(**asdict(one)) for one in written],
+    )
+
+
+def _describe_teacher(
+    teacher: Teacher | None, written: Sequence[WrittenSummary], held_out: HeldOut, num_ids: int
+) -> TeacherResults:
+    """Says who the teacher was: without one, the one that wrote the text, if that is known."""
+    who = written[0] if teacher is None and written else None
+    info = teacher_pb2.TeacherInfo(vocab_size=num_ids) if teacher is None else teacher.info
+    if who is not None:
+        info = teacher_pb2.TeacherInfo(
+            model=who.teacher,
+            revision=who.revision,
+            weights_fingerprint=who.weights_fingerprint,
+            teacher_fingerprint=who.teacher_fingerprint,
+            vocab_size=who.vocab_size,
+        )
+    return TeacherResults(
+        model=info.model,
+        revision=info.revision,
+        license=model_card.license_of_hub_model(info.model, info.revision),
+        weights_fingerprint=info.weights_fingerprint,
+        teacher_fingerprint=info.teacher_fingerprint,
+        vocab_size=info.vocab_size,
+        scores=held_out.teacher,
+        unknown=held_out.unknown,
     )
 
 
@@ -143,13 +168,16 @@ def _train_as_worker(config: TrainConfig) -> str:
 
 
 @contextmanager
-def _opened(config: TrainConfig) -> Iterator[tuple[Student, Teacher, int]]:
+def _opened(config: TrainConfig) -> Iterator[tuple[Student, Teacher | None, int]]:
     """Yields what the student is, its teacher, and how many ids they share.
+
+    Without targets the teacher, if there is one, only measures.
 
     What is refused soon comes before what takes long. Keeps room for what is written last.
     """
     read = read_student(config.student)
     find_texts(config)
+    ranks.share(lambda: find_written(config))
     if config.push_to_hub:
         ranks.share(lambda: make_hub_repo(config, config.output))
     with ExitStack() as ending:
@@ -157,9 +185,12 @@ def _opened(config: TrainConfig) -> Iterator[tuple[Student, Teacher, int]]:
             ending.callback(disk.give_room, config.output)
         nbytes = read.count_saved_nbytes(config.lora_r) + RESULTS_NBYTES
         ranks.share(lambda: disk.keep_room(config.output, nbytes, "the student"))
-        teacher = ending.enter_context(open_teacher(config, read.tokenizer))
-        num_ids = check_teacher(config, teacher, read)
-        fingerprint = teacher.info.teacher_fingerprint
+        opened = open_teacher if config.has_targets else open_measure
+        teacher = ending.enter_context(opened(config, read.tokenizer))
+        num_ids, fingerprint = read.num_ids, ""
+        if teacher is not None:
+            num_ids = check_teacher(config, teacher, read)
+            fingerprint = teacher.info.teacher_fingerprint
         ranks.share(lambda: check_checkpoints(config, None, fingerprint))
         yield read, teacher, num_ids
 

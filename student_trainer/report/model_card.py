@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from student_trainer.disk import put
 from student_trainer.report.formats import ARROWS, format_score, format_value
+from student_trainer.report.verdict import NO_TARGETS
 from student_trainer.training.results import Results
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def write_model_card(folder: Path, results: Results, report: Mapping[str, Any]) 
 
     folder = folder.resolve()
     name = folder.parent.name or "student"
+    has_targets = results.settings["targets"] != NO_TARGETS
     card = ModelCard.from_template(
         _make_metadata(folder, name, results, report),
         template_str=files("student_trainer.report")
@@ -93,6 +95,8 @@ def write_model_card(folder: Path, results: Results, report: Mapping[str, Any]) 
         .read_text(encoding="utf-8"),
         name=name,
         teacher=results.teacher.model,
+        has_targets=has_targets,
+        has_texts=bool(results.written),
         facts=_list_facts(results, report),
         sentences=report["sentences"],
         held_out_rows=format_value(report["held_out_rows"]),
@@ -113,6 +117,9 @@ def _make_metadata(
     from huggingface_hub import EvalResult, ModelCardData
 
     teacher = results.teacher
+    tags = ["knowledge-distillation", "distillation"]
+    if results.settings["targets"] == NO_TARGETS and not results.written:
+        tags = []
     base = teacher.model if is_hub_model(teacher.model, teacher.revision) else None
     is_adapter = (folder / ADAPTER).is_file()
     if is_adapter:
@@ -127,7 +134,7 @@ def _make_metadata(
         license=_combine_licenses(results),
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["knowledge-distillation", "distillation", "logitstream"],
+        tags=[*tags, "logitstream"],
         base_model=base,
         model_name=name,
         eval_results=[
@@ -164,30 +171,73 @@ def _list_facts(results: Results, report: Mapping[str, Any]) -> dict[str, str]:
     teacher, settings = results.teacher, results.settings
     divergence = settings.get("divergence", "forward_kl")
     name = DIVERGENCES.get(divergence, divergence)
+    has_targets = settings["targets"] != NO_TARGETS
     loss = f"{_show(settings['kd_weight'])} x {name} from the teacher"
     if settings.get("beta") is not None:
         loss += f" (beta {_show(settings['beta'])})"
     if settings["ce_weight"]:
         loss += f" + {_show(settings['ce_weight'])} x cross-entropy on the text"
+    if not has_targets:
+        loss = "cross-entropy on the text"
     weights = "random weights"
     if results.starts_from_weights:
         weights = f"weights under the license {results.student_license or UNKNOWN}"
-    return {
+    of_teacher = {
         "teacher": teacher.model,
         "teacher's revision": teacher.revision or "not known (served from a local folder)",
         "teacher's fingerprint": f"`{teacher.teacher_fingerprint}`",
         "teacher's weights": f"`{teacher.weights_fingerprint}` (SHA-256 over safetensors)",
         "teacher's license": teacher.license or f"{UNKNOWN}: ask before you publish this student",
+    }
+    return {
+        **(of_teacher if teacher.model else {}),
+        **_describe_texts(results),
         "student": f"{results.student_architecture}, {results.student_parameters:,} parameters, "
         f"trained from {weights}",
         **_describe_adapters(settings),
-        "targets": f"`{settings['targets']}` at temperature {settings['temperature']:g}",
+        "targets": f"`{settings['targets']}` at temperature {settings['temperature']:g}"
+        if has_targets
+        else "none: the student learnt from the text alone",
         "loss": loss,
         "tokens": f"{report['trained_tokens']:,} trained on, in {settings['steps']:,} steps of "
         f"{settings['batch_size']} x {settings['sequence_length']}; data `{results.data_digest}`",
         "optimizer": f"{settings['optimizer']}, learning rate {settings['learning_rate']:g}, "
         f"seed {settings['seed']}",
     }
+
+
+def _describe_texts(results: Results) -> dict[str, str]:
+    """Returns a line about each part of the data that a teacher wrote."""
+    found = {}
+    for number, one in enumerate(results.written, 1):
+        name = "text" if len(results.written) == 1 else f"text {number}"
+        ends = ", ".join(f"{count:,} {how}" for how, count in one.finish.items())
+        said = [
+            f"{one.texts:,} texts after {one.prompts:,} prompts, {one.tokens:,} tokens, "
+            f"{one.mean_tokens:,.1f} on average; ended: {ends}",
+            f"{100 * one.repetition:.1f}% repetition",
+            *([] if one.entropy is None else [f"entropy {one.entropy:.3f} nats"]),
+            *(
+                []
+                if one.nats is None
+                else [f"{one.nats:.3f} nats per token for the teacher itself"]
+            ),
+            f"targets `{one.targets}`, {one.bytes_per_token:,.1f} bytes per token",
+            *([] if one.tokens_per_s is None else [f"written at {one.tokens_per_s:,.0f} tokens/s"]),
+        ]
+        drawn = "; ".join(_describe_draws(settings) for settings in one.settings)
+        found[name] = (
+            f"written by {one.teacher} (`{one.teacher_fingerprint}`), {drawn}. " + "; ".join(said)
+        )
+    return found
+
+
+def _describe_draws(settings: Mapping[str, Any]) -> str:
+    """Returns how texts were drawn, in the words of the options; what is off is left out."""
+    shown = {name: value for name, value in settings.items() if value not in ([], False, 0, None)}
+    shown |= {name: settings.get(name) for name in ("temperature", "seed")}
+    shown = {name: value for name, value in shown.items() if (name, value) != ("top_p", 1.0)}
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in shown.items())
 
 
 def _describe_adapters(settings: Mapping[str, Any]) -> dict[str, str]:

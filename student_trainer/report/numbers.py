@@ -43,6 +43,7 @@ def compute_numbers(name: str, results: Results) -> dict[str, Any]:
         **_collect(scores, "calibration_error"),
         **_measure_speed(results),
         **_describe(results),
+        **_describe_written(results),
         "tasks": _list_tasks(results),
     }
 
@@ -141,6 +142,34 @@ def _describe(results: Results) -> dict[str, Any]:
         "held_out_digest": results.held_out_digest,
         "versions": ", ".join(f"{name} {version}" for name, version in results.versions.items()),
         "finished": results.finished,
+    }
+
+
+def _describe_written(results: Results) -> dict[str, Any]:
+    """Says what the texts are like that a teacher wrote; None where the data has none, or not all."""
+    parts = results.written
+    texts, tokens = sum(one.texts for one in parts), sum(one.tokens for one in parts)
+
+    def average(values: list[float | None], weights: list[int]) -> float | None:
+        known = [value for value in values if value is not None]
+        if not parts or len(known) < len(values):
+            return None
+        pairs = zip(known, weights, strict=True)
+        return keep_finite(_divide(sum(value * weight for value, weight in pairs), sum(weights)))
+
+    of_tokens, of_texts = [one.tokens for one in parts], [one.texts for one in parts]
+    speeds = [one.tokens_per_s for one in parts]
+    return {
+        "written_by": ", ".join(dict.fromkeys(one.teacher for one in parts)) or None,
+        "written_texts": texts if parts else None,
+        "written_tokens": tokens if parts else None,
+        "written_mean_tokens": _divide(tokens, texts),
+        "written_stopped": _divide(sum(one.finish.get("stop", 0) for one in parts), texts),
+        "written_repetition": average([one.repetition for one in parts], of_texts),
+        "written_entropy": average([one.entropy for one in parts], of_tokens),
+        "written_nats": average([one.nats for one in parts], of_tokens),
+        "written_tokens_per_s": average(speeds, of_tokens),
+        "written_bytes_per_token": average([one.bytes_per_token for one in parts], of_tokens),
     }
 
 

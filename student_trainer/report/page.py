@@ -57,6 +57,8 @@ SETTING_COLUMNS = {
 UNITS = {
     **dict.fromkeys(("waiting_fraction", "gap_closed"), "%"),
     **{f"{who}_{name}": unit for who in STUDENTS for name, (_, unit) in SCORES.items()},
+    **dict.fromkeys(("written_stopped", "written_repetition"), "%"),
+    **dict.fromkeys(("written_entropy", "written_nats"), "nats"),
     **dict.fromkeys(("gain", "gain_error", "shuffled_excess", "shuffled_excess_error"), "nats"),
 }
 """Units of the numbers of a run that have one."""

@@ -17,6 +17,8 @@ WORTH_WAITING = 0.1
 """Share of the time spent waiting from which on it is worth a sentence."""
 WORTH_SECONDS = 1.25
 """The same of the time that the distilled student took, in times of the control's."""
+NO_TARGETS = "none"
+"""Of a run that learnt from its text alone."""
 GAINS = {"helped": "Distillation helped", "barely helped": "Distillation barely helped"}
 """Verdicts of a certain gain, and how their sentences begin."""
 
@@ -38,7 +40,11 @@ def judge(numbers: Numbers, stats: Stats) -> tuple[str, list[str]]:
     if gain is None:
         verdict = "no control"
         sentences = [
-            "It is not known whether distillation helped: the student reached "
+            f"The student learnt from the text alone, without targets, and reached "
+            f"{distilled['mean']:.3f} nats per token on held-out text. To see what targets add on the "
+            "same text, compare it with a run that has them: student-trainer report A B."
+            if numbers[0]["targets"] == NO_TARGETS
+            else "It is not known whether distillation helped: the student reached "
             f"{distilled['mean']:.3f} nats per token on held-out text, but there is no control to "
             "compare it with. Train with --control to measure the gain."
         ]
@@ -48,7 +54,7 @@ def judge(numbers: Numbers, stats: Stats) -> tuple[str, list[str]]:
         verdict, sentences = _judge_seeds(numbers, gain, stats)
     sentences += _compare_with_teacher(numbers, stats)
     verdict, sentences = _consider_shuffled(numbers, verdict, sentences)
-    return verdict, sentences + _describe_time(stats)
+    return verdict, sentences + _describe_text(numbers[0]) + _describe_time(stats)
 
 
 def _judge_one_seed(numbers: Numbers, gain: Mapping[str, Any], stats: Stats) -> tuple[str, list]:
@@ -243,6 +249,19 @@ def _explain_wrong(shuffled: float, verdict: str) -> str:
         "Something is wrong: targets in the wrong places teach as well as the right ones "
         f"({shuffled:.3f} nats with shuffled targets), {cause}"
     )
+
+
+def _describe_text(run: Mapping[str, Any]) -> list[str]:
+    """Says who wrote the text, if a teacher did."""
+    if run["written_by"] is None:
+        return []
+    sentence = (
+        f"The text was written by {run['written_by']}: {run['written_texts']:,} texts of "
+        f"{run['written_mean_tokens']:,.0f} tokens on average, {run['written_stopped']:.0%} of which "
+        f"ended by themselves; {run['written_repetition']:.0%} of their runs of four tokens repeat "
+        "earlier ones"
+    )
+    return [f"{sentence}."]
 
 
 def _describe_time(stats: Stats) -> list[str]:

@@ -57,7 +57,7 @@ class HeldOut:
     def ask(
         cls,
         config: CorpusConfig,
-        teacher: Teacher,
+        teacher: Teacher | None,
         corpus: Corpus,
         num_ids: int | None = None,
         view: TeacherView | None = None,
@@ -67,6 +67,11 @@ class HeldOut:
         Raises what `Teacher.stream_batches` does.
         """
         rows, collate = corpus.held_out, corpus.collate
+        if teacher is None:
+            return cls(rows, collate, unknown="no teacher was asked", num_ids=num_ids)
+        if isinstance(teacher, Recorded) and not config.has_targets:
+            recorded = {"targets": str(teacher.default_targets), "temperature": teacher.temperature}
+            config = config.model_copy(update=recorded)
         if not is_recorded(teacher):
             scores, best_ids = evaluate_teacher(teacher, rows, collate=collate, view=view)
             return cls(rows, collate, best_ids, scores, num_ids=num_ids)

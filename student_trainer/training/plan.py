@@ -58,13 +58,14 @@ class Measured:
 def make_plan(
     config: TrainConfig,
     corpus: Corpus,
-    teacher: RemoteTeacher | Recorded,
+    teacher: RemoteTeacher | Recorded | None,
     held_out: HeldOut,
     held_out_s: float,
 ) -> dict[str, Any]:
     """Measures a few steps of a scratch copy of the student; returns what the run would take.
 
-    held_out_s: how long the teacher took for the held-out text. Sizes are in GiB, times in hours,
+    teacher: None where the student learns from labels. held_out_s: how long the teacher took for the
+    held-out text. Sizes are in GiB, times in hours,
     rates in trained tokens per second. Raises what training can raise.
     """
     num_ranks = max(config.workers, 1)

@@ -110,6 +110,41 @@ class TeacherResults(_Part):
     """Of --eval-tasks; empty for a teacher that is only recorded."""
 
 
+class WrittenResults(_Part):
+    """Data that a teacher wrote: who, how, and what it is like. None: it could not be known."""
+
+    folder: str
+    teacher: str
+    revision: str
+    teacher_fingerprint: str
+    weights_fingerprint: str
+    vocab_size: int
+    targets: str
+    """Those that were stored: "none" if there are none."""
+    target_temperature: float
+    settings: list[dict[str, Any]]
+    """How the texts were drawn; several, if they were written with different settings."""
+    texts: int
+    prompts: int
+    prompt_tokens: int
+    tokens: int
+    """Written after the prompts."""
+    mean_tokens: float
+    longest: int
+    """Tokens of a text with its prompt."""
+    finish: dict[str, int]
+    """Texts by how they ended."""
+    repetition: float
+    """Share of runs of four tokens that were in the same text before, mean over the texts."""
+    entropy: float | None
+    """Of the distributions that tokens were drawn from, in nats; mean over the tokens."""
+    nats: float | None
+    """The teacher's loss on what it wrote."""
+    bytes_per_token: float
+    tokens_per_s: float | None
+    """As it was written."""
+
+
 class Results(_Part):
     """One run of `student-trainer train`."""
 
@@ -133,6 +168,8 @@ class Results(_Part):
     teacher: TeacherResults
     students: dict[str, StudentResults]
     """By name: distilled, and control and shuffled if they were asked for."""
+    written: list[WrittenResults] = []
+    """The parts of the data that a teacher wrote."""
 
     def save(self, folder: Path) -> Path:
         """Writes results.json into the folder, whole or not at all. Raises NotWritten."""

@@ -71,6 +71,31 @@ class Student:
 
 def check_settings(config: CorpusConfig) -> None:
     """Raises ValueError or InvalidRequest for what can be refused before anything is read."""
+    _check_targets(config)
+    if isinstance(config, TrainConfig):
+        if config.workers:
+            check_installed("ray-train", "ray", "pandas")
+        if config.tensorboard:
+            check_installed("train", "tensorboard")
+        check_reporters(config.report_to)
+        if config.has_targets:
+            check_arguments(make_distillation_arguments(config, is_aligned=True))
+        if config.packing == "isolate" and "flash" in (config.attn_implementation or ""):
+            # From transformers' flash_attention_forward; there is no GPU here to try it.
+            raise ValueError(
+                f"--attn-implementation {config.attn_implementation} does not keep the documents of "
+                "several rows apart: leave it out, or give --packing pad"
+            )
+        if not config.workers:  # theirs may be on other machines
+            check_student_options(config)
+            make_training_arguments(config, config.output)
+
+
+def _check_targets(config: CorpusConfig) -> None:
+    if not config.has_targets:
+        if not isinstance(config, TrainConfig):
+            raise ValueError("--targets none records nothing: give the targets that are wanted")
+        return
     try:
         spec = parse_targets(config.targets)
     except ValueError as error:
@@ -81,22 +106,6 @@ def check_settings(config: CorpusConfig) -> None:
             "them in a loop of your own: teacher.stream_batches(..., given_ids=...); or use "
             "--targets top_k, whose ids the teacher chooses"
         )
-    if isinstance(config, TrainConfig):
-        if config.workers:
-            check_installed("ray-train", "ray", "pandas")
-        if config.tensorboard:
-            check_installed("train", "tensorboard")
-        check_reporters(config.report_to)
-        check_arguments(make_distillation_arguments(config, is_aligned=True))
-        if config.packing == "isolate" and "flash" in (config.attn_implementation or ""):
-            # From transformers' flash_attention_forward; there is no GPU here to try it.
-            raise ValueError(
-                f"--attn-implementation {config.attn_implementation} does not keep the documents of "
-                "several rows apart: leave it out, or give --packing pad"
-            )
-        if not config.workers:  # theirs may be on other machines
-            check_student_options(config)
-            make_training_arguments(config, config.output)
 
 
 def read_student(folder: Path) -> Student:
@@ -120,6 +129,8 @@ def read_student(folder: Path) -> Student:
 
 def list_targets(config: CorpusConfig) -> list[str]:
     """Returns what the run asks the teacher for, of each row of the text."""
+    if not config.has_targets:
+        return []
     features = config.features if isinstance(config, TrainConfig) else ""
     return [config.targets, *([features] if features else [])]
 
@@ -141,6 +152,8 @@ def check_teacher(config: CorpusConfig, teacher: Teacher, student: Student) -> i
     the teacher may not allow the caller these targets, or not know them.
     """
     shared = shared_ids(teacher.info, student.tokenizer, student.num_ids)
+    if not config.has_targets:
+        return shared
     teacher.make_options(config.targets, config.temperature, config.seed, 0)  # as recorded?
     every = split_teachers(teacher).values()
     asked = itertools.product(map(find_live, every), list_targets(config))
@@ -187,6 +200,23 @@ def open_teacher(config: CorpusConfig, tokenizer: Any, *, write: bool = True) ->
             yield Teachers(found, column=config.teacher_column)
 
 
+@contextmanager
+def open_measure(config: TrainConfig, tokenizer: Any) -> Iterator[Teacher | None]:
+    """The teacher that the students of labels are measured beside, if one is given.
+
+    That is a served one, or else the record of the texts that they are trained on. It is asked about
+    the held-out text alone.
+    """
+    if config.teacher:
+        with open_teacher(config.model_copy(update={"record": ""}), tokenizer) as teacher:
+            yield teacher
+    elif config.record:
+        with Recorded(config.record, tokenizer=tokenizer) as record:
+            yield record
+    else:
+        yield None
+
+
 def _check_length(config: CorpusConfig, num_before: int, live: Teacher, address: str) -> None:
     """Raises ValueError for sequences that the teacher does not take.
 
@@ -225,11 +255,14 @@ def count_steps(config: TrainConfig, corpus: Corpus) -> TrainConfig:
 def train_students(
     config: TrainConfig,
     corpus: Corpus,
-    teacher: Teacher,
+    teacher: Teacher | None,
     held_out: HeldOut,
     tasks: Tasks,
 ) -> Trained:
-    """Trains the student and saves it, and the controls if asked for."""
+    """Trains the student and saves it, and the controls if asked for.
+
+    teacher: None where the student learns from labels.
+    """
     students: dict[str, StudentResults] = {}
 
     def train(name: str, teacher: Teacher | None, folder: Path | None = None) -> nn.Module:
@@ -247,7 +280,7 @@ def train_students(
     if config.control:
         train("control", None)
     student = train("distilled", teacher, config.output / "student")
-    if config.shuffled_control:
+    if config.shuffled_control and teacher is not None:
         train("shuffled", ShuffledTeacher(teacher, seed=config.seed))
     history = students["distilled"].history
     nbytes = next((e["bytes_per_token"] for e in reversed(history) if "bytes_per_token" in e), None)
@@ -277,7 +310,9 @@ def make_trainer(
         label=f"student {name}",
         teacher=teacher,
         teacher_view=None if teacher is None else make_view(config, corpus.tokenizer),
-        distillation=make_distillation_arguments(config, is_aligned=name != "shuffled"),
+        distillation=make_distillation_arguments(config, is_aligned=name != "shuffled")
+        if config.has_targets
+        else None,
         uses_muon=config.optimizer == "muon",
         identity=identity_of(config, corpus, **known),
         keep_checkpoints=config.keep_checkpoints,
@@ -333,5 +368,6 @@ def check_checkpoints(config: TrainConfig, corpus: Corpus | None, fingerprint: s
         return
     identity = identity_of(config, corpus)  # which reads the student's weights and the whole text
     for name, folder in folders.items():
-        more = {} if name == "control" else {"teacher_fingerprint": fingerprint}
+        is_taught = name != "control" and config.has_targets
+        more = {"teacher_fingerprint": fingerprint} if is_taught else {}
         checkpoints.refuse_another_run(folder, {**identity, **more})
