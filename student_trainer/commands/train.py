@@ -176,8 +176,8 @@ def _opened(config: TrainConfig) -> Iterator[tuple[Student, Teacher | None, int]
     What is refused soon comes before what takes long. Keeps room for what is written last.
     """
     read = read_student(config.student)
-    find_texts(config)
     ranks.share(lambda: find_written(config))
+    find_texts(config)
     if config.push_to_hub:
         ranks.share(lambda: make_hub_repo(config, config.output))
     with ExitStack() as ending:

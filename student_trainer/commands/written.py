@@ -19,8 +19,8 @@ def find_written(config: TrainConfig) -> list[WrittenSummary]:
     own = next((one for one in found if one.folder == config.record), None)
     if own is None:
         raise ValueError(
-            f"--data is missing: {config.record} has targets of texts that were there before, and not "
-            "texts that a teacher wrote (student-trainer generate)"
+            f"--data is missing: {config.record} holds no texts that a teacher wrote (student-trainer "
+            "generate), which could be data too. Give the data that its targets are of"
         )
     if own.longest > config.sequence_length:
         raise ValueError(

@@ -18,6 +18,7 @@ from student_trainer.generate_config import GenerateConfig
 from student_trainer.record.generated import measure_repetition
 from student_trainer.record.written import summarize
 from student_trainer.teachers.generation import Generation
+from student_trainer.teachers.teacher import Teacher
 from tests.support import tiny
 
 WORDS = [f"w{number}" for number in range(62)]
@@ -27,40 +28,47 @@ class Writer(LocalTeacher):
     """Writes with transformers' generate, and scores what it wrote."""
 
     stop_after: int | None = None
-    num_asked = 0
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model, tokenizer)
-        self.writing = model
+        self.writing, self.asked = model, set[int]()
         self.info.max_generation_tokens = self.info.max_sequence_tokens
 
-    def generate(self, prompts: Any, *, targets: Any, **options: Any) -> Iterator[Generation]:
-        for index, prompt in enumerate(prompts):
-            self.num_asked += 1
-            for sample in range(options["num_samples"]):
-                if self.stop_after is not None and index >= self.stop_after:
-                    raise KeyboardInterrupt
-                torch.manual_seed(options["seed"] + 7 * sample + int(prompt.sum()))
-                drawn = {"do_sample": False}
-                if options["temperature"]:
-                    drawn = {"do_sample": True, "temperature": options["temperature"], "top_k": 0}
-                whole = self.writing.generate(
-                    prompt[None],
-                    attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-                    max_new_tokens=options["max_new_tokens"],
-                    **drawn,
-                )[0]
-                written = whole[len(prompt) :]
-                found = None
-                if targets is not None:
-                    ((_, found),) = self.stream(
-                        [whole], targets=targets, temperature=options["target_temperature"]
-                    )
-                    found = found[len(prompt) - 1 :]
-                is_ended = int(written[-1]) == self.writing.config.eos_token_id
-                yield Generation(
-                    prompt, written, found, "stop" if is_ended else "length", index, sample
+    def generate(self, prompts: Any, **options: Any) -> Iterator[Generation]:
+        for generation in write(self.writing, self, prompts, **options):
+            if self.stop_after is not None and generation.index >= self.stop_after:
+                raise KeyboardInterrupt
+            self.asked.add(generation.index)
+            yield generation
+
+
+def write(
+    model: Any, teacher: Teacher, prompts: Any, *, targets: Any, **options: Any
+) -> Iterator[Generation]:
+    """Writes with transformers' generate; the teacher scores what was written."""
+    for index, prompt in enumerate(prompts):
+        for sample in range(options["num_samples"]):
+            torch.manual_seed(options["seed"] + 7 * sample + int(prompt.sum()))
+            drawn = {"do_sample": False}
+            if options["temperature"]:
+                drawn = {"do_sample": True, "temperature": options["temperature"], "top_k": 0}
+            whole = model.generate(
+                prompt[None],
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                max_new_tokens=options["max_new_tokens"],
+                **drawn,
+            )[0]
+            written = whole[len(prompt) :]
+            found = None
+            if targets is not None:
+                ((_, found),) = teacher.stream(
+                    [whole], targets=targets, temperature=options["target_temperature"]
                 )
+                found = found[len(prompt) - 1 :]
+            is_ended = int(written[-1]) == model.config.eos_token_id
+            yield Generation(
+                prompt, written, found, "stop" if is_ended else "length", index, sample
+            )
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +89,7 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def run(teacher: Writer, prompts: Path, output: Path, **settings: Any) -> dict[str, Any]:
+def run(teacher: Any, prompts: Path, output: Path, **settings: Any) -> dict[str, Any]:
     config = GenerateConfig(
         teacher="127.0.0.1:1",
         student=Path("student"),
@@ -151,18 +159,19 @@ def test_the_set_is_a_record_of_exactly_the_tokens_that_were_written(
 
 def test_a_set_that_was_interrupted_goes_on_and_is_the_same_in_the_end(teacher, prompts, tmp_path):
     run(teacher, prompts, tmp_path / "whole", num_samples=2)
-    teacher.stop_after, teacher.num_asked = 5, 0
+    teacher.stop_after = 5
     with pytest.raises(command.Stopped, match="10 texts"):
         run(teacher, prompts, tmp_path / "stopped", num_samples=2)
     assert len(read(tmp_path / "stopped")) == 10
-    teacher.stop_after, teacher.num_asked = None, 0
+    teacher.stop_after, teacher.asked = None, set()
     said = run(teacher, prompts, tmp_path / "stopped", num_samples=2)
     assert (said["texts"], said["written"], said["already_there"]) == (24, 14, 10)
-    assert teacher.num_asked == 7
+    assert len(teacher.asked) == 7
     assert read(tmp_path / "stopped") == read(tmp_path / "whole")
+    teacher.asked.clear()
     again = run(teacher, prompts, tmp_path / "stopped", num_samples=2)
     assert (again["texts"], again["written"], again["already_there"]) == (24, 0, 24)
-    assert teacher.num_asked == 7
+    assert not teacher.asked
     # Other settings are other texts, in the same folder.
     more = run(teacher, prompts, tmp_path / "stopped", num_samples=3, seed=1)
     assert (more["texts"], more["written"]) == (60, 36)
