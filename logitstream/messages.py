@@ -32,6 +32,8 @@ class DescribedModel(Protocol):
     @property
     def num_layers(self) -> int: ...
     @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+    @property
     def client_head(self) -> TeacherHead | None: ...
 
 
@@ -130,6 +132,7 @@ def describe_model(model: DescribedModel, **fields: Any) -> teacher_pb2.TeacherI
             "head_fingerprint": "" if model.client_head is None else model.client_head.fingerprint,
             "hidden_size": model.hidden_size,
             "num_layers": model.num_layers,
+            "stop_ids": model.stop_ids,
             "format_versions": [FORMAT_VERSION],
             **fields,
         }

@@ -70,7 +70,16 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "student_trainer/teachers/local.py": (
         "teacher_server.engine.batch",
         "teacher_server.engine.engine",
+        "teacher_server.engine.generate",
         "teacher_server.engine.loading",
+        "teacher_server.engine.stops",
+    ),
+    "student_trainer/teachers/local_writer.py": (
+        "teacher_server.engine.continuation",
+        "teacher_server.engine.generate",
+        "teacher_server.engine.head",
+        "teacher_server.engine.key_pool",
+        "teacher_server.engine.stops",
     ),
     # The modules that begin a run.
     "student_trainer/training/held_out.py": (

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from torch import Tensor
 
-from logit_codec import Targets, TargetSpec
+from logit_codec import HiddenTargets, Targets, TargetSpec, TeacherHead
 from student_trainer.errors import InvalidRequest
 
 Finish = Literal["stop", "length"]
@@ -55,19 +56,40 @@ class GenerateOptions:
     num_samples: int = 1
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InvalidRequest(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.num_samples < 1:
-            raise InvalidRequest(f"num_samples must be at least 1, got {self.num_samples}")
-        if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
-            raise InvalidRequest(f"temperature must be 0 or 0.001 to 1000, got {self.temperature}")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise InvalidRequest(
-                "top_k must be at least 0 and top_p above 0 and at most 1, got "
-                f"{self.top_k} and {self.top_p}"
-            )
+        for name, least, most in (
+            *(("max_new_tokens", 1, 2**31 - 1), ("num_samples", 1, 2**31 - 1)),
+            *(("top_k", 0, 2**31 - 1), ("seed", 0, 2**64 - 1), ("epoch", 0, 2**64 - 1)),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or not least <= int(value) <= most:
+                raise InvalidRequest(
+                    f"{name} must be a whole number, at least {least}, got {value!r}"
+                )
+        for name in ("temperature", "target_temperature"):
+            value = getattr(self, name)
+            if value != 0 and not 1e-3 <= value <= 1e3:
+                raise InvalidRequest(f"{name} must be 0 or 0.001 to 1000, got {value}")
+        if not 0 < self.top_p <= 1:
+            raise InvalidRequest(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        for one in self.stop_ids:
+            if not isinstance(one, Integral) or one < 0:
+                raise InvalidRequest(f"stop_ids must be token ids, got {one!r}")
+        for text in self.stop_strings:
+            if not isinstance(text, str) or not text:
+                raise InvalidRequest(
+                    f"stop_strings must be strings of at least one character, got {text!r}"
+                )
 
     @property
     def spec_temperature(self) -> float:
         """The temperature of the targets."""
         return self.target_temperature or self.temperature or 1.0
+
+
+def join_targets(parts: Sequence[Targets], head: TeacherHead | None) -> Targets:
+    """Joins the targets of a text, and gives hidden states the head that they need."""
+    targets = Targets.cat(parts)
+    if isinstance(targets, HiddenTargets):
+        assert head is not None
+        targets = targets.with_head(head)
+    return targets

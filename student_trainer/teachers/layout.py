@@ -16,7 +16,7 @@ ROW_COLUMNS = "teacher_columns"
 """The key of a batch under which a Trainer carries columns that only the teacher reads."""
 
 
-def as_token_ids(sequence: Any, whose: str) -> Tensor:
+def as_token_ids(sequence: Any, whose: str, *, at_least: int = 2) -> Tensor:
     """Makes (L,) int64 on the CPU from a tensor, an array or a list.
 
     Raises InvalidRequest; its message begins with `whose`, such as "sequence 3".
@@ -32,8 +32,9 @@ def as_token_ids(sequence: Any, whose: str) -> Tensor:
             f"{whose} must be one row of whole numbers, got "
             f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
         )
-    if len(ids) < 2:
-        raise InvalidRequest(f"{whose} has {len(ids)} tokens; at least 2 are needed for one row")
+    if len(ids) < at_least:
+        why = "are needed for one row" if at_least == 2 else "is needed"
+        raise InvalidRequest(f"{whose} has {len(ids)} tokens; at least {at_least} {why}")
     ids = ids.to("cpu", torch.int64)
     _check_ids(ids, whose)
     return ids

@@ -16,10 +16,12 @@ from torch import Tensor
 from logit_codec import HiddenTargets, Targets, TargetSpec, TeacherHead
 from protos import teacher_pb2
 from student_trainer.errors import IncompatibleTeacher, InvalidRequest, TeacherError
+from student_trainer.teachers.generation import GenerateOptions
 from student_trainer.teachers.mixture import Said, check_mixable, join, narrow
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 from student_trainer.teachers.stream import Assign, Join
 from student_trainer.teachers.teacher import Teacher
+from student_trainer.teachers.writing import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +162,13 @@ class Teachers(Teacher):
         if self._weights_J is not None and int((self._weights_J > 0).sum()) > 1:
             check_mixable(options.spec)
         return options
+
+    def _writer_maker(self, options: GenerateOptions) -> Callable[[], Writer]:
+        """Raises InvalidRequest: nothing says which of the teachers is to write."""
+        name = next(iter(self._teachers))
+        raise InvalidRequest(
+            f"several teachers write no text together: teachers[{name!r}].generate(...)"
+        )
 
     def check_usable(self) -> None:
         for one in self._teachers.values():

@@ -1,7 +1,7 @@
 """Defines `Teacher`, which served, local and recorded teachers implement."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from logit_codec import HiddenTargets, IdTable, Targets, TargetSpec, TeacherHead
 from protos import teacher_pb2
-from student_trainer.errors import InvalidRequest, TeacherError
+from student_trainer.errors import IncompatibleTeacher, InvalidRequest, TeacherError
+from student_trainer.teachers.generation import GenerateOptions, Generation
 from student_trainer.teachers.look_ahead import LookAhead, make_look_ahead
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 from student_trainer.teachers.stream import (
@@ -24,6 +25,7 @@ from student_trainer.teachers.stream import (
     stream_sequences,
 )
 from student_trainer.teachers.view import TeacherView
+from student_trainer.teachers.writing import Writer, make_generate_options, write_texts
 
 NO_HEAD = "use top_k or sampled targets"
 
@@ -181,6 +183,71 @@ class Teacher(ABC):
         _, targets = next(stream)
         assert targets.realized_logprob is not None
         return targets.realized_logprob
+
+    def generate(
+        self,
+        prompts: Iterable[Any],
+        *,
+        targets: str | TargetSpec | None = "sampled",
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        epoch: int = 0,
+        stop_ids: Iterable[int] = (),
+        stop_strings: Iterable[str] = (),
+        num_samples: int = 1,
+        as_finished: bool = False,
+        ahead: int = 16,
+        target_temperature: float = 0.0,
+        ignore_teacher_stop_ids: bool = False,
+    ) -> Iterator[Generation]:
+        """Yields texts that the teacher writes after prompts, each with the targets of its tokens.
+
+        prompts: sequences of token ids; an iterator is pulled as texts are handed out, so that `ahead` of
+        them are in flight. targets: the kind of what is kept of each new token's distribution, before
+        temperature 0, top_k and top_p change what is drawn from it; None for texts alone. temperature:
+        0 for the most likely tokens. target_temperature: of the targets, 0 for that of the draws.
+        Prompt, sample number, seed and epoch decide a text, wherever it is written and beside whatever.
+        A text ends with any of stop_ids or of the teacher's own (unless ignored), with the token that
+        completes one of stop_strings, or at max_new_tokens.
+        Texts come in the order of the prompts, the num_samples of a prompt by number, or as they end.
+        Closing the iterator gives up what is in flight. Raises InvalidRequest for arguments that make no
+        sense, IncompatibleTeacher for a teacher that writes no texts, and what `stream` raises.
+        """
+        self.check_usable()
+        options = make_generate_options(
+            targets,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            target_temperature=target_temperature,
+            seed=seed,
+            epoch=epoch,
+            stop_ids=stop_ids,
+            stop_strings=stop_strings,
+            ignore_teacher_stop_ids=ignore_teacher_stop_ids,
+            num_samples=num_samples,
+        )
+        make_writer = self._writer_maker(options)
+        return write_texts(
+            prompts,
+            options,
+            self.info,
+            make_writer,
+            self.check_usable,
+            ahead=ahead,
+            as_finished=as_finished,
+        )
+
+    def _writer_maker(self, options: GenerateOptions) -> "Callable[[], Writer]":
+        """Returns what makes a Writer for one call. Raises TeacherError if there is none."""
+        raise IncompatibleTeacher(
+            f"{type(self).__name__} writes no texts: use the teacher that connect(address) returns, or "
+            "LocalTeacher"
+        )
 
     def __enter__(self) -> Self:
         return self

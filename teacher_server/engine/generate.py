@@ -24,7 +24,7 @@ from teacher_server.engine.device import Device, Event
 from teacher_server.engine.drawing import draw, uniforms_of
 from teacher_server.engine.head import ScoredRows, States
 from teacher_server.engine.kept_keys import ChunkPlan, Row, RowPlan, ShapeFinder
-from teacher_server.engine.key_pool import PAGE_TOKENS, KeyPool, KeyShape, slots_of
+from teacher_server.engine.key_pool import PAGE_TOKENS, KeyPool, KeyShape, page_nbytes, slots_of
 from teacher_server.engine.layers import watch_layers
 from teacher_server.engine.model import TeacherModel
 from teacher_server.engine.packed_weights import PackedProducts
@@ -81,11 +81,7 @@ class Generator:
         self.pool = KeyPool(shapes, model.dtype, model.device, pool_nbytes)
         self.decode_rows = DECODE_ROWS.get(model.device.type, DECODE_ROWS["cuda"])
         self._products = PackedProducts(model.causal_lm, self.decode_rows)
-        longest = model.max_sequence_tokens
-        if model.max_shared_positions is not None:
-            # Rows of one launch share the frequencies of RoPE, which change there.
-            longest = min(longest, model.max_shared_positions)
-        self.max_tokens = min(longest, self.pool.max_tokens)
+        self.max_tokens = min(longest_text(model), self.pool.max_tokens)
         """Most tokens of a text, its prompt included."""
 
     def next_chunk(self, text: Continuation) -> int:
@@ -266,6 +262,23 @@ def run_model(model: TeacherModel, token_ids: Tensor, positions: Tensor, plan: A
             keys_plan=plan,
         )
     return output.last_hidden_state[0]
+
+
+def longest_text(model: TeacherModel) -> int:
+    """Returns how many tokens a text may have, if there is memory for their keys."""
+    if model.max_shared_positions is None:
+        return model.max_sequence_tokens
+    # Rows of one launch share the frequencies of RoPE, which change there.
+    return min(model.max_sequence_tokens, model.max_shared_positions)
+
+
+def find_max_tokens(model: TeacherModel, pool_nbytes: int) -> int:
+    """Returns how many tokens a text may have with a pool of this size, without making it.
+
+    Raises CannotGenerate.
+    """
+    pages = pool_nbytes // page_nbytes(find_key_shapes(model), model.dtype)
+    return min(longest_text(model), pages * PAGE_TOKENS)
 
 
 @torch.inference_mode()

@@ -36,9 +36,8 @@ class KeyPool:
         nbytes: int,
     ) -> None:
         """nbytes: bound of the memory of all pages. Raises ValueError if no page fits into it."""
-        numbers = sum(shape.num_heads * (shape.key_size + shape.value_size) for shape in shapes)
-        self.token_nbytes = numbers * dtype.itemsize
-        self.num_pages = nbytes // (self.token_nbytes * PAGE_TOKENS)
+        self.token_nbytes = page_nbytes(shapes, dtype) // PAGE_TOKENS
+        self.num_pages = nbytes // page_nbytes(shapes, dtype)
         if self.num_pages < 1:
             raise ValueError(
                 f"{nbytes} bytes hold no page of {PAGE_TOKENS} tokens, which takes "
@@ -46,9 +45,9 @@ class KeyPool:
             )
 
         def allocate(num_heads: int, size: int) -> Tensor:
-            # Memory that nobody has written to costs nothing on a CPU, also if it reads as zeros.
+            # Memory that nobody has written to costs nothing on a CPU; zeros would be written.
             shape = (self.num_pages, PAGE_TOKENS, num_heads, size)
-            return torch.zeros(shape, dtype=dtype, device=device)
+            return torch.empty(shape, dtype=dtype, device=device)
 
         self.keys = [allocate(shape.num_heads, shape.key_size) for shape in shapes]
         self.values = [allocate(shape.num_heads, shape.value_size) for shape in shapes]
@@ -94,6 +93,11 @@ class KeyPool:
                 if not self._users[page]:
                     self._free.append(page)
 
+    def copy(self, source: int, target: int) -> None:
+        """Makes a page hold what another one holds, so that two texts go on differently in it."""
+        for kept in (*self.keys, *self.values):
+            kept[target] = kept[source]
+
     def write(
         self, layer: int, slots_S: Tensor, keys_SGD: Tensor, values_SGD: Tensor, begun: Tensor
     ) -> None:
@@ -107,6 +111,12 @@ class KeyPool:
             self.values[layer].index_fill_(0, begun, 0)
         self.keys[layer].flatten(0, 1).index_copy_(0, slots_S, keys_SGD)
         self.values[layer].flatten(0, 1).index_copy_(0, slots_S, values_SGD)
+
+
+def page_nbytes(shapes: Sequence[KeyShape], dtype: torch.dtype) -> int:
+    """Returns the size of a page of all layers."""
+    numbers = sum(shape.num_heads * (shape.key_size + shape.value_size) for shape in shapes)
+    return numbers * dtype.itemsize * PAGE_TOKENS
 
 
 def pages_for(num_tokens: int) -> int:
