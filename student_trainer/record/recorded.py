@@ -56,6 +56,7 @@ class Recorded(Teacher):
     """
 
     has_one_kind = True
+    who_writes = "its live teacher, and record what it writes with student-trainer generate"
 
     def __init__(
         self,

@@ -16,12 +16,10 @@ from torch import Tensor
 from logit_codec import HiddenTargets, Targets, TargetSpec, TeacherHead
 from protos import teacher_pb2
 from student_trainer.errors import IncompatibleTeacher, InvalidRequest, TeacherError
-from student_trainer.teachers.generation import GenerateOptions
 from student_trainer.teachers.mixture import Said, check_mixable, join, narrow
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
 from student_trainer.teachers.stream import Assign, Join
 from student_trainer.teachers.teacher import Teacher
-from student_trainer.teachers.writing import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +50,8 @@ class Teachers(Teacher):
     `close`. Raises ValueError for arguments that make no sense, and IncompatibleTeacher for teachers
     with different tokenizers or vocabularies.
     """
+
+    who_writes = "one of them: teachers[name].generate(...)"
 
     def __init__(
         self,
@@ -162,13 +162,6 @@ class Teachers(Teacher):
         if self._weights_J is not None and int((self._weights_J > 0).sum()) > 1:
             check_mixable(options.spec)
         return options
-
-    def _writer_maker(self, options: GenerateOptions) -> Callable[[], Writer]:
-        """Raises InvalidRequest: nothing says which of the teachers is to write."""
-        name = next(iter(self._teachers))
-        raise InvalidRequest(
-            f"several teachers write no text together: teachers[{name!r}].generate(...)"
-        )
 
     def check_usable(self) -> None:
         for one in self._teachers.values():

@@ -40,6 +40,8 @@ class Teacher(ABC):
     default_targets: str | TargetSpec = "sampled"
     has_one_kind: ClassVar[bool] = False
     """Whether everything that is asked for must have the same spec, as in a record."""
+    who_writes: ClassVar[str] = "the teacher that connect(address) returns, or LocalTeacher"
+    """For the error of a teacher that cannot write texts: what can."""
     id_tables: Sequence[IdTable] = ()
     """What payloads may be coded with, beside the built-in identity."""
     tokenizer: Any = None
@@ -244,10 +246,7 @@ class Teacher(ABC):
 
     def _writer_maker(self, options: GenerateOptions) -> "Callable[[], Writer]":
         """Returns what makes a Writer for one call. Raises TeacherError if there is none."""
-        raise IncompatibleTeacher(
-            f"{type(self).__name__} writes no texts: use the teacher that connect(address) returns, or "
-            "LocalTeacher"
-        )
+        raise IncompatibleTeacher(f"{type(self).__name__} writes no texts: use {self.who_writes}")
 
     def __enter__(self) -> Self:
         return self

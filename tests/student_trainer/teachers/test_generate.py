@@ -255,5 +255,5 @@ def test_teachers_that_write_nothing_say_so(teacher: LocalTeacher):
     with pytest.raises(IncompatibleTeacher, match="writes no texts, it only scores"):
         padded.generate([[5]], max_new_tokens=3)
     both = Teachers({"a": teacher, "b": teacher}, weights={"a": 1.0})
-    with pytest.raises(InvalidRequest, match=r"teachers\['a'\].generate"):
+    with pytest.raises(IncompatibleTeacher, match=r"use one of them: teachers\[name\].generate"):
         both.generate([[5]], max_new_tokens=3)
