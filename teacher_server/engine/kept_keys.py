@@ -111,8 +111,8 @@ class _Group:
     pages: Tensor
     """(R * P,)."""
     num_rows: int
-    hidden: Tensor
-    """(R, 1, 1, L) bool: keys of these pages that a row does not see."""
+    seen: Tensor
+    """(R, 1, 1, L) bool: keys of these pages that a row sees."""
 
 
 class RowPlan:
@@ -163,11 +163,18 @@ class RowPlan:
             q_RGQD = q_TGQD[group.rows]
             k_RGLD, v_RGLD = k.transpose(1, 2), v.transpose(1, 2)
             if softcap == 0.0 and sinks is None:
+                # Of one query alone torch may divide the keys among its threads, and adds up otherwise
+                # the more rows there are; of two it does not.
+                is_single = q_RGQD.shape[2] == 1
                 attended = F.scaled_dot_product_attention(
-                    q_RGQD, k_RGLD, v_RGLD, attn_mask=~group.hidden, scale=scale
-                )
+                    q_RGQD.expand(-1, -1, 2, -1) if is_single else q_RGQD,
+                    k_RGLD,
+                    v_RGLD,
+                    attn_mask=group.seen,
+                    scale=scale,
+                )[:, :, : q_RGQD.shape[2]]
             else:
-                attended = _attend(q_RGQD, k_RGLD, v_RGLD, group.hidden, softcap, scale, sinks)
+                attended = _attend(q_RGQD, k_RGLD, v_RGLD, ~group.seen, softcap, scale, sinks)
             out_TGQD[group.rows] = attended
         return out_TGQD.flatten(1, 2)[None]
 
@@ -194,14 +201,14 @@ class RowPlan:
         positions_RL = starts[:, None] + torch.arange(count * PAGE_TOKENS)
         first_R = torch.tensor([first for _, _, first in members])
         last_R = torch.tensor([self._rows[at].position for at, _, _ in members])
-        hidden_RL = (positions_RL < first_R[:, None]) | (positions_RL > last_R[:, None])
+        seen_RL = (positions_RL >= first_R[:, None]) & (positions_RL <= last_R[:, None])
         at = [at for at, _, _ in members]
         is_run = at == list(range(at[0], at[-1] + 1))
         return _Group(
             slice(at[0], at[-1] + 1) if is_run else torch.tensor(at, device=self._device),
             torch.tensor(pages, device=self._device),
             len(members),
-            hidden_RL[:, None, None].to(self._device),
+            seen_RL[:, None, None].to(self._device),
         )
 
 
