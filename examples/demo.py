@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from examples import demo_teacher
+from examples import demo_teacher, demo_texts
 
 STEPS = 150
 LEARNING_RATE = 3e-2  # at which the control is at its best; docs/log.md has the search
@@ -39,6 +39,11 @@ def main() -> int:
         "--standalone",
         action="store_true",
         help="serve one replica without Ray instead of two on it",
+    )
+    parser.add_argument(
+        "--generate",
+        action="store_true",
+        help="also let the teacher write texts, and train students on them",
     )
     options = parser.parse_args()
     # SIGTERM becomes an exception, so that the service is stopped on every way out.
@@ -80,12 +85,15 @@ def run(options: argparse.Namespace) -> int:
                 raise RuntimeError(f"the service did not start:\n{log.read_text()}")
             print(f"service: {ready[1]}, log in {log}")
             reports = [compare(options, ready[1], seed) for seed in options.seeds]
+            written = demo_texts.run(options, ready[1]) if options.generate else None
         finally:
             service.terminate()
             service.wait(30)
-    if None in reports:
+    if None in reports or (options.generate and written is None):
         return 1
     print_table([report for report in reports if report is not None])
+    if written is not None:
+        demo_texts.print_table(written)
     page = options.output / "report.html"
     if len(options.seeds) > 1:
         page = options.output / "seeds.html"

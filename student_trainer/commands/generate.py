@@ -268,8 +268,13 @@ def _summarize(config: GenerateConfig, num_texts: int) -> dict[str, Any]:
     if not num_texts:
         return {}
     found = summarize(config.output)
-    names = ("tokens", "mean_tokens", "finish", "repetition", "entropy", "nats")
-    return {name: getattr(found, name) for name in names}
+    names = ("tokens", "mean_tokens", "repetition", "entropy", "nats")
+    return {
+        **{name: getattr(found, name) for name in names},
+        **{f"finish_{how}": count for how, count in found.finish.items()},
+        "set_tokens_per_s": found.tokens_per_s,
+        "set_bytes_per_token": found.bytes_per_token,
+    }
 
 
 def _divide(part: float, whole: float) -> float | None:

@@ -71,7 +71,8 @@ class PromptCounts:
             )
         if self.repeated:
             notes.append(
-                f"{self.repeated:,} prompts were left out: they are the same as one before"
+                f"{self.repeated:,} of {self.prompts + self.repeated:,} prompts are the same as one "
+                "before and were left out"
             )
         return notes
 
