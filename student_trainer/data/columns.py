@@ -187,7 +187,7 @@ class DocumentReader:
         num_before = get_value(row, "prompt_tokens", int, place)
         if columns.trained == "all":
             return Document(ids, may_split=False)
-        return _masked(ids, [0] * num_before + [1] * (len(ids) - num_before))
+        return _masked(ids.tolist(), [0] * num_before + [1] * (len(ids) - num_before))
 
     def _write_chat(
         self,

@@ -48,8 +48,6 @@ class GeneratedSet:
         *,
         id_tables: Sequence[IdTable] = (),
         tokenizer: Any = None,
-        seal_nbytes: int = SEAL_NBYTES,
-        seal_s: float = SEAL_S,
     ) -> None:
         """info: of the teacher. options: how all texts that are added here are written. tokenizer:
         turns ids into text.
@@ -59,7 +57,6 @@ class GeneratedSet:
         self._folder = Folder(folder)
         self._info, self._options = info, options
         self._id_tables, self._tokenizer = id_tables, tokenizer
-        self._seal_nbytes, self._seal_s = seal_nbytes, seal_s
         self.settings = describe_settings(options)
         """How texts are written, as JSON."""
         self._spec = _complete(options.spec, info)
@@ -111,7 +108,7 @@ class GeneratedSet:
         key = self._make_key(ids_digest(generation.prompt_ids), generation.sample, self.settings)
         self._known.add(key)
         waited_s = time.monotonic() - self._since_s
-        if self._nbytes >= self._seal_nbytes or waited_s >= self._seal_s:
+        if self._nbytes >= SEAL_NBYTES or waited_s >= SEAL_S:
             self.seal()
 
     def seal(self) -> None:
