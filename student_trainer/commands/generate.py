@@ -35,6 +35,7 @@ def run_generate(config: GenerateConfig) -> int:
     options, shards = make_options(config), find_prompts(config)
     tokenizer = read_tokenizer(config)
     with connect(config.teacher, tokenizer=tokenizer, **config.credentials()) as teacher:
+        check_teacher(config, options, teacher)
         try:
             numbers = generate(config, options, shards, teacher, tokenizer)
         except Stopped as stopped:
@@ -144,7 +145,7 @@ def generate(
         "prompts": reader.counts.prompts,
         "new_tokens": texts.num_tokens,
         "tokens_per_s": texts.num_tokens / written.seconds if texts.num_tokens else None,
-        "hours": written.seconds / 3600,
+        "seconds": written.seconds,
         "bytes_per_token": _divide(texts.num_payload_bytes, texts.num_tokens),
         **_summarize(config, num_before + texts.num_added),
         "targets": config.targets,
@@ -176,6 +177,16 @@ def find_longest(config: GenerateConfig, teacher: Teacher) -> int:
             f"of which it writes; got {config.prompt_tokens}"
         )
     return longest
+
+
+def check_teacher(config: GenerateConfig, options: GenerateOptions, teacher: Teacher) -> None:
+    """Lets the teacher write one token, before anything long begins.
+
+    Raises ValueError and what `Teacher.generate` does: the teacher may not allow the caller to let it
+    write, or not know these targets.
+    """
+    find_longest(config, teacher)
+    list(teacher.generate([[0]], targets=options.spec, max_new_tokens=1))
 
 
 @dataclass(slots=True)

@@ -64,6 +64,8 @@ def test_soft_and_hard_learn_from_the_same_text_and_are_compared(
     live = "--teacher", trained_service.address
     soft = train(tmp_path, "soft", "--record", str(texts), *live, **where)
     hard = train(tmp_path, "hard", "--data", str(texts), "--targets", "none", *live, **where)
+    several = "--packing", "isolate", "--sequence-length", "64"  # texts in a row
+    train(tmp_path, "several", "--record", str(texts), "--held-out", str(texts), *several, **where)
     alone = train(tmp_path, "alone", "--record", str(texts), "--targets", "none", **where)
     assert soft["data_digest"] == hard["data_digest"] == alone["data_digest"]
     assert soft["trained_tokens"] == hard["trained_tokens"]
