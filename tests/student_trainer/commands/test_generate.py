@@ -25,17 +25,16 @@ WORDS = [f"w{number}" for number in range(62)]
 
 
 class Writer(LocalTeacher):
-    """Writes with transformers' generate, and scores what it wrote."""
+    """A teacher whose user presses Ctrl-C after some texts."""
 
     stop_after: int | None = None
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model, tokenizer)
-        self.writing, self.asked = model, set[int]()
-        self.info.max_generation_tokens = self.info.max_sequence_tokens
+        self.asked = set[int]()
 
     def generate(self, prompts: Any, **options: Any) -> Iterator[Generation]:
-        for generation in write(self.writing, self, prompts, **options):
+        for generation in super().generate(prompts, **options):
             if self.stop_after is not None and generation.index >= self.stop_after:
                 raise KeyboardInterrupt
             self.asked.add(generation.index)
@@ -139,10 +138,13 @@ def test_the_set_is_a_record_of_exactly_the_tokens_that_were_written(
 ):
     run(teacher, prompts, tmp_path / "set", targets=targets)
     rows = read(tmp_path / "set")
+    prompts_ids = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
+    again = [*teacher.generate(prompts_ids, targets=targets, max_new_tokens=8)]
     with Recorded(tmp_path / "set", tokenizer=teacher.tokenizer) as record:
         assert len(record) == 12
         assert record.default_targets == str(parse_targets(targets))
-        for row in rows:
+        for row, written in zip(rows, again, strict=True):
+            assert row["token_ids"] == written.token_ids.tolist()
             ids = torch.tensor(row["input_ids"])
             labels = torch.where(torch.arange(len(ids)) < row["prompt_tokens"], -100, ids)
             batch = {"input_ids": ids[None], "labels": labels[None]}
@@ -153,8 +155,13 @@ def test_the_set_is_a_record_of_exactly_the_tokens_that_were_written(
             ((_, scored),) = teacher.stream([ids], targets=targets)
             scored = scored[row["prompt_tokens"] - 1 :]
             assert found.num_rows == len(row["token_ids"])
-            if found.realized_logprob is not None and scored.realized_logprob is not None:
-                assert torch.equal(found.realized_logprob, scored.realized_logprob)
+            for name in ("realized_logprob", "logprobs", "token_ids", "hidden", "tail_logprob"):
+                stored = getattr(found, name, None)
+                if stored is not None:  # nothing was rounded once more
+                    assert torch.equal(stored, getattr(written.targets, name))
+            if found.realized_logprob is not None:
+                expected = scored.realized_logprob
+                torch.testing.assert_close(found.realized_logprob, expected, atol=1e-5, rtol=0)
 
 
 def test_a_set_that_was_interrupted_goes_on_and_is_the_same_in_the_end(teacher, prompts, tmp_path):
