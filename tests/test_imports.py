@@ -20,10 +20,13 @@ RULES: dict[str, tuple[str, ...]] = {
     "teacher_server.monitoring": (),
     "teacher_server.teams": (),
     "teacher_server.engine": (),
-    "teacher_server.scheduling": ("engine.batch", "teams", "monitoring"),
+    "teacher_server.scheduling": (
+        *("engine.batch", "engine.continuation", "engine.key_pool", "engine.stops"),
+        *("teams", "monitoring"),
+    ),
     "teacher_server.admission": ("engine.batch", "scheduling.job", "teams"),
     "teacher_server.ledger": ("teams",),
-    "teacher_server.pipeline": ("scheduling", "engine", "monitoring", "ledger.accounts"),
+    "teacher_server.pipeline": ("scheduling", "engine", "monitoring", "ledger.accounts", "teams"),
     "teacher_server.rpc": ("pipeline", "admission", "ledger", "teams", "monitoring"),
     "teacher_server.replica": (
         *("pipeline", "rpc", "admission", "scheduling", "engine", "teams", "ledger"),

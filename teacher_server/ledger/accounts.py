@@ -90,6 +90,11 @@ class Accounts:
         """Charges sequences that the scheduler gives to the model now. Any thread may call it."""
         self._book.charge(sequences)
 
+    def charge_parts(self, parts: Iterable[tuple[Reservation, int, bool]]) -> None:
+        """Charges so many tokens of each sequence that the model gets now; the last value of a part:
+        whether the sequence itself is counted. Any thread may call it."""
+        self._book.charge_parts(parts)
+
     def settle(self, sequence: Reservation) -> None:
         """Ends a reserved sequence, answered or not; called exactly once for each."""
         self._book.give_back(sequence)

@@ -93,6 +93,33 @@ class Book:
                 )
             )
 
+    def charge_parts(self, parts: Iterable[tuple[Reservation, int, bool]]) -> None:
+        """Charges so many tokens of each sequence, and leaves the rest of what it holds reserved.
+
+        The last value of a part: whether the sequence is counted now, as it is once.
+        """
+        today = self.today
+        totals: dict[str, tuple[int, int]] = {}
+        with self._lock:
+            for sequence, tokens, is_counted in parts:
+                team = sequence.team
+                count, total = totals.get(team.name, (0, 0))
+                totals[team.name] = count + is_counted, total + tokens
+                account = self._accounts.get(team.name)
+                if account is not None:
+                    held = min(tokens, sequence.held)
+                    sequence.held -= held
+                    if held:
+                        account.quota.charge(held, held, limited=_has_quota(team))
+                    if tokens > held:
+                        account.quota.charge(tokens - held, 0, limited=_has_quota(team))
+            self.journal.append(
+                b"".join(
+                    to_bytes(Record(Kind.DISPATCHED, name, today, *counts))
+                    for name, counts in totals.items()
+                )
+            )
+
     def give_back(self, sequence: Reservation) -> None:
         """Ends a sequence: its turn is over, and what is still reserved for it is free again."""
         account = self._accounts.get(sequence.team.name)

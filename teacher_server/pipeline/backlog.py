@@ -12,6 +12,7 @@ backlog never exceeds twice the bound by what one pack adds.
 import threading
 from collections.abc import Callable, Sequence
 
+from teacher_server.pipeline.encoding import Answer
 from teacher_server.scheduling.job import SequenceJob
 
 MAX_PACKS = 2
@@ -31,7 +32,7 @@ class EncodeBacklog:
         self._max_nbytes = max_nbytes
         self._changed = threading.Condition()
         self._nbytes = 0
-        self._packs: dict[SequenceJob, set[SequenceJob] | None] = {}
+        self._packs: dict[Answer, set[SequenceJob] | None] = {}
         """Of each answer, those of its pack that wait to be encoded; None while it is in flight."""
         self._num_packs = 0
         self._closed = False
@@ -54,7 +55,7 @@ class EncodeBacklog:
             self._packs.update(dict.fromkeys(pack, pack))
             self._num_packs += bool(pack)
 
-    def forget(self, job: SequenceJob) -> None:
+    def forget(self, job: Answer) -> None:
         """Stops counting an answer: it is encoded, or its client has gone."""
         with self._changed:
             # Encoding, failing and cancelling may each report the same job.

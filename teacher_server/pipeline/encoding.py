@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Self
+from typing import Any, Protocol, Self
 
-from logit_codec import encode_parts
+from logit_codec import IdTable, TargetSpec, encode_parts
 from teacher_server.engine.head import ScoredRows
-from teacher_server.scheduling.job import SequenceJob
+from teacher_server.teams.declaration import Team
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +33,30 @@ NUM_THREADS = min(4, max(2, (os.cpu_count() or 1) // 4))
 CLOSE_S = 5.0
 """How long closing waits for the parts in hand."""
 
+
+class Answer(Protocol):
+    """Says what encoding needs of what it answers: a sequence, or some tokens of a text."""
+
+    team: Team
+    level: int
+    reply_nbytes: int
+    id_table: IdTable | None
+
+    @property
+    def spec(self) -> TargetSpec | None: ...
+
+
 Parts = Iterator[tuple[int, int, bytes]]
 """What `encode_parts` yields: first row, number of rows, container."""
-MakeParts = Callable[[SequenceJob, ScoredRows], Parts]
+MakeParts = Callable[[Any, ScoredRows], Parts]
 """Compacts the rows of a job at once, and encodes them as they are asked for."""
 
 
-def make_parts(job: SequenceJob, rows: ScoredRows, *, max_nbytes: int) -> Parts:
+def make_parts(job: Answer, rows: ScoredRows, *, max_nbytes: int) -> Parts:
     """Makes targets of the rows of a job, and encodes them in parts of at most `max_nbytes`."""
+    assert job.spec is not None
     targets = rows.compact()
-    return encode_parts(targets, job.request.spec, max_nbytes=max_nbytes, id_table=job.id_table)
+    return encode_parts(targets, job.spec, max_nbytes=max_nbytes, id_table=job.id_table)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,8 +91,13 @@ class Encoding:
     Raises what scoring or encoding raised. A reader that does not iterate to the end calls `close`.
     """
 
-    def __init__(self, job: SequenceJob, on_close: Callable[[SequenceJob], None]) -> None:
-        """Call it in the event loop of the reader. on_close: called by `close`."""
+    def __init__(
+        self,
+        job: Answer,
+        on_close: Callable[[Any], None],
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        """on_close: called with the job by `close`. loop: the reader's, by default the running one."""
         self.job = job
         self.order = 0
         self.state = State.SCORING
@@ -88,7 +107,7 @@ class Encoding:
         self._parts: Parts | None = None
         self._compact_s = 0.0
         self._began = 0.0
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop or asyncio.get_running_loop()
         self._ready: asyncio.Queue[Part | Exception | None] = asyncio.Queue()
 
     def __lt__(self, other: Self) -> bool:
@@ -172,7 +191,7 @@ class Encoder:
         self,
         make_parts: MakeParts,
         *,
-        on_end: Callable[[SequenceJob], None],
+        on_end: Callable[[Answer], None],
         on_start: Callable[[], None] = lambda: None,
         on_failure: Callable[[str], None],
         num_threads: int = NUM_THREADS,
@@ -183,7 +202,7 @@ class Encoder:
         self._on_failure = on_failure
         self._changed = threading.Condition()
         """Guards everything below, and the state of every answer."""
-        self._answers: dict[SequenceJob, Encoding] = {}
+        self._answers: dict[Answer, Encoding] = {}
         """Those that have not ended."""
         self._teams: dict[str, _TeamAnswers] = {}
         self._virtual_time = 0.0
@@ -201,14 +220,22 @@ class Encoder:
         for thread in self._threads:
             thread.start()
 
-    def expect(self, job: SequenceJob, on_close: Callable[[SequenceJob], None]) -> Encoding:
-        """Returns what the parts of a job will come through; call it in the reader's event loop."""
-        encoding = Encoding(job, on_close)
+    def expect(
+        self,
+        job: Answer,
+        on_close: Callable[[Any], None],
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> Encoding:
+        """Returns what the parts of a job will come through.
+
+        Call it in the reader's event loop, or give it that one.
+        """
+        encoding = Encoding(job, on_close, loop)
         with self._changed:
             self._answers[job] = encoding
         return encoding
 
-    def encode(self, job: SequenceJob, rows: ScoredRows) -> None:
+    def encode(self, job: Answer, rows: ScoredRows) -> None:
         """Queues the rows of an answer."""
         with self._changed:
             encoding = self._answers.get(job)
@@ -228,7 +255,7 @@ class Encoder:
             heapq.heappush(team.waiting, encoding)
             self._changed.notify()
 
-    def fail(self, job: SequenceJob, error: Exception) -> None:
+    def fail(self, job: Answer, error: Exception) -> None:
         """Ends an answer with an error."""
         with self._changed:
             if (encoding := self._answers.get(job)) is not None:
@@ -243,7 +270,7 @@ class Encoder:
                 if encoding.state is State.SCORING:
                     self._end(encoding, error)
 
-    def drop(self, job: SequenceJob) -> None:
+    def drop(self, job: Answer) -> None:
         """Ends an answer that nobody waits for any more."""
         with self._changed:
             if (encoding := self._answers.get(job)) is not None:

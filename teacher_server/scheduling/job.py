@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from logit_codec import IdTable
+from logit_codec import IdTable, TargetSpec
 from teacher_server.engine.batch import PackTimes, RowRequest
 from teacher_server.teams.declaration import DEFAULT_TEAM, Team
 
@@ -55,6 +55,11 @@ class SequenceJob:
 
     forward_pass: ForwardPass | None = field(default=None, init=False)
     """The pass that scored it."""
+
+    @property
+    def spec(self) -> TargetSpec:
+        """What is kept of each of its rows."""
+        return self.request.spec
 
     @property
     def num_projected(self) -> int:
