@@ -34,8 +34,10 @@ from student_trainer.hf.checkpoints import (
 from student_trainer.hf.column_hooks import ColumnHooks
 from student_trainer.hf.feature_hooks import FeatureHooks, make_feature_loss
 from student_trainer.hf.meter import TrainerMeter
-from student_trainer.hf.passes import Passes
+from student_trainer.hf.on_policy_hooks import OnPolicyHooks
 from student_trainer.losses.causal import check_causal
+from student_trainer.on_policy.arguments import OnPolicyArguments
+from student_trainer.teachers.batch_targets import Taken
 from student_trainer.teachers.local import LocalTeacher
 from student_trainer.teachers.several import Teachers, Weights
 from student_trainer.teachers.teacher import Teacher
@@ -48,6 +50,7 @@ __all__ = [
     "DistillationArguments",
     "DistillationMixin",
     "DistillationTrainer",
+    "OnPolicyArguments",
 ]
 
 ATTACHED = "distillation_targets"
@@ -58,7 +61,7 @@ OneTeacher = str | Sequence[str] | nn.Module | Teacher
 """What stands for a teacher."""
 
 
-class DistillationMixin(ColumnHooks, FeatureHooks):
+class DistillationMixin(ColumnHooks, FeatureHooks, OnPolicyHooks):
     """Put before a Trainer class: `class Distilled(DistillationMixin, SFTTrainer)`.
 
     teacher: an address, several addresses of one service, a causal LM in this process, or a
@@ -68,7 +71,8 @@ class DistillationMixin(ColumnHooks, FeatureHooks):
     Several teachers are a mapping from names to these, see `Teachers`: teacher_column is the column of
     the training data that names the teacher of each row, or teacher_weights says how much each counts.
     teacher_view shows the teacher another text with the same trained tokens, see
-    `Teacher.stream_batches`; it gets every column of the data.
+    `Teacher.stream_batches`; it gets every column of the data. on_policy: the student writes some of
+    the batches itself, after prompts from the data.
     """
 
     def __init__(
@@ -79,11 +83,15 @@ class DistillationMixin(ColumnHooks, FeatureHooks):
         teacher_weights: Weights | None = None,
         teacher_view: TeacherView | None = None,
         distillation: DistillationArguments | None = None,
+        on_policy: OnPolicyArguments | None = None,
         **kwargs: Any,
     ) -> None:
         self.distillation = distillation or DistillationArguments()
+        self.on_policy = on_policy
         self.teacher = None
         self._view = teacher_view
+        if on_policy is not None and teacher is None:
+            raise ValueError("on_policy needs a teacher that says what it thinks of the texts")
         choosing = {"teacher_column": teacher_column, "teacher_weights": teacher_weights}
         for name, value in choosing.items():
             if value is not None and not isinstance(teacher, Mapping):
@@ -118,7 +126,7 @@ class DistillationMixin(ColumnHooks, FeatureHooks):
         self.model_accepts_loss_kwargs = True  # what transformers before 5.19 calls the same
         self._meter = TrainerMeter(self.args.device)
         self._alignment = Alignment(teacher_view)
-        self._passes = Passes(self, self.teacher, self.distillation, teacher_view)
+        self._passes = self._make_passes(self.teacher, self.distillation, teacher_view)
         if self.distillation.features:
             found = self.distillation, self.teacher, self.model, self.args.seed
             self._begin_features(make_feature_loss(*found))
@@ -130,6 +138,7 @@ class DistillationMixin(ColumnHooks, FeatureHooks):
             unwrap=lambda model: self.accelerator.unwrap_model(model, keep_torch_compile=False),
             feature_loss=self.feature_loss,
         )
+        self._make_written_loss(self.teacher, self.distillation)
         self.add_callback(_Callback(self))
 
     # What the Trainer calls, in the order of a step.
@@ -158,9 +167,8 @@ class DistillationMixin(ColumnHooks, FeatureHooks):
         samples, num_rows = [], 0
         for taken, targets, features in self._passes.take(epoch_iterator, num_batches):
             if targets is not None:
-                self._check_targets(taken.batch, targets)
                 num_rows += targets.num_rows
-                self._meter.rows_fetched += targets.num_rows
+                self._count_fetched(taken, targets)
             # Tensors in such a way that nothing waits for them; then whatever else accelerate can move.
             of_student = {k: v for k, v in taken.batch.items() if k not in self._of_teacher}
             batch: Any = send_to_device(move_to_device(of_student, device), device)
@@ -195,7 +203,7 @@ class DistillationMixin(ColumnHooks, FeatureHooks):
             )
         self._refuse_unknown_ids(attached.largest_id)
         progress = self.state.global_step / max(1, self.state.max_steps - 1)
-        loss, outputs = self._batch_loss.compute(
+        loss, outputs = self._find_loss(attached).compute(
             model, inputs, attached, keep=return_outputs, progress=progress
         )
         if num_items_in_batch is None:
@@ -214,7 +222,7 @@ class DistillationMixin(ColumnHooks, FeatureHooks):
     def close(self) -> None:
         """Ends the connection to the teacher, if this Trainer made it."""
         if self.teacher is not None:
-            self._passes.close()
+            self._end_passes()
             for one in self._opened:
                 one.close()
 
@@ -237,10 +245,17 @@ class DistillationMixin(ColumnHooks, FeatureHooks):
             f"object with stream_batches or a mapping from names to these; got {type(teacher).__name__}"
         )
 
+    def _count_fetched(self, taken: Taken, targets: Targets) -> None:
+        if taken.is_written:
+            assert self._written_meter is not None
+            self._written_meter.rows_fetched += targets.num_rows
+            return
+        if self.distillation.check_first_batch:
+            self._check_targets(taken.batch, targets)
+        self._meter.rows_fetched += targets.num_rows
+
     def _check_targets(self, batch: Mapping[str, Any], targets: Targets) -> None:
         """Raises ProtocolError if the targets of the first rows do not belong to them."""
-        if not self.distillation.check_first_batch:
-            return
         if self._meter.rows_fetched == 0:
             warn_of_tail(targets, max(self.distillation.weights[1].ends))
         if not self._alignment.is_enough:
@@ -271,18 +286,7 @@ class DistillationMixin(ColumnHooks, FeatureHooks):
             logs["bytes_per_token"] = nbytes / rows
         if isinstance(self.teacher, Teachers):
             logs |= self._compute_shares(self.teacher)
-        return logs
-
-    def _compute_shares(self, teachers: Teachers) -> dict[str, float]:
-        """Returns the share of each teacher in the rows since the last time, on all ranks."""
-        total, before = teachers.rows_by_teacher, self._rows_of_each
-        self._rows_of_each = total
-        since = [total[name] - before[name] for name in total]
-        rows = torch.tensor(since, device=self.args.device)
-        if self.args.world_size > 1:
-            rows = self.accelerator.gather(rows[None]).sum(0)  # type: ignore[union-attr,call-overload]
-        shares = (rows / rows.sum().clamp(min=1e-9)).tolist()
-        return {f"share/{name}": one for name, one in zip(total, shares, strict=True)}
+        return logs | self._collect_on_policy_logs()
 
     def _begin_counting(self) -> None:
         """Leaves what the teacher was asked before this training out of the bytes per token."""
@@ -298,6 +302,7 @@ class DistillationMixin(ColumnHooks, FeatureHooks):
         return {
             "teacher_fingerprint": self.teacher.info.teacher_fingerprint,
             **self.distillation.describe_loss(),
+            **self._describe_on_policy(),
             **(self.teacher.choice if isinstance(self.teacher, Teachers) else {}),
         }
 
@@ -320,15 +325,20 @@ class _Callback(transformers.TrainerCallback):
         self._trainer._meter.reset()
         self._trainer._begin_counting()
         self._trainer._batch_loss.begin_training()
+        self._trainer._begin_written()
         self._trainer._clear_gradients()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        meter = self._trainer._meter
-        meter.end_step()
+        meters = [self._trainer._meter]
+        meters[0].end_step()
+        if self._trainer._written_meter is not None:
+            meters.append(self._trainer._written_meter)
         self._trainer._clear_gradients()
-        if meter.rows_fetched != meter.rows_in_loss:
+        fetched = sum(meter.rows_fetched for meter in meters)
+        in_loss = sum(meter.rows_in_loss for meter in meters)
+        if fetched != in_loss:
             raise ProtocolError(
-                f"{meter.rows_fetched} rows of targets were fetched and {meter.rows_in_loss} "
+                f"{fetched} rows of targets were fetched and {in_loss} "
                 "reached the loss: another class replaces compute_loss. DistillationMixin must be "
                 "the first of the base classes, and no subclass may override compute_loss."
             )

@@ -52,10 +52,13 @@ RULES: dict[str, tuple[str, ...]] = {
     "student_trainer.client": ("teachers",),
     "student_trainer.record": ("teachers",),
     "student_trainer.data": ("teachers",),
-    "student_trainer.hf": ("losses", "teachers", "transfer", "schedules"),
-    "student_trainer.hf_trainer": ("hf", "losses", "teachers", "client", "transfer"),
+    "student_trainer.on_policy": ("losses", "teachers"),
+    "student_trainer.hf": ("losses", "teachers", "transfer", "schedules", "on_policy"),
+    "student_trainer.hf_trainer": (
+        *("hf", "losses", "teachers", "client", "transfer", "on_policy"),
+    ),
     "student_trainer.training": (
-        *("hf_trainer", "hf", "teachers", "losses", "data", "disk", "transfer"),
+        *("hf_trainer", "hf", "teachers", "losses", "data", "disk", "transfer", "on_policy"),
         *("config", "trainer_fields"),
     ),
     "student_trainer.report": ("training.results", "disk"),

@@ -60,6 +60,8 @@ def connect(
 class RemoteTeacher(Teacher):
     """Gives the targets of a served teacher; `connect` makes one, `with` or `close()` ends it."""
 
+    is_remote = True
+
     def __init__(self, connection: Connection, *, tokenizer: Any, patience_s: float) -> None:
         self._pid = os.getpid()
         self._io = IoThread.shared()

@@ -44,13 +44,23 @@ class AttachedTargets:
     """The largest token id of the batch."""
     features: Targets | None = None
     """States of the teacher's layers in the same rows, if the student learns from them."""
+    is_written: bool = False
+    """Whether the student wrote the batch itself."""
 
     @classmethod
     def of(
         cls, taken: Taken, targets: Targets | None, features: Targets | None = None
     ) -> "AttachedTargets":
         """Keeps what the loss needs of a batch, and not the batch, which would fill the host."""
-        return cls(targets, taken.rows, taken.labels, taken.num_without, taken.largest_id, features)
+        return cls(
+            targets,
+            taken.rows,
+            taken.labels,
+            taken.num_without,
+            taken.largest_id,
+            features,
+            taken.is_written,
+        )
 
     def to_rows(self, head_size: int, used_ids: int, device: Any) -> tuple[Targets, Tensor, Tensor]:
         """Returns targets, rows and labels on the device, over the ids that the student has too.

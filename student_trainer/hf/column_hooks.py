@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import torch
 from accelerate.data_loader import DataLoaderShard
 
 from student_trainer.hf.carrying import CarryingCollator
 from student_trainer.hf.trainer_base import TrainerBase
 from student_trainer.teachers.layout import ROW_COLUMNS
+from student_trainer.teachers.several import Teachers
 from student_trainer.teachers.teacher import Teacher
 from student_trainer.teachers.view import TeacherView
 
@@ -16,6 +18,8 @@ class ColumnHooks(TrainerBase):
 
     teacher: Teacher | None = None
     _view: TeacherView | None = None
+    _rows_of_each: dict[str, int]
+    """Rows that each of several teachers had answered when they were last logged."""
     _is_carrying = False
     """Whether a loader is being made whose collator takes the columns itself."""
 
@@ -66,3 +70,14 @@ class ColumnHooks(TrainerBase):
             known = self._signature_columns
         weigh = getattr(self.teacher, "weigh", None)
         return CarryingCollator(collator, known, self._column, weigh, self._view is not None)
+
+    def _compute_shares(self, teachers: Teachers) -> dict[str, float]:
+        """Returns the share of each teacher in the rows since the last time, on all ranks."""
+        total, before = teachers.rows_by_teacher, self._rows_of_each
+        self._rows_of_each = total
+        since = [total[name] - before[name] for name in total]
+        rows = torch.tensor(since, device=self.args.device)
+        if self.args.world_size > 1:
+            rows = self.accelerator.gather(rows[None]).sum(0)  # type: ignore[union-attr,call-overload]
+        shares = (rows / rows.sum().clamp(min=1e-9)).tolist()
+        return {f"share/{name}": one for name, one in zip(total, shares, strict=True)}

@@ -43,15 +43,17 @@ class Taken:
     """Tokens, padding aside, that are not trained."""
     largest_id: int
     """The largest id in the batch."""
+    is_written: bool = False
+    """Whether the student wrote what is trained."""
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> "Taken":
+    def of(cls, batch: Mapping[str, Any], *, is_written: bool = False) -> "Taken":
         """Reads what is trained of a batch. Raises InvalidRequest if it is not a batch."""
         layout = Layout.of(batch)
         rows = layout.trained.flatten().nonzero()[:, 0]
         labels = layout.labels.flatten()[rows + 1]
         num_without = int(layout.real.sum()) - len(rows)
-        return cls(batch, rows, labels, num_without, int(layout.ids.max()))
+        return cls(batch, rows, labels, num_without, int(layout.ids.max()), is_written)
 
     @property
     def is_trained(self) -> bool:

@@ -42,6 +42,9 @@ class Teacher(ABC):
     """Whether everything that is asked for must have the same spec, as in a record."""
     who_writes: ClassVar[str] = "the teacher that connect(address) returns, or LocalTeacher"
     """For the error of a teacher that cannot write texts: what can."""
+    is_remote: ClassVar[bool] = False
+    """Whether answers come from another process: then it may be asked in any thread, and does not
+    compete with whoever asks."""
     id_tables: Sequence[IdTable] = ()
     """What payloads may be coded with, beside the built-in identity."""
     tokenizer: Any = None
