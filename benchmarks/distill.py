@@ -8,7 +8,8 @@ from the same initial weights on the same batches. Loss is held-out cross-entrop
     python -m benchmarks.distill [--seeds 0 1 2] [--steps 150] [--picture docs/distill.png]
 
 With --modes every way of using a teacher is trained instead, each with the targets and the loss that it
-is meant for (benchmarks/modes.py; docs/modes.md).
+is meant for (benchmarks/modes.py; docs/modes.md), and then the student's own text is compared with the
+corpus (benchmarks/on_policy.py; docs/on_policy.md).
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.modes import MODES, CountingTeacher, train_mode
+from benchmarks.on_policy import ARMS, Outcome, print_arms, train_arm
 from benchmarks.training import train
 from examples import demo_teacher
 from examples.demo import LEARNING_RATE, STEPS
@@ -81,10 +83,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps > NUM_MEASUREMENTS and options.steps % NUM_MEASUREMENTS:
         parser.error(f"--steps must be a multiple of {NUM_MEASUREMENTS}, to measure at the end")
-    names = list(MODES if options.modes else KINDS)
+    names = [*MODES, *ARMS] if options.modes else list(KINDS)
     if unknown := [name for name in options.kinds or [] if name not in names]:
         parser.error(f"there is no {unknown[0]!r}; there are {', '.join(names)}")
     names = options.kinds or names
+    arms = [name for name in names if options.modes and name in ARMS]
+    names = [name for name in names if name not in arms]
 
     import transformers
 
@@ -105,6 +109,7 @@ def main() -> None:
     every = max(1, options.steps // NUM_MEASUREMENTS)
     runs: dict[str, list[list[float]]] = {name: [] for name in names}
     nbytes: dict[str, float] = {}
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in arms}
     for seed in options.seeds:
         batches = list(
             data.batches(sequences, batch_size=demo_teacher.BATCH, steps=options.steps, seed=seed)
@@ -140,7 +145,24 @@ def main() -> None:
                 nbytes[name] = sent[0] / max(1, sent[1])
             runs[name].append(curve)
             print(f"{name:24} seed {seed}  {curve[-1]:.3f}", flush=True)
-    print_table(runs, nbytes, options.steps, options.seeds)
+        for name in arms:
+            student = demo_teacher.make_student(options.teacher, seed)
+            found = train_arm(
+                ARMS[name],
+                student,
+                teacher,
+                model,
+                batches,
+                held_out[:256],
+                learning_rate=LEARNING_RATE,
+                seed=seed,
+            )
+            outcomes[name].append(found)
+            print(f"{name:24} seed {seed}  {found}", flush=True)
+    if runs:
+        print_table(runs, nbytes, options.steps, options.seeds)
+    if arms:
+        print_arms(outcomes, options.seeds, options.steps)
     if options.picture:
         draw(runs, every, options.picture)
 

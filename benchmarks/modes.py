@@ -104,7 +104,7 @@ def train_mode(
         feature_loss = FeatureLoss(mode.features, config.hidden_size, teacher.info.hidden_size)
     return minimise(
         student,
-        (_compute_loss(mode, student, teacher, batch, feature_loss) for batch in batches),
+        (compute_loss(mode, student, teacher, batch, feature_loss) for batch in batches),
         held_out,
         learning_rate=learning_rate,
         measure_every=measure_every,
@@ -113,14 +113,16 @@ def train_mode(
     )
 
 
-def _compute_loss(
+def compute_loss(
     mode: Mode,
     student: nn.Module,
     teacher: Teacher,
     batch: Batch,
     feature_loss: FeatureLoss | None,
+    *,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Asks for the targets of a batch and computes its loss."""
+    """Asks for the targets of a batch and computes its loss; mask: (R,) which rows count, or all."""
     ids = batch["input_ids"]
     labels_R = ids[:, 1:].flatten()
     outputs = student(input_ids=ids, output_hidden_states=bool(mode.features))
@@ -131,7 +133,7 @@ def _compute_loss(
     options = dict(mode.options)
     if options.get("ce_weight"):
         options["labels"] = labels_R
-    loss = distillation_loss(logits_RV, targets, **options)
+    loss = distillation_loss(logits_RV, targets, mask=mask, **options)
     if feature_loss is not None:
         layers = "+".join(map(str, mode.features))
         wanted = Mode(f"features:layers={layers},realized=0")

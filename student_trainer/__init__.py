@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from student_trainer.losses.distillation import distillation_loss
     from student_trainer.losses.features import FeatureLoss
     from student_trainer.losses.fused import fused_distillation_loss
+    from student_trainer.on_policy.arguments import OnPolicyArguments
+    from student_trainer.on_policy.batches import OnPolicyBatches
     from student_trainer.record.recorded import Recorded
     from student_trainer.teachers.local import LocalTeacher
     from student_trainer.teachers.prefetch import prefetch
@@ -45,6 +47,8 @@ __all__ = [
     "InvalidRequest",
     "LocalTeacher",
     "NotRecorded",
+    "OnPolicyArguments",
+    "OnPolicyBatches",
     "ProtocolError",
     "RecordError",
     "Recorded",
@@ -67,6 +71,8 @@ __all__ = [
 HOMES = {
     "FeatureLoss": "student_trainer.losses.features",
     "LocalTeacher": "student_trainer.teachers.local",
+    "OnPolicyArguments": "student_trainer.on_policy.arguments",
+    "OnPolicyBatches": "student_trainer.on_policy.batches",
     "Recorded": "student_trainer.record.recorded",
     "RemoteTeacher": "student_trainer.client.remote",
     "Teacher": "student_trainer.teachers.teacher",
