@@ -53,6 +53,7 @@ ALIASES: dict[str, Alias] = {
     "max_seq_length": Alias("sequence_length"),
     "assistant_only_loss": Alias("trained_rows", _train_assistant),
     "completion_only_loss": Alias("trained_rows", _train_completion),
+    "lmbda": Alias("on_policy"),
 }
 """Other names of options; a conversion where the values differ too."""
 
@@ -79,8 +80,6 @@ ADVICE = {
     "--model NAME, and give --teacher HOST:PORT",
     "teacher_model_server_url": "give --teacher HOST:PORT",
     "dataset_config": "give it with the name of the data set: --data ORG/NAME:CONFIG",
-    "lmbda": "the student is trained on the data as it is and writes no text itself, which is "
-    "what lmbda = 0 means",
     "loss_type": "the loss is --kd-weight times the divergence from the teacher plus --ce-weight "
     "times the cross-entropy",
     "use_peft": "--lora-r N trains adapters",

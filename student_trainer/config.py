@@ -11,6 +11,7 @@ from logitstream.options import Json, ServiceOptions, Settings
 from student_trainer import trainer_fields
 from student_trainer.aliases import ADVICE, ALIASES
 from student_trainer.loss_settings import NO_TARGETS, LossSettings
+from student_trainer.on_policy_settings import OnPolicySettings
 
 
 class MayChange:
@@ -266,7 +267,7 @@ Schedule = Literal[
 Reporter = Literal["wandb", "trackio", "tensorboard", "none"]
 
 
-class TrainConfig(StudentOptions, LossSettings, CorpusConfig):
+class TrainConfig(StudentOptions, OnPolicySettings, LossSettings, CorpusConfig):
     """Train a student on a served teacher's distributions."""
 
     data: Annotated[list[str], MayChange] = Field(min_length=1)
@@ -403,7 +404,8 @@ class TrainConfig(StudentOptions, LossSettings, CorpusConfig):
         if self.has_targets:
             return self
         needing = ("features", "entropy_routing", "adaptive_label_weight", "kd_weight")
-        for name in (*needing, "teacher_prefix", "teacher_column", "shuffled_control"):
+        needing += ("teacher_prefix", "teacher_column", "shuffled_control", "on_policy")
+        for name in needing:
             if getattr(self, name):
                 raise ValueError(
                     f"--targets none asks for nothing that {_flag(name)} could use: leave one of them out"
@@ -413,6 +415,21 @@ class TrainConfig(StudentOptions, LossSettings, CorpusConfig):
                 "--control is a student trained on labels alone, which --targets none trains already: "
                 "leave it out, and compare with a run that has targets (student-trainer report A B)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_own_texts(self) -> Self:
+        if not self.on_policy:
+            return self
+        for name, why in (
+            ("record", "a record has no targets of texts that the student has yet to write"),
+            ("features", "states of layers come by a second pass over the data, not over new text"),
+            ("shuffled_control", "ids that the student names for one row are not those of another"),
+        ):
+            if getattr(self, name):
+                raise ValueError(
+                    f"--on-policy and {_flag(name)} do not go together: {why}. Leave one of them out"
+                )
         return self
 
     @model_validator(mode="after")

@@ -173,6 +173,7 @@ class WrittenPasses(Passes):
                 name = f"batch {number} rank {args.process_index}"
                 texts = self._writer.write(prompts, name=name, version=state.global_step)
                 self.meter.add_writing(texts)
+                self.loading_s += texts.seconds  # nobody waits for the teacher meanwhile
             columns = take_columns(prompted.batch)
             columns.pop(PROMPTS, None)
             writer = self._writer

@@ -9,6 +9,7 @@ from typing import Any
 from student_trainer.config import MayChange, MayDiffer, find_deciding, marked
 from student_trainer.report import pictures
 from student_trainer.report.numbers import MODELS, compute_numbers
+from student_trainer.report.own_texts import COLUMNS
 from student_trainer.report.verdict import judge
 from student_trainer.training.results import Results
 
@@ -23,6 +24,7 @@ STATISTICS = (
     *("teacher_calibration_error", "control_calibration_error", "distilled_calibration_error"),
     *("shuffled_calibration_error", "waiting_fraction", "tokens_per_s", "bytes_per_token"),
     *("distilled_seconds", "control_seconds"),
+    *COLUMNS,
 )
 """Numbers of runs that are averaged over seeds."""
 T_95 = {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from student_trainer.disk import put
 from student_trainer.report.formats import ARROWS, format_score, format_value
+from student_trainer.report.own_texts import describe_own_texts
 from student_trainer.report.verdict import NO_TARGETS
 from student_trainer.training.results import Results
 
@@ -199,6 +200,7 @@ def _list_facts(results: Results, report: Mapping[str, Any]) -> dict[str, str]:
         if has_targets
         else "none: the student learnt from the text alone",
         "loss": loss,
+        **_describe_own_texts(settings, report),
         "tokens": f"{report['trained_tokens']:,} trained on, in {settings['steps']:,} steps of "
         f"{settings['batch_size']} x {settings['sequence_length']}; data `{results.data_digest}`",
         "optimizer": f"{settings['optimizer']}, learning rate {settings['learning_rate']:g}, "
@@ -238,6 +240,19 @@ def _describe_draws(settings: Mapping[str, Any]) -> str:
     shown |= {name: settings.get(name) for name in ("temperature", "seed")}
     shown = {name: value for name, value in shown.items() if (name, value) != ("top_p", 1.0)}
     return ", ".join(f"{name} {json.dumps(value)}" for name, value in shown.items())
+
+
+def _describe_own_texts(settings: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, str]:
+    """Returns two lines about what the student wrote itself, if it did."""
+    written = describe_own_texts(settings.get("on_policy"), report)
+    if not written:
+        return {}
+    divergence = settings["on_policy_divergence"]
+    return {
+        "written by the student": written,
+        "loss on that": f"{DIVERGENCES.get(divergence, divergence)} from the teacher, with targets "
+        f"`{settings['on_policy_targets']}`",
+    }
 
 
 def _describe_adapters(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from student_trainer.report.own_texts import measure_own_texts
 from student_trainer.training.results import Results, Scores, StudentResults
 
 ERRORS = 2.0
@@ -34,6 +35,8 @@ def compute_numbers(name: str, results: Results) -> dict[str, Any]:
         **_collect(scores, "loss"),
         **_compare(scores),
         **{name: settings[name] for name in SETTINGS},
+        "on_policy": settings.get("on_policy") or None,
+        **measure_own_texts(results),
         "trained_tokens": distilled.tokens,
         "held_out_tokens": rows + results.held_out_sequences,
         "held_out_rows": rows,

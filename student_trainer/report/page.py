@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from student_trainer.report.drawing import draw_svg
 from student_trainer.report.formats import ARROWS, format_value
+from student_trainer.report.own_texts import COLUMNS as WRITTEN_COLUMNS
 
 BADGES = {
     "helped": ("helped", "It helped"),
@@ -56,6 +57,7 @@ SETTING_COLUMNS = {
 """Columns of the table of settings."""
 UNITS = {
     **dict.fromkeys(("waiting_fraction", "gap_closed"), "%"),
+    **{name: unit for name, (_, unit) in WRITTEN_COLUMNS.items() if unit},
     **{f"{who}_{name}": unit for who in STUDENTS for name, (_, unit) in SCORES.items()},
     **dict.fromkeys(("written_stopped", "written_repetition"), "%"),
     **dict.fromkeys(("written_entropy", "written_nats"), "nats"),
@@ -85,6 +87,7 @@ def _make_environment() -> jinja2.Environment:
         scores=SCORES,
         seed_columns=SEED_COLUMNS,
         setting_columns=SETTING_COLUMNS,
+        written_columns=WRITTEN_COLUMNS,
         units=UNITS,
         arrows=ARROWS,
         measured_students=_find_measured_students,

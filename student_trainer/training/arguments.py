@@ -10,6 +10,7 @@ import transformers
 
 from student_trainer.config import TrainConfig
 from student_trainer.hf.arguments import DistillationArguments
+from student_trainer.on_policy.arguments import OnPolicyArguments
 from student_trainer.training import ranks
 from student_trainer.training.students import find_device
 
@@ -120,4 +121,24 @@ def make_distillation_arguments(config: TrainConfig, *, is_aligned: bool) -> Dis
         feature_weight=config.feature_weight,
         ahead=config.ahead,
         check_first_batch=is_aligned,
+    )
+
+
+def make_on_policy_arguments(config: TrainConfig) -> OnPolicyArguments | None:
+    """Makes the arguments of the student's own texts; None if it writes none."""
+    if not config.on_policy:
+        return None
+    return OnPolicyArguments(
+        fraction=config.on_policy,
+        targets=config.on_policy_targets,
+        divergence=config.on_policy_divergence,
+        beta=config.on_policy_beta,
+        support=config.on_policy_support,
+        prompt_tokens=config.prompt_tokens,
+        max_new_tokens=config.max_new_tokens,
+        sampling_temperature=config.sampling_temperature,
+        sampling_top_k=config.sampling_top_k,
+        sampling_top_p=config.sampling_top_p,
+        max_staleness=config.max_staleness,
+        train_special_tokens=config.train_special_tokens,
     )

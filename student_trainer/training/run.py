@@ -20,6 +20,7 @@ from student_trainer.config import CorpusConfig, TrainConfig, find_deciding
 from student_trainer.hf.alignment import shared_ids
 from student_trainer.hf.arguments import check_arguments
 from student_trainer.hf.checkpoints import read_step
+from student_trainer.on_policy.batches import find_longest_prompt
 from student_trainer.record.recorded import Recorded
 from student_trainer.teachers.several import Teachers, split_teachers
 from student_trainer.teachers.teacher import Teacher
@@ -28,6 +29,7 @@ from student_trainer.training import checkpoints, ranks
 from student_trainer.training.arguments import (
     check_reporters,
     make_distillation_arguments,
+    make_on_policy_arguments,
     make_training_arguments,
 )
 from student_trainer.training.corpus import TOKENIZER_FILES, Corpus, read_tokenizer
@@ -80,6 +82,7 @@ def check_settings(config: CorpusConfig) -> None:
         check_reporters(config.report_to)
         if config.has_targets:
             check_arguments(make_distillation_arguments(config, is_aligned=True))
+        _check_own_texts(config)
         if config.packing == "isolate" and "flash" in (config.attn_implementation or ""):
             # From transformers' flash_attention_forward; there is no GPU here to try it.
             raise ValueError(
@@ -89,6 +92,15 @@ def check_settings(config: CorpusConfig) -> None:
         if not config.workers:  # theirs may be on other machines
             check_student_options(config)
             make_training_arguments(config, config.output)
+
+
+def _check_own_texts(config: TrainConfig) -> None:
+    on_policy = make_on_policy_arguments(config)
+    if on_policy is not None:
+        try:
+            on_policy.check()
+        except ValueError as error:
+            raise ValueError(f"--on-policy: {error}") from None
 
 
 def _check_targets(config: CorpusConfig) -> None:
@@ -155,7 +167,7 @@ def check_teacher(config: CorpusConfig, teacher: Teacher, student: Student) -> i
     if not config.has_targets:
         return shared
     teacher.make_options(config.targets, config.temperature, config.seed, 0)  # as recorded?
-    every = split_teachers(teacher).values()
+    every = [*split_teachers(teacher).values()]
     asked = itertools.product(map(find_live, every), list_targets(config))
     for live, targets in asked:
         if live is not None:
@@ -163,7 +175,27 @@ def check_teacher(config: CorpusConfig, teacher: Teacher, student: Student) -> i
                 [[0, 0]], targets=targets, temperature=config.temperature, interactive=True
             )
             list(found)
+    if isinstance(config, TrainConfig):
+        _ask_about_own_texts(config, every, student.tokenizer)
     return shared
+
+
+def _ask_about_own_texts(config: TrainConfig, teachers: list[Teacher], tokenizer: Any) -> None:
+    """Asks each teacher for what it will be asked about texts that the student writes, if it does."""
+    on_policy = make_on_policy_arguments(config)
+    if on_policy is None:
+        return
+    spec = on_policy.make_request(config.temperature, 0, 0).spec
+    for teacher in teachers:
+        find_longest_prompt(on_policy, teacher, None, make_view(config, tokenizer))
+        found = teacher.stream(
+            [[0, 0]],
+            targets=spec,
+            temperature=config.temperature,
+            interactive=True,
+            given_ids=[[[0]]] if spec.needs_given_ids else None,
+        )
+        list(found)
 
 
 @contextmanager
@@ -313,6 +345,7 @@ def make_trainer(
         distillation=make_distillation_arguments(config, is_aligned=name != "shuffled")
         if config.has_targets
         else None,
+        on_policy=None if teacher is None else make_on_policy_arguments(config),
         uses_muon=config.optimizer == "muon",
         identity=identity_of(config, corpus, **known),
         keep_checkpoints=config.keep_checkpoints,

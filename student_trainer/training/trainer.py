@@ -20,6 +20,7 @@ from student_trainer.errors import FailedElsewhere, Interrupted, NotWritten
 from student_trainer.hf.arguments import DistillationArguments
 from student_trainer.hf.meter import cross_entropies
 from student_trainer.hf_trainer import DistillationTrainer
+from student_trainer.on_policy.arguments import OnPolicyArguments
 from student_trainer.teachers.layout import IGNORE_INDEX, Layout
 from student_trainer.teachers.teacher import Teacher
 from student_trainer.teachers.view import TeacherView
@@ -50,6 +51,7 @@ class StudentTrainer(DistillationTrainer):
         teacher: Teacher | None = None,
         teacher_view: TeacherView | None = None,
         distillation: DistillationArguments | None = None,
+        on_policy: OnPolicyArguments | None = None,
         uses_muon: bool = False,
         identity: Mapping[str, Any],
         keep_checkpoints: int = 2,
@@ -81,6 +83,7 @@ class StudentTrainer(DistillationTrainer):
             teacher=teacher,
             teacher_view=teacher_view,
             distillation=distillation,
+            on_policy=on_policy,
         )
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
@@ -90,7 +93,8 @@ class StudentTrainer(DistillationTrainer):
     @property
     def has_fused_loss(self) -> bool:
         """Whether the steps so far have made no logits in full."""
-        return self.teacher is not None and self._batch_loss.head is not None
+        losses = [] if self.teacher is None else [self._batch_loss, self._written_loss]
+        return any(loss is not None and loss.head is not None for loss in losses)
 
     def run(self) -> StudentResults:
         """Trains from the newest checkpoint, if there is one, and measures the student.

@@ -1,15 +1,22 @@
 """A Trainer whose student writes its own batches: which, how stale, resumed, and what is logged."""
 
+import json
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from student_trainer import LocalTeacher
+from student_trainer.cli import main
 from student_trainer.hf_trainer import DistillationArguments, DistillationTrainer, OnPolicyArguments
 from tests.conftest import one_torch_thread
+from tests.end_to_end.conftest import write_config
 from tests.support.hf import make_trainer, weights
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
@@ -100,3 +107,88 @@ def test_however_slow_the_teacher_is_no_text_is_staler_than_allowed(
     trainer.close()
     found = [entry["on_policy_staleness"] for entry in logged(trainer)]
     assert found == [min(step, staleness) for step in range(6)]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "student_trainer", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_run_with_its_own_texts_resumes_and_reports(
+    trained_service, student_folder, text, tmp_path: Path
+):
+    settings = {
+        "student": str(student_folder),
+        "data": [str(text)],
+        "sequence_length": 32,
+        "batch_size": 4,
+        "accumulation": 2,
+        "learning_rate": 1e-2,
+        "log_every": 2,
+        "checkpoint_every": 4,
+        "on_policy": 0.5,
+        "on_policy_targets": "hidden:int8",
+        "max_new_tokens": 12,
+        "prompt_tokens": 4,
+        "sampling_top_k": 50,
+        "steps": 8,
+    }
+    config = write_config(tmp_path / "train.toml", output=str(tmp_path / "out"), **settings)
+    ended = run("train", config, "--teacher", trained_service.address)
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["on_policy"] == 0.5
+    assert 1 <= report["on_policy_length"] <= 12
+    assert 0 <= report["on_policy_repetition"] < 1
+    assert 0 < report["on_policy_entropy"] < 5
+    assert 0 < report["on_policy_staleness"] <= report["on_policy_max_staleness"] == 1
+    assert report["writing_tokens_per_s"] > 0
+    assert report["scoring_tokens_per_s"] > 0
+    history = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all("on_policy_kd_loss" in one for one in history["students"]["distilled"]["history"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    card = (tmp_path / "out" / "student" / "README.md").read_text()
+    for shown in (page, card):
+        assert "written by the student" in shown.lower()
+    # From the checkpoint in the middle it goes on to the same weights.
+    again = tmp_path / "again"
+    shutil.copytree(
+        tmp_path / "out" / "checkpoints" / "checkpoint-4", again / "checkpoints" / "checkpoint-4"
+    )
+    other = write_config(tmp_path / "again.toml", output=str(again), **settings)
+    assert run("train", other, "--teacher", trained_service.address).returncode == 0
+    whole, resumed = (
+        load_file(folder / "student" / "model.safetensors") for folder in (tmp_path / "out", again)
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"on_policy": 0.5, "record": "somewhere"}, "do not go together"),
+        ({"on_policy": 0.5, "shuffled_control": True}, "do not go together"),
+        ({"on_policy": 0.5, "on_policy_targets": "sampled"}, "targets='top_k"),
+        ({"on_policy": 0.5, "max_new_tokens": 100_000}, "leaves no room for a prompt"),
+        ({"max_staleness": 3}, "does nothing without --on-policy"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_first_step(
+    trained_service, student_folder, text, tmp_path: Path, capfd, settings, message
+):
+    config = write_config(
+        tmp_path / "train.toml",
+        student=str(student_folder),
+        data=[str(text)],
+        output=str(tmp_path / "out"),
+        sequence_length=32,
+        steps=2,
+        **settings,
+    )
+    assert main(["train", config, "--teacher", trained_service.address]) != 0
+    assert message in " ".join(capfd.readouterr().err.split())
+    assert not (tmp_path / "out").exists()

@@ -24,7 +24,7 @@ VALUES = {
     **{"split": "s", "held_out_split": "t", "streaming": True, "text_column": "c"},
     **{"chat_template": "f", "sequence_length": 7, "steps": 7, "epochs": 1.5, "batch_size": 12},
     **{"accumulation": 3, "schedule": "cosine", "log_every": 4, "checkpoint_every": 5},
-    **{"keep_checkpoints": 6, "trained_rows": "assistant"},
+    **{"keep_checkpoints": 6, "trained_rows": "assistant", "on_policy": 0.25},
 }
 """A value of each option that has another name."""
 OTHERS = {
@@ -205,12 +205,12 @@ def test_a_wrong_field_is_a_line_that_names_it(tmp_path: Path):
 
 def test_a_field_outside_of_the_table_is_told_where_it_belongs(tmp_path: Path):
     file = write(
-        tmp_path / "a.toml", {**GIVEN, "weight_decay": 0.1, "do_train": True, "lmbda": 0.5}
+        tmp_path / "a.toml", {**GIVEN, "weight_decay": 0.1, "do_train": True, "loss_type": "nll"}
     )
     advice = [line.partition(": ")[2] for line in find_mistakes(file)]
     assert advice[0] == "set weight_decay in the table [training], or give --training.weight-decay"
     assert advice[1] == trainer_fields.REFUSED["do_train"]
-    assert advice[2] == ADVICE["lmbda"]
+    assert advice[2] == ADVICE["loss_type"]
 
 
 def test_the_table_reaches_the_trainer(tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys):
