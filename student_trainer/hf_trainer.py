@@ -50,7 +50,6 @@ __all__ = [
     "DistillationArguments",
     "DistillationMixin",
     "DistillationTrainer",
-    "OnPolicyArguments",
 ]
 
 ATTACHED = "distillation_targets"

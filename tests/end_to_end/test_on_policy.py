@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from student_trainer import LocalTeacher
+from student_trainer import LocalTeacher, OnPolicyArguments
 from student_trainer.cli import main
-from student_trainer.hf_trainer import DistillationArguments, DistillationTrainer, OnPolicyArguments
+from student_trainer.hf_trainer import DistillationArguments, DistillationTrainer
 from tests.conftest import one_torch_thread
 from tests.end_to_end.conftest import write_config
 from tests.support.hf import make_trainer, weights
