@@ -50,8 +50,9 @@ ARMS: dict[str, Arm] = {
     "off-policy, sampled:64": Arm(MODES[COLD_START]),
     "off-policy, given ids": Arm(MODES["given ids, reverse KL"]),
     "on-policy, given ids": Arm(Mode(None, REVERSE), 1.0, {"targets": "given_ids"}),
-    "on-policy, half": Arm(Mode("sampled:64", REVERSE), 0.5, {"targets": "given_ids"}),
+    "on-policy, 64 ids": Arm(Mode(None, REVERSE), 1.0, {"support": 64}),
     "on-policy, hidden": Arm(Mode(None, REVERSE), 1.0, {"targets": "hidden:int8"}),
+    "half on-policy, hidden": Arm(Mode(None, REVERSE), 0.5, {"targets": "hidden:int8"}),
     "on-policy, hidden, jsd": Arm(
         Mode(None, {"divergence": "jsd"}), 1.0, {"targets": "hidden:int8"}
     ),
