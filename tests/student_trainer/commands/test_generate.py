@@ -101,7 +101,7 @@ def run(teacher: Any, prompts: Path, output: Path, **settings: Any) -> dict[str,
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    found = datasets.load_dataset(
+    found: Any = datasets.load_dataset(
         "parquet", data_files=sorted(map(str, folder.glob("*.parquet"))), split="train"
     )
     return list(found)
