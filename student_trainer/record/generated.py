@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,8 @@ class GeneratedSet:
         self._nbytes = 0
         self._since_s = time.monotonic()
         """When the time began that the unsealed rows took."""
-        self._failed = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="texts")
+        self._sealing: Future[None] | None = None
 
     def __len__(self) -> int:
         """Texts in the folder, of any settings; after `close`, all that will be in it."""
@@ -113,30 +115,34 @@ class GeneratedSet:
 
     def seal(self) -> None:
         """Writes the texts that are in memory to a shard. Raises RecordError."""
-        if not self._rows or self._failed:
+        if not self._rows:
             return
-        assert self._writer is not None
         now_s = time.monotonic()
-        self._failed = True
-        self._writer.seal(
-            self._rows,
-            tokens=sum(len(row.token_ids) - _num_before(row) for row in self._rows),
-            seconds=round(now_s - self._since_s, 3),
-        )
-        self._failed = False
-        self.num_sealed += len(self._rows)
+        rows, seconds = self._rows, now_s - self._since_s
         self._rows, self._nbytes, self._since_s = [], 0, now_s
+        # In a thread, where Ctrl-C cannot end it half way: `close` waits for it.
+        self._sealing = self._thread.submit(self._write, rows, seconds)
+        self._sealing.result()
 
     def start_clock(self) -> None:
         """Lets the time that texts take begin now."""
         self._since_s = time.monotonic()
 
     def close(self) -> None:
-        """Seals what is left, unless that failed before. Raises RecordError."""
+        """Seals what is left. Raises RecordError, and the same again if something failed before."""
         try:
+            if self._sealing is not None:
+                self._sealing.result()
             self.seal()
         finally:
+            self._thread.shutdown()
             self._catalog.shards.close()
+
+    def _write(self, rows: list[Row], seconds: float) -> None:
+        assert self._writer is not None
+        tokens = sum(len(row.token_ids) - _num_before(row) for row in rows)
+        self._writer.seal(rows, tokens=tokens, seconds=round(seconds, 3))
+        self.num_sealed += len(rows)
 
     def _check(self) -> None:
         found, root = self._catalog.provenance, self._folder.root
