@@ -148,16 +148,23 @@ class OnPolicyHooks(TrainerBase):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if isinstance(self._passes, WrittenPasses):
-            save_file(self._passes.save(), self._find_written_file(output_dir))
+        passes = self._find_written_passes()
+        if passes is not None:
+            save_file(passes.save(), self._find_written_file(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not isinstance(self._passes, WrittenPasses):
+        passes = self._find_written_passes()
+        if checkpoint is None or passes is None:
             return
         path = self._find_written_file(checkpoint)
         tensors: dict[str, Tensor] = load_file(path) if path.is_file() else {}
-        self._passes.load(tensors)
+        passes.load(tensors)
+
+    def _find_written_passes(self) -> WrittenPasses | None:
+        """Returns the passes over what the student writes; a Trainer without a teacher has none."""
+        passes = getattr(self, "_passes", None)
+        return passes if isinstance(passes, WrittenPasses) else None
 
     def _find_written_file(self, folder: str) -> Path:
         return Path(folder) / WRITTEN_FILE.format(rank=self.args.process_index)

@@ -102,6 +102,25 @@ def test_soft_and_hard_learn_from_the_same_text_and_are_compared(
     assert "written repetition" in page
 
 
+def test_held_out_texts_of_a_set_tell_the_teachers_loss_without_a_teacher(
+    texts: Path, student_folder: Path, tmp_path: Path
+):
+    config = write_config(
+        tmp_path / "train.toml",
+        **{"student": str(student_folder), "record": str(texts), "sequence_length": LENGTH},
+        **{"batch_size": 8, "steps": 4, "seed": 1},
+    )
+    reports = []
+    for targets in ("sampled", "none"):
+        output = tmp_path / targets
+        assert main(["train", config, "--targets", targets, "--output", str(output)]) == 0
+        reports.append(json.loads((output / "report.json").read_text()))
+    soft, hard = reports
+    assert soft["held_out_rows"] == hard["held_out_rows"] == pytest.approx(2 * 24, abs=24)
+    assert 0 < soft["teacher_loss"] == hard["teacher_loss"] < 3
+    assert soft["written_nats"] == pytest.approx(soft["teacher_loss"], abs=1)
+
+
 def test_labels_of_any_text_need_no_teacher(student_folder: Path, text: Path, tmp_path: Path):
     where = {"student": student_folder, "text": text}
     report = train(tmp_path, "labels", "--data", str(text), "--targets", "none", **where)

@@ -16,7 +16,7 @@ from student_trainer.commands import generate as command
 from student_trainer.errors import IncompatibleTeacher, InvalidRequest, RecordError
 from student_trainer.generate_config import GenerateConfig
 from student_trainer.record.generated import measure_repetition
-from student_trainer.record.written import summarize
+from student_trainer.record.written import is_written, summarize
 from student_trainer.teachers.generation import Generation
 from student_trainer.teachers.teacher import Teacher
 from tests.support import tiny
@@ -275,6 +275,16 @@ def test_the_summary_says_what_the_texts_are_like(teacher, prompts, tmp_path):
         entropies += (-(dense.logprobs.exp() * dense.logprobs).sum(1)).tolist()
     assert found.nats == pytest.approx(-np.mean(logprobs), rel=1e-3)
     assert found.entropy == pytest.approx(np.mean(entropies), rel=1e-2)
+
+
+def test_a_set_at_a_url_is_written_resumed_and_described(teacher, prompts, tmp_path):
+    url = f"file://{tmp_path}/set"
+    run(teacher, prompts, url, max_prompts=5)
+    assert run(teacher, prompts, url)["already_there"] == 5
+    assert is_written(url)
+    assert summarize(url).texts == 12
+    assert not is_written(f"file://{tmp_path}/nowhere")
+    assert not is_written(str(tmp_path))
 
 
 def test_repetition_is_the_share_of_runs_that_were_there_before():
