@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from student_trainer.report.drawing import draw_svg
 from student_trainer.report.formats import ARROWS, format_value
+from student_trainer.report.verdict import NO_TARGETS
 from student_trainer.report.own_texts import COLUMNS as WRITTEN_COLUMNS
 
 BADGES = {
@@ -84,6 +85,7 @@ def _make_environment() -> jinja2.Environment:
     environment.globals.update(
         badges=BADGES,
         students=STUDENTS,
+        name_student=_name_student,
         scores=SCORES,
         seed_columns=SEED_COLUMNS,
         setting_columns=SETTING_COLUMNS,
@@ -96,6 +98,12 @@ def _make_environment() -> jinja2.Environment:
         draw=lambda picture, key: Markup(draw_svg(picture, key)),
     )
     return environment
+
+
+def _name_student(student: str, group: Mapping[str, Any]) -> str:
+    """Names a student of a group; without targets, the main one is trained on labels alone too."""
+    is_untaught = student == "distilled" and group["runs"][0]["targets"] == NO_TARGETS
+    return "student, labels alone" if is_untaught else STUDENTS[student]
 
 
 def _find_measured_students(group: Mapping[str, Any]) -> list[str]:

@@ -100,6 +100,8 @@ def test_soft_and_hard_learn_from_the_same_text_and_are_compared(
     assert "2 settings were compared" in capsys.readouterr().out
     page = (tmp_path / "both.html").read_text()
     assert "written repetition" in page
+    assert "student, labels alone" in (tmp_path / "hard" / "report.html").read_text()
+    assert "student, distilled" not in (tmp_path / "hard" / "report.html").read_text()
 
 
 def test_held_out_texts_of_a_set_tell_the_teachers_loss_without_a_teacher(
