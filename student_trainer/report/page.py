@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from student_trainer.report.drawing import draw_svg
 from student_trainer.report.formats import ARROWS, format_value
-from student_trainer.report.verdict import NO_TARGETS
 from student_trainer.report.own_texts import COLUMNS as WRITTEN_COLUMNS
+from student_trainer.report.verdict import NO_TARGETS
 
 BADGES = {
     "helped": ("helped", "It helped"),
