@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from logit_codec import CodecError, IdTable
 from protos import teacher_pb2
 from student_trainer.client.counters import Counters
-from student_trainer.client.dispatch import Dispatch, Fate, Pending, assemble
+from student_trainer.client.dispatch import Dispatch, Fate, Unanswered, assemble
 from student_trainer.client.links import Link
+from student_trainer.client.pending import Pending
 from student_trainer.client.side_tasks import CLOSED, SideTasks, unexpected
 from student_trainer.client.stalls import Stalls
 from student_trainer.errors import (
@@ -59,11 +60,11 @@ class Answers:
         self._patience_s = patience_s
         self._where = where
         # Decoding takes longer than the loop may be blocked: other links would look silent.
-        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self.decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
 
     def close(self) -> None:
         """Ends the decoding thread."""
-        self._decoder.shutdown(wait=False, cancel_futures=True)
+        self.decoder.shutdown(wait=False, cancel_futures=True)
 
     def receive(self, link: Link, response: teacher_pb2.ScoreResponse) -> bool:
         """Takes one message; returns whether it ended a request and arrived undamaged."""
@@ -74,12 +75,12 @@ class Answers:
         try:
             self._note_passed_over(link, pending)
             if fate is Fate.DAMAGED:
-                self._ask_again(pending, TargetsCorrupt("an answer was damaged on its way"))
+                self.ask_again(pending, TargetsCorrupt("an answer was damaged on its way"))
             elif fate is Fate.ANSWERED:
                 self._observe(link, pending, response.part.timing)
                 self._tasks.spawn(self._finish(pending), pending.resolve)
             else:
-                self._tasks.spawn(self._handle_refusal(pending, response.error), pending.resolve)
+                self._tasks.spawn(self.handle_refusal(pending, response.error), pending.resolve)
         except BaseException as error:  # dispatch has forgotten the request: only we can end it
             logger.error("the client failed", exc_info=error)
             pending.resolve(unexpected(error))
@@ -87,7 +88,7 @@ class Answers:
 
     def _note_passed_over(self, link: Link, pending: Pending) -> None:
         """Marks the oldest request of a link if a later one is answered before it."""
-        oldest = self._dispatch.oldest(link)
+        oldest = self._dispatch.oldest(link, Pending)
         if oldest is not None and oldest.number < pending.number and oldest.passed_s is None:
             oldest.passed_s = time.monotonic()
 
@@ -102,14 +103,14 @@ class Answers:
         """Decodes a whole answer off the loop; asks again if it is damaged."""
         loop = asyncio.get_running_loop()
         try:
-            decoding = loop.run_in_executor(self._decoder, _decode, pending, self.id_tables)
+            decoding = loop.run_in_executor(self.decoder, _decode, pending, self.id_tables)
         except RuntimeError:  # the executor was shut down: closed, or the interpreter ends
             pending.resolve(TeacherError(CLOSED))
             return
         try:
             answer = await decoding
         except (CodecError, TargetsCorrupt, IncompatibleTeacher) as error:
-            self._ask_again(pending, error)
+            self.ask_again(pending, error)
             return
         except ProtocolError as error:
             pending.resolve(error)
@@ -118,7 +119,7 @@ class Answers:
         self._counters.payload_nbytes += sum(len(part.payload) for part in pending.parts.values())
         pending.resolve(answer)
 
-    def _ask_again(self, pending: Pending, error: Exception) -> None:
+    def ask_again(self, pending: Unanswered, error: Exception) -> None:
         """Sends a request again whose answer was damaged, or fails it after MAX_ATTEMPTS."""
         self._counters.corrupt += 1
         pending.num_damaged += 1
@@ -135,7 +136,7 @@ class Answers:
         failure.__cause__ = error
         pending.resolve(failure)
 
-    async def _handle_refusal(self, pending: Pending, error: teacher_pb2.RequestError) -> None:
+    async def handle_refusal(self, pending: Unanswered, error: teacher_pb2.RequestError) -> None:
         """Waits out RESOURCE_EXHAUSTED, asks once more after DATA_LOSS and INTERNAL, raises the rest."""
         kind = BY_CODE.get(error.code, ProtocolError)
         if kind is TeacherOverloaded and error.reason != "OUT_OF_MEMORY":
@@ -152,7 +153,7 @@ class Answers:
             return
         pending.resolve(kind(error.message))
 
-    async def _wait_out(self, pending: Pending, retry_after_s: float) -> bool:
+    async def _wait_out(self, pending: Unanswered, retry_after_s: float) -> bool:
         """Waits as long as the teacher asked for; False if that would exceed the patience."""
         now = time.monotonic()
         pending.waited_since_s = pending.waited_since_s or now
@@ -162,7 +163,7 @@ class Answers:
         await self._pause(delay_s)
         return True
 
-    async def _leave_failed(self, pending: Pending, why: str) -> bool:
+    async def _leave_failed(self, pending: Unanswered, why: str) -> bool:
         """Distrusts a replica that answered with INTERNAL; False if another one did before."""
         failed_before = bool(pending.failed_at)
         link = pending.link
@@ -178,7 +179,7 @@ class Answers:
             await self._pause(FAILED_PAUSE_S)
         return True
 
-    def _resend(self, pending: Pending) -> None:
+    def _resend(self, pending: Unanswered) -> None:
         self._counters.resent += 1
         self._dispatch.resend(pending)
 

@@ -14,6 +14,10 @@ class Counters:
     """Size of all requests as messages, repeated ones included; HTTP/2 adds its frames."""
     received_nbytes: int = 0
     """Size of all answers as messages."""
+    texts: int = 0
+    """Texts that the teacher wrote to their ends."""
+    new_tokens: int = 0
+    """Tokens of these texts."""
     resent: int = 0
     reconnects: int = 0
     """Streams that were lost while answers were outstanding."""

@@ -1,29 +1,29 @@
 """Decides which link a request goes to, and sends the requests of a lost link again; without I/O.
 
-A request whose link was lost is sent again under a new number and its parts are collected from
-scratch, so that what still arrives for the old number is dropped: an answer is never made of two
-attempts. Scoring is a pure function, so asking twice gives the same bytes.
+A request whose link was lost is sent again under a new number, so that what still arrives for the old
+number is dropped.
 
 `session.py` drives this over gRPC; the tests drive it over a simulated network.
 """
 
 import heapq
 import itertools
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
+from typing import TypeVar
 
 import xxhash
 
-from logit_codec import GivenIds, IdTable, Targets, decode
+from logit_codec import IdTable, Targets, decode
 from protos import teacher_pb2
 from protos.answer_check import is_what_was_written, request_digest
+from student_trainer.client.pending import Attempts, LinkKey, Pending, PendingTexts
 from student_trainer.errors import IncompatibleTeacher, TargetsCorrupt, TeacherError
 from student_trainer.teachers.request import Answer
 
-LinkKey = Hashable
-"""Identifies one stream to one replica; never used again once it is lost."""
+T = TypeVar("T", bound=Attempts)
+Unanswered = Pending | PendingTexts
+"""What a link can be given."""
 
 
 class Fate(Enum):
@@ -32,58 +32,6 @@ class Fate(Enum):
     ANSWERED = auto()
     REFUSED = auto()
     DAMAGED = auto()
-
-
-@dataclass(slots=True, eq=False)
-class Pending:
-    """Holds a request that has no answer yet."""
-
-    request: teacher_pb2.ScoreRequest
-    num_rows: int
-    future: "Future[Answer]" = field(default_factory=Future)
-    given_ids: GivenIds | None = None
-    """The ids that its rows were asked for; the answer does not repeat them."""
-    keep_payloads: bool = False
-    """Whether the answer also needs the bytes that it is decoded from."""
-    order: int = 0
-    """Its place among all requests: the oldest are sent again first."""
-    number: int = 0
-    """The request_id of the current attempt."""
-    digest: bytes = b""
-    """The digest of the current attempt's request."""
-    link: LinkKey | None = None
-    """Where the current attempt is; None while it waits for a link."""
-    parts: dict[int, teacher_pb2.TargetsPart] = field(default_factory=dict)
-    """The parts that the current attempt brought, by first row."""
-    written_s: float = 0.0
-    """When the current attempt was written to its link's stream."""
-    num_damaged: int = 0
-    """How often its answer arrived damaged."""
-    passed_s: float | None = None
-    """Since when requests that were sent later on the same link have been answered."""
-    waited_since_s: float | None = None
-    """Since when the teacher has been asking to come back later."""
-    failed_at: set[LinkKey] = field(default_factory=set)
-    """Links whose replica answered it with INTERNAL: it goes to others while there are any."""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.request.token_ids) // 4
-
-    def is_complete(self) -> bool:
-        """Whether the parts of the current attempt make a whole answer."""
-        return sum(part.num_rows for part in self.parts.values()) >= self.num_rows or any(
-            part.last for part in self.parts.values()
-        )
-
-    def resolve(self, result: Answer | TeacherError) -> None:
-        """Hands the result to the caller, unless the caller gave up or has one already."""
-        if self.future.done() or not self.future.set_running_or_notify_cancel():
-            return
-        if isinstance(result, TeacherError):
-            self.future.set_exception(result)
-        else:
-            self.future.set_result(result)
 
 
 class Dispatch:
@@ -95,27 +43,36 @@ class Dispatch:
         self._send = send
         self._numbers = itertools.count(1)
         self._orders = itertools.count(1)
-        self._sent: dict[LinkKey, dict[int, Pending]] = {}
-        self._by_number: dict[int, Pending] = {}
+        self._sent: dict[LinkKey, dict[int, Unanswered]] = {}
+        self._by_number: dict[int, Unanswered] = {}
         self._tokens: dict[LinkKey, int] = {}
         self._paused: set[LinkKey] = set()
         self._distrusted: set[LinkKey] = set()
-        self._waiting: list[tuple[int, Pending]] = []
+        self._waiting: list[tuple[int, Unanswered]] = []
 
     @property
     def num_unanswered(self) -> int:
         """How many requests are sent or wait for a link."""
         return len(self._by_number) + len(self._waiting)
 
-    def outstanding(self, link: LinkKey) -> dict[int, Pending]:
-        """Returns the unanswered requests of a link by number, in the order of sending."""
-        return self._sent[link]
+    def outstanding(self, link: LinkKey, kind: type[T] = Attempts) -> dict[int, T]:
+        """Returns the unanswered requests of a link by number, in the order of sending.
 
-    def oldest(self, link: LinkKey) -> Pending | None:
+        kind: only these. A link that was lost has none.
+        """
+        sent = self._sent.get(link, {})
+        return {number: one for number, one in sent.items() if isinstance(one, kind)}
+
+    def oldest(self, link: LinkKey, kind: type[T] = Attempts) -> T | None:
         """Returns the unanswered request of a link that was sent first."""
-        return next(iter(self._sent[link].values()), None)
+        sent = self._sent.get(link, {}).values()
+        return next((one for one in sent if isinstance(one, kind)), None)
 
-    def submit(self, pending: Pending) -> None:
+    def find(self, link: LinkKey, number: int) -> Unanswered | None:
+        """Returns an unanswered request of a link."""
+        return self._sent.get(link, {}).get(number)
+
+    def submit(self, pending: Unanswered) -> None:
         """Sends a new request, or one that is asked again and may go to any link."""
         pending.order = pending.order or next(self._orders)
         # However often it is sent, it is one piece of work, and is billed as one.
@@ -126,7 +83,7 @@ class Dispatch:
         """Lets a new link take requests, first those that wait."""
         self._sent[link] = {}
         self._tokens[link] = 0
-        self._place_waiting()
+        self.set_paused(link, False)
 
     def set_paused(self, link: LinkKey, paused: bool) -> None:
         """Keeps further requests from a link, which may still answer; or lets it take them again."""
@@ -134,7 +91,9 @@ class Dispatch:
             self._paused.add(link)
         else:
             self._paused.discard(link)
-            self._place_waiting()
+            waiting, self._waiting = self._waiting, []
+            while waiting:
+                self._place(heapq.heappop(waiting)[1], avoid=None)
 
     def set_trusted(self, link: LinkKey, trusted: bool) -> None:
         """Lets a link take requests like any other, or only where no other link can.
@@ -159,13 +118,13 @@ class Dispatch:
             self._place(pending, avoid=None)
         return len(lost)
 
-    def find_to_write(self, number: int) -> Pending | None:
+    def find_to_write(self, number: int) -> Unanswered | None:
         """Returns the request to write; None if it was given up or has moved to another link."""
         pending = self._by_number.get(number)
         if pending is None:
             return None
         if pending.future.cancelled():
-            self._forget(pending)
+            self.forget(pending)
             return None
         return pending
 
@@ -178,62 +137,57 @@ class Dispatch:
         message is not what the teacher wrote. The request is forgotten in each case; `resend` asks
         once more. Messages for old numbers are dropped.
         """
-        pending = self._sent[link].get(response.request_id)
-        if pending is None:
+        pending = self.find(link, response.request_id)
+        if not isinstance(pending, Pending):
             return None
         if not is_what_was_written(pending.digest, response):
-            self._forget(pending)
+            self.forget(pending)
             return pending, Fate.DAMAGED
         if pending.future.cancelled():
-            self._forget(pending)
+            self.forget(pending)
             return None
         if response.HasField("part"):
             pending.parts.setdefault(response.part.first_row, response.part)
             if not pending.is_complete():
                 return None
-        self._forget(pending)
+        self.forget(pending)
         return pending, Fate.ANSWERED if response.HasField("part") else Fate.REFUSED
 
-    def resend(self, pending: Pending) -> None:
+    def resend(self, pending: Unanswered) -> None:
         """Asks once more, through another link if there is one; also for a request just returned."""
         link = pending.link
         if pending.number in self._by_number:
-            self._forget(pending)
+            self.forget(pending)
         self._place(pending, avoid=link)
 
-    def has_another(self, pending: Pending) -> bool:
+    def has_another(self, pending: Unanswered) -> bool:
         """Whether a link takes requests whose replica did not fail on this one."""
         return any(link not in pending.failed_at for link in self._ready())
 
-    def fail_all(self, error: TeacherError) -> None:
+    def fail_all(self, error: TeacherError, *, texts_only: bool = False) -> None:
         """Ends every request that has no answer with an error."""
         unanswered = [pending for _, pending in self._waiting]
         unanswered += self._by_number.values()
-        self._waiting.clear()
-        self._by_number.clear()
-        for link, sent in self._sent.items():
-            sent.clear()
-            self._tokens[link] = 0
+        if texts_only:
+            unanswered = [one for one in unanswered if isinstance(one, PendingTexts)]
+        self._waiting = [entry for entry in self._waiting if entry[1] not in unanswered]
         for pending in unanswered:
+            if pending.number in self._by_number:
+                self.forget(pending)
             # A copy for each: one exception raised in several places would mix its tracebacks.
             own = type(error)(str(error))
             own.__cause__ = error.__cause__
             pending.resolve(own)
 
-    def _place_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        while waiting:
-            self._place(heapq.heappop(waiting)[1], avoid=None)
-
-    def _place(self, pending: Pending, *, avoid: LinkKey | None) -> None:
+    def _place(self, pending: Unanswered, *, avoid: LinkKey | None) -> None:
         """Gives a request to the link with the fewest outstanding tokens, if possible a trusted one."""
         if pending.future.cancelled():
             return
         ready = self._ready()
         unwanted = {avoid, *pending.failed_at}
         links = [link for link in ready if link not in unwanted] or ready
-        # A new attempt: parts of the one before must not end up in its answer.
-        pending.parts = {}
+        pending.begin_attempt()
+        pending.is_out = True
         pending.passed_s = None
         pending.link = None
         if not links:
@@ -251,7 +205,9 @@ class Dispatch:
     def _ready(self) -> list[LinkKey]:
         return [link for link in self._sent if link not in self._paused]
 
-    def _forget(self, pending: Pending) -> None:
+    def forget(self, pending: Unanswered) -> None:
+        """Stops waiting for the current attempt of a request."""
+        pending.is_out = False
         assert pending.link is not None
         del self._by_number[pending.number]
         del self._sent[pending.link][pending.number]

@@ -16,13 +16,16 @@ from logitstream.connection import Connection
 from protos import teacher_pb2
 from student_trainer.client.answers import Answers
 from student_trainer.client.counters import Counters
-from student_trainer.client.describe import RETRIED, own_card
+from student_trainer.client.describe import own_card
 from student_trainer.client.discovery import Discovery
 from student_trainer.client.dispatch import Dispatch
-from student_trainer.client.links import Link, SilentReplica, StreamEnd
+from student_trainer.client.links import Link, SilentReplica
+from student_trainer.client.pending import Pending
 from student_trainer.client.side_tasks import SideTasks, unexpected
 from student_trainer.client.stalls import Stalls
-from student_trainer.errors import BY_CODE, ProtocolError, TeacherError
+from student_trainer.client.streams import Streams
+from student_trainer.client.texts import Texts
+from student_trainer.errors import TeacherError
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +35,6 @@ REFRESH_S = 3.0
 """How often a replica is asked for the list of replicas in that time."""
 LOG_WAIT_S = 5.0
 """How often a wait for the teacher is logged."""
-MAX_UNREADABLE = 3
-"""How many streams in a row may end because the service could not read a request."""
 
 
 class Keeper:
@@ -44,6 +45,7 @@ class Keeper:
         connection: Connection,
         dispatch: Dispatch,
         answers: Answers,
+        texts: Texts,
         stalls: Stalls,
         tasks: SideTasks,
         counters: Counters,
@@ -58,6 +60,15 @@ class Keeper:
         self._connection = connection
         self._dispatch = dispatch
         self._answers = answers
+        self._texts = texts
+        self.streams = Streams(
+            dispatch,
+            answers,
+            texts,
+            lose=self._lose,
+            fail_all=self._fail_all,
+            note_answer=self._note_answer,
+        )
         self._stalls = stalls
         self._tasks = tasks
         self._counters = counters
@@ -66,10 +77,6 @@ class Keeper:
         """Addresses of listed replicas that are being connected to."""
         self._quiet_since_s: float | None = None
         """When the first link since the last answer was lost."""
-        self._num_refused = 0
-        """Streams since the last answer that ended with a status that is not retried."""
-        self._listen_first = False
-        """Whether the last stream ended in a way that may hide a refusal."""
 
     @property
     def _is_needed(self) -> bool:
@@ -156,7 +163,7 @@ class Keeper:
             self._counters,
         )
         self.links[link.replica_id] = link
-        link.tasks.append(asyncio.create_task(self._converse(link)))
+        self.streams.open(link)
         self._dispatch.add_link(link)
         return True
 
@@ -196,10 +203,13 @@ class Keeper:
             return
         if link.needs_probe(now):
             link.probing = self._tasks.spawn(self._probe(link))
-        if oldest.passed_s is not None and now - oldest.passed_s > self._stalls.batch_s:
+        self._texts.check(link, now, self._stalls.batch_s)
+        scored = self._dispatch.oldest(link, Pending)
+        passed_s = scored and scored.passed_s
+        if scored and passed_s is not None and now - passed_s > self._stalls.batch_s:
             logger.warning("no answer to one request while later ones are answered, asking again")
             self._counters.resent += 1
-            self._dispatch.resend(oldest)
+            self._dispatch.resend(scored)
         silent_s = now - link.last_answer_s
         if silent_s > self._stalls.answer_s(idle=link.is_idle):
             # Requests or answers were lost on the way: a flipped bit in a number is enough. When the
@@ -225,32 +235,9 @@ class Keeper:
             self._stalls.count_stuck(busy_s)
             self._lose(link, f"its batch has taken {busy_s:.0f} s", stalled=True)
 
-    async def _converse(self, link: Link) -> None:
-        """Runs a link's stream and deals with its end."""
-        end = await link.converse(self._dispatch, self._receive, listen_first=self._listen_first)
-        # No await from here on: losing the link cancels this very task.
-        self._listen_first = end.code == grpc.StatusCode.INTERNAL
-        if end.bug is not None:  # sending the requests again would only repeat it
-            self._fail_all(end.bug)
-        self._lose(link, end.reason)
-        self._judge(link, end)
-
-    def _receive(self, link: Link, response: teacher_pb2.ScoreResponse) -> None:
-        if self._answers.receive(link, response):
-            # The service works: patience and suspicion start again at the next loss.
-            self._quiet_since_s = None
-            self._num_refused = 0
-
-    def _judge(self, link: Link, end: StreamEnd) -> None:
-        """Fails all requests if the service refuses this client's streams again and again."""
-        if end.code in RETRIED or end.code == grpc.StatusCode.OK:
-            return
-        self._num_refused += 1
-        # Once may be a flipped bit; a request that the other side cannot read always is one.
-        num_allowed = MAX_UNREADABLE if end.code == grpc.StatusCode.INVALID_ARGUMENT else 1
-        if self._num_refused > num_allowed:
-            kind = BY_CODE.get(end.code.value[0], ProtocolError)
-            self._fail_all(kind(f"{link.address}: {end.reason}"))
+    def _note_answer(self) -> None:
+        """The service works: patience starts again at the next loss."""
+        self._quiet_since_s = None
 
     def _lose(self, link: Link, why: str, *, stalled: bool = False) -> None:
         """Gives a link up and sends its unanswered requests to the others."""
@@ -274,13 +261,13 @@ class Keeper:
             self._fail_all(self.discovery.make_unavailable(quiet_s, ()))
         self.wake.set()
 
-    def _fail_all(self, error: Exception) -> None:
+    def _fail_all(self, error: Exception, *, texts_only: bool = False) -> None:
         """Ends every request with an error; one that is not a TeacherError is a bug of this client."""
         if not isinstance(error, TeacherError):
             logger.error("the client failed", exc_info=error)
             error = unexpected(error)
         self._quiet_since_s = None  # later requests have the whole patience again
-        self._dispatch.fail_all(error)
+        self._dispatch.fail_all(error, texts_only=texts_only)
 
 
 def _describe_move(num_requests: int, num_replicas: int) -> str:

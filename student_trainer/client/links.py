@@ -14,6 +14,7 @@ from student_trainer.client.counters import Counters
 from student_trainer.client.describe import NOT_A_MESSAGE, Metadata, describe, explain
 from student_trainer.client.discovery import backoff_s
 from student_trainer.client.dispatch import Dispatch
+from student_trainer.client.pending import PendingTexts
 
 PROBE_AFTER_S = 4.0
 """A link without a message for this long is probed."""
@@ -26,7 +27,8 @@ A write that fails because the service has just refused the stream makes grpc.ai
 instead of the refusal, nearly always where the refusal comes at once (grpc/grpc issue 36066).
 """
 
-Receive = Callable[["Link", teacher_pb2.ScoreResponse], None]
+Receive = Callable[["Link", Any], None]
+"""Takes a message that a stream brought."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class SilentReplica(Exception):
 
 
 class Link:
-    """Holds a channel with one Score stream to one replica."""
+    """Holds a channel to one replica, with a Score stream, and a Generate stream while it is needed."""
 
     def __init__(
         self,
@@ -64,7 +66,10 @@ class Link:
         self.address = address
         self.stub = teacher_pb2_grpc.TeacherStub(channel)
         self.outbox: asyncio.Queue[int] = asyncio.Queue()
-        """Numbers of the requests to write."""
+        """Numbers of the requests for targets to write."""
+        self.text_outbox: asyncio.Queue[int | teacher_pb2.GenerateRequest] = asyncio.Queue()
+        """Numbers of the requests for texts to write, and cancellations of earlier ones."""
+        self.has_text_stream = False
         self.last_sign_s = now
         """When the replica last gave any sign of life."""
         self.last_answer_s = now
@@ -83,14 +88,19 @@ class Link:
         self._distrusted_until_s: float | None = None
 
     async def converse(
-        self, dispatch: Dispatch, receive: Receive, *, listen_first: bool
+        self, dispatch: Dispatch, receive: Receive, *, listen_first: bool, texts: bool = False
     ) -> StreamEnd:
         """Writes what dispatch places on this link and hands on what comes, until the stream ends.
 
-        listen_first: whether to wait a moment for a refusal before the first write.
+        listen_first: whether to wait a moment for a refusal before the first write. texts: over the
+        Generate stream instead of the Score stream.
         """
-        call = self.stub.Score(metadata=self._metadata)
-        writing = asyncio.create_task(self._write(call, dispatch, listen_first=listen_first))
+        method = self.stub.Generate if texts else self.stub.Score
+        outbox: asyncio.Queue[Any] = self.text_outbox if texts else self.outbox
+        call = method(metadata=self._metadata)
+        writing = asyncio.create_task(
+            self._write(call, outbox, dispatch, listen_first=listen_first)
+        )
         self.tasks.append(writing)
         try:
             async for response in call:
@@ -115,7 +125,9 @@ class Link:
             writing.cancel()
             call.cancel()
 
-    async def _write(self, call: Any, dispatch: Dispatch, *, listen_first: bool) -> None:
+    async def _write(
+        self, call: Any, outbox: "asyncio.Queue[Any]", dispatch: Dispatch, *, listen_first: bool
+    ) -> None:
         """Writes requests; a broken stream is left to the reader to report."""
         try:
             if listen_first:
@@ -123,7 +135,11 @@ class Link:
                     async with asyncio.timeout(FIRST_SIGN_S):
                         await call.initial_metadata()
             while True:
-                pending = dispatch.find_to_write(await self.outbox.get())
+                entry = await outbox.get()
+                if isinstance(entry, teacher_pb2.GenerateRequest):
+                    await call.write(entry)
+                    continue
+                pending = dispatch.find_to_write(entry)
                 if pending is None:
                     continue
                 self._counters.sent_nbytes += pending.request.ByteSize()
@@ -134,6 +150,19 @@ class Link:
         except Exception:
             call.cancel()  # wakes the reader, which reports what this task raised
             raise
+
+    def cancel(self, pending: PendingTexts) -> None:
+        """Tells the replica that nobody waits for the current attempt any more."""
+        if self.has_text_stream and pending.written_s:
+            self.text_outbox.put_nowait(
+                teacher_pb2.GenerateRequest(
+                    session_id=pending.request.session_id, request_id=pending.number, cancel=True
+                )
+            )
+
+    async def wait_for_a_request(self) -> None:
+        """Waits until there is something to write to the Score stream."""
+        self.outbox.put_nowait(await self.outbox.get())
 
     def rest(self, now: float) -> None:
         """Restarts the clocks of a link on which nothing is outstanding."""

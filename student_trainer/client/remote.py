@@ -6,6 +6,7 @@ caller's thread pulls sequences, submits them and waits for futures.
 
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, BinaryIO
 
@@ -14,11 +15,13 @@ from logitstream.connection import Address, Connection, Pem
 from logitstream.messages import fill_given_ids, fill_targets
 from protos import teacher_pb2
 from student_trainer.client.counters import Counters
-from student_trainer.client.dispatch import Pending
 from student_trainer.client.io_thread import IoThread
+from student_trainer.client.pending import Pending
+from student_trainer.client.remote_writer import RemoteWriter
 from student_trainer.client.session import Session
 from student_trainer.errors import ForkedClient, IncompatibleTeacher, TeacherError
 from student_trainer.teachers.compatibility import check_compatible
+from student_trainer.teachers.generation import GenerateOptions
 from student_trainer.teachers.head_cache import load_head
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions, row_mask
 from student_trainer.teachers.teacher import NO_HEAD, Teacher
@@ -136,6 +139,13 @@ class RemoteTeacher(Teacher):
 
             self._head = load_head(fingerprint, fetch, "the teacher")
         return self._head
+
+    def _writer_maker(self, options: GenerateOptions) -> Callable[[], RemoteWriter]:
+        head = self.head() if options.spec is not None and options.spec.needs_hidden else None
+        fingerprint = self._info.teacher_fingerprint
+        return lambda: RemoteWriter(
+            self._io, self._session, options, head, fingerprint, self.check_usable
+        )
 
     def check_usable(self) -> None:
         """Raises TeacherError if this teacher is closed or belongs to another process."""

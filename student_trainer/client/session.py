@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Iterable
 from typing import BinaryIO
 
 from logit_codec import IdTable
@@ -11,12 +12,14 @@ from logitstream.connection import Connection
 from protos import teacher_pb2
 from student_trainer.client.answers import Answers
 from student_trainer.client.counters import Counters
-from student_trainer.client.dispatch import Dispatch, Pending
+from student_trainer.client.dispatch import Dispatch, Unanswered
 from student_trainer.client.head_fetch import fetch_head
 from student_trainer.client.id_table_cache import load_id_table
 from student_trainer.client.keeper import Keeper
+from student_trainer.client.pending import PendingTexts
 from student_trainer.client.side_tasks import CLOSED, SideTasks, unexpected
 from student_trainer.client.stalls import Stalls
+from student_trainer.client.texts import Texts
 from student_trainer.errors import TeacherError
 
 logger = logging.getLogger(__name__)
@@ -31,7 +34,7 @@ class Session:
         self._connection = connection
         self._patience_s = patience_s
         self._tasks = SideTasks()
-        self._dispatch = Dispatch(lambda link, number: link.outbox.put_nowait(number))  # type: ignore[attr-defined]
+        self._dispatch = Dispatch(lambda link, number: self._keeper.streams.send(link, number))  # type: ignore[arg-type]
         stalls = Stalls()
         self._answers = Answers(
             self._dispatch,
@@ -41,10 +44,12 @@ class Session:
             patience_s=patience_s,
             where=", ".join(connection.addresses),
         )
+        self._texts = Texts(self._dispatch, self._answers, self._tasks, self.counters)
         self._keeper = Keeper(
             connection,
             self._dispatch,
             self._answers,
+            self._texts,
             stalls,
             self._tasks,
             self.counters,
@@ -122,7 +127,12 @@ class Session:
             self._patience_s,
         )
 
-    def submit(self, pending: Pending) -> None:
+    def give_up(self, texts: Iterable[PendingTexts]) -> None:
+        """Stops waiting for texts that nobody wants any more, and tells the replicas."""
+        for pending in texts:
+            self._texts.give_up(pending)
+
+    def submit(self, pending: Unanswered) -> None:
         """Sends a request, now or as soon as there is a link."""
         try:
             self._submit(pending)
@@ -130,7 +140,7 @@ class Session:
             logger.error("the client failed", exc_info=error)
             pending.resolve(unexpected(error))
 
-    def _submit(self, pending: Pending) -> None:
+    def _submit(self, pending: Unanswered) -> None:
         if self._closed:  # by another thread, after the caller looked
             pending.resolve(TeacherError(CLOSED))
             return
