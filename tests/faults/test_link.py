@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from student_trainer import TeacherUnavailable, connect
-from student_trainer.client import answers, discovery, keeper, links, stalls
+from student_trainer.client import answers, discovery, links, refusals, stalls
 from tests.support import tiny
 from tests.support.fleet import Fleet, wait_until
 from tests.support.oracle import VOCAB, digest, left_in_this_process, within
@@ -218,7 +218,7 @@ def test_damaged_bytes_are_never_trained_on(
     monkeypatch.setattr(links, "PROBE_AFTER_S", 1.0)
     # There are more flips than a network has.
     monkeypatch.setattr(answers, "MAX_ATTEMPTS", 20)
-    monkeypatch.setattr(keeper, "MAX_UNREADABLE", 20)
+    monkeypatch.setattr(refusals, "MAX_UNREADABLE", 20)
     # Its log records would keep the streams open for as long as pytest keeps the records.
     monkeypatch.setattr(logging.getLogger("grpc._common"), "disabled", True)
     with connect(fleet.addresses) as teacher:
