@@ -38,8 +38,9 @@ def texts(
     """46 texts of the teacher, with targets."""
     folder = tmp_path_factory.mktemp("texts") / "set"
     with connect(trained_service.address, tokenizer=tiny.make_tokenizer(WORDS)) as teacher:
-        teacher.info.max_generation_tokens = 256
-        teacher.generate = partial(write, teacher_model, teacher)
+        writing: Any = teacher
+        writing.info.max_generation_tokens = 256
+        writing.generate = partial(write, teacher_model, teacher)
         settings: dict[str, Any] = {"split_lines": True, "max_new_tokens": 24, "seed": 2}
         run(teacher, prompts, folder, targets="sampled", **settings)
     return folder

@@ -88,7 +88,7 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def run(teacher: Any, prompts: Path, output: Path, **settings: Any) -> dict[str, Any]:
+def run(teacher: Any, prompts: Path, output: Path | str, **settings: Any) -> dict[str, Any]:
     config = GenerateConfig(
         teacher="127.0.0.1:1",
         student=Path("student"),
