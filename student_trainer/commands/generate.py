@@ -20,6 +20,7 @@ from student_trainer.commands.show import show
 from student_trainer.commands.student import find_student
 from student_trainer.data.prompts import PromptReader, PromptSettings
 from student_trainer.data.sources import Shard, find_shards
+from student_trainer.errors import RecordError, TeacherError
 from student_trainer.generate_config import GenerateConfig
 from student_trainer.record.generated import GeneratedSet
 from student_trainer.record.provenance import NO_TARGETS
@@ -133,6 +134,15 @@ def generate(
     except KeyboardInterrupt:
         texts.close()
         raise Stopped(f"{len(texts):,} texts") from None
+    except TeacherError as error:
+        texts.close()
+        if texts.num_added and not isinstance(error, RecordError):  # which says so itself
+            logger.warning(
+                "%s texts are written in %s: run the same command to resume",
+                f"{len(texts):,}",
+                config.output,
+            )
+        raise
     finally:
         texts.close()
     if config.streaming:

@@ -13,7 +13,12 @@ import torch
 from logit_codec import parse_targets
 from student_trainer import LocalTeacher, Recorded
 from student_trainer.commands import generate as command
-from student_trainer.errors import IncompatibleTeacher, InvalidRequest, RecordError
+from student_trainer.errors import (
+    IncompatibleTeacher,
+    InvalidRequest,
+    RecordError,
+    TeacherUnavailable,
+)
 from student_trainer.generate_config import GenerateConfig
 from student_trainer.record.generated import measure_repetition
 from student_trainer.record.written import is_written, summarize
@@ -25,9 +30,10 @@ WORDS = [f"w{number}" for number in range(62)]
 
 
 class Writer(LocalTeacher):
-    """A teacher whose user presses Ctrl-C after some texts."""
+    """A teacher whose user presses Ctrl-C after some texts, or that fails then."""
 
     stop_after: int | None = None
+    stop_with: type[BaseException] = KeyboardInterrupt
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model, tokenizer)
@@ -36,7 +42,7 @@ class Writer(LocalTeacher):
     def generate(self, prompts: Any, **options: Any) -> Iterator[Generation]:
         for generation in super().generate(prompts, **options):
             if self.stop_after is not None and generation.index >= self.stop_after:
-                raise KeyboardInterrupt
+                raise self.stop_with("away")
             self.asked.add(generation.index)
             yield generation
 
@@ -182,6 +188,15 @@ def test_a_set_that_was_interrupted_goes_on_and_is_the_same_in_the_end(teacher, 
     # Other settings are other texts, in the same folder.
     more = run(teacher, prompts, tmp_path / "stopped", num_samples=3, seed=1)
     assert (more["texts"], more["written"]) == (60, 36)
+
+
+def test_a_teacher_that_is_lost_leaves_what_it_wrote(teacher, prompts, tmp_path, caplog):
+    teacher.stop_after, teacher.stop_with = 3, TeacherUnavailable
+    with pytest.raises(TeacherUnavailable, match="away"):
+        run(teacher, prompts, tmp_path / "set")
+    assert f"3 texts are written in {tmp_path / 'set'}: run the same command" in caplog.text
+    teacher.stop_after = None
+    assert run(teacher, prompts, tmp_path / "set")["already_there"] == 3
 
 
 def test_only_the_samples_that_are_missing_are_added(teacher, prompts, tmp_path):
