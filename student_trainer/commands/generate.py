@@ -229,7 +229,6 @@ def _write(
     written = _Written()
     with tqdm(total=total, desc="writing", unit=" texts", smoothing=0) as progress:
         began_s = time.monotonic()
-        texts.start_clock()
         generations = teacher.generate(
             _find_missing(prompts, config.num_samples, texts, written, progress),
             targets=options.spec,
@@ -274,6 +273,8 @@ def _find_missing(
             written.num_known += count
             progress.n, progress.initial = progress.n + count, progress.initial + count
         if missing:
+            if not number:
+                texts.begin()
             written.waiting[number] = missing
             number += 1
             yield ids

@@ -61,10 +61,17 @@ class GeneratedSet:
         self.settings = describe_settings(options)
         """How texts are written, as JSON."""
         self._spec = _complete(options.spec, info)
-        self.counters = RecordCounters()
+        self.num_added = 0
+        """Texts that were added here."""
+        self.num_sealed = 0
+        """Of these, those that are in a shard."""
+        self.num_tokens = 0
+        """Tokens of these, without their prompts."""
+        self.num_payload_bytes = 0
+        """Of their targets."""
         self._catalog = Catalog(
             self._folder,
-            self.counters,
+            RecordCounters(),
             draws=1,
             is_live=True,
             writes=True,
@@ -84,23 +91,20 @@ class GeneratedSet:
         """Texts in the folder, of any settings; after `close`, all that will be in it."""
         return len(self._catalog) + self.num_sealed
 
-    num_added = 0
-    """Texts that were added here."""
-    num_sealed = 0
-    """Of these, those that are in a shard."""
-    num_tokens = 0
-    """Tokens of these, without their prompts."""
-    num_payload_bytes = 0
-    """Of their targets."""
-
     def has(self, prompt_ids: Tensor, sample: int = 0) -> bool:
         """Whether this text was written before, with the same settings."""
         return self._make_key(ids_digest(prompt_ids), sample, self.settings) in self._known
 
+    def begin(self) -> None:
+        """Makes the folder, before the first text. Raises RecordError where nothing can be written.
+
+        The time that texts take begins now.
+        """
+        self._writer = self._open_writer()
+        self._since_s = time.monotonic()
+
     def add(self, generation: Generation) -> None:
         """Adds a text, and seals what there is if it is enough. Raises RecordError."""
-        if self._writer is None:
-            self._writer = self._open_writer()
         row = self._make_row(generation)
         self._rows.append(row)
         self._nbytes += row.nbytes
@@ -123,10 +127,6 @@ class GeneratedSet:
         # In a thread, where Ctrl-C cannot end it half way: `close` waits for it.
         self._sealing = self._thread.submit(self._write, rows, seconds)
         self._sealing.result()
-
-    def start_clock(self) -> None:
-        """Lets the time that texts take begin now."""
-        self._since_s = time.monotonic()
 
     def close(self) -> None:
         """Seals what is left. Raises RecordError, and the same again if something failed before."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from logit_codec import parse_targets
+from logitstream.files import write_atomically
 from student_trainer import LocalTeacher, Recorded
 from student_trainer.commands import generate as command
 from student_trainer.errors import (
@@ -309,16 +310,23 @@ def test_repetition_is_the_share_of_runs_that_were_there_before():
     assert measure_repetition(np.array([1, 2, 3, 4, 1, 2, 3, 4])) == pytest.approx(1 / 5)
 
 
-def test_a_full_disk_is_told_and_what_was_sealed_stays(teacher, prompts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["__record__", "shard-"])
+def test_a_full_disk_is_told_and_what_was_sealed_stays(
+    teacher, prompts, tmp_path, monkeypatch, place
+):
     run(teacher, prompts, tmp_path / "set", max_prompts=4)
+    teacher.asked.clear()
 
-    def full(path: Path, content: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def fill(path: Path, content: Any) -> None:
+        if place in str(path):
+            raise OSError(28, "No space left on device")
+        write_atomically(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr("student_trainer.record.folder.write_atomically", full)
+        patch.setattr("student_trainer.record.folder.write_atomically", fill)
         with pytest.raises(RecordError, match=r"No space left on device\. What was sealed before"):
             run(teacher, prompts, tmp_path / "set")
+    assert bool(teacher.asked) == (place == "shard-"), "it is told before the teacher writes"
     assert len(read(tmp_path / "set")) == 4
     assert run(teacher, prompts, tmp_path / "set")["written"] == 8
 
