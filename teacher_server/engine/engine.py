@@ -5,9 +5,10 @@ a GPU; `result` waits. Whoever calls them from two threads keeps the device busy
 while the next is laid out.
 """
 
+import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,6 +107,12 @@ class Engine:
         Raises CannotGenerate, and ValueError if the pool holds no page.
         """
         return Generator(self.model, self.device, pool_nbytes, exact=self.exact)
+
+    @contextlib.contextmanager
+    def launching(self) -> Iterator[None]:
+        """Makes a context in which a generator may launch: nothing else is launched meanwhile."""
+        with self._launching, self.device.queue():
+            yield
 
     @torch.inference_mode()
     def launch(self, requests: Sequence[RowRequest]) -> Launched:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from teacher_server.errors import ServeError
-from teacher_server.ledger.book import Book, Reservation
+from teacher_server.ledger.book import Book, Holder, Reservation
 from teacher_server.ledger.directory import Directory, LocalDirectory
 from teacher_server.ledger.journal import Journal, Kind, Record, to_bytes
 from teacher_server.ledger.lease import DirectoryLink, UsageRow
@@ -90,7 +90,7 @@ class Accounts:
         """Charges sequences that the scheduler gives to the model now. Any thread may call it."""
         self._book.charge(sequences)
 
-    def charge_parts(self, parts: Iterable[tuple[Reservation, int, bool]]) -> None:
+    def charge_parts(self, parts: Iterable[tuple[Holder, int, bool]]) -> None:
         """Charges so many tokens of each sequence that the model gets now; the last value of a part:
         whether the sequence itself is counted. Any thread may call it."""
         self._book.charge_parts(parts)

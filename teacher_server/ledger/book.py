@@ -21,6 +21,14 @@ class Reservation(Protocol):
     """Its tokens that are still reserved: all, then none."""
 
 
+class Holder(Protocol):
+    """What the ledger reads and changes of one text, of which it charges a piece at a time."""
+
+    team: Team
+    held: int
+    """Its tokens that are still reserved."""
+
+
 class Book:
     """Holds the accounts of one replica's teams, the journal, and the lock that both share.
 
@@ -93,7 +101,7 @@ class Book:
                 )
             )
 
-    def charge_parts(self, parts: Iterable[tuple[Reservation, int, bool]]) -> None:
+    def charge_parts(self, parts: Iterable[tuple[Holder, int, bool]]) -> None:
         """Charges so many tokens of each sequence, and leaves the rest of what it holds reserved.
 
         The last value of a part: whether the sequence is counted now, as it is once.

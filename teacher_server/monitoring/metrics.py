@@ -105,6 +105,13 @@ METRICS = (
         "Teams",
         TEAM,
     ),
+    MetricSpec(
+        "teacher_written_tokens_total",
+        "counter",
+        "Tokens drawn for texts that are written.",
+        "Teams",
+        TEAM,
+    ),
     MetricSpec("teacher_bytes_sent_total", "counter", "Payload bytes written.", "Teams", TEAM),
     MetricSpec(
         "teacher_head_bytes_sent_total",
@@ -206,6 +213,35 @@ METRICS = (
         SECONDS,
     ),
     MetricSpec(
+        "teacher_first_token_seconds",
+        "histogram",
+        "How long a text waited until its first token was drawn.",
+        "Replicas",
+        (),
+        SECONDS,
+    ),
+    MetricSpec(
+        "teacher_write_steps_total",
+        "counter",
+        "Launches that drew a token of each of some texts.",
+        "Replicas",
+    ),
+    MetricSpec("teacher_texts_running", "gauge", "Texts that are being written.", "Replicas"),
+    MetricSpec(
+        "teacher_texts_waiting",
+        "gauge",
+        "Texts that wait for a slot or for pages of keys.",
+        "Replicas",
+    ),
+    MetricSpec(
+        "teacher_preemptions_total",
+        "counter",
+        "Texts whose pages were taken away for others, and that are computed again.",
+        "Replicas",
+    ),
+    MetricSpec("teacher_key_pages", "gauge", "Pages for the keys of texts.", "Replicas"),
+    MetricSpec("teacher_free_key_pages", "gauge", "Of these, pages without a user.", "Replicas"),
+    MetricSpec(
         "teacher_unencoded_bytes",
         "gauge",
         "Upper bound of the bytes of answers that are scored and not encoded; above "
@@ -288,6 +324,10 @@ class Metrics:
         self._stage_s = histograms["teacher_stage_seconds"]
         self._batch_tokens = histograms["teacher_batch_tokens"]
         self.busy_s = counters["teacher_busy_seconds_total"]
+        self.first_token_s = histograms["teacher_first_token_seconds"]
+        self.written = counters["teacher_written_tokens_total"]
+        self.steps = counters["teacher_write_steps_total"]
+        self.preemptions = counters["teacher_preemptions_total"]
         self.bytes_sent = counters["teacher_bytes_sent_total"]
         self.head_bytes_sent = counters["teacher_head_bytes_sent_total"]
         self.rejected = counters["teacher_rejected_total"]
@@ -298,11 +338,15 @@ class Metrics:
         self._gauges = _Gauges()
         self.registry.register(self._gauges)
 
-    def dispatched(self, team: str, tokens: int, cost: float, waited_s: float) -> None:
-        """Counts a sequence that was dispatched to the teacher."""
+    def dispatched(self, team: str, tokens: int, cost: float, waited_s: float | None) -> None:
+        """Counts a sequence, or a piece of a text, that was dispatched to the teacher.
+
+        waited_s: None for a piece of a text that has waited before.
+        """
         self._team_tokens.labels(team).inc(tokens)
         self._team_cost.labels(team).inc(cost)
-        self._team_waiting_s.labels(team).observe(waited_s)
+        if waited_s is not None:
+            self._team_waiting_s.labels(team).observe(waited_s)
 
     def passed(self, tokens: int, stage_s: Mapping[str, float]) -> None:
         """Counts a successful forward pass, and the seconds that it took in each stage."""

@@ -28,6 +28,8 @@ class ReplicaSnapshot:
     """Tokens that were scored."""
     busy: float
     """Share of the time in which the teacher was computing."""
+    written_per_s: float = 0.0
+    """Tokens that were drawn."""
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class _Slot:
     encode_s: float = 0.0
     compact_s: float = 0.0
     busy_s: float = 0.0
+    written: int = 0
 
 
 class ReplicaStats:
@@ -57,6 +60,11 @@ class ReplicaStats:
             slot.passes += 1
             slot.tokens += tokens
             slot.stage_s.update(stage_s)
+
+    def wrote(self, tokens: int) -> None:
+        """Counts tokens that were drawn."""
+        with self._lock:
+            self._slots.now().written += tokens
 
     def encoded(self, seconds: float, compact_s: float) -> None:
         """Counts a sequence whose targets have been encoded."""
@@ -88,4 +96,5 @@ class ReplicaStats:
                 compact_s=sum(slot.compact_s for slot in self._slots) / sequences,
                 tokens_per_s=tokens / seconds,
                 busy=min(1.0, busy_s / seconds),
+                written_per_s=sum(slot.written for slot in self._slots) / seconds,
             )

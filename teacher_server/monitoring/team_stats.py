@@ -24,7 +24,8 @@ class Dispatched:
     team: str
     tokens: int
     cost: float
-    waited_s: float
+    waited_s: float | None
+    """None: it is a later piece of what has waited before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,8 @@ class TeamStats:
                 counts = slot.counts.setdefault(job.team, _Counts())
                 counts.tokens += job.tokens
                 counts.cost += job.cost
-                counts.waits[_wait_class(job.waited_s)] += 1
+                if job.waited_s is not None:
+                    counts.waits[_wait_class(job.waited_s)] += 1
 
     def teams(self, queued_tokens: Mapping[str, int]) -> list[TeamSnapshot]:
         """Returns the teams with work now or in the last minute, by name.

@@ -1,7 +1,17 @@
-"""Scores and encodes sequences: queue -> batch -> scored -> bytes."""
+"""Scores and encodes sequences: queue -> batch -> scored -> bytes; and writes texts."""
 
 from teacher_server.pipeline.encoding import Encoding, Part
 from teacher_server.pipeline.pipeline import Pipeline
+from teacher_server.pipeline.written import WrittenPart, WrittenParts
+from teacher_server.scheduling.generation_job import GenerationJob
 from teacher_server.scheduling.job import SequenceJob
 
-__all__ = ["Encoding", "Part", "Pipeline", "SequenceJob"]
+__all__ = [
+    "Encoding",
+    "GenerationJob",
+    "Part",
+    "Pipeline",
+    "SequenceJob",
+    "WrittenPart",
+    "WrittenParts",
+]

@@ -1,4 +1,6 @@
-"""Runs the teacher: one thread takes batches and launches them, another waits for what they give.
+"""Runs the teacher: one thread takes turns and launches them, another waits for what they give.
+
+A turn is a batch of sequences to score, or texts to write (texts.py).
 
 On a GPU a launch returns at once, so that one pack computes while the next is laid out; at most
 MAX_IN_FLIGHT are launched and not complete. On a CPU launching is computing.
@@ -14,30 +16,28 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from logitstream.logs import first_line
-from teacher_server.engine.batch import PackTimes
 from teacher_server.engine.device import is_broken
 from teacher_server.engine.engine import Engine, Launched
-from teacher_server.engine.head import ScoredRows
+from teacher_server.engine.generate import Generator, LaunchedChunks, LaunchedStep
 from teacher_server.engine.threads import compute_apart
 from teacher_server.ledger.accounts import Accounts
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.monitoring.replica_stats import ReplicaStats
 from teacher_server.pipeline.backlog import EncodeBacklog
+from teacher_server.pipeline.batches import BatchScorer
 from teacher_server.pipeline.encoding import Encoder
-from teacher_server.pipeline.failures import (
-    forget_frames,
-    is_out_of_memory,
-    refuse_broken,
-    refuse_job,
-)
+from teacher_server.pipeline.failures import refuse_broken
 from teacher_server.pipeline.passes import PassClock
-from teacher_server.scheduling.job import ForwardPass, SequenceJob
+from teacher_server.pipeline.texts import LaunchedTexts, TextWriter
+from teacher_server.scheduling.cost import CostModel
+from teacher_server.scheduling.generations import TextTurn
 from teacher_server.scheduling.scheduler import Scheduler
+from teacher_server.scheduling.turns import Turn, Turns, refuse_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +49,19 @@ SUSPICIOUS_FAILURES = 3
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """Holds a batch that was launched."""
+    """Holds a turn that was launched: a batch, or texts."""
 
-    jobs: list[SequenceJob]
+    turn: Turn
     started_s: float = 0.0
-    launched: Launched | Exception | None = None
+    launched: Launched | LaunchedTexts | Exception | None = None
     """What the device was given, or why it was not."""
 
 
 class Compute:
-    """Scores one batch after another and hands each job's rows to the encoder.
+    """Computes one turn after another: scores batches, whose rows go to the encoder, and writes texts.
 
+    generator: what writes texts, with the prices that they are charged; None: none are written.
+    max_running: texts that are written at the same time.
     repeats_known_answer: whether a known answer still comes out; it may raise. on_failure: called
     once, in any thread, when the replica cannot compute any more.
     """
@@ -76,12 +78,46 @@ class Compute:
         replica_stats: ReplicaStats,
         repeats_known_answer: Callable[[], bool],
         on_failure: Callable[[], None],
+        generator: Generator | None = None,
+        costs: CostModel | None = None,
+        max_running: int = 64,
     ) -> None:
         self._scheduler = scheduler
+        self.turns = Turns(
+            scheduler,
+            backlog.has_room,
+            model=generator,
+            costs=costs,
+            max_running=max_running,
+            clock=time.monotonic,
+        )
+        self._scorer = BatchScorer(
+            engine,
+            scheduler,
+            backlog,
+            encoder,
+            accounts=accounts,
+            metrics=metrics,
+            replica_stats=replica_stats,
+            suspect=self._suspect,
+            give_up=self._fail_broken,
+            is_over=lambda: bool(self.failure),
+        )
+        self.writer: TextWriter | None = None
+        if generator is not None:
+            self.writer = TextWriter(
+                engine,
+                generator,
+                self.turns,
+                encoder,
+                accounts=accounts,
+                metrics=metrics,
+                replica_stats=replica_stats,
+                suspect=self._suspect,
+            )
         self._engine = engine
         self._backlog = backlog
         self._encoder = encoder
-        self._accounts = accounts
         self._metrics = metrics
         self._replica_stats = replica_stats
         self._on_failure = on_failure
@@ -113,8 +149,7 @@ class Compute:
             return self.failure
         if any(thread.ident and not thread.is_alive() for thread in self._threads):
             return "a compute thread has ended"
-        has_work = self._scheduler.queued_tokens > 0 and self._backlog.has_room()
-        if self.clock.is_left_waiting(has_work, after_s):
+        if self.clock.is_left_waiting(self.turns.has_work(), after_s):
             return f"queued work has not been taken for {after_s:.0f} s"
         if self.clock.is_stuck(after_s):
             return f"a forward is stuck seconds={self.clock.busy_s:.0f}"
@@ -123,8 +158,10 @@ class Compute:
     def close(self) -> None:
         """Takes no more batches; the jobs that still wait fail."""
         self._backlog.close()
-        for job in self._scheduler.close():
+        for job in self.turns.close():
             self._encoder.fail(job, RuntimeError("the replica was stopped"))
+        if self.writer is not None:
+            self.writer.fail_all(refuse_stopped())
 
     def join(self, seconds: float) -> None:
         """Waits for the pass in hand: it cannot be interrupted, but the process may end without it."""
@@ -140,8 +177,10 @@ class Compute:
         self.failure = why
         logger.critical("%s", why)
         self._backlog.close()
-        self._scheduler.close()
+        self.turns.close()
         self._encoder.fail_unscored(refuse_broken())
+        if self.writer is not None:
+            self.writer.fail_all(refuse_broken())
         self._on_failure()
 
     def _guard(self, run: Callable[[], None]) -> None:
@@ -157,38 +196,32 @@ class Compute:
     def _launch_all(self) -> None:
         self._engine.device.use_cores()
         try:
-            while batch := self._next_batch():
-                self._charge(batch)
-                # Before the next batch is chosen: it must find this one counted.
-                self._backlog.reserve(batch)
+            while (turn := self.turns.next()) is not None:
+                if isinstance(turn, TextTurn):
+                    self._writing.charge(turn)
+                else:
+                    self._scorer.begin(turn)
                 self._slots.acquire()
-                flight = _Flight(batch)
+                flight = _Flight(turn)
                 flight.started_s = self.clock.begin(flight)
                 try:
-                    flight.launched = self._engine.launch([job.request for job in batch])
+                    flight.launched = self._launch(turn)
                 except Exception as error:
                     flight.launched = error
                 self._flights.put(flight)
-                del flight, batch  # while this thread waits for work, nothing holds on to the last
+                del flight, turn  # while this thread waits for work, nothing holds on to the last
         finally:
             self._flights.put(None)
 
-    def _next_batch(self) -> list[SequenceJob]:
-        """Waits for a batch; empty only when closed."""
-        while True:
-            # While too much waits to be encoded, only jobs that may go ahead are computed.
-            if self._backlog.wait(lambda: self._scheduler.has_ahead):
-                return self._scheduler.next_batch()
-            if batch := self._scheduler.take_ahead():
-                return batch
+    @property
+    def _writing(self) -> TextWriter:
+        assert self.writer is not None, "nobody queues texts where none are written"
+        return self.writer
 
-    def _charge(self, batch: Sequence[SequenceJob]) -> None:
-        """Charges the teams for a batch, whatever becomes of it."""
-        self._accounts.charge(batch)
-        now = time.monotonic()
-        for job in batch:
-            waited_s = max(0.0, now - job.submitted_s)
-            self._metrics.dispatched(job.team.name, job.num_tokens, job.cost, waited_s)
+    def _launch(self, turn: Turn) -> Launched | LaunchedTexts:
+        if isinstance(turn, TextTurn):
+            return self._writing.launch(turn)
+        return self._scorer.launch(turn)
 
     # The complete thread.
 
@@ -198,92 +231,54 @@ class Compute:
                 self._complete(flight)
             finally:
                 flight.launched = None  # this thread may wait long for the next one
-                self._count_time(flight.jobs, self.clock.end(flight))
+                self._count_time(flight.turn, self.clock.end(flight))
                 self._slots.release()
+            if self.writer is not None:
+                self.writer.flush_old()
 
     def _complete(self, flight: _Flight) -> None:
-        """Waits for a batch and hands its rows on, or deals with its failure."""
-        error = flight.launched if isinstance(flight.launched, Exception) else None
-        if isinstance(flight.launched, Launched):
-            try:
-                rows, times = self._engine.result(flight.launched)
-            except Exception as failed:
-                error = failed
-            else:
-                self._deliver(flight.jobs, rows, times, flight.started_s)
-        if error is not None:
+        """Waits for a turn and hands on what it gives, or deals with its failure."""
+        turn, launched = flight.turn, flight.launched
+        error = launched if isinstance(launched, Exception) else None
+        try:
+            if isinstance(turn, TextTurn):
+                if isinstance(launched, LaunchedChunks | LaunchedStep):
+                    self._writing.complete(turn, launched)
+            elif isinstance(launched, Launched):
+                self._scorer.complete(turn, launched, flight.started_s)
+        except Exception as failed:
+            error = failed
+        if error is None:
+            self._failures = 0
+        else:
             # Nothing may hold on to what the failed batch allocated.
-            flight.launched = None
-            compute_apart(partial(self._recover, flight.jobs, error), name="recover")
+            flight.launched = launched = None
+            compute_apart(partial(self._recover_turn, turn, error), name="recover")
 
-    def _count_time(self, jobs: Sequence[SequenceJob], seconds: float) -> None:
-        """Counts how long a batch took, whatever became of it."""
+    def _recover_turn(self, turn: Turn, error: Exception) -> None:
+        """Deals with the failure of a turn; called outside of any `except`."""
+        if not isinstance(turn, TextTurn):
+            self._scorer.recover(turn, error)
+        elif is_broken(error):
+            self._writing.abandon(turn, refuse_broken())
+            self._fail_broken(error)
+        else:
+            self._writing.recover(turn, error, lambda: bool(self.failure))
+
+    def _fail_broken(self, error: Exception) -> None:
+        self.fail(f"the device is broken error={type(error).__name__}: {first_line(error)}")
+
+    def _count_time(self, jobs: Turn, seconds: float) -> None:
+        """Counts how long a turn took, whatever became of it."""
         self._replica_stats.computed(seconds)
         self._metrics.busy_s.inc(seconds)
+        if isinstance(jobs, TextTurn):
+            return  # how long a batch takes does not follow from it
         tokens = sum(job.num_tokens for job in jobs)
         self._scheduler.record_speed(tokens, seconds, sum(job.cost for job in jobs))
         logger.debug(
             "batch scored sequences=%d tokens=%d ms=%.0f", len(jobs), tokens, 1e3 * seconds
         )
-
-    def _deliver(
-        self,
-        jobs: Sequence[SequenceJob],
-        rows: Sequence[ScoredRows],
-        times: PackTimes,
-        started_s: float,
-    ) -> None:
-        """Hands the rows of each job to the encoder."""
-        self._failures = 0
-        tokens = sum(job.num_tokens for job in jobs)
-        self._metrics.passed(tokens, times.by_stage())
-        self._replica_stats.passed(tokens, times.by_stage())
-        forward_pass = ForwardPass(started_s, times, len(jobs), tokens)
-        self._backlog.add(jobs)
-        for job, scored in zip(jobs, rows, strict=True):
-            job.forward_pass = forward_pass
-            self._metrics.queue_s.observe(job.waited_s)
-            self._encoder.encode(job, scored)
-
-    def _recover(self, jobs: Sequence[SequenceJob], error: Exception) -> None:
-        """Scores the jobs of a failed batch in halves, until the job at fault is alone.
-
-        Called outside of any `except`: what is handled there keeps the failed batch's tensors alive.
-        """
-        if is_broken(error):
-            self._fail_jobs(jobs, refuse_broken())
-            self.fail(f"the device is broken error={type(error).__name__}: {first_line(error)}")
-            return
-        if len(jobs) == 1:
-            # Its error keeps its frames: the incident that the client is told of logs them.
-            self._fail_jobs(jobs, refuse_job(error, self._engine.device))
-            self._suspect()
-            return
-        logger.warning("batch of %d failed, halving it", len(jobs), exc_info=error)
-        forget_frames(error)
-        if is_out_of_memory(error):
-            self._engine.device.release_memory()
-            self._scheduler.lower_budget(sum(job.num_tokens for job in jobs) // 2)
-        middle = len(jobs) // 2
-        self._score_again(jobs[:middle])
-        self._score_again(jobs[middle:])
-
-    def _score_again(self, jobs: Sequence[SequenceJob]) -> None:
-        """Scores a part of a failed batch, while this thread waits."""
-        if self.failure:
-            self._fail_jobs(jobs, refuse_broken())
-            return
-        started_s = time.monotonic()
-        try:
-            launched = self._engine.launch([job.request for job in jobs])
-            rows, times = self._engine.result(launched)
-        except Exception as failed:
-            error = failed
-        else:
-            self._deliver(jobs, rows, times, started_s)
-            return
-        launched = None
-        self._recover(jobs, error)
 
     def _suspect(self) -> None:
         """Counts a sequence that failed alone; after a few, sees whether anything still works."""
@@ -295,7 +290,3 @@ class Compute:
             if self._repeats_known_answer():
                 return
         self.fail("a known answer does not come out any more")
-
-    def _fail_jobs(self, jobs: Sequence[SequenceJob], error: Exception) -> None:
-        for job in jobs:
-            self._encoder.fail(job, error)

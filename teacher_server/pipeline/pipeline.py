@@ -1,4 +1,4 @@
-"""Turns queued jobs into encoded answers: queue -> pack -> rows -> bytes.
+"""Turns queued jobs into encoded answers: queue -> pack -> rows -> bytes; and prompts into texts.
 
 The event loop queues jobs and takes the encoded parts. One thread launches packs and another waits
 for them (compute.py); a few threads turn selected rows into bytes while the next packs are computed
@@ -10,22 +10,28 @@ from collections.abc import Callable
 from functools import partial
 
 from teacher_server.engine.engine import Engine
+from teacher_server.engine.generate import Generator
 from teacher_server.ledger.accounts import Accounts
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.monitoring.replica_stats import ReplicaSnapshot, ReplicaStats
 from teacher_server.pipeline.backlog import EncodeBacklog
 from teacher_server.pipeline.compute import Compute
 from teacher_server.pipeline.encoding import Encoder, Encoding, Part, make_parts
+from teacher_server.pipeline.written import WrittenParts
+from teacher_server.scheduling.cost import CostModel
+from teacher_server.scheduling.generation_job import GenerationJob
 from teacher_server.scheduling.job import SequenceJob
 from teacher_server.scheduling.scheduler import Scheduler
 
 
 class Pipeline:
-    """Scores and encodes the sequences of one replica.
+    """Scores and encodes the sequences of one replica, and writes texts.
 
     max_unencoded_nbytes: bound of the answers that are scored and not encoded. max_payload_nbytes:
     of one encoded part. repeats_known_answer: whether a known answer still comes out, which is asked
     after failures; it may raise. on_failure: called, in any thread, when it can do neither any more.
+    generator: what writes texts, with the prices that teams are charged; None: none are written.
+    max_running: texts that are written at the same time.
     """
 
     def __init__(
@@ -39,11 +45,16 @@ class Pipeline:
         max_payload_nbytes: int,
         repeats_known_answer: Callable[[], bool] = lambda: True,
         on_failure: Callable[[], None] = lambda: None,
+        generator: Generator | None = None,
+        costs: CostModel | None = None,
+        max_running: int = 64,
     ) -> None:
         self._scheduler = scheduler
         self._metrics = metrics
         self._replica_stats = ReplicaStats()
-        self._backlog = EncodeBacklog(max_unencoded_nbytes)
+        self._backlog = EncodeBacklog(
+            max_unencoded_nbytes, on_room=lambda: self._compute.turns.look()
+        )
         self._encoder = Encoder(
             partial(make_parts, max_nbytes=max_payload_nbytes),
             on_end=self._backlog.forget,
@@ -60,6 +71,9 @@ class Pipeline:
             replica_stats=self._replica_stats,
             repeats_known_answer=repeats_known_answer,
             on_failure=on_failure,
+            generator=generator,
+            costs=costs,
+            max_running=max_running,
         )
         metrics.watch("teacher_queued_tokens", lambda: scheduler.queued_tokens)
         metrics.watch("teacher_unencoded_bytes", lambda: self._backlog.nbytes)
@@ -81,9 +95,31 @@ class Pipeline:
         except BaseException:
             self._encoder.drop(job)
             raise
-        # The job may go ahead of other teams, which the launcher may be waiting for.
-        self._backlog.look()
         return encoding
+
+    def generate(self, job: GenerationJob) -> WrittenParts:
+        """Queues a text and returns its parts, which come as they are written.
+
+        Its reader calls `mark_read` after each part, and `close` in the end: that frees the text's slot and
+        pages before the next launch, wherever it is. Call it in an event loop. Raises RequestRefused if the
+        replica has stopped, and ValueError if it writes no texts.
+        """
+        if self._compute.writer is None:
+            raise ValueError("this teacher writes no texts: check `can_write` first")
+        return self._compute.writer.write(job)
+
+    @property
+    def can_write(self) -> bool:
+        """Whether `generate` is possible."""
+        return self._compute.writer is not None
+
+    @property
+    def num_texts(self) -> tuple[int, int]:
+        """Texts that are being written, and texts that wait for a slot or for pages."""
+        if self._compute.writer is None:
+            return 0, 0
+        slots = self._compute.turns.texts.slots
+        return slots.num_running, slots.num_waiting
 
     def record_encoded(self, last: Part) -> None:
         """Counts a sequence whose last part has come."""

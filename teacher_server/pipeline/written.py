@@ -83,6 +83,8 @@ class WrittenParts:
         self.loop = asyncio.get_running_loop()
         self._on_read, self._on_close = on_read, on_close
         self._ready: asyncio.Queue[Flush | Exception] = asyncio.Queue()
+        self.flushes: set[Flush] = set()
+        """Those that were not read to their ends."""
         self._flush: Flush | None = None
         """The one whose parts are read."""
         self._part: WrittenPart | None = None
@@ -112,6 +114,7 @@ class WrittenParts:
         """Says that the reader is done with the part that it got last."""
         part, self._part = self._part, None
         if part is not None and part.ends_flush:
+            self.flushes.discard(part.flush)
             self._on_read(self.job)
 
     def close(self) -> None:
@@ -121,6 +124,8 @@ class WrittenParts:
 
     def deliver(self, result: Flush | Exception) -> None:
         """Gives the reader a flush, or the error that ends the text; any thread may call it."""
+        if isinstance(result, Flush):
+            self.flushes.add(result)
         self.loop.call_soon_threadsafe(self._ready.put_nowait, result)
 
     async def _next_part(self, flush: Flush) -> WrittenPart:

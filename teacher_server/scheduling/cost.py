@@ -69,6 +69,19 @@ class CostModel:
             + self.per_reply_byte * reply_nbytes
         )
 
+    def chunk(self, first: int, last: int) -> float:
+        """Prices the tokens `first` to `last` - 1 of a text whose earlier ones are kept."""
+        return last - first + self.per_token_pair * (last**2 - first**2)
+
+    def row(self, place: int, reply_nbytes: int) -> float:
+        """Prices a token that is drawn: it looks back at `place` others, and is answered."""
+        return self.empty_row + self.per_token_pair * place + self.per_reply_byte * reply_nbytes
+
+    @property
+    def empty_row(self) -> float:
+        """Prices a row that fills a launch up: it is computed like any other."""
+        return 1 + self.per_row
+
 
 def _count_weights_per_token(causal_lm: Any) -> float:
     """Counts the base model's weights that one token is multiplied with.

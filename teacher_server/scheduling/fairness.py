@@ -50,8 +50,8 @@ class FairQueue:
 
     def __init__(self, *, max_batch_tokens: int, max_batch_reply_nbytes: int) -> None:
         self.num_working = 0
-        """Teams with work."""
-        self._max_budget = float(max_batch_tokens)
+        """Teams with jobs that wait."""
+        self.max_budget = float(max_batch_tokens)
         """B of the docstring."""
         self._max_ahead_nbytes = max_batch_reply_nbytes // 2
         self._teams: dict[str, TeamQueue] = {}
@@ -70,11 +70,11 @@ class FairQueue:
 
     def working(self) -> list[TeamQueue]:
         """Returns the teams with work."""
-        return [team for team in self._teams.values() if team.waiting]
+        return [team for team in self._teams.values() if team.has_work]
 
     def is_shared(self, now: float) -> bool:
         """Whether more than one team has work, or asked for something lately."""
-        return sum(1 for team in self._teams.values() if team.waiting or team.is_near(now)) > 1
+        return sum(1 for team in self._teams.values() if team.has_work or team.is_near(now)) > 1
 
     def team(self, name: str) -> TeamQueue:
         """Returns the queue of a team, a new one if the team is not known."""
@@ -86,17 +86,45 @@ class FairQueue:
             self._teams = {
                 name: team
                 for name, team in self._teams.items()
-                if team.waiting or team.listed or self._budget_on_return(team) < self._max_budget
+                if team.has_work or team.listed or self._budget_on_return(team) < self.max_budget
             }
             self._forget_at = 64 + 2 * len(self._teams)
-        team = self._teams[name] = TeamQueue(name, budget=self._max_budget)
+        team = self._teams[name] = TeamQueue(name, budget=self.max_budget)
         return team
 
     def add(self, team: TeamQueue, job: SequenceJob) -> None:
         """Queues a job of a team."""
         if not team.waiting:
-            self._return_from_idle(team)
+            if not team.texts:
+                self._return_from_idle(team)
+            team.scored = max(team.scored, team.written)  # nothing is saved up within a team either
+            self.num_working += 1
+            if not team.listed:
+                team.listed = True
+                heapq.heappush(self._heap, (team.start, next(self._tickets), team))
         team.add(job)
+        self._review(team)
+
+    def begin_text(self, team: TeamQueue) -> None:
+        """Counts a text of a team that can go on from now."""
+        if not team.texts:
+            if not team.waiting:
+                self._return_from_idle(team)
+            team.written = max(team.written, team.scored)
+        team.texts += 1
+
+    def charge(self, team: TeamQueue, cost: float, *, ahead: bool, in_turn: bool = True) -> None:
+        """Charges a team for a piece of a text.
+
+        in_turn: whether it had the smallest tag; else it fills up a launch that is made anyway, and
+        virtual time stands still.
+        """
+        if ahead:
+            team.budget -= cost
+        elif in_turn:
+            self._virtual_time = max(self._virtual_time, team.start)
+        team.start += cost / team.weight
+        team.written += cost
         self._review(team)
 
     def depart(self, job: SequenceJob) -> None:
@@ -112,7 +140,7 @@ class FairQueue:
 
         ahead_only: only jobs that may go ahead of other teams.
         """
-        first = self._first()
+        first = self.first()
         if first is None:
             return None
         team = next((team for teams in self._ahead for team in teams.values()), None)
@@ -153,29 +181,25 @@ class FairQueue:
         """Returns the budget of an idle team if it came back now, with what it left unused."""
         if team.start > self._virtual_time:
             return team.budget  # it has had more than its share, and pays that back first
-        return min(self._max_budget, team.budget + team.weight * (self._virtual_time - team.start))
+        return min(self.max_budget, team.budget + team.weight * (self._virtual_time - team.start))
 
     def _return_from_idle(self, team: TeamQueue) -> None:
         """Lets a team compete again, starting no earlier than where the others are."""
         # The budget first: it is what virtual time has passed the old tag by.
         team.budget = self._budget_on_return(team)
         team.start = max(self._virtual_time, team.start)
-        self.num_working += 1
-        if not team.listed:
-            team.listed = True
-            heapq.heappush(self._heap, (team.start, next(self._tickets), team))
 
     def _review(self, team: TeamQueue) -> None:
         """Lists a team with those that may go ahead, or not, after anything changed in it."""
-        level = team.level_ahead(self._max_budget, self._max_ahead_nbytes)
+        level = team.level_ahead(self.max_budget, self._max_ahead_nbytes)
         for number, teams in enumerate(self._ahead):
             if number == level:
                 teams.setdefault(team.name, team)
             else:
                 teams.pop(team.name, None)
 
-    def _first(self) -> TeamQueue | None:
-        """Returns the team with the smallest start tag of those with work; ties take turns."""
+    def first(self) -> TeamQueue | None:
+        """Returns the team with the smallest start tag of those with jobs; ties take turns."""
         while self._heap:
             start, _, team = self._heap[0]
             if not team.waiting:
@@ -190,13 +214,16 @@ class FairQueue:
 
     def _charge(self, team: TeamQueue, job: SequenceJob) -> None:
         """Moves virtual time to the team's tag, and the tag on by the job's cost."""
-        self._virtual_time = team.start
+        # Texts may have moved it: while they are written, jobs that cannot be scored now stand still.
+        self._virtual_time = max(self._virtual_time, team.start)
         team.start += job.cost / team.weight
+        team.scored += job.cost
 
     def _charge_ahead(self, team: TeamQueue, job: SequenceJob) -> None:
         """Moves the team's tag on by the job's cost, while virtual time stands still."""
         team.budget -= job.cost
         team.start += job.cost / team.weight
+        team.scored += job.cost
         for teams in self._ahead:  # the next of the teams that may go ahead has the next turn
             if teams.pop(team.name, None):
                 teams[team.name] = team

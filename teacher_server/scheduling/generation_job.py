@@ -77,6 +77,8 @@ class GenerationJob:
     """time.monotonic() when it was queued."""
     first_token_s: float = field(default=math.nan, init=False)
     """time.monotonic() when its first token here was drawn."""
+    is_begun: bool = field(default=False, init=False)
+    """Whether any of its tokens was given to the model."""
     unread: int = field(default=0, init=False)
     """Flushes that its reader has not taken; with MAX_UNREAD of them it pauses."""
     state: "State" = field(default="new", init=False)
@@ -89,7 +91,7 @@ class GenerationJob:
         return len(self.text.prompt_ids) + self.max_new_tokens
 
     @property
-    def has_begun(self) -> bool:
+    def has_drawn(self) -> bool:
         """Whether a token was drawn here."""
         return not math.isnan(self.first_token_s)
 

@@ -80,12 +80,12 @@ class Scheduler:
         self._cost = cost
         self._standing = standing
         self._clock = clock
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()
         """Guards everything below."""
-        self._fair = FairQueue(
+        self.fair = FairQueue(
             max_batch_tokens=max_batch_tokens, max_batch_reply_nbytes=max_batch_reply_nbytes
         )
-        self._closed = False
+        self.closed = False
         self._queued_tokens = 0
         self._tokens_per_s = 0.0
         self._recent_cost = self._recent_s = 0.0
@@ -94,7 +94,7 @@ class Scheduler:
     @property
     def has_ahead(self) -> bool:
         """Whether a job waits that may go ahead of other teams."""
-        return self._fair.has_ahead
+        return self.fair.has_ahead
 
     @property
     def queued_tokens(self) -> int:
@@ -103,8 +103,8 @@ class Scheduler:
 
     def queued_by_team(self) -> dict[str, int]:
         """Returns the tokens that wait, for each team that has any."""
-        with self._changed:
-            return {team.name: team.queued_tokens for team in self._fair.working()}
+        with self.changed:
+            return {team.name: team.queued_tokens for team in self.fair.working() if team.waiting}
 
     def submit(self, job: SequenceJob) -> None:
         """Queues a job.
@@ -114,45 +114,45 @@ class Scheduler:
         """
         if not job.team.weight > 0:
             raise ValueError(f"the weight of team {job.team.name} must be above 0")
-        with self._changed:
-            if self._closed:
+        with self.changed:
+            if self.closed:
                 raise RequestRefused(
                     grpc.StatusCode.UNAVAILABLE,
                     "STOPPED",
                     "this replica has stopped; send the request to another one.",
                 )
-            team = self._fair.team(job.team.name)
+            team = self.fair.team(job.team.name)
             self._check_space(team, job)
             job.submitted_s = self._clock()
             job.cost = self._cost(job)
             job.waiting = True
             team.weight = job.team.weight  # as declared now, also for the jobs that wait
             team.seen_s = job.submitted_s
-            self._fair.add(team, job)
+            self.fair.add(team, job)
             self._queued_tokens += job.num_tokens
-            self._changed.notify()
+            self.changed.notify()
 
     def cancel(self, job: SequenceJob) -> None:
         """Drops a job whose client has gone, if it has not been taken yet."""
-        with self._changed:
+        with self.changed:
             if job.waiting:
-                self._fair.depart(job)
+                self.fair.depart(job)
                 self._queued_tokens -= job.num_tokens
 
     def next_batch(self) -> list[SequenceJob]:
         """Waits for work and returns a batch; empty only when closed."""
-        with self._changed:
+        with self.changed:
             while True:
-                if self._closed:
+                if self.closed:
                     return []
-                if self._fair.num_working:
-                    return self._take()
-                self._changed.wait()
+                if self.fair.num_working:
+                    return self.take()
+                self.changed.wait()
 
     def take_ahead(self) -> list[SequenceJob]:
         """Returns a batch of jobs that may go ahead of other teams; empty if there are none."""
-        with self._changed:
-            return self._take(ahead_only=True) if self.has_ahead else []
+        with self.changed:
+            return self.take(ahead_only=True) if self.has_ahead else []
 
     def record_speed(self, tokens: int, seconds: float, cost: float = 0.0) -> None:
         """Records how long a pass took; the retry hint and the length of batches follow it.
@@ -160,7 +160,7 @@ class Scheduler:
         seconds: of this pass alone, without the time in which it waited for the one before.
         """
         rate = tokens / max(seconds, 1e-6)
-        with self._changed:
+        with self.changed:
             self._recent_cost = 0.8 * self._recent_cost + cost
             self._recent_s = 0.8 * self._recent_s + seconds
             self._tokens_per_s = (
@@ -169,16 +169,16 @@ class Scheduler:
 
     def lower_budget(self, max_batch_tokens: int) -> None:
         """Makes batches smaller for good: one of more tokens did not fit into memory."""
-        with self._changed:
+        with self.changed:
             self.max_batch_tokens = max(1, min(self.max_batch_tokens, max_batch_tokens))
 
     def close(self) -> list[SequenceJob]:
         """Ends `next_batch` and returns the jobs that will not be scored."""
-        with self._changed:
-            self._closed = True
+        with self.changed:
+            self.closed = True
             self._queued_tokens = 0
-            self._changed.notify_all()
-            return self._fair.clear()
+            self.changed.notify_all()
+            return self.fair.clear()
 
     def _check_space(self, team: TeamQueue, job: SequenceJob) -> None:
         """Raises RequestRefused if the queue is full. A team without a job may always queue one."""
@@ -186,11 +186,11 @@ class Scheduler:
             return
         limit = self._max_queued_tokens
         if self._queued_tokens + job.num_tokens > FULL_QUEUES * limit:
-            limit = min(limit, FULL_QUEUES * limit // self._fair.num_working)
+            limit = min(limit, FULL_QUEUES * limit // self.fair.num_working)
         queued = team.queued_tokens
         if queued + job.num_tokens <= limit:
             return
-        weights = sum(other.weight for other in self._fair.working())
+        weights = sum(other.weight for other in self.fair.working())
         rate = self._tokens_per_s * team.weight / weights
         seconds = queued / rate if rate else 1.0
         raise RequestRefused(
@@ -202,28 +202,43 @@ class Scheduler:
             retry_after_ms=int(1000 * min(30.0, max(0.05, seconds / 2))),
         )
 
-    def _take(self, *, ahead_only: bool = False) -> list[SequenceJob]:
-        """Takes jobs in their turns until the batch is full."""
+    def take(self, *, ahead_only: bool = False) -> list[SequenceJob]:
+        """Takes jobs in their turns until the batch is full; `changed` is held."""
         now = self._clock()
-        weights = {team.name: team.weight for team in self._fair.working()}
+        weights = {team.name: team.weight for team in self.fair.working()}
         space = self._measure_space(now, ahead_only=ahead_only)
         batch: list[SequenceJob] = []
-        while (turn := self._fair.choose(ahead_only=ahead_only)) is not None:
+        while (turn := self.fair.choose(ahead_only=ahead_only)) is not None:
             job = turn.job
             # The first one may be larger than a batch: it would never fit.
             if batch and not space.fits(job):
                 break
-            self._fair.take(turn)
+            self.fair.take(turn)
             self._queued_tokens -= job.num_tokens
             space.take(job)
             batch.append(job)
         self._report(batch, weights, now)
         return batch
 
+    def max_shared_cost(self) -> float:
+        """Returns what a launch may cost while several teams are present; `changed` is held."""
+        return self._measure_space(self._clock(), ahead_only=False).cost
+
+    def report_text(
+        self, team: TeamQueue, tokens: int, cost: float, waited_s: float | None
+    ) -> None:
+        """Counts a piece of a text that was dispatched; `changed` is held.
+
+        waited_s: how long the text waited for its first one; None for a later one.
+        """
+        if self._standing is not None:
+            weights = {team.name: team.weight for team in self.fair.working()}
+            self._standing.dispatched([Dispatched(team.name, tokens, cost, waited_s)], weights)
+
     def _measure_space(self, now: float, *, ahead_only: bool) -> _Space:
         """Returns what fits into an empty batch."""
         space = _Space(self.max_batch_tokens, self._max_batch_reply_nbytes)
-        if ahead_only or self._fair.is_shared(now):
+        if ahead_only or self.fair.is_shared(now):
             # Half, so that a team that goes ahead can be answered while the other half is encoded.
             space.reply_nbytes //= 2
             if self._recent_cost:

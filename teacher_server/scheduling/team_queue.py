@@ -25,11 +25,21 @@ class TeamQueue:
         """Whether it is in the heap of `FairQueue`."""
         self.waiting = 0
         """Jobs that wait."""
+        self.texts = 0
+        """Texts that are to be written and could go on."""
+        self.scored = 0.0
+        self.written = 0.0
+        """Cost of the jobs and of the texts that were dispatched, which take turns within the team."""
         self.queued_tokens = 0
         self.queued_cost = 0.0
         """Cost of the jobs that wait."""
         self._queues: list[deque[SequenceJob]] = [deque() for _ in range(NUM_LEVELS)]
         """For each level, its jobs, the oldest first. Some may have departed, never the first."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything of it waits, or is being written."""
+        return self.waiting > 0 or self.texts > 0
 
     @property
     def level(self) -> int:

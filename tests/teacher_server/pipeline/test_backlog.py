@@ -19,24 +19,16 @@ def fill(backlog: EncodeBacklog, jobs: list[SequenceJob]) -> None:
     backlog.add(jobs)
 
 
-def waits(backlog: EncodeBacklog) -> threading.Thread:
-    thread = threading.Thread(target=backlog.wait, daemon=True)
-    thread.start()
-    return thread
-
-
 def test_computing_waits_while_too_much_is_not_encoded():
-    backlog = EncodeBacklog(100)
+    woken: list[bool] = []
+    backlog = EncodeBacklog(100, on_room=lambda: woken.append(backlog.has_room()))
     first, second = answer(60), answer(60)
     fill(backlog, [first])
-    backlog.wait()  # below the bound: at once
+    assert backlog.has_room()
     fill(backlog, [second])
-    thread = waits(backlog)
-    thread.join(0.1)
-    assert thread.is_alive()
+    assert not backlog.has_room()
     backlog.forget(first)
-    thread.join(5)
-    assert not thread.is_alive()
+    assert woken == [True]
     assert backlog.nbytes == 60
 
 
@@ -54,45 +46,27 @@ def test_one_answer_larger_than_the_bound_holds_up_what_comes_after_it_only_unti
     backlog = EncodeBacklog(100)
     large = answer(1000)
     fill(backlog, [large])
-    thread = waits(backlog)
+    assert not backlog.has_room()
     backlog.forget(large)
-    thread.join(5)
-    assert not thread.is_alive()
+    assert backlog.has_room()
 
 
 def test_only_what_goes_ahead_may_be_computed_above_the_bound():
     backlog = EncodeBacklog(100)
-    assert backlog.wait(lambda: True)
     fill(backlog, [answer(150)])
-    assert not backlog.wait(lambda: True)
-    backlog.close()
-    assert backlog.wait(lambda: True)
+    assert not backlog.has_room()
+    assert backlog.has_room(1.5)
+    fill(backlog, [answer(1)])
+    assert not backlog.has_room(1.5)
 
 
-def test_a_look_ends_the_wait_of_what_goes_ahead():
-    backlog = EncodeBacklog(100)
-    fill(backlog, [answer(120)])
-    ahead: list[str] = []
-    results: list[bool] = []
-    thread = threading.Thread(
-        target=lambda: results.append(backlog.wait(lambda: bool(ahead))), daemon=True
-    )
-    thread.start()
-    thread.join(0.1)
-    assert thread.is_alive()
-    ahead.append("a job")
-    backlog.look()
-    thread.join(5)
-    assert results == [False]
-
-
-def test_closing_ends_the_wait():
-    backlog = EncodeBacklog(100)
+def test_after_closing_nothing_waits_for_room():
+    woken = threading.Event()
+    backlog = EncodeBacklog(100, on_room=woken.set)
     fill(backlog, [answer(101)])
-    thread = waits(backlog)
     backlog.close()
-    thread.join(5)
-    assert not thread.is_alive()
+    assert backlog.has_room()
+    assert woken.is_set()
 
 
 def test_two_packs_wait_to_be_encoded_at_most_and_a_third_that_goes_ahead():
@@ -102,17 +76,15 @@ def test_two_packs_wait_to_be_encoded_at_most_and_a_third_that_goes_ahead():
     assert backlog.has_room()
     fill(backlog, second)
     assert not backlog.has_room()
-    assert not backlog.wait(lambda: True), "only what goes ahead"
+    assert backlog.has_room(1.5), "for what goes ahead"
     fill(backlog, third)
-    thread = waits(backlog)
-    thread.join(0.1)
+    assert not backlog.has_room(1.5)
     backlog.forget(second[0])
-    assert thread.is_alive()
+    assert not backlog.has_room()
     backlog.forget(first[0])
     assert not backlog.has_room(), "half of a pack waits"
     backlog.forget(first[1])
-    thread.join(5)
-    assert not thread.is_alive()
+    assert backlog.has_room()
 
 
 def test_what_is_in_flight_counts_its_bytes_and_is_no_pack_yet():

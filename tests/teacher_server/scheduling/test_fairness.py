@@ -418,7 +418,7 @@ def planted(fair: type[FairQueue]) -> Callable[..., Scheduler]:
     def make(**options) -> Scheduler:
         scheduler = Scheduler(**options)
         names = ("max_batch_tokens", "max_batch_reply_nbytes")
-        scheduler._fair = fair(**{name: options[name] for name in names})
+        scheduler.fair = fair(**{name: options[name] for name in names})
         return scheduler
 
     return make
@@ -429,9 +429,9 @@ class Refunds(Scheduler):
 
     def cancel(self, job: SequenceJob) -> None:
         if not job.waiting:
-            team = self._fair._teams[job.team.name]
+            team = self.fair._teams[job.team.name]
             team.start -= job.cost / team.weight
-            _sort(self._fair)
+            _sort(self.fair)
         super().cancel(job)
 
 
@@ -465,7 +465,7 @@ class NoBudget(FairQueue):
     """Planted: who marks its jobs as interactive always goes ahead."""
 
     def _review(self, team: TeamQueue) -> None:
-        team.budget = self._max_budget
+        team.budget = self.max_budget
         super()._review(team)
 
 
@@ -582,7 +582,7 @@ def test_storms_and_strangers_leave_nothing_behind() -> None:
     for _ in range(200):
         (job,) = queued(scheduler, team("storm"), 32, 1)
         scheduler.cancel(job)
-    assert len(scheduler._fair._heap) <= len(scheduler._fair._teams) <= 1100
+    assert len(scheduler.fair._heap) <= len(scheduler.fair._teams) <= 1100
     while scheduler.queued_tokens:
         scheduler.next_batch()
     queued(scheduler, team("steady"), 32, 300)
@@ -592,7 +592,7 @@ def test_storms_and_strangers_leave_nothing_behind() -> None:
         if number % 50 == 0:
             queued(scheduler, team("steady"), 32, 1)
             scheduler.next_batch()
-    assert len(scheduler._fair._teams) < 400
+    assert len(scheduler.fair._teams) < 400
 
 
 def test_a_flood_fills_its_own_part_of_the_queue() -> None:
