@@ -32,6 +32,16 @@ class TargetsConfig(Settings):
     """Largest response to one request, in MiB, estimated before it is scored."""
 
 
+class GenerationConfig(Settings):
+    """Limits of the texts that the teacher writes."""
+
+    pool_mib: int = Field(default=1024, ge=0)
+    """Memory for the keys and values of texts that are being written, in MiB; on a CPU it is used as
+    texts need it, on a GPU it is taken at the start. 0: this teacher writes no texts."""
+    max_running: int = Field(default=64, ge=1)
+    """Texts that are written at the same time; further ones wait."""
+
+
 class AdmissionConfig(Settings):
     """Limits of requests, streams and connections."""
 
@@ -156,6 +166,7 @@ class ServeConfig(LogOptions, _Teacher):  # pydantic puts fields of the last bas
     batch: BatchConfig = BatchConfig()
     targets: TargetsConfig = TargetsConfig()
     admission: AdmissionConfig = AdmissionConfig()
+    generation: GenerationConfig = GenerationConfig()
 
     @field_validator("model")
     @classmethod

@@ -24,10 +24,12 @@ from grpc_reflection.v1alpha import reflection
 from logitstream.messages import describe_model
 from protos import teacher_pb2, teacher_pb2_grpc
 from teacher_server.admission.access import Access
+from teacher_server.admission.generation import GenerationAdmission
 from teacher_server.admission.limits import Limits
 from teacher_server.admission.requests import Admission
 from teacher_server.config import ServeConfig
 from teacher_server.engine.engine import Engine
+from teacher_server.engine.generate import CannotGenerate, Generator
 from teacher_server.engine.loading import load
 from teacher_server.engine.model import TeacherModel
 from teacher_server.engine.probe import KnownAnswer, is_exact, warm_up
@@ -115,6 +117,7 @@ class Replica:
         self._accounts = accounts
         self._engine = engine
         costs = CostModel.of(model.causal_lm)
+        generator, why_not = _open_generator(engine, config)
         scheduler = Scheduler(
             max_batch_tokens=engine.pack_tokens,
             min_batch_tokens=engine.min_pack_tokens,
@@ -132,14 +135,31 @@ class Replica:
             max_payload_nbytes=limits.max_part_nbytes - PART_SLACK_NBYTES,
             repeats_known_answer=KnownAnswer(engine).repeats,
             on_failure=self._wake_watchdog,
+            generator=generator,
+            costs=costs,
+            max_running=config.generation.max_running,
         )
+        max_generation_tokens = 0
+        if generator is not None:
+            max_generation_tokens = min(generator.max_tokens, limits.max_sequence_tokens)
         teacher = _describe(model, limits)
+        teacher.max_generation_tokens = max_generation_tokens
         teacher.service_id = self.service_id
         teacher.exactness = "bytes" if is_exact(engine) else "tolerance"
         self.description = Description(teacher, self._pipeline, model.device)
+        admission = Admission(model, limits)
         self._service = TeacherService(
             description=self.description,
-            admission=Admission(model, limits),
+            admission=admission,
+            generation=GenerationAdmission(
+                admission,
+                max_tokens=max_generation_tokens,
+                why_not=why_not,
+                stop_ids=model.stop_ids,
+                tokenizer=model.tokenizer,
+                vocab_size=model.vocab_size,
+                effective_vocab_size=model.effective_vocab_size,
+            ),
             pipeline=self._pipeline,
             accounts=accounts,
             metrics=self.metrics,
@@ -359,6 +379,17 @@ def make_engine(model: TeacherModel, config: ServeConfig) -> Engine:
             model.max_sequence_tokens,
         )
     return engine
+
+
+def _open_generator(engine: Engine, config: ServeConfig) -> tuple[Generator | None, str]:
+    """Returns what writes texts, or None and why nothing does."""
+    if not config.generation.pool_mib:
+        return None, "its operator has set --generation.pool-mib 0"
+    try:
+        return engine.open_generation(config.generation.pool_mib << 20), ""
+    except (CannotGenerate, ValueError) as error:
+        logger.warning("this teacher writes no texts: %s", error)
+        return None, str(error)
 
 
 def _limit_requests(config: ServeConfig, model: TeacherModel) -> Limits:

@@ -24,7 +24,10 @@ RULES: dict[str, tuple[str, ...]] = {
         *("engine.batch", "engine.continuation", "engine.key_pool", "engine.stops"),
         *("teams", "monitoring"),
     ),
-    "teacher_server.admission": ("engine.batch", "scheduling.job", "teams"),
+    "teacher_server.admission": (
+        *("engine.batch", "engine.continuation", "engine.stops"),
+        *("scheduling.job", "scheduling.generation_job", "teams"),
+    ),
     "teacher_server.ledger": ("teams",),
     "teacher_server.pipeline": ("scheduling", "engine", "monitoring", "ledger.accounts", "teams"),
     "teacher_server.rpc": ("pipeline", "admission", "ledger", "teams", "monitoring"),

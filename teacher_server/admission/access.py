@@ -49,6 +49,7 @@ TEACHER = "/logitstream.v1.Teacher"
 RULES: Mapping[str, Rule] = {
     f"{TEACHER}/Describe": Rule(),
     f"{TEACHER}/Score": Rule(scope="score"),
+    f"{TEACHER}/Generate": Rule(scope="generate"),
     f"{TEACHER}/FetchIdTable": Rule(),
     f"{TEACHER}/FetchHead": Rule(scope="hidden"),
     f"{TEACHER}/Usage": Rule(),  # whose usage: the handler asks for the scope admin

@@ -27,6 +27,7 @@ from teacher_server.teams.declaration import DEFAULT_TEAM, Team
 SESSION_ID_NBYTES = 16
 ANSWER_NBYTES = 1024
 """Upper bound of the bytes of an answer that do not depend on its rows."""
+Request = teacher_pb2.ScoreRequest | teacher_pb2.GenerateRequest
 LEVELS = {
     teacher_pb2.LEVEL_UNSPECIFIED: TRAINING,
     teacher_pb2.LEVEL_INTERACTIVE: INTERACTIVE,
@@ -84,9 +85,9 @@ class Admission:
 
         Raises RequestRefused.
         """
-        self._check_envelope(request)
-        spec = self._spec(request)
-        id_table = self._table(request.targets.id_table)
+        self.check_envelope(request)
+        spec = self.read_spec(request)
+        id_table = self.find_table(request.targets.id_table)
         temperature = _read_temperature(request)
         lengths = self._read_lengths(request)
         ids = self._read_ids(request, lengths)
@@ -123,7 +124,7 @@ class Admission:
             )
         return jobs
 
-    def _check_envelope(self, request: teacher_pb2.ScoreRequest) -> None:
+    def check_envelope(self, request: Request) -> None:
         """Checks everything but the targets and the sequences."""
         nbytes, limit = request.ByteSize(), self.limits.max_request_nbytes
         if nbytes > limit:
@@ -154,7 +155,7 @@ class Admission:
                 field="level",
             )
 
-    def _table(self, digest: bytes) -> IdTable | None:
+    def find_table(self, digest: bytes) -> IdTable | None:
         """Finds the id table that the request names; None is the built-in one."""
         if not digest:
             return None
@@ -168,7 +169,8 @@ class Admission:
             )
         return self.id_table
 
-    def _spec(self, request: teacher_pb2.ScoreRequest) -> TargetSpec:
+    def read_spec(self, request: Request) -> TargetSpec:
+        """Reads what is asked for, completed by what the teacher has. Raises RequestRefused."""
         message = request.targets
         kind = message.WhichOneof("kind")
         largest = min(self.limits.max_top_k, self._effective)

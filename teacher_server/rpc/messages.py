@@ -10,7 +10,7 @@ from protos import teacher_pb2
 from teacher_server.errors import RequestRefused, incident, request_error
 from teacher_server.ledger.lease import UsageRow
 from teacher_server.monitoring.team_stats import TeamSnapshot
-from teacher_server.pipeline import SequenceJob
+from teacher_server.pipeline import SequenceJob, WrittenPart
 from teacher_server.teams.declaration import Team
 
 EPOCH = datetime.date(1970, 1, 1)
@@ -26,6 +26,21 @@ def timing_message(job: SequenceJob) -> teacher_pb2.Timing:
         batch_tokens=forward_pass.num_tokens,
     )
     for stage, seconds in forward_pass.times.by_stage().items():
+        setattr(timing, f"{stage}_us", int(1e6 * seconds))
+    return timing
+
+
+def text_timing(part: WrittenPart) -> teacher_pb2.Timing:
+    """Reports how long a text waited for its first token, and what its last step took."""
+    flush = part.flush
+    timing = teacher_pb2.Timing(
+        queue_us=int(1e6 * flush.waited_s),
+        encode_us=int(1e6 * part.encode_s),
+        compact_us=int(1e6 * part.compact_s),
+        batch_sequences=flush.step_texts,
+        batch_tokens=flush.step_texts,
+    )
+    for stage, seconds in flush.times.by_stage().items():
         setattr(timing, f"{stage}_us", int(1e6 * seconds))
     return timing
 

@@ -1,8 +1,10 @@
 """Implements the RPCs of the Teacher service for one replica."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 import grpc
 
@@ -11,6 +13,7 @@ from logit_codec.teacher_head import HeadFile
 from protos import teacher_pb2, teacher_pb2_grpc
 from protos.answer_check import head_check
 from teacher_server.admission.access import current_caller
+from teacher_server.admission.generation import GenerationAdmission
 from teacher_server.admission.requests import Admission
 from teacher_server.errors import RequestRefused, invalid, quoted
 from teacher_server.ledger.accounts import Accounts
@@ -21,6 +24,7 @@ from teacher_server.monitoring.team_stats import TeamSnapshot, TeamStats, idle
 from teacher_server.pipeline import Pipeline
 from teacher_server.rpc.answer_budget import ReplicaBudget
 from teacher_server.rpc.description import Description
+from teacher_server.rpc.generate import GenerateStream
 from teacher_server.rpc.messages import (
     caller_message,
     first_day,
@@ -48,10 +52,12 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
         accounts: Accounts,
         metrics: Metrics,
         team_stats: TeamStats,
+        generation: GenerationAdmission,
         head: TeacherHead | None = None,
     ) -> None:
         """head: what FetchHead streams."""
         self._head = head
+        self._generation = generation
         self._description = description
         self._admission = admission
         self._pipeline = pipeline
@@ -215,6 +221,46 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
                 "DRAINING",
                 "this replica is draining; every request that it had read is answered",
             )
+
+    async def Generate(
+        self,
+        request_iterator: AsyncIterator[teacher_pb2.GenerateRequest],
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        await context.send_initial_metadata(())
+        with self._budget.stream(self._admission.limits.max_stream_nbytes) as budget:
+            stream = GenerateStream(
+                context,
+                current_caller(),
+                budget,
+                admission=self._generation,
+                pipeline=self._pipeline,
+                accounts=self._accounts,
+                metrics=self._metrics,
+                team_stats=self._team_stats,
+            )
+            # A text may take minutes: another replica goes on with it from what was received.
+            await _serve_until(self._draining, stream.serve(request_iterator))
+        if self._draining.is_set():
+            raise RequestRefused(
+                grpc.StatusCode.UNAVAILABLE,
+                "DRAINING",
+                "this replica is draining; another one goes on with what was received",
+            )
+
+
+async def _serve_until(stop: asyncio.Event, serve: Coroutine[Any, Any, None]) -> None:
+    """Serves a stream until it ends or `stop` is set, whatever comes first."""
+    serving = asyncio.ensure_future(serve)
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        if not serving.done():
+            serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
 
 
 def _read_chunk(file: HeadFile, offset: int) -> teacher_pb2.HeadChunk:
