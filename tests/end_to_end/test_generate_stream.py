@@ -98,6 +98,13 @@ async def generate(
     return texts
 
 
+async def ask_usage(address: str) -> teacher_pb2.UsageRow:
+    """What has been used so far, without teams."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        usage = await teacher_pb2_grpc.TeacherStub(channel).Usage(teacher_pb2.UsageRequest())
+    return usage.rows[0] if usage.rows else teacher_pb2.UsageRow()
+
+
 async def refuse(address: str, *requests: teacher_pb2.GenerateRequest) -> list[Any]:
     """Sends requests that are refused on one stream; returns the errors in order."""
     async with grpc.aio.insecure_channel(address) as channel:
@@ -158,8 +165,19 @@ def test_a_text_goes_on_from_what_was_received_and_is_billed_once(served, local)
         max_new_tokens=100,
         samples=[{"number": 0, "received_ids": pack(ids[:70])}],
     )
+    before = asyncio.run(ask_usage(served.address))
     texts = asyncio.run(generate(served.address, request, received=70))
     assert texts[0].ids == ids[70:]
+    after = asyncio.run(ask_usage(served.address))
+    # The first 64 new tokens were counted where they were written; those from there on are counted here,
+    # the six among them that came from elsewhere too.
+    assert after.delivered_rows - before.delivered_rows == 100 - 64
+    assert after.sequences - before.sequences == 1
+    assert after.tokens - before.tokens == len(PROMPT) + 100
+    whole = make_request(targets=SAMPLED, seed=4, max_new_tokens=100)
+    assert asyncio.run(generate(served.address, whole))[0].ids == ids
+    last = asyncio.run(ask_usage(served.address))
+    assert last.delivered_rows - after.delivered_rows == 100
 
 
 def test_the_likeliest_tokens_and_a_stop_id(served, local):
