@@ -139,11 +139,8 @@ class Replica:
             costs=costs,
             max_running=config.generation.max_running,
         )
-        max_generation_tokens = 0
-        if generator is not None:
-            max_generation_tokens = min(generator.max_tokens, limits.max_sequence_tokens)
         teacher = _describe(model, limits)
-        teacher.max_generation_tokens = max_generation_tokens
+        teacher.max_generation_tokens = 0 if generator is None else generator.max_tokens
         teacher.service_id = self.service_id
         teacher.exactness = "bytes" if is_exact(engine) else "tolerance"
         self.description = Description(teacher, self._pipeline, model.device)
@@ -152,13 +149,7 @@ class Replica:
             description=self.description,
             admission=admission,
             generation=GenerationAdmission(
-                admission,
-                max_tokens=max_generation_tokens,
-                why_not=why_not,
-                stop_ids=model.stop_ids,
-                tokenizer=model.tokenizer,
-                vocab_size=model.vocab_size,
-                effective_vocab_size=model.effective_vocab_size,
+                admission, model, max_tokens=teacher.max_generation_tokens, why_not=why_not
             ),
             pipeline=self._pipeline,
             accounts=accounts,

@@ -5,7 +5,7 @@ Every refusal says what was sent, what is allowed and what to do.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import numpy as np
@@ -29,6 +29,19 @@ TOKEN_NBYTES = 64
 """Upper bound of what a token of an answer takes beside its targets."""
 
 
+class Writer(Protocol):
+    """Lists what admission has to know of a teacher that writes."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def effective_vocab_size(self) -> int: ...
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+    @property
+    def tokenizer(self) -> Any | None: ...
+
+
 class GenerationAdmission:
     """Checks requests for texts against the teacher and the limits.
 
@@ -38,21 +51,18 @@ class GenerationAdmission:
     def __init__(
         self,
         admission: Admission,
+        teacher: Writer,
         *,
         max_tokens: int,
         why_not: str,
-        stop_ids: Sequence[int],
-        tokenizer: Any | None,
-        vocab_size: int,
-        effective_vocab_size: int,
     ) -> None:
         self._admission = admission
         self._max_tokens = max_tokens
         self._why_not = why_not
-        self._stop_ids = tuple(stop_ids)
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._effective = effective_vocab_size
+        self._stop_ids = teacher.stop_ids
+        self._tokenizer = teacher.tokenizer
+        self._vocab_size = teacher.vocab_size
+        self._effective = teacher.effective_vocab_size
 
     @property
     def fingerprint(self) -> str:
