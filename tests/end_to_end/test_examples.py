@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from examples import features, hf_trainer, many_epochs, plain_loop
+from examples import features, hf_trainer, many_epochs, on_policy, plain_loop
 from examples.two_teams import __main__ as two_teams
 from tests.conftest import one_torch_thread
 
@@ -110,3 +110,17 @@ def test_many_epochs_of_a_record_go_on_helping_where_labels_overfit(
     again = many_epochs.main(trained_service.address, *arguments)
     assert "32 in the record, 0 of them new" in capsys.readouterr().out
     assert again == {name: curve[:1] for name, curve in losses.items()}
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_the_on_policy_example_trains_in_a_trainer_and_in_a_loop(
+    trained_service, student_folder, text: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(on_policy, "STEPS", 4)
+    monkeypatch.setattr(on_policy, "SAVE_EVERY", 2)
+    arguments = trained_service.address, str(student_folder), str(tmp_path), str(text)
+    losses = on_policy.main(*arguments)
+    assert len(losses) == 4
+    assert all(loss > 0 for loss in losses)
+    assert "'on_policy_max_staleness': 1.0" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint-2" / "on_policy_0.safetensors").is_file()

@@ -1,6 +1,7 @@
 """A Trainer whose student writes its own batches: which, how stale, resumed, and what is logged."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from student_trainer import LocalTeacher, OnPolicyArguments
@@ -192,3 +194,54 @@ def test_what_cannot_be_is_refused_before_the_first_step(
     assert main(["train", config, "--teacher", trained_service.address]) != 0
     assert message in " ".join(capfd.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_write_each_its_own_and_adapters_learn_from_that(
+    trained_service, student_folder, text, tmp_path: Path
+):
+    output, student = tmp_path / "out", tmp_path / "student"
+    shutil.copytree(student_folder, student)
+    settings = transformers.AutoConfig.from_pretrained(student)
+    transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(student)
+    config = write_config(
+        tmp_path / "train.toml",
+        teacher=trained_service.address,
+        student=str(student),
+        data=[str(text)],
+        output=str(output),
+        sequence_length=32,
+        batch_size=4,
+        steps=4,
+        learning_rate=1e-2,
+        log_every=1,
+        checkpoint_every=2,
+        lora_r=2,
+        on_policy=1.0,
+        max_new_tokens=8,
+        prompt_tokens=4,
+    )
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", "student_trainer", "train", config),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (output / "student" / "adapter_config.json").is_file()
+    results = json.loads((output / "results.json").read_text())
+    history = results["students"]["distilled"]["history"]
+    assert len(history) == 4
+    for entry in history:
+        assert entry["on_policy_batches"] == 2  # one of each process
+        assert entry["on_policy_max_staleness"] <= 1
+    written = [
+        load_file(output / "checkpoints" / "checkpoint-2" / f"on_policy_{rank}.safetensors")
+        for rank in range(2)
+    ]
+    assert all(len(one) == 6 for one in written)  # the batch of the next step
+    first, second = (one["2.token_ids"] for one in written)
+    assert first.shape != second.shape or not torch.equal(first, second)
