@@ -18,7 +18,7 @@ class ColumnHooks(TrainerBase):
 
     teacher: Teacher | None = None
     _view: TeacherView | None = None
-    _rows_of_each: dict[str, int]
+    _rows_of_each: dict[str, float]
     """Rows that each of several teachers had answered when they were last logged."""
     _is_carrying = False
     """Whether a loader is being made whose collator takes the columns itself."""

@@ -80,7 +80,7 @@ class OnPolicyHooks(TrainerBase):
             arguments,
             num_ids=info.effective_vocab_size or info.vocab_size,
             seed=seed,
-            autocast=self.accelerator.autocast,
+            autocast=lambda: self.accelerator.autocast(),
         )
         longest = find_longest_prompt(arguments, teacher, student, view)
         return WrittenPasses(

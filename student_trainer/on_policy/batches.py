@@ -204,7 +204,7 @@ def find_longest_prompt(
 
     Raises ValueError if no prompt would leave room for the new tokens.
     """
-    config = getattr(student, "config", None)
+    config: Any = getattr(student, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limits = {"the teacher": teacher.info.max_sequence_tokens}
     if view is not None and hasattr(view, "__len__"):
