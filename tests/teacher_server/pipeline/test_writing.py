@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import closing
 from typing import Any
@@ -201,9 +202,10 @@ def test_texts_are_those_of_the_engine_whoever_is_beside_them(
             assert finish == "length"
             if spec is not None:
                 one, other = decode_parts(payloads), decode_parts(containers)
-                for name, values in vars(one).items():
+                for field in dataclasses.fields(one):
+                    values = getattr(one, field.name)
                     if isinstance(values, torch.Tensor):
-                        assert torch.equal(values, getattr(other, name)), name
+                        assert torch.equal(values, getattr(other, field.name)), field.name
 
     metrics = run(model, test)
     assert value(metrics, "teacher_written_tokens_total", team="default") == 200
