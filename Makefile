@@ -33,6 +33,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.stream --mixed
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.head
+	$(BIN)/python -m benchmarks.generate
 	$(BIN)/python -m benchmarks.select
 	$(BIN)/python -m benchmarks.transport
 	$(BIN)/python -m benchmarks.codec
