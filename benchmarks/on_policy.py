@@ -49,6 +49,7 @@ REVERSE = {"divergence": "reverse_kl"}
 ARMS: dict[str, Arm] = {
     "off-policy, sampled:64": Arm(MODES[COLD_START]),
     "off-policy, given ids": Arm(MODES["given ids, reverse KL"]),
+    "off-policy, hidden": Arm(Mode("hidden:int8", REVERSE)),
     "on-policy, given ids": Arm(Mode(None, REVERSE), 1.0, {"targets": "given_ids"}),
     "on-policy, 64 ids": Arm(Mode(None, REVERSE), 1.0, {"support": 64}),
     "on-policy, hidden": Arm(Mode(None, REVERSE), 1.0, {"targets": "hidden:int8"}),

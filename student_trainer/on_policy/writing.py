@@ -185,7 +185,8 @@ class Writer:
         likeliest_BNK, entropies_BN = recorder.stack()
         written_BN = torch.arange(new_BN.shape[1]) < lengths[:, None]
         stops_B = torch.isin(
-            new_BN.gather(1, lengths[:, None] - 1)[:, 0], torch.tensor(self.stop_ids)
+            new_BN.gather(1, lengths[:, None] - 1)[:, 0],
+            torch.tensor(self.stop_ids, dtype=torch.int64),
         )
         return WrittenTexts(
             [
@@ -195,7 +196,7 @@ class Writer:
             [len(prompt) for prompt in prompts],
             likeliest_BNK[written_BN],
             entropies_BN[written_BN],
-            int(stops_B.sum()) if self.stop_ids else 0,
+            int(stops_B.sum()),
             version,
             time.perf_counter() - began_s,
         )

@@ -285,6 +285,14 @@ def test_texts_chats_and_ids_are_prompts(teacher):
         next(make_batches(tiny.make_student(), teacher, prompts=prompts))
 
 
+def test_a_student_without_a_stop_token_writes_to_the_end():
+    student = tiny.make_student()
+    student.generation_config.eos_token_id = None
+    writer = Writer(student, None, OnPolicyArguments(max_new_tokens=9), num_ids=64, seed=0)
+    texts = writer.write([torch.tensor([4, 5])] * 3, name="", version=0)
+    assert (texts.num_written, texts.num_stopped, len(writer.untrained)) == (27, 0, 0)
+
+
 def test_repetitions_are_runs_that_were_there_before():
     assert count_repetitions(torch.tensor([1, 2, 3])) == (0, 0)
     assert count_repetitions(torch.arange(10)) == (7, 0)
