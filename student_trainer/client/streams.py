@@ -52,7 +52,7 @@ class Streams:
 
     def send(self, link: Link, number: int) -> None:
         """Queues a request to be written to a link; opens its stream for texts when one is needed."""
-        if not isinstance(self._dispatch.find_to_write(number), PendingTexts):
+        if not isinstance(self._dispatch.find(link, number), PendingTexts):
             link.outbox.put_nowait(number)
             return
         link.text_outbox.put_nowait(number)

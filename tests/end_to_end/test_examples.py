@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
-from examples import features, hf_trainer, many_epochs, on_policy, plain_loop
+from examples import features, generate, hf_trainer, many_epochs, on_policy, plain_loop
 from examples.two_teams import __main__ as two_teams
 from tests.conftest import one_torch_thread
+from tests.support.text_service import TextService
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 
@@ -73,7 +75,26 @@ def test_the_features_example_learns_the_layers_and_saves_the_student_alone(
     assert not [name for name in names if "projector" in name]
 
 
-@pytest.mark.parametrize("example", [plain_loop, hf_trainer, many_epochs, features])
+def test_the_generate_example_learns_from_what_the_teacher_writes(
+    teacher_model, student_folder, text: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(generate, "STEPS", 12)
+    monkeypatch.setattr(generate, "PRINT_EVERY", 6)
+    monkeypatch.setattr(generate, "LEARNING_RATE", 1e-2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(student_folder)
+    service = TextService(teacher_model, tokenizer, part_tokens=16)
+    try:
+        output = tmp_path / "student"
+        losses = generate.main(service.address, str(student_folder), str(output), str(text))
+    finally:
+        service.stop()
+    assert len(losses) == 12
+    assert losses[-1] < 0.9 * losses[0]
+    assert capsys.readouterr().out.count("the teacher wrote: w") == 2
+    assert (output / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("example", [plain_loop, hf_trainer, many_epochs, features, generate])
 def test_an_example_without_its_arguments_says_how_it_is_used(example, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [example.__file__, "127.0.0.1:1"])
     with pytest.raises(SystemExit) as ended:

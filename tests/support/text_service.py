@@ -28,8 +28,15 @@ Change = Callable[[teacher_pb2.GenerateResponse, int], None]
 class TextService(teacher_pb2_grpc.TeacherServicer):
     """Answers Describe and Generate; the tokens come from the engine, `part_tokens` in a part."""
 
-    def __init__(self, model: Any, *, replica_id: str = "one", part_tokens: int = 3) -> None:
-        self._engine = Engine(prepare(model))
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        replica_id: str = "one",
+        part_tokens: int = 3,
+    ) -> None:
+        self._engine = Engine(prepare(model, tokenizer))
         self._generator: Generator = self._engine.open_generation(1 << 22)
         self._part_tokens = part_tokens
         self.replica_id = replica_id
@@ -151,7 +158,7 @@ class TextService(teacher_pb2_grpc.TeacherServicer):
                     if self.is_dead:
                         self._dead.set()
                     self.delivered.append((part.sample, part.first))
-                    with contextlib.suppress(asyncio.InvalidStateError):
+                    with contextlib.suppress(Exception):  # the stream may have ended
                         await context.write(response)
             finally:
                 self._generator.pool.give_back(text.continuation.pages)

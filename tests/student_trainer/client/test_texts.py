@@ -177,7 +177,7 @@ def test_refusals_are_waited_out_or_asked_elsewhere_or_raised(services, wanted):
             for one in services:
                 one.refuse = []
         for one in services:
-            one.refuse = [refusal(13)]
+            one.refuse = [refusal(13)] * 2
         with pytest.raises(TeacherInternalError):
             next(teacher.generate([[5]], max_new_tokens=2))
 

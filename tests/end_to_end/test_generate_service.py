@@ -1,0 +1,42 @@
+"""Texts of a service, compared with those of the same model in this process."""
+
+import pytest
+import torch
+import transformers
+
+from student_trainer import connect
+from student_trainer.teachers.local import LocalTeacher
+from tests.conftest import one_torch_thread
+from tests.support.oracle import digest
+
+one_thread = pytest.fixture(autouse=True)(one_torch_thread)
+
+
+@pytest.mark.parametrize("targets", ["sampled:16", "top_k:8", "dense", "hidden:bf16", None])
+def test_a_service_writes_what_a_local_teacher_writes(
+    trained_service, teacher_model, student_folder, targets, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LOGITSTREAM_CACHE", str(tmp_path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(student_folder)
+    prompts = [torch.arange(2, 2 + length) for length in (1, 7, 40)]
+    with connect(trained_service.address, tokenizer=tokenizer) as teacher:
+        if not teacher.info.max_generation_tokens:
+            pytest.skip("this service does not write texts")
+        local = LocalTeacher(teacher_model, tokenizer)
+        for arguments in ({}, {"temperature": 0, "stop_strings": ["w7"]}, {"top_p": 0.9}):
+            found, wanted = (
+                list(
+                    one.generate(
+                        prompts, targets=targets, max_new_tokens=20, num_samples=2, **arguments
+                    )
+                )
+                for one in (teacher, local)
+            )
+            for mine, theirs in zip(found, wanted, strict=True):
+                assert (mine.index, mine.sample) == (theirs.index, theirs.sample)
+                assert mine.token_ids.tolist() == theirs.token_ids.tolist()
+                assert mine.finish == theirs.finish
+                if targets is None:
+                    assert mine.targets is theirs.targets is None
+                else:
+                    assert digest(mine.targets) == digest(theirs.targets)
