@@ -113,6 +113,7 @@ class TextService(teacher_pb2_grpc.TeacherServicer):
     async def Generate(self, requests: Any, context: Any) -> None:
         await context.send_initial_metadata(())
         running: dict[int, asyncio.Task[None]] = {}
+        writing = asyncio.Lock()  # two writes at once fail
 
         async def read() -> None:
             async for request in requests:
@@ -121,7 +122,9 @@ class TextService(teacher_pb2_grpc.TeacherServicer):
                     if task := running.pop(request.request_id, None):
                         task.cancel()
                     continue
-                running[request.request_id] = asyncio.create_task(self._answer(request, context))
+                running[request.request_id] = asyncio.create_task(
+                    self._answer(request, context, writing)
+                )
 
         reading = asyncio.create_task(read())
         dying = asyncio.create_task(self._dead.wait())
@@ -133,13 +136,16 @@ class TextService(teacher_pb2_grpc.TeacherServicer):
         if self.is_dead:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "it is gone")
 
-    async def _answer(self, request: teacher_pb2.GenerateRequest, context: Any) -> None:
+    async def _answer(
+        self, request: teacher_pb2.GenerateRequest, context: Any, writing: asyncio.Lock
+    ) -> None:
         response = teacher_pb2.GenerateResponse(request_id=request.request_id)
         digest = request_digest(request)
         if self.refuse:
             response.error.CopyFrom(self.refuse.pop(0))
             response.check = generation_check(digest, response)
-            await context.write(response)
+            async with writing:
+                await context.write(response)
             return
         samples = list(request.samples) or [teacher_pb2.Sample()]
         for sample in samples:
@@ -158,8 +164,9 @@ class TextService(teacher_pb2_grpc.TeacherServicer):
                     if self.is_dead:
                         self._dead.set()
                     self.delivered.append((part.sample, part.first))
-                    with contextlib.suppress(Exception):  # the stream may have ended
-                        await context.write(response)
+                    async with writing:
+                        with contextlib.suppress(Exception):  # the stream may have ended
+                            await context.write(response)
             finally:
                 self._generator.pool.give_back(text.continuation.pages)
 
