@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from examples import features, generate, hf_trainer, many_epochs, on_policy, plain_loop
 from examples.two_teams import __main__ as two_teams
 from tests.conftest import one_torch_thread
-from tests.support.text_service import TextService
 
 one_thread = pytest.fixture(autouse=True)(one_torch_thread)
 
@@ -76,18 +74,13 @@ def test_the_features_example_learns_the_layers_and_saves_the_student_alone(
 
 
 def test_the_generate_example_learns_from_what_the_teacher_writes(
-    teacher_model, student_folder, text: Path, tmp_path: Path, monkeypatch, capsys
+    trained_service, student_folder, text: Path, tmp_path: Path, monkeypatch, capsys
 ):
     monkeypatch.setattr(generate, "STEPS", 12)
     monkeypatch.setattr(generate, "PRINT_EVERY", 6)
     monkeypatch.setattr(generate, "LEARNING_RATE", 1e-2)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(student_folder)
-    service = TextService(teacher_model, tokenizer, part_tokens=16)
-    try:
-        output = tmp_path / "student"
-        losses = generate.main(service.address, str(student_folder), str(output), str(text))
-    finally:
-        service.stop()
+    output = tmp_path / "student"
+    losses = generate.main(trained_service.address, str(student_folder), str(output), str(text))
     assert len(losses) == 12
     assert losses[-1] < 0.9 * losses[0]
     assert capsys.readouterr().out.count("the teacher wrote: w") == 2
