@@ -79,6 +79,8 @@ class GenerationJob:
     """time.monotonic() when its first token here was drawn."""
     is_begun: bool = field(default=False, init=False)
     """Whether any of its tokens was given to the model."""
+    entered_with: int = field(default=0, init=False)
+    """New tokens that it had when it got its slot."""
     unread: int = field(default=0, init=False)
     """Flushes that its reader has not taken; with MAX_UNREAD of them it pauses."""
     state: "State" = field(default="new", init=False)

@@ -12,7 +12,8 @@ one that is furthest ahead, if
 
 - that team has more than its part of the slots and one text, or more than its part of the pages and more
   than one text, and the other one stays within its part; or
-- the other team has no text that runs, and is behind by more than PATIENCE_STEPS steps.
+- the other team has no text that runs, and is behind by more than PATIENCE_STEPS steps, and the text has
+  drawn as many tokens since it entered.
 
 The last rule lets two teams whose texts do not fit side by side take turns, each long enough that the
 turns are worth what dropping costs. A text that grows has the youngest text of the team furthest ahead
@@ -207,6 +208,7 @@ class Slots:
             if source is not None:
                 self.copies.append((source, own[0]))
         job.state = "running"
+        job.entered_with = len(text.new_ids)
         team.remove_waiting()
         team.running.append(job)
         job.group.running.append(job)
@@ -256,8 +258,11 @@ class Slots:
     ) -> bool:
         """Whether the youngest text of `other`, of those that are left, may go in favour of a team."""
         behind = other.start - team.start
-        if not team.running and behind > self._patience / other.queue.weight:
-            return True
+        youngest = max(left, key=lambda job: job.order)
+        drawn = len(youngest.text.new_ids) - youngest.entered_with
+        is_patient = behind > self._patience / other.queue.weight and drawn >= PATIENCE_STEPS
+        if not team.running and is_patient:
+            return True  # each stay brings a text on, whatever computing it again costs
         part, others_part = self._part(team), self._part(other)
         if team.running and len(team.running) + 1 > part * self.max_running:
             return False
