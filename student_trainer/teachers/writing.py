@@ -6,7 +6,7 @@ To this module a teacher is a `Writer`; remote and local teachers make theirs an
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,7 +17,8 @@ from student_trainer.teachers.generation import GenerateOptions, Generation
 from student_trainer.teachers.layout import as_token_ids
 
 
-class Written(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Written:
     """Says how one text ended."""
 
     index: int

@@ -104,19 +104,19 @@ class TextService(teacher_pb2_grpc.TeacherServicer):
     def is_dead(self) -> bool:
         return self.die_after is not None and self.num_parts >= self.die_after
 
-    async def Score(self, requests: Any, context: Any) -> None:
+    async def Score(self, request_iterator: Any, context: Any) -> None:
         """Ends at once, as a service does where no request comes."""
         await context.send_initial_metadata(())
         await asyncio.sleep(0.2)
         await context.abort(grpc.StatusCode.UNAVAILABLE, "no request arrived")
 
-    async def Generate(self, requests: Any, context: Any) -> None:
+    async def Generate(self, request_iterator: Any, context: Any) -> None:
         await context.send_initial_metadata(())
         running: dict[int, asyncio.Task[None]] = {}
         writing = asyncio.Lock()  # two writes at once fail
 
         async def read() -> None:
-            async for request in requests:
+            async for request in request_iterator:
                 self.requests.append(request)
                 if request.cancel:
                     if task := running.pop(request.request_id, None):
@@ -180,7 +180,7 @@ class _Text:
     service: TextService
     request: teacher_pb2.GenerateRequest
     sample: teacher_pb2.Sample
-    finish: int = 0
+    finish: Any = 0
     continuation: Continuation = field(init=False)
 
     def __post_init__(self) -> None:
@@ -237,6 +237,6 @@ class _Text:
             first=first,
             token_ids=new.numpy().tobytes(),
             payload=payload,
-            finish=self.finish,
+            finish=teacher_pb2.Finish.Name(self.finish),
             teacher_fingerprint=self.service._engine.model.teacher_fingerprint,
         )
