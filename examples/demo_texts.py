@@ -31,9 +31,12 @@ def run(options: argparse.Namespace, address: str) -> dict[str, Any] | None:
         if None in trained.values():
             return None
         reports[seed] = trained
-    folders = [options.output, *(folder_of(options, options.seeds[0], kind) for kind in STUDENTS)]
+    folders = [folder_of(options, options.seeds[0], kind) for kind in STUDENTS]
+    if (options.output / "results.json").is_file():  # the student of the text itself
+        folders.insert(0, options.output)
     page = options.output / "texts.html"
-    call("report", *map(str, folders), "--output", str(page))
+    if call("report", *map(str, folders), "--output", str(page)) is None:
+        return None
     return {"texts": texts, "reports": reports, "page": page}
 
 
