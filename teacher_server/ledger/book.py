@@ -15,8 +15,12 @@ class Reservation(Protocol):
     """What the ledger reads and changes of one sequence that waits for the model."""
 
     team: Team
-    num_tokens: int
-    """What is charged for it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """What is charged for it."""
+        ...
+
     held: int
     """Its tokens that are still reserved: all, then none."""
 
