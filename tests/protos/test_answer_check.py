@@ -148,14 +148,35 @@ def test_an_answer_of_before_full_check_is_taken():
     assert not is_what_was_written(DIGEST, answer)
 
 
-def spelled_out(name: str) -> bytes:
-    """The bytes behind `name:` in the example of teacher.proto, up to the next name."""
+def spelled_out(name: str, begin: str = "Canonical bytes of a request") -> bytes:
+    """The bytes behind `name:` in an example of teacher.proto, up to the next name."""
     page = (Path(__file__).parents[2] / "protos" / "teacher.proto").read_text()
-    lines = page.split("Canonical bytes of a request")[1].split("\n}\n")[0].splitlines()
+    lines = page.split(begin)[1].split("\n}\n")[0].splitlines()
     text = " ".join(line.strip().removeprefix("//") for line in lines)
     found = re.search(rf"(?<!for) {name}: +((?:[0-9a-f]{{2}}\b *)+)", text)
     assert found, f"{name} is not in the example"
     return bytes.fromhex(found[1])
+
+
+def test_the_example_of_a_text_in_the_proto_is_what_is_computed():
+    begin = "message GenerateResponse"
+    request = teacher_pb2.GenerateRequest(
+        request_id=7, prompt_ids=struct.pack("<3i", 3, 5, 300), max_new_tokens=2, seed=9
+    )
+    digest = request_digest(request)
+    assert spelled_out("text request", begin) == request.SerializeToString(deterministic=True)
+    part = teacher_pb2.GeneratedPart(
+        first=3,
+        token_ids=struct.pack("<2i", 8, 1),
+        payload=b"anything" + bytes(range(16)),
+        finish=teacher_pb2.FINISH_LENGTH,
+        last=True,
+        teacher_fingerprint="ab",
+    )
+    response = teacher_pb2.GenerateResponse(request_id=7, part=part)
+    check = spelled_out("text check", begin)
+    assert check == generation_check(digest, response)
+    assert check == xxhash.xxh3_128_digest(digest + spelled_out("text part", begin))
 
 
 def test_the_example_in_the_proto_is_what_is_computed():
