@@ -169,7 +169,7 @@ class WrittenPasses(Passes):
                 continue
             number, prompts = prompted.batch[NUMBER], prompted.batch[PROMPTS]
             texts = self._saved.pop(number, None)
-            if texts is None or not texts.continues(prompts):
+            if texts is None or not self._is_usable(texts, prompts, step.number):
                 name = f"batch {number} rank {args.process_index}"
                 texts = self._writer.write(prompts, name=name, version=state.global_step)
                 self.meter.add_writing(texts)
@@ -184,3 +184,8 @@ class WrittenPasses(Passes):
             )
             targets = self._scorer.ask(taken, texts, writer.untrained, request)
             step.written[place] = _Written(number, texts, taken, targets)
+
+    def _is_usable(self, texts: WrittenTexts, prompts: list[Tensor], step: int) -> bool:
+        """Whether what a checkpoint had may be trained on in a step: of another bound it may be too old."""
+        staleness = step - texts.version
+        return staleness <= self._on_policy.max_staleness and texts.continues(prompts)

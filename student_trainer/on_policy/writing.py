@@ -182,7 +182,7 @@ class Writer:
             )
         new_BN = found[:, longest:].cpu()
         lengths = self._find_lengths(new_BN)
-        likeliest_BNK, entropies_BN = recorder.stack()
+        likeliest_BNK, entropies_BN = recorder.stack(new_BN.shape[1])
         written_BN = torch.arange(new_BN.shape[1]) < lengths[:, None]
         stops_B = torch.isin(
             new_BN.gather(1, lengths[:, None] - 1)[:, 0],
@@ -261,9 +261,11 @@ class _Recorder:
             scores = cut(input_ids, scores)
         return scores
 
-    def stack(self) -> tuple[Tensor, Tensor]:
-        """Returns (B, N, K) ids and (B, N) entropies, on the CPU."""
-        return torch.stack(self._likeliest, 1).cpu(), torch.stack(self._entropies, 1).cpu()
+    def stack(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Returns (B, N, K) ids and (B, N) entropies of the N tokens that were kept, on the CPU."""
+        # Where `generate` notices a stop one pass late, its last token is thrown away.
+        likeliest, entropies = self._likeliest[:num_tokens], self._entropies[:num_tokens]
+        return torch.stack(likeliest, 1).cpu(), torch.stack(entropies, 1).cpu()
 
 
 def find_stop_ids(student: Any, tokenizer: Any) -> list[int]:

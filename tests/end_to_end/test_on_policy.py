@@ -111,6 +111,30 @@ def test_however_slow_the_teacher_is_no_text_is_staler_than_allowed(
     assert found == [min(step, staleness) for step in range(6)]
 
 
+@pytest.mark.parametrize("smaller", [0, 1])
+def test_resumed_with_a_smaller_bound_no_text_is_staler_than_it_allows(
+    teacher_model, rows, tmp_path: Path, smaller
+):
+    def train(folder: Path, staleness: int, resume: str | None = None) -> DistillationTrainer:
+        trainer = make_trainer(
+            folder,
+            rows,
+            teacher_model,
+            max_steps=6,
+            choice={"on_policy": OnPolicyArguments(max_staleness=staleness, **SHORT)},
+            save_strategy="steps",
+            save_steps=4,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    before = [entry["on_policy_staleness"] for entry in logged(train(tmp_path, 3))]
+    assert before[3:] == [3, 3, 3]
+    again = train(tmp_path / "again", smaller, str(tmp_path / "checkpoint-4"))
+    resumed = [entry["on_policy_staleness"] for entry in logged(again)[4:]]
+    assert resumed == [0, smaller]
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "student_trainer", *arguments],

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation import utils as generation
 
 from student_trainer import (
     InvalidRequest,
@@ -291,6 +292,39 @@ def test_a_student_without_a_stop_token_writes_to_the_end():
     writer = Writer(student, None, OnPolicyArguments(max_new_tokens=9), num_ids=64, seed=0)
     texts = writer.write([torch.tensor([4, 5])] * 3, name="", version=0)
     assert (texts.num_written, texts.num_stopped, len(writer.untrained)) == (27, 0, 0)
+
+
+class NoEvent:
+    """Stands for a device's event on a CPU, where nothing has to be waited for."""
+
+    def __init__(self, **options: Any) -> None:
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_a_stop_that_is_noticed_one_pass_late_changes_nothing(monkeypatch):
+    """As transformers generates on Apple's devices: the pass too many is seen, its token is not."""
+    student = tiny.make_student()
+    student.generation_config.eos_token_id = [*range(1, 32)]
+    writer = Writer(student, None, OnPolicyArguments(max_new_tokens=30), num_ids=64, seed=0)
+    prompts = [torch.tensor([50, 51]), torch.tensor([52])]
+    found = [writer.write(prompts, name="", version=0)]
+    assert found[0].num_stopped == 2
+    watched = generation.DeferredStopCheck
+    undone = []
+    monkeypatch.setattr(watched, "is_supported", staticmethod(lambda *_, **__: True))
+    monkeypatch.setattr(torch, "Event", NoEvent)
+    finish = watched.finish
+    monkeypatch.setattr(watched, "finish", lambda self: undone.append(finish(self)) or undone[-1])
+    found.append(writer.write(prompts, name="", version=0))
+    assert undone == [1]
+    once, late = (texts.to_tensors() for texts in found)
+    assert all(torch.equal(late[name], once[name]) for name in once)
 
 
 def test_repetitions_are_runs_that_were_there_before():
