@@ -73,7 +73,12 @@ class Dispatch:
         return self._sent.get(link, {}).get(number)
 
     def submit(self, pending: Unanswered) -> None:
-        """Sends a new request, or one that is asked again and may go to any link."""
+        """Sends a new request, or one that is asked again and may go to any link.
+
+        Does nothing for one that has been sent again while it waited for this.
+        """
+        if pending.is_out:
+            return
         pending.order = pending.order or next(self._orders)
         # However often it is sent, it is one piece of work, and is billed as one.
         pending.request.item_id = pending.order
@@ -171,6 +176,7 @@ class Dispatch:
         if texts_only:
             unanswered = [one for one in unanswered if isinstance(one, PendingTexts)]
         self._waiting = [entry for entry in self._waiting if entry[1] not in unanswered]
+        heapq.heapify(self._waiting)
         for pending in unanswered:
             if pending.number in self._by_number:
                 self.forget(pending)

@@ -38,7 +38,7 @@ class Attempts(ABC):
     num_damaged: int = 0
     """How often its answer arrived damaged."""
     passed_s: float | None = None
-    """Since when requests that were sent later on the same link have been answered."""
+    """Since when requests that were sent later on the same link have been answered, or have begun to be."""
     waited_since_s: float | None = None
     """Since when the teacher has been asking to come back later."""
     failed_at: set[LinkKey] = field(default_factory=set)
@@ -133,6 +133,8 @@ class PendingTexts(Attempts):
     index: int
     prompt_ids: Tensor
     options: GenerateOptions
+    samples: range
+    """The samples of the prompt that it asks for."""
     deliver: Callable[[Written], None]
     """Takes texts as they end, and the error that ends the others; called in the io thread."""
     future: "Future[None]" = field(default_factory=Future)
@@ -140,12 +142,14 @@ class PendingTexts(Attempts):
     texts: dict[int, Received] = field(default_factory=dict)
     """By sample."""
     last_part_s: float = 0.0
-    """When the current attempt brought something."""
+    """When the current attempt brought something; 0 if it has not."""
+    num_silent: int = 0
+    """How often it was asked for again because nothing came."""
     head: TeacherHead | None = None
     """For targets of kind `hidden`."""
 
     def __post_init__(self) -> None:
-        self.texts = {sample: Received() for sample in range(self.options.num_samples)}
+        self.texts = {sample: Received() for sample in self.samples}
 
     @property
     def num_tokens(self) -> int:

@@ -142,9 +142,8 @@ class RemoteTeacher(Teacher):
 
     def _writer_maker(self, options: GenerateOptions) -> Callable[[], RemoteWriter]:
         head = self.head() if options.spec is not None and options.spec.needs_hidden else None
-        fingerprint = self._info.teacher_fingerprint
         return lambda: RemoteWriter(
-            self._io, self._session, options, head, fingerprint, self.check_usable
+            self._io, self._session, options, head, self._info, self.check_usable
         )
 
     def check_usable(self) -> None:

@@ -14,9 +14,12 @@ from student_trainer.client.session import Session
 from student_trainer.teachers.generation import GenerateOptions
 from student_trainer.teachers.writing import Written
 
+REQUEST_SAMPLES = 64
+"""Most samples of a prompt in one request: they share their prompt's keys, several requests the replicas."""
+
 
 class RemoteWriter:
-    """Continues prompts at the replicas of a service: one request for the samples of each prompt."""
+    """Continues prompts at the replicas of a service: one request for up to 64 samples of a prompt."""
 
     def __init__(
         self,
@@ -24,32 +27,48 @@ class RemoteWriter:
         session: Session,
         options: GenerateOptions,
         head: TeacherHead | None,
-        fingerprint: str,
+        info: teacher_pb2.TeacherInfo,
         check_usable: Callable[[], None],
     ) -> None:
-        """fingerprint: of the teacher that must write."""
+        """info: describes the teacher that must write."""
         self._io = io
         self._session = session
         self._options = options
         self._head = head
         self._template = make_request(options, session.id_tables)
         self._template.session_id = session.session_id
-        self._template.teacher_fingerprint = fingerprint
+        self._template.teacher_fingerprint = info.teacher_fingerprint
+        self._max_request_tokens = info.caller.max_request_tokens
         self._check_usable = check_usable
         self._ended: queue.SimpleQueue[Written] = queue.SimpleQueue()
-        self._asked: dict[int, PendingTexts] = {}
+        self._asked: dict[tuple[int, int], PendingTexts] = {}
+        """Who follows each text that has not ended, by index and sample."""
 
     def ask(self, index: int, prompt_ids: Tensor) -> None:
-        """Sends the request; returns at once."""
+        """Sends the requests; returns at once."""
         self._check_usable()
-        request = teacher_pb2.GenerateRequest()
-        request.CopyFrom(self._template)
-        request.prompt_ids = prompt_ids.numpy().astype("<i4").tobytes()
-        pending = PendingTexts(
-            request, index, prompt_ids, self._options, self._ended.put, head=self._head
-        )
-        self._asked[index] = pending
-        self._io.call(self._session.submit, pending)
+        prompt = prompt_ids.numpy().astype("<i4").tobytes()
+        every = range(self._options.num_samples)
+        most = REQUEST_SAMPLES
+        if self._max_request_tokens:  # of the team
+            text_tokens = len(prompt_ids) + self._options.max_new_tokens
+            most = max(1, min(most, self._max_request_tokens // text_tokens))
+        for samples in (every[first : first + most] for first in every[::most]):
+            request = teacher_pb2.GenerateRequest()
+            request.CopyFrom(self._template)
+            request.prompt_ids = prompt
+            pending = PendingTexts(
+                request,
+                index,
+                prompt_ids,
+                self._options,
+                samples,
+                self._ended.put,
+                head=self._head,
+            )
+            for sample in samples:
+                self._asked[index, sample] = pending
+            self._io.call(self._session.submit, pending)
 
     def take(self) -> list[Written]:
         """Waits until a text has ended; returns those that have ended since."""
@@ -57,14 +76,12 @@ class RemoteWriter:
         while not self._ended.empty():
             ended.append(self._ended.get())
         for one in ended:
-            pending = self._asked.get(one.index)
-            if pending is not None and pending.future.done():
-                del self._asked[one.index]
+            del self._asked[one.index, one.sample]
         return ended
 
     def close(self) -> None:
         """Cancels the requests that have not ended."""
-        left = [pending for pending in self._asked.values() if not pending.future.done()]
+        left = set(self._asked.values())
         self._asked.clear()
         if left:
             self._io.call(self._session.give_up, left)

@@ -29,7 +29,10 @@ FINISHES: dict[int, Finish] = {
 }
 
 SILENT_FACTOR = 12.0
-"""A text that has not grown for so many times as long as a batch may take is asked for again."""
+"""A text is asked for again after so many times as long as a batch may take, doubled each time.
+
+That is while it does not grow, or while texts that were asked for later grow and it has not begun.
+"""
 
 
 class Texts:
@@ -66,15 +69,18 @@ class Texts:
             return False
 
     def check(self, link: Link, now: float, batch_s: float) -> None:
-        """Asks again for texts of which nothing has come for long, while other answers came.
+        """Asks again for texts of which nothing has come for long: something was lost on its way.
 
-        batch_s: how long a batch may take before it counts as stuck.
+        batch_s: how long a batch may take before it counts as stuck. A text that waits for its turn at
+        the replica is left alone, however long that takes.
         """
         for pending in self._dispatch.outstanding(link, PendingTexts).values():
-            since_s = max(pending.written_s, pending.last_part_s)
-            if since_s and now - since_s > SILENT_FACTOR * batch_s:
+            since_s = pending.last_part_s or pending.passed_s
+            longest_s = SILENT_FACTOR * batch_s * 2**pending.num_silent
+            if since_s and now - since_s > longest_s:
                 logger.warning("a text has not grown for %.0f s, asking again", now - since_s)
                 self._counters.resent += 1
+                pending.num_silent += 1
                 link.cancel(pending)
                 self._dispatch.resend(pending)
 
@@ -112,7 +118,10 @@ class Texts:
             self._ask_again(link, pending, "a part of a text does not follow the one before it")
             return False
         link.clear_failures()
-        pending.last_part_s, pending.waited_since_s = time.monotonic(), None
+        now = time.monotonic()
+        if not pending.last_part_s:
+            self._note_passed_over(link, pending, now)
+        pending.last_part_s, pending.waited_since_s = now, None
         if part.finish:
             text = pending.texts[part.sample]
             self._tasks.spawn(self._finish(pending, part.sample, text), pending.resolve)
@@ -122,6 +131,14 @@ class Texts:
                 error = TargetsCorrupt("a request for texts ended before all of them had")
                 self._answers.ask_again(pending, error)
         return True
+
+    def _note_passed_over(self, link: Link, pending: PendingTexts, now: float) -> None:
+        """Marks the texts of a link that have not begun although one that was sent later has now."""
+        for earlier in self._dispatch.outstanding(link, PendingTexts).values():
+            if earlier is pending:
+                return
+            if not earlier.last_part_s:
+                earlier.passed_s = earlier.passed_s or now
 
     def _ask_again(self, link: Link, pending: PendingTexts, why: str) -> None:
         """Asks for the rest of the texts, after something that cannot be used."""

@@ -35,10 +35,13 @@ class TextService(teacher_pb2_grpc.TeacherServicer):
         *,
         replica_id: str = "one",
         part_tokens: int = 3,
+        max_running: int = 1 << 20,
     ) -> None:
+        """max_running: requests that are answered at a time; the others wait in order."""
         self._engine = Engine(prepare(model, tokenizer))
         self._generator: Generator = self._engine.open_generation(1 << 22)
         self._part_tokens = part_tokens
+        self._slots = asyncio.Semaphore(max_running)
         self.replica_id = replica_id
         self.others: list[TextService] = []
         self.state = "ready"
@@ -47,6 +50,8 @@ class TextService(teacher_pb2_grpc.TeacherServicer):
         self.refuse: list[teacher_pb2.RequestError] = []
         """Answers to the next requests."""
         self.change: Change = lambda response, number: None
+        self.lose: set[int] = set()
+        """Places of requests, in the order of arrival, that are never answered."""
         self.pause_s = 0.0
         """Before every part."""
         self.die_after: int | None = None
@@ -122,6 +127,8 @@ class TextService(teacher_pb2_grpc.TeacherServicer):
                     if task := running.pop(request.request_id, None):
                         task.cancel()
                     continue
+                if len(self.requests) - 1 in self.lose:
+                    continue
                 running[request.request_id] = asyncio.create_task(
                     self._answer(request, context, writing)
                 )
@@ -147,6 +154,18 @@ class TextService(teacher_pb2_grpc.TeacherServicer):
             async with writing:
                 await context.write(response)
             return
+        async with self._slots:
+            await self._write(request, digest, context, writing)
+
+    async def _write(
+        self,
+        request: teacher_pb2.GenerateRequest,
+        digest: bytes,
+        context: Any,
+        writing: asyncio.Lock,
+    ) -> None:
+        """Writes the samples of a request, one after the other."""
+        response = teacher_pb2.GenerateResponse(request_id=request.request_id)
         samples = list(request.samples) or [teacher_pb2.Sample()]
         for sample in samples:
             text = _Text(self, request, sample)

@@ -504,3 +504,15 @@ def test_a_distrusted_link_is_asked_only_where_there_is_no_other():
     dispatch.set_trusted("a", True)
     dispatch.submit(Pending(_request(Piece(SEQUENCES[0]), OPTIONS), 2))
     assert len(sent["a"]) == 2, "it has fewer outstanding tokens"
+
+
+def test_a_request_that_was_sent_again_while_it_waited_is_not_sent_twice():
+    dispatch, sent = placed(2)
+    pending = Pending(_request(Piece(SEQUENCES[0]), OPTIONS), 2)
+    dispatch.submit(pending)
+    dispatch.forget(pending)  # refused for now: it is submitted again after a pause
+    dispatch.resend(pending)  # meanwhile something of it turned out to be damaged
+    dispatch.submit(pending)
+    assert [len(numbers) for numbers in sent.values()] == [1, 1]
+    dispatch.forget(pending)
+    assert dispatch.num_unanswered == 0

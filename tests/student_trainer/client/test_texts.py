@@ -9,6 +9,7 @@ import torch
 
 from protos import teacher_pb2
 from student_trainer import connect
+from student_trainer.client import stalls, texts
 from student_trainer.errors import (
     IncompatibleTeacher,
     InvalidRequest,
@@ -200,10 +201,67 @@ def test_a_replica_that_drains_gets_no_more_prompts_and_its_texts_end(services, 
         one.pause_s = 0.03
     with connect(first.address) as teacher:
         stream = teacher.generate(PROMPTS * 4, **ARGUMENTS, ahead=4)
-        texts = [next(stream)]
+        found = [next(stream)]
         first.state = "draining"
-        texts += stream
-        assert [one[2:] for one in told(iter(texts))] == [one[2:] for one in wanted] * 4
+        found += stream
+        assert [one[2:] for one in told(iter(found))] == [one[2:] for one in wanted] * 4
         assert teacher.counters.resent == 0
         assert len(first.requests) + len(second.requests) == len(PROMPTS) * 4
         assert 0 < len(first.requests) < len(second.requests)
+
+
+def test_texts_that_wait_for_their_turn_are_not_asked_for_twice(services, wanted, monkeypatch):
+    monkeypatch.setattr(stalls, "STALL_S", 0.5)
+    monkeypatch.setattr(texts, "SILENT_FACTOR", 2.0)  # nothing of a text for 1 s counts as long
+    model = tiny.make_model("Llama", VOCAB)
+    service = TextService(model, replica_id="c", max_running=1)
+    service.pause_s = 0.05
+    try:
+        with connect(service.address) as teacher:
+            began = time.monotonic()
+            assert told(teacher.generate(PROMPTS, **ARGUMENTS)) == wanted
+            assert time.monotonic() - began > 3, "nothing waited for long"
+            assert teacher.counters.resent == 0
+        assert len(service.requests) == len(PROMPTS)
+    finally:
+        service.stop()
+
+
+def test_a_request_that_is_lost_on_its_way_is_asked_again(services, wanted, monkeypatch):
+    monkeypatch.setattr(stalls, "STALL_S", 0.5)
+    monkeypatch.setattr(texts, "SILENT_FACTOR", 2.0)
+    first, second = services
+    first.lose = {1}
+    second.state = "draining"
+    first.pause_s = (
+        0.15  # so that the others take long enough for the lost one to be missed meanwhile
+    )
+    with connect(first.address) as teacher:
+        assert told(teacher.generate(PROMPTS, **ARGUMENTS)) == wanted
+        assert teacher.counters.resent >= 1
+        assert teacher.counters.reconnects == 0
+    lost = first.requests[1]
+    again = [one for one in first.requests if one.item_id == lost.item_id and not one.cancel]
+    assert len(again) == 2
+    assert any(one.cancel and one.request_id == lost.request_id for one in first.requests)
+
+
+def test_many_samples_of_a_prompt_are_several_requests(services):
+    arguments: dict[str, Any] = {"max_new_tokens": 2, "num_samples": 300, "targets": "sampled:4"}
+    local = LocalTeacher(tiny.make_model("Llama", VOCAB))
+    for one in services:
+        one.pause_s = 0.01
+    with connect([one.address for one in services]) as teacher:
+        other = teacher.generate([[5]] * 2, max_new_tokens=200, ignore_teacher_stop_ids=True)
+        next(other)
+        wait_until(lambda: len(teacher.replicas) == 2, "both replicas write", 30)
+        assert told(teacher.generate([PROMPTS[1]], **arguments)) == told(
+            local.generate([PROMPTS[1]], **arguments)
+        )
+        other.close()
+    requests = [one for service in services for one in service.requests if not one.cancel]
+    assert max(len(one.samples) for one in requests) <= 64
+    assert len({one.item_id for one in requests}) == len(requests)
+    shares = [sum(len(one.samples) > 1 for one in service.requests) for service in services]
+    assert sum(shares) == 5
+    assert all(shares), "one replica wrote all of them"
