@@ -1,7 +1,7 @@
 """Defines `Teacher`, which served, local and recorded teachers implement."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
@@ -207,7 +207,7 @@ class Teacher(ABC):
         ahead: int = 16,
         target_temperature: float = 0.0,
         ignore_teacher_stop_ids: bool = False,
-    ) -> Iterator[Generation]:
+    ) -> Generator[Generation, None, None]:
         """Yields texts that the teacher writes after prompts, each with the targets of its tokens.
 
         prompts: sequences of token ids; an iterator is pulled as texts are handed out, so that `ahead` of

@@ -4,7 +4,7 @@ To this module a teacher is a `Writer`; remote and local teachers make theirs an
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -125,7 +125,7 @@ def write_texts(
     *,
     ahead: int,
     as_finished: bool,
-) -> Iterator[Generation]:
+) -> Generator[Generation, None, None]:
     """Implements `Teacher.generate`. Raises what it raises, as far as it can be known now."""
     if not isinstance(ahead, int) or ahead < 1:
         raise InvalidRequest(f"ahead must be a number of texts, at least 1, got {ahead!r}")
@@ -136,7 +136,7 @@ def write_texts(
     if isinstance(prompts, Sequence):  # a mistake at the end shows up before anything is asked for
         prompts = [check_prompt(one, index, info, options) for index, one in enumerate(prompts)]
 
-    def run() -> Iterator[Generation]:
+    def run() -> Generator[Generation, None, None]:
         source = _Source(iter(prompts), options, info)
         writer = make_writer()
         held = _Held()
