@@ -252,7 +252,12 @@ def test_many_samples_of_a_prompt_are_several_requests(services):
     for one in services:
         one.pause_s = 0.01
     with connect([one.address for one in services]) as teacher:
-        other = teacher.generate([[5]] * 2, max_new_tokens=200, ignore_teacher_stop_ids=True)
+        other = teacher.generate(
+            [[5]],
+            max_new_tokens=200,
+            num_samples=8,  # the service writes them one after the other
+            ignore_teacher_stop_ids=True,
+        )
         next(other)
         wait_until(lambda: len(teacher.replicas) == 2, "both replicas write", 30)
         assert told(teacher.generate([PROMPTS[1]], **arguments)) == told(
@@ -262,6 +267,6 @@ def test_many_samples_of_a_prompt_are_several_requests(services):
     requests = [one for service in services for one in service.requests if not one.cancel]
     assert max(len(one.samples) for one in requests) <= 64
     assert len({one.item_id for one in requests}) == len(requests)
-    shares = [sum(len(one.samples) > 1 for one in service.requests) for service in services]
+    shares = [sum(len(one.samples) > 8 for one in service.requests) for service in services]
     assert sum(shares) == 5
     assert all(shares), "one replica wrote all of them"

@@ -1,7 +1,7 @@
 """`student-trainer generate` with a teacher in this process: what is written, resumed and refused."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Writer(LocalTeacher):
         super().__init__(model, tokenizer)
         self.asked = set[int]()
 
-    def generate(self, prompts: Any, **options: Any) -> Iterator[Generation]:
+    def generate(self, prompts: Any, **options: Any) -> Generator[Generation, None, None]:
         for generation in super().generate(prompts, **options):
             if self.stop_after is not None and generation.index >= self.stop_after:
                 raise self.stop_with("away")
