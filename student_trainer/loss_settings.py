@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from logit_codec import FeaturesSpec, parse_targets
 from logitstream.options import Settings
 from student_trainer.schedules import LinearSchedule, default_weights
 
@@ -92,6 +91,8 @@ class LossSettings(Settings):
                     "--features features:layers=8+16"
                 )
             return self
+        from logit_codec import FeaturesSpec, parse_targets  # loads torch, which mistakes need not
+
         try:
             spec = parse_targets(self.features)
         except ValueError as error:

@@ -1,10 +1,16 @@
 """Formats the numbers of a report for people."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 """By whether a higher score is better, as lm-eval shows it."""
+
+
+def keep_finite(value: float | None) -> float | None:
+    """Returns None for what JSON cannot hold: NaN and infinities."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def format_score(score: Mapping[str, Any] | None) -> str:

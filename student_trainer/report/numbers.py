@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from student_trainer.report.formats import keep_finite
 from student_trainer.report.own_texts import measure_own_texts
 from student_trainer.training.results import Results, Scores, StudentResults
 
@@ -35,7 +36,7 @@ def compute_numbers(name: str, results: Results) -> dict[str, Any]:
         **_collect(scores, "loss"),
         **_compare(scores),
         **{name: settings[name] for name in SETTINGS},
-        "on_policy": settings.get("on_policy") or None,
+        "on_policy": _read_share(settings.get("on_policy")),
         **measure_own_texts(results),
         "trained_tokens": distilled.tokens,
         "held_out_tokens": rows + results.held_out_sequences,
@@ -64,11 +65,6 @@ def compute_curves(results: Results) -> dict[str, list[tuple[int, float | None]]
         name: curve(results.students[name]) if name in results.students else None
         for name in ("distilled", "control", "shuffled")
     }
-
-
-def keep_finite(value: float | None) -> float | None:
-    """Returns None for what JSON cannot hold: NaN and infinities."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _collect(scores: AllScores, name: str, leave_out: str = "") -> dict[str, float | None]:
@@ -146,6 +142,12 @@ def _describe(results: Results) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in results.versions.items()),
         "finished": results.finished,
     }
+
+
+def _read_share(share: Any) -> float | None:
+    """Returns the share of a run's batches that the student wrote, if the run says one."""
+    is_share = isinstance(share, int | float) and 0 < share <= 1
+    return float(share) if is_share else None
 
 
 def _describe_written(results: Results) -> dict[str, Any]:

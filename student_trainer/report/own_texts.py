@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from student_trainer.report.formats import format_value
+from student_trainer.report.formats import format_value, keep_finite
 from student_trainer.training.results import Results
 
 COLUMNS = {
@@ -42,7 +42,7 @@ def measure_own_texts(results: Results) -> dict[str, float | None]:
             weights = [entry.get(weight, 0.0) for entry in entries] if weight else texts
             total = sum(w * entry.get(name, 0.0) for w, entry in zip(weights, entries, strict=True))
             found[name] = total / sum(weights) if sum(weights) else None
-    return found
+    return {name: keep_finite(value) for name, value in found.items()}
 
 
 def describe_own_texts(share: float | None, numbers: Mapping[str, Any]) -> str:

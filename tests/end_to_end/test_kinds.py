@@ -16,7 +16,7 @@ from torch import Tensor
 from logit_codec import GivenIds, GivenIdsTargets, Targets, decode_parts, parse_targets
 from protos import teacher_pb2, teacher_pb2_grpc
 from student_trainer import LocalTeacher, connect
-from student_trainer.client import answers, keeper, links, stalls
+from student_trainer.client import answers, links, refusals, stalls
 from student_trainer.client.remote import RemoteTeacher
 from student_trainer.commands.check import check
 from student_trainer.teachers.request import Answer, Piece, ScoreOptions
@@ -191,7 +191,7 @@ def test_flipped_bits_in_answers_of_any_kind_are_never_trained_on(
     monkeypatch.setattr(stalls, "STALL_S", 2.0)
     monkeypatch.setattr(links, "PROBE_AFTER_S", 1.0)
     monkeypatch.setattr(answers, "MAX_ATTEMPTS", 20)
-    monkeypatch.setattr(keeper, "MAX_UNREADABLE", 20)
+    monkeypatch.setattr(refusals, "MAX_UNREADABLE", 20)
 
     def read(teacher: RemoteTeacher, kind: str) -> list[str]:
         return [digest(targets) for _, targets in teacher.stream(SEQUENCES, **options(kind))]

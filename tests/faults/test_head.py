@@ -204,7 +204,9 @@ def test_a_disk_that_does_not_take_it_is_an_error_that_says_what_to_do(
             (cache.parent / "file").touch()
             monkeypatch.setenv("LOGITSTREAM_CACHE", str(cache.parent / "file"))
         try:
-            with pytest.raises(TeacherError, match=r"cannot be kept in .*Make room, or set LOGITS"):
+            with pytest.raises(
+                TeacherError, match=r"cannot be kept in .*Make room there, or set LOGITS"
+            ):
                 teacher.head()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -28,11 +28,11 @@ NUM_ASKED = 25
 def write_down(path: Path) -> None:
     """Runs in the service: each step of each job is a line of the file, in the order of time."""
     from teacher_server.pipeline import encoding
-    from teacher_server.pipeline.compute import Compute
+    from teacher_server.pipeline.batches import BatchScorer
     from teacher_server.scheduling.scheduler import Scheduler
 
     file, lock = path.open("a", buffering=1), threading.Lock()
-    submit, charge, encode_parts = Scheduler.submit, Compute._charge, encoding.encode_parts
+    submit, charge, encode_parts = Scheduler.submit, BatchScorer._charge, encoding.encode_parts
 
     def note(*words: str) -> None:
         with lock:
@@ -52,7 +52,7 @@ def write_down(path: Path) -> None:
             note("part", "flood" if spec.kind == "dense" else "light")
             yield part
 
-    Scheduler.submit, Compute._charge, encoding.encode_parts = submitted, charged, encoded
+    Scheduler.submit, BatchScorer._charge, encoding.encode_parts = submitted, charged, encoded
 
 
 def before_answers(lines: list[str]) -> list[tuple[int, int]]:

@@ -79,6 +79,7 @@ class TextService(teacher_pb2_grpc.TeacherServicer):
         self._run(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        self._loop.close()
 
     async def _stop(self) -> None:
         self._dead.set()

@@ -180,7 +180,9 @@ def test_softcapped_attention_of_a_gpu_is_compiled_once_for_each_window() -> Non
     for bounds in ([0, 5, 133, 134, 256, 256], [0, 100, 200, 256, 256, 256]):
         ends = torch.tensor(bounds, dtype=torch.int32)
         for window in (attention.NO_WINDOW, 32):
-            expected = attention.attend_on_cpu(query, key, value, ends, window, 2.0, 0.25, None)
+            expected = attention.attend_on_cpu(
+                query, key, value, ends, None, window, 2.0, 0.25, None
+            )
             with torch.inference_mode():
                 found = attention._attend_with_softcap(query, key, value, ends, window, 2.0, 0.25)
             torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)

@@ -52,7 +52,18 @@ def test_an_engine_that_tiles_its_products_is_exact(name: str) -> None:
     assert is_exact(Engine(teacher(name)))
 
 
+@functools.cache
+def products_round_alike() -> bool:
+    """Whether products of any number of rows round alike here: it depends on the processor."""
+    weights = torch.randn(1024, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows = torch.randn(700, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    whole = rows @ weights.t()
+    return all(torch.equal(rows[:n] @ weights.t(), whole[:n]) for n in range(1, 300))
+
+
 def test_an_engine_that_does_not_tile_is_found_out_where_products_round_differently() -> None:
+    if products_round_alike():
+        pytest.skip("products of any number of rows round alike on this processor")
     wide = teacher(hidden_size=512)
     assert is_exact(Engine(wide))
     assert not keeps_bytes(Engine(wide, exact=False))
@@ -65,6 +76,8 @@ def test_the_level_is_tolerance_where_that_was_asked_for() -> None:
 
 
 def test_padded_sequences_are_found_out_where_products_round_differently() -> None:
+    if products_round_alike():
+        pytest.skip("products of any number of rows round alike on this processor")
     padded = replace(teacher(hidden_size=512), is_packed=False)
     assert not keeps_bytes(Engine(padded, exact=False))
     assert is_exact(Engine(padded)), "each runs alone"
