@@ -1,9 +1,10 @@
 """Serves one Generate stream: starts its requests, writes their texts as they come, cancels and fails.
 
-A request goes straight through: it is admitted, reserved with the accounts, and each of its samples waits
-for its part of the answer budget and is written by the pipeline, some tokens at a time. A text is at
-most two flushes ahead of what was written to the stream, and that is what it holds of the budget: a
-reader that stops pauses its own texts.
+A request is admitted when it is read. In the order of reading, each is then reserved with the accounts, and
+each of its samples waits for its part of the answer budget and is written by the pipeline, some tokens at a
+time. A text is at most two flushes ahead of what was written to the stream, and that is what it holds
+of the budget: a reader that stops pauses its own texts. Reading goes on for a while when the budget is
+used up, because a client that gives a text up says so on the same stream.
 """
 
 import asyncio
@@ -38,11 +39,17 @@ BLOCK_TOKENS = 64
 FLUSH_TOKENS, FLUSH_NBYTES = 64, 1 << 20
 """A flush of the pipeline has at most so many tokens, and bytes up to the token that exceeds these."""
 UNREAD_FLUSHES = 2
+READ_AHEAD_NBYTES = 1 << 20
+"""While requests that wait to be started take as much, no further one is read."""
+JOB_NBYTES = 4 << 10
+"""What one sample that waits takes beside the ids of its request."""
 FINISH = {
     "": teacher_pb2.FINISH_UNSPECIFIED,
     "stop": teacher_pb2.FINISH_STOP,
     "length": teacher_pb2.FINISH_LENGTH,
 }
+Jobs = list[tuple[int, GenerationJob]]
+"""The samples of one request, by their numbers."""
 UNKNOWN_TEAM = Team("", scopes=frozenset())
 """The team of a request until its caller is known."""
 
@@ -59,10 +66,47 @@ class _Answer:
     prompt_digest: bytes = b""
     unfinished: int = 0
     """Samples that have not ended."""
-    failed: bool = False
-    """Whether an error was written, or nothing may be any more."""
+    is_over: bool = False
+    """Whether its last part or an error was written, or nothing may be any more."""
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     """One for each sample that is being answered."""
+
+
+class _ReadAhead:
+    """Queues requests that were admitted and are not started, bounded by what they take."""
+
+    def __init__(self) -> None:
+        self._waiting: asyncio.Queue[tuple[_Answer, Jobs, int] | None] = asyncio.Queue()
+        self._nbytes = 0
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+
+    def put(self, answer: _Answer, jobs: Jobs, request_nbytes: int) -> None:
+        nbytes = request_nbytes + len(jobs) * JOB_NBYTES
+        self._count(nbytes)
+        self._waiting.put_nowait((answer, jobs, nbytes))
+
+    def end(self) -> None:
+        """Says that no further request comes."""
+        self._waiting.put_nowait(None)
+
+    async def wait_for_room(self) -> None:
+        """Waits until another request may be read."""
+        await self._has_room.wait()
+
+    async def take(self) -> AsyncIterator[tuple[_Answer, Jobs]]:
+        """Yields the requests in order; each counts until the next one is taken."""
+        while (entry := await self._waiting.get()) is not None:
+            answer, jobs, nbytes = entry
+            yield answer, jobs
+            self._count(-nbytes)
+
+    def _count(self, nbytes: int) -> None:
+        self._nbytes += nbytes
+        if self._nbytes < READ_AHEAD_NBYTES:
+            self._has_room.set()
+        else:
+            self._has_room.clear()
 
 
 class _Blocks:
@@ -117,6 +161,7 @@ class GenerateStream:
         self._team_stats = team_stats
         self._session_id = secrets.token_bytes(SESSION_ID_NBYTES)
         """The session of requests that name none."""
+        self._read_ahead = _ReadAhead()
         self._unanswered: dict[int, _Answer] = {}
         self._writing = asyncio.Lock()
 
@@ -127,14 +172,17 @@ class GenerateStream:
         self._budget.end = task.cancel
         refused = None
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._start_admitted(tasks))
             try:
                 async for request in requests:
                     if request.cancel:
                         await self._cancel(request.request_id)
                     else:
-                        await self._start(request, tasks)
+                        await self._admit(request)
+                    await self._read_ahead.wait_for_room()
             except RequestRefused as error:
                 refused = error  # ends the stream once the requests before it are answered
+            self._read_ahead.end()
         if refused is not None:
             raise refused
 
@@ -147,44 +195,49 @@ class GenerateStream:
             )
             await self._fail(answer, error, is_refusal=False)
 
-    async def _start(self, request: teacher_pb2.GenerateRequest, tasks: asyncio.TaskGroup) -> None:
-        """Admits one request and starts its samples, or answers it with an error."""
+    async def _admit(self, request: teacher_pb2.GenerateRequest) -> None:
+        """Queues one request to be started, or answers it with an error."""
         answer = _Answer(
             request.request_id,
             request_digest(request),
             origin(request.session_id or self._session_id, request.item_id or request.request_id),
         )
         try:
-            jobs = await self._admit(request, answer)
+            # Asked for each request: a token may have expired, a team changed, since the stream began.
+            answer.team = self._caller.team()
+            if request.request_id in self._unanswered:
+                raise invalid(
+                    "DUPLICATE_REQUEST_ID",
+                    f"request {request.request_id} is not answered yet and was sent again. Give every "
+                    "request of a stream an id of its own.",
+                    field="request_id",
+                )
+            jobs = self._admission.admit(request, answer.team)
         except Exception as error:
             await self._fail(answer, error)
             return
         answer.unfinished = len(jobs)
         answer.prompt_digest = xxhash.xxh3_128_digest(request.prompt_ids)
         self._unanswered[request.request_id] = answer
-        await self._start_jobs(answer, jobs, tasks)
+        self._read_ahead.put(answer, jobs, request.ByteSize())
 
-    async def _admit(
-        self, request: teacher_pb2.GenerateRequest, answer: _Answer
-    ) -> list[tuple[int, GenerationJob]]:
-        """Returns the jobs of a request by sample, their tokens reserved. Raises what refuses it."""
-        # Asked for each request: a token may have expired, a team changed, since the stream began.
-        answer.team = team = self._caller.team()
-        if request.request_id in self._unanswered:
-            raise invalid(
-                "DUPLICATE_REQUEST_ID",
-                f"request {request.request_id} is not answered yet and was sent again. Give every "
-                "request of a stream an id of its own.",
-                field="request_id",
-            )
-        jobs = self._admission.admit(request, team)
-        await self._accounts.reserve(team, sum(job.num_tokens for _, job in jobs))
-        return jobs
+    async def _start_admitted(self, tasks: asyncio.TaskGroup) -> None:
+        """Starts the requests in the order in which they were read."""
+        async for answer, jobs in self._read_ahead.take():
+            if answer.is_over:
+                continue  # it was cancelled while it waited
+            try:
+                await self._accounts.reserve(answer.team, sum(job.num_tokens for _, job in jobs))
+            except Exception as error:
+                await self._fail(answer, error)
+                continue
+            await self._start_jobs(answer, jobs, tasks)
 
-    async def _start_jobs(
-        self, answer: _Answer, jobs: list[tuple[int, GenerationJob]], tasks: asyncio.TaskGroup
-    ) -> None:
-        """Starts each sample when the budget has bytes for what it may be ahead of its reader."""
+    async def _start_jobs(self, answer: _Answer, jobs: Jobs, tasks: asyncio.TaskGroup) -> None:
+        """Starts each sample when the budget has bytes for what it may be ahead of its reader.
+
+        Their tokens are reserved: those that are not started are settled here.
+        """
         waiting = deque(jobs)
         team = answer.team.name
         try:
@@ -192,7 +245,7 @@ class GenerateStream:
                 number, job = waiting[0]
                 nbytes = _unread_nbytes(job)
                 await self._budget.acquire(nbytes, team)
-                if answer.failed:
+                if answer.is_over:
                     self._budget.release(nbytes, team)
                     return
                 waiting.popleft()
@@ -219,7 +272,7 @@ class GenerateStream:
             with closing(self._pipeline.generate(job)) as parts:
                 await self._write_parts(answer, number, job, parts)
         except grpc.aio.InternalError:
-            answer.failed = True  # the client has gone: there is no one to send the error to
+            answer.is_over = True  # the client has gone: there is no one to send the error to
         except Exception as error:
             await self._fail(answer, error)
 
@@ -264,7 +317,7 @@ class GenerateStream:
 
     async def _fail(self, answer: _Answer, error: Exception, *, is_refusal: bool = True) -> None:
         """Answers a request with an error, once, and drops its texts."""
-        if answer.failed:
+        if answer.is_over:
             return
         message = error_message(error)
         if is_refusal:
@@ -287,17 +340,16 @@ class GenerateStream:
         *,
         before: Callable[[], None] | None = None,
     ) -> None:
-        """Writes one part or error; after an error of a request nothing of it is written.
+        """Writes one part or error; after the last part or an error of a request nothing of it is written.
 
         before: called just before the write, if there is one.
         """
         async with self._writing:
-            if answer.failed:
-                return  # it failed while this part waited for its turn
-            answer.failed = response.HasField("error")
-            ended = answer.failed or response.part.last
+            if answer.is_over:
+                return  # it ended while this one waited for its turn
+            answer.is_over = response.HasField("error") or response.part.last
             # A second request with the same id must not end the first one's entry.
-            if ended and self._unanswered.get(answer.request_id) is answer:
+            if answer.is_over and self._unanswered.get(answer.request_id) is answer:
                 del self._unanswered[answer.request_id]
             response.check = generation_check(answer.request_digest, response)
             if before is not None:
