@@ -100,9 +100,13 @@ class TeacherServicer(object):
         """Writes continuations of prompts and returns each new token with the targets of the distribution that it
         was drawn from. As for Score, requests may be sent without waiting for answers, every one that was read
         ends in its parts or in one RequestError, and the status of the stream is only for authentication, drain
-        and transport; what is said of Score streams above holds for these streams too. Parts of different requests
-        and samples arrive interleaved, those of one sample in order. Needs the scope generate. A request that was
-        interrupted goes on elsewhere: send it again with the same item_id and what was received of each sample.
+        and transport; what is said of Score streams above holds for these streams too, but for two things. A
+        draining service does not finish texts, which may take minutes: it ends the stream at once with UNAVAILABLE.
+        And up to about 1 MiB of requests, each sample counted with 4 KiB, is read while unfinished answers fill
+        Limits.max_stream_bytes, so that a cancel behind them is heard; they wait for their turn. Parts of different
+        requests and samples arrive interleaved, those of one sample in order. Needs the scope generate. A request
+        that was interrupted goes on elsewhere: send it again with the same session_id and item_id and what was
+        received of each sample.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -9,11 +9,16 @@ that stopped first is ended after a while; its client can send the requests agai
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Self
+
+import grpc
+
+from teacher_server.errors import RequestRefused
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +139,37 @@ class StreamBudget:
         self._replica._streams.discard(self)
         if not self._replica._streams:
             self._replica.empty.set()
+
+    @contextlib.contextmanager
+    def may_end_task(self) -> Iterator[None]:
+        """Lets the budget end what the current task does within. Raises RequestRefused if it did.
+
+        A handler that only raised CancelledError would leave its client without any status: one that reads
+        on later would wait for ever.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        is_ended = False
+
+        def end() -> None:
+            nonlocal is_ended
+            is_ended = True
+            task.cancel()
+
+        self.end = end
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not is_ended or task.uncancel():
+                raise  # its client has left
+            raise RequestRefused(
+                grpc.StatusCode.UNAVAILABLE,
+                "NOT_READ",
+                f"this stream was not read for {STOPPED_S:.0f} s while others of its team waited for its "
+                "bytes. Send what is not answered again on another one, and read what comes.",
+            ) from None
+        finally:
+            self.end = lambda: None
 
     async def acquire(self, nbytes: int, team: str) -> None:
         """Waits until `nbytes` fit into the stream's and the replica's budget, and takes them.

@@ -167,22 +167,20 @@ class GenerateStream:
 
     async def serve(self, requests: AsyncIterator[teacher_pb2.GenerateRequest]) -> None:
         """Answers every request. Raises RequestRefused if reading them ended with one."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._budget.end = task.cancel
         refused = None
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._start_admitted(tasks))
-            try:
-                async for request in requests:
-                    if request.cancel:
-                        await self._cancel(request.request_id)
-                    else:
-                        await self._admit(request)
-                    await self._read_ahead.wait_for_room()
-            except RequestRefused as error:
-                refused = error  # ends the stream once the requests before it are answered
-            self._read_ahead.end()
+        with self._budget.may_end_task():
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._start_admitted(tasks))
+                try:
+                    async for request in requests:
+                        if request.cancel:
+                            await self._cancel(request.request_id)
+                        else:
+                            await self._admit(request)
+                        await self._read_ahead.wait_for_room()
+                except RequestRefused as error:
+                    refused = error  # ends the stream once the requests before it are answered
+                self._read_ahead.end()
         if refused is not None:
             raise refused
 

@@ -101,16 +101,14 @@ class ScoreStream:
 
     async def serve(self, requests: AsyncIterator[teacher_pb2.ScoreRequest]) -> None:
         """Answers every request. Raises RequestRefused if reading them ended with one."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._budget.end = task.cancel
         refused = None
-        async with asyncio.TaskGroup() as tasks:
-            try:
-                async for request in requests:
-                    await self._start(request, tasks)
-            except RequestRefused as error:
-                refused = error  # ends the stream once the requests before it are answered
+        with self._budget.may_end_task():
+            async with asyncio.TaskGroup() as tasks:
+                try:
+                    async for request in requests:
+                        await self._start(request, tasks)
+                except RequestRefused as error:
+                    refused = error  # ends the stream once the requests before it are answered
         if refused is not None:
             raise refused
 

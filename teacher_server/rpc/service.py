@@ -250,11 +250,7 @@ class TeacherService(teacher_pb2_grpc.TeacherServicer):
 
 
 async def _serve_until(stop: asyncio.Event, serve: Coroutine[Any, Any, None]) -> None:
-    """Serves a stream until it ends or `stop` is set, whatever comes first.
-
-    Raises CancelledError if the stream was ended from elsewhere: returning would tell its client that
-    every request is answered.
-    """
+    """Serves a stream until it ends or `stop` is set, whatever comes first."""
     serving = asyncio.ensure_future(serve)
     stopping = asyncio.ensure_future(stop.wait())
     try:
@@ -263,10 +259,8 @@ async def _serve_until(stop: asyncio.Event, serve: Coroutine[Any, Any, None]) ->
         stopping.cancel()
         if not serving.done():
             serving.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await serving
-    if not serving.cancelled() or not stop.is_set():
-        await serving
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
 
 
 def _read_chunk(file: HeadFile, offset: int) -> teacher_pb2.HeadChunk:

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import numpy as np
@@ -21,6 +22,8 @@ SEQUENCES = tiny.random_sequences(20, VOCAB, seed=61)
 SEED = random.SystemRandom().randrange(1 << 32)
 STREAMS, MESSAGES = 1400, 10
 """Of Score."""
+TEXT_STREAMS = 500
+"""Of Generate."""
 CALLS = 6000
 """Of the other methods."""
 AT_ONCE = 8
@@ -86,11 +89,71 @@ def some_request(chance: random.Random, number: int) -> bytes:
     return mutated(request.SerializeToString(), chance)
 
 
+def some_text_request(chance: random.Random, number: int) -> bytes:
+    """A GenerateRequest, mostly for a few tokens, with bytes that may mean anything."""
+
+    def some_ids(most: int) -> bytes:
+        ids = [chance.randrange(VOCAB) for _ in range(chance.randint(0, most))]
+        return np.array(ids, dtype="<i4").tobytes()
+
+    request = teacher_pb2.GenerateRequest(
+        request_id=number,
+        prompt_ids=some_ids(9) + some_ids(1),
+        max_new_tokens=chance.choice([0, 1, 2, 3, 5, 5, 5, 5]),
+        draw=teacher_pb2.Draw(
+            temperature=chance.choice(
+                [0.0, 1.0, 1.0, 1.0, 2.0, 2.0, -1.0, float("nan"), float("inf")]
+            ),
+            top_k=chance.choice([0, 0, 1, 7, VOCAB, 1 << 31]),
+            top_p=chance.choice([0.0, 0.0, 0.5, 1.0, 1.0, 1e-300, float("nan")]),
+        ),
+        target_temperature=chance.choice([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, -1.0, float("inf")]),
+        stop_ids=[chance.randrange(2 * VOCAB) for _ in range(chance.choice([0, 0, 0, 1]))],
+        stop_strings=["a\0\n"] * chance.choice([0, 0, 0, 0, 0, 0, 1]),
+        cancel=chance.random() < 0.05,
+        seed=chance.getrandbits(64),
+        session_id=chance.choice([b"", bytes(16)]),
+    )
+    if request.cancel:
+        request.request_id = max(1, number - chance.randint(0, 3))
+    for sample in range(chance.choice([0, 1, 1, 2, 3])):
+        received = some_ids(4) if chance.random() < 0.2 else b""
+        request.samples.add(
+            number=chance.choice([sample, sample, sample, 1]), received_ids=received
+        )
+    kind = chance.choice(["", "", "top_k", "top_k", "sampled", "dense", "realized", "given_ids"])
+    if kind == "top_k":
+        request.targets.top_k.CopyFrom(teacher_pb2.TopK(k=chance.randint(0, 9), bits=7))
+    elif kind:
+        getattr(request.targets, kind).SetInParent()
+        if kind == "dense":
+            request.targets.dense.bits = chance.choice([16, 32, 32, 5])
+        elif kind == "sampled":
+            request.targets.sampled.n = chance.randint(0, 99)
+    return mutated(request.SerializeToString(), chance)
+
+
 async def score(channel: grpc.aio.Channel, seed: str, found: Counter[str]) -> None:
     """One stream of messages, up to the first that cannot be read."""
+    await stream(channel, "Score", some_request, teacher_pb2.ScoreResponse, seed, found)
+
+
+async def write_texts(channel: grpc.aio.Channel, seed: str, found: Counter[str]) -> None:
+    """The same of Generate."""
+    await stream(channel, "Generate", some_text_request, teacher_pb2.GenerateResponse, seed, found)
+
+
+async def stream(
+    channel: grpc.aio.Channel,
+    method: str,
+    make: Callable[[random.Random, int], bytes],
+    response_type: Any,
+    seed: str,
+    found: Counter[str],
+) -> None:
     chance = random.Random(seed)
-    messages = [some_request(chance, number) for number in range(1, MESSAGES + 1)]
-    call = channel.stream_stream(f"{SERVICE}/Score")()
+    messages = [make(chance, number) for number in range(1, MESSAGES + 1)]
+    call = channel.stream_stream(f"{SERVICE}/{method}")()
 
     async def write() -> None:
         try:
@@ -103,8 +166,8 @@ async def score(channel: grpc.aio.Channel, seed: str, found: Counter[str]) -> No
     writing = asyncio.create_task(write())
     try:
         async for data in call:
-            answer = teacher_pb2.ScoreResponse.FromString(data)
-            found[answer.error.reason or "part"] += 1
+            answer = response_type.FromString(data)
+            found[answer.error.reason or f"part of {method}"] += 1
     except grpc.aio.AioRpcError:
         pass
     await writing
@@ -153,12 +216,15 @@ def test_messages_that_mean_anything_or_nothing_are_refused_and_change_nothing(s
                 async with asyncio.TaskGroup() as tasks:
                     for number in range(STREAMS):
                         tasks.create_task(within(score(channel, f"{SEED} s {number}", found)))
+                    for number in range(TEXT_STREAMS):
+                        tasks.create_task(within(write_texts(channel, f"{SEED} t {number}", found)))
                     for number in range(CALLS):
                         tasks.create_task(within(ask(channel, f"{SEED} c {number}", found)))
 
         IoThread.shared().run(everything())
         print(dict(found))
-        assert found["part"] > 100
+        assert found["part of Score"] > 100
+        assert found["part of Generate"] > 40
         assert found["INVALID_ARGUMENT"] > 100
         assert "INTERNAL" not in found
         assert fleet.rss_nbytes(0) - before < GROWTH_NBYTES
