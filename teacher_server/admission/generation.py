@@ -71,8 +71,8 @@ class GenerationAdmission:
 
     def admit(
         self, request: teacher_pb2.GenerateRequest, team: Team = DEFAULT_TEAM
-    ) -> list[tuple[int, GenerationJob]]:
-        """Returns a job for each sample, with its number. Raises RequestRefused."""
+    ) -> list[GenerationJob]:
+        """Returns a job for each sample. Raises RequestRefused."""
         if not self._max_tokens:
             raise RequestRefused(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -127,7 +127,7 @@ class GenerationAdmission:
                 id_table=id_table,
             )
             job.held = job.num_tokens
-            jobs.append((number, job))
+            jobs.append(job)
         return jobs
 
     def _read_spec(self, request: teacher_pb2.GenerateRequest, team: Team) -> TargetSpec | None:

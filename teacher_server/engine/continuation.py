@@ -43,11 +43,14 @@ class Continuation:
     """Pages of the pool that hold its keys and values, in the order of its tokens."""
     num_cached: int = 0
     """Tokens from the start whose keys and values are in the pages."""
+    prompt_digest: bytes = field(init=False)
+    """As `ids_digest` makes it of the prompt."""
     draw_key: int = field(init=False)
     """Of the noise that its tokens are drawn with: of the prompt and the seeds, so of this text alone."""
 
     def __post_init__(self) -> None:
-        digest, rule = ids_digest(self.prompt_ids), self.rule
+        self.prompt_digest = digest = ids_digest(self.prompt_ids)
+        rule = self.rule
         halves = (int.from_bytes(half, "little") for half in (digest[:8], digest[8:]))
         self.draw_key = make_key(rule.seed, rule.epoch, *halves, rule.sample)
 

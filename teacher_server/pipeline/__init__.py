@@ -2,6 +2,7 @@
 
 from teacher_server.pipeline.encoding import Encoding, Part
 from teacher_server.pipeline.pipeline import Pipeline
+from teacher_server.pipeline.texts import bound_unread
 from teacher_server.pipeline.written import WrittenPart, WrittenParts
 from teacher_server.scheduling.generation_job import GenerationJob
 from teacher_server.scheduling.job import SequenceJob
@@ -14,4 +15,5 @@ __all__ = [
     "SequenceJob",
     "WrittenPart",
     "WrittenParts",
+    "bound_unread",
 ]

@@ -22,7 +22,7 @@ from teacher_server.monitoring.replica_stats import ReplicaStats
 from teacher_server.pipeline.encoding import Encoder
 from teacher_server.pipeline.failures import forget_frames, is_out_of_memory, refuse_job
 from teacher_server.pipeline.written import Flush, WrittenParts
-from teacher_server.scheduling.generation_job import Finish, GenerationJob
+from teacher_server.scheduling.generation_job import MAX_UNREAD, Finish, GenerationJob
 from teacher_server.scheduling.generations import TextTurn
 from teacher_server.scheduling.turns import Turns
 
@@ -302,6 +302,12 @@ class TextWriter:
         self._turns.cancel(parts.job)
         for flush in list(parts.flushes):
             self._encoder.drop(flush)
+
+
+def bound_unread(job: GenerationJob) -> int:
+    """Returns an upper bound of what is delivered of a text and not read yet, in bytes."""
+    flush = min(FLUSH_TOKENS * job.row_nbytes, FLUSH_NBYTES + job.row_nbytes)
+    return MAX_UNREAD * flush
 
 
 def _make_flush(
