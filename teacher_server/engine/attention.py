@@ -12,7 +12,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,20 +28,27 @@ SCORES_NBYTES = 1 << 20
 NO_WINDOW = -1
 
 
+class Rule(NamedTuple):
+    """Says how the queries of one layer weigh the keys that are before them."""
+
+    window: int
+    """How many tokens a query sees, itself among them; NO_WINDOW for all."""
+    softcap: float
+    """0 for none."""
+    scale: float
+    sinks: Tensor | None
+    """(H,), a score per head that takes its part of the softmax."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `scaled_dot_product_attention` has it, but for the window."""
+        return self.softcap == 0.0 and self.sinks is None
+
+
 class KeysPlan(Protocol):
     """Says which keys are kept, and attends to those that were."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window: int,
-        softcap: float,
-        scale: float,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """Computes (1, T, H, D) for one layer, of the arguments of `attend_on_cpu`."""
         ...
 
@@ -73,22 +80,21 @@ def attend_on_cpu(
     arithmetic depends on its own length alone.
     """
     out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+    rule = Rule(window, softcap, scale, sinks)
     for places in places_of_segments(cu_seqlens, rest_seqlens):
         q, k, v = (take(x, places) for x in (query, key, value))
-        put(out, places, attend_in_segment(q, k, v, window, softcap, scale, sinks))
+        put(out, places, attend_in_segment(q, k, v, rule))
     return out
 
 
-def attend_in_segment(
-    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, scale: float, sinks: Tensor | None
-) -> Tensor:
+def attend_in_segment(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     """Computes (1, H, L, D) causally for the last L tokens of a segment, of which all keys are given."""
-    is_plain = softcap == 0.0 and sinks is None and k.shape[2] == q.shape[2]
-    if is_plain and not 0 <= window < q.shape[2]:
+    is_whole = k.shape[2] == q.shape[2]
+    if rule.is_plain and is_whole and not 0 <= rule.window < q.shape[2]:
         return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, is_causal=True, scale=rule.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    return _attend_in_blocks(q, k, v, window, softcap, scale, sinks)
+    return _attend_in_blocks(q, k, v, rule)
 
 
 def places_of_segments(cu_seqlens: Tensor, rest_seqlens: Tensor | None) -> Iterator[list[slice]]:
@@ -129,14 +135,13 @@ def _(
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
-def _attend_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, scale: float, sinks: Tensor | None
-) -> Tensor:
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     """Computes (1, H, L, D) for one segment, some queries of some heads at a time.
 
     Query heads that share a key head are one product. Keys that there are more of than queries stand
     before them.
     """
+    window, softcap, scale, sinks = rule
     num_kv_heads, length = k.shape[1], q.shape[2]
     past = k.shape[2] - length
     q_GHLD = q[0].unflatten(0, (num_kv_heads, -1))
@@ -287,8 +292,8 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = NO_WINDOW if sliding_window is None else sliding_window
     if keys_plan is not None:
-        arguments = (window, softcap or 0.0, scale, s_aux)
-        return keys_plan.attend(module.layer_idx, query, key, value, *arguments), None
+        rule = Rule(window, softcap or 0.0, scale, s_aux)
+        return keys_plan.attend(module.layer_idx, query, key, value, rule), None
     assert cu_seqlens is not None
     if query.device.type == "cpu":
         attended = attend_on_cpu(

@@ -11,13 +11,12 @@ Letters: R rows of a launch, D hidden size, V vocabulary, T tokens of a pack.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from logit_codec import TargetSpec, select_rows
-from teacher_server.engine.attention import packed_attention
+from teacher_server.engine.attention import KeysPlan, packed_attention
 from teacher_server.engine.batch import PackTimes
 from teacher_server.engine.continuation import Continuation
 from teacher_server.engine.device import Device, Event
@@ -125,7 +124,6 @@ class Generator:
         start = self._device.mark()
         ids: list[Tensor] = []
         rows: list[ScoredRows | None] = []
-        forwarded = selected = start
         states = []
         size = self.decode_rows if self._exact else max(len(texts), self.decode_rows)
         for first in range(0, len(texts), size):
@@ -138,7 +136,7 @@ class Generator:
         found = [self._draw(some, state) for some, state in states]
         selected = self._device.mark()
         for drawn, kept in found:
-            ids.append(self._download(drawn))
+            ids.append(drawn.to("cpu", non_blocking=True))
             rows += kept
         return LaunchedStep(
             tuple(texts), tuple(ids), tuple(rows), (start, forwarded, selected, self._device.mark())
@@ -192,11 +190,11 @@ class Generator:
             tiling = Tiling.of([*lengths, padding])
             plan = ChunkPlan(self.pool, tiling.large_seqlens, tiling.small_seqlens, *kept)
             with TiledProducts(tiling):
-                self._run_model(tiling.to_tiles(token_ids), tiling.to_tiles(positions), plan)
+                run_model(self._model, tiling.to_tiles(token_ids), tiling.to_tiles(positions), plan)
             return
         ends = torch.tensor([0, *lengths]).cumsum(0)
         plan = ChunkPlan(self.pool, ends, None, *kept)
-        self._run_model(upload(token_ids), upload(positions), plan)
+        run_model(self._model, upload(token_ids), upload(positions), plan)
 
     @torch.inference_mode()
     def _run_rows(
@@ -209,11 +207,8 @@ class Generator:
         plan = RowPlan(self.pool, [Row(text.pages, at) for text, at in rows], self._model.device)
         upload = self._device.upload
         with watch_layers(self._model.causal_lm, layers) as by_layer, self._products.use():
-            hidden_RD = self._run_model(upload(token_ids), upload(positions), plan)
+            hidden_RD = run_model(self._model, upload(token_ids), upload(positions), plan)
         return States(hidden_RD, by_layer)
-
-    def _run_model(self, token_ids: Tensor, positions: Tensor, plan: Any) -> Tensor:
-        return run_model(self._model, token_ids, positions, plan)
 
     @torch.inference_mode()
     def _draw(
@@ -248,11 +243,8 @@ class Generator:
                 rows[row] = ScoredRows(((selection, slice(row, row + 1)),))
         return drawn_R[: len(texts)], rows
 
-    def _download(self, drawn_R: Tensor) -> Tensor:
-        return drawn_R.to("cpu", non_blocking=True)
 
-
-def run_model(model: TeacherModel, token_ids: Tensor, positions: Tensor, plan: Any) -> Tensor:
+def run_model(model: TeacherModel, token_ids: Tensor, positions: Tensor, plan: KeysPlan) -> Tensor:
     """Runs tokens at their positions -> (T, D) hidden states; attention goes by the plan."""
     with packed_attention(model.causal_lm):
         output = model.causal_lm.base_model(

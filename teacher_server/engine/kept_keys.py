@@ -14,6 +14,7 @@ from torch import Tensor
 
 from teacher_server.engine.attention import (
     NO_WINDOW,
+    Rule,
     attend_in_segment,
     places_of_segments,
     put,
@@ -28,19 +29,9 @@ class ShapeFinder:
     def __init__(self) -> None:
         self.shapes: dict[int, KeyShape] = {}
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window: int,
-        softcap: float,
-        scale: float,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         self.shapes[layer] = KeyShape(key.shape[1], key.shape[3], value.shape[3])
-        attended = attend_in_segment(query, key, value, window, softcap, scale, sinks)
+        attended = attend_in_segment(query, key, value, rule)
         return attended.transpose(1, 2)
 
 
@@ -64,17 +55,7 @@ class ChunkPlan:
         self._pages_before = pages_before
         self._begun = begun
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window: int,
-        softcap: float,
-        scale: float,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
         segments = zip(
             self._places, self._slots, self._pages_before, self._begun, strict=False
@@ -85,7 +66,7 @@ class ChunkPlan:
             if len(pages):
                 k = torch.cat([self._read(self._pool.keys[layer], pages), k], 2)
                 v = torch.cat([self._read(self._pool.values[layer], pages), v], 2)
-            put(out, places, attend_in_segment(q, k, v, window, softcap, scale, sinks))
+            put(out, places, attend_in_segment(q, k, v, rule))
         return out
 
     @staticmethod
@@ -137,23 +118,13 @@ class RowPlan:
         self._groups: dict[int, list[_Group]] = {}
         """By window: what the layers of one window share."""
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window: int,
-        softcap: float,
-        scale: float,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         count, num_kv_heads = len(self._rows), key.shape[1]
         keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
         self._pool.write(layer, self._slots, keys[:count], values[:count], self._begun)
         q_TGQD = query[0].transpose(0, 1).unflatten(1, (num_kv_heads, -1))
         out_TGQD = query.new_zeros(*q_TGQD.shape[:3], value.shape[3])
-        for group in self._group(window):
+        for group in self._group(rule.window):
             k, v = (
                 kept[layer]
                 .index_select(0, group.pages)
@@ -162,7 +133,7 @@ class RowPlan:
             )
             q_RGQD = q_TGQD[group.rows]
             k_RGLD, v_RGLD = k.transpose(1, 2), v.transpose(1, 2)
-            if softcap == 0.0 and sinks is None:
+            if rule.is_plain:
                 # Of one query alone torch may divide the keys among its threads, and adds up otherwise
                 # the more rows there are; of two it does not.
                 is_single = q_RGQD.shape[2] == 1
@@ -171,10 +142,10 @@ class RowPlan:
                     k_RGLD,
                     v_RGLD,
                     attn_mask=group.seen,
-                    scale=scale,
+                    scale=rule.scale,
                 )[:, :, : q_RGQD.shape[2]]
             else:
-                attended = _attend(q_RGQD, k_RGLD, v_RGLD, ~group.seen, softcap, scale, sinks)
+                attended = _attend(q_RGQD, k_RGLD, v_RGLD, ~group.seen, rule)
             out_TGQD[group.rows] = attended
         return out_TGQD.flatten(1, 2)[None]
 
@@ -212,25 +183,17 @@ class RowPlan:
         )
 
 
-def _attend(
-    q_RGQD: Tensor,
-    k_RGLD: Tensor,
-    v_RGLD: Tensor,
-    hidden: Tensor,
-    softcap: float,
-    scale: float,
-    sinks: Tensor | None,
-) -> Tensor:
+def _attend(q_RGQD: Tensor, k_RGLD: Tensor, v_RGLD: Tensor, hidden: Tensor, rule: Rule) -> Tensor:
     """Computes (R, G, Q, D) with a softcap or sinks."""
     flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q_RGQD, k_RGLD, v_RGLD))
-    scores = torch.bmm(flat_q, flat_k.transpose(1, 2)).view(*q_RGQD.shape[:3], -1) * scale
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = torch.bmm(flat_q, flat_k.transpose(1, 2)).view(*q_RGQD.shape[:3], -1) * rule.scale
+    if rule.softcap:
+        scores = torch.tanh(scores / rule.softcap) * rule.softcap
     scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).float()
-    if sinks is None:
+    if rule.sinks is None:
         weights = torch.softmax(scores, 3)
     else:
-        column = sinks.float().view(1, *scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
+        column = rule.sinks.float().view(1, *scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
         weights = torch.softmax(torch.cat([scores, column], 3), 3)[..., :-1]
     attended = torch.bmm(weights.to(q_RGQD.dtype).flatten(0, 1), flat_v)
     return attended.view(*q_RGQD.shape[:3], -1)
