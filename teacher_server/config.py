@@ -114,6 +114,9 @@ class ServeConfig(LogOptions, _Teacher):  # pydantic puts fields of the last bas
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights and the forward pass; auto is the type that the model was saved in."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """auto reads safetensors. dummy makes random weights of the shapes in config.json, for
+    benchmarks: the folder needs no other file."""
     attention: str | None = None
     """Attention implementation of transformers, such as sdpa or eager. By default the engine's own,
     which runs sequences of any lengths together; with another one, and for architectures that it

@@ -344,6 +344,7 @@ def load_engine(config: ServeConfig) -> Engine:
         dtype=config.dtype,
         attention=config.attention,
         max_sequence_tokens=config.admission.max_sequence_tokens,
+        load_format=config.load_format,
     )
     if model.device.type != "cpu":
         # The launcher runs Python beside the encoders and the event loop; each waits for the

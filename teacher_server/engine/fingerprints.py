@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,6 +46,18 @@ def fingerprint_folder(folder: Path, revision: str) -> str:
         except OSError as error:
             logger.warning("cannot cache the hash of the weights: %s", error)
     return digest.hexdigest()
+
+
+def fingerprint_dummy(config: Any, seed: int) -> str:
+    """Hashes what random weights are made of: that they are random, the seed and the config."""
+    content = {"format": "dummy", "seed": seed, "config": without_names(config)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def without_names(config: Any) -> dict[str, Any]:
+    """Returns what a config says about arithmetic: softcaps, windows, scales, but no versions."""
+    volatile = {"_name_or_path", "transformers_version", "architectures", "use_cache"}
+    return {name: value for name, value in config.to_dict().items() if name not in volatile}
 
 
 def fingerprint_state(causal_lm: nn.Module) -> str:

@@ -15,7 +15,12 @@ from logit_codec import CodecError, IdTable, tokenizer_fingerprint
 from logitstream.logs import first_line
 from teacher_server.engine.checks import can_pack, check_head, head_tolerance
 from teacher_server.engine.client_head import make_client_head
-from teacher_server.engine.fingerprints import fingerprint_folder, fingerprint_state
+from teacher_server.engine.dummy import REVISION, SEED, make_dummy
+from teacher_server.engine.fingerprints import (
+    fingerprint_dummy,
+    fingerprint_folder,
+    fingerprint_state,
+)
 from teacher_server.engine.model import TeacherModel
 from teacher_server.errors import ModelError
 
@@ -26,6 +31,7 @@ ID_TABLE_NAME = "id_table.bin"
 """File of the fitted id table, beside the weights."""
 
 
+LOAD_FORMATS = ("auto", "dummy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,13 +43,20 @@ def load(
     dtype: str = "auto",
     attention: str | None = None,
     max_sequence_tokens: int | None = None,
+    load_format: str = "auto",
 ) -> TeacherModel:
     """Loads the teacher from a Hugging Face folder or the hub.
 
+    load_format: auto reads its safetensors; dummy reads no weights, but makes random ones of the
+    shapes that its config.json says.
     Raises ModelError, which says what was looked for, if it cannot be served.
     """
-    folder, revision = _resolve(model, revision)
-    _expect_safetensors(folder)
+    if load_format not in LOAD_FORMATS:
+        raise ModelError(f"load format must be {' or '.join(LOAD_FORMATS)}; got {load_format!r}")
+    is_dummy = load_format == "dummy"
+    folder, revision = _resolve(model, revision, with_weights=not is_dummy)
+    if not is_dummy:
+        _expect_safetensors(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -51,31 +64,54 @@ def load(
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
     try:
-        causal_lm, report = _load_causal_lm(folder, DTYPES.get(dtype, "auto"), attention)
-        causal_lm = causal_lm.to(device)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        implementation = attention or _needed_attention(config)
+        if is_dummy:
+            causal_lm = make_dummy(
+                config, device=device, dtype=DTYPES.get(dtype), attention=implementation
+            )
+        else:
+            wanted = DTYPES.get(dtype, "auto")
+            causal_lm, report = _load_causal_lm(folder, config, wanted, implementation)
+            _check_weights(model, type(causal_lm).__name__, report)
+            causal_lm = causal_lm.to(device)
+    except ModelError:
+        raise
     except Exception as error:  # a folder can be wrong in any way; all of them mean the same here
         raise ModelError(
             f"cannot load a causal LM from {model}: {first_line(error)} "
             "Any AutoModelForCausalLM saved with save_pretrained (safetensors) works."
         ) from error
-    _check_weights(model, type(causal_lm).__name__, report)
+    if is_dummy:
+        logger.warning(
+            "the weights of %s are random (load format dummy): what this teacher answers means "
+            "nothing, only how fast it answers",
+            model,
+        )
+        weights, revision = fingerprint_dummy(causal_lm.config, SEED), REVISION
+    else:
+        weights = fingerprint_folder(folder, revision)
     return prepare(
         causal_lm,
         _load_tokenizer(folder),
         name=folder.name if Path(model).is_dir() else model,
         revision=revision,
-        weights_fingerprint=fingerprint_folder(folder, revision),
+        weights_fingerprint=weights,
         max_sequence_tokens=max_sequence_tokens,
-        id_table=load_id_table(folder),
+        id_table=None if is_dummy else load_id_table(folder),
         packed=attention is None,
     )
 
 
-def _load_causal_lm(folder: Path, dtype: Any, attention: str | None) -> tuple[Any, dict[str, Any]]:
+def _needed_attention(config: Any) -> str | None:
+    """Names the only implementation that applies a softcap everywhere, for a model that has one."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
+
+
+def _load_causal_lm(
+    folder: Path, config: Any, dtype: Any, attention: str | None
+) -> tuple[Any, dict[str, Any]]:
     """Returns the model and what transformers reports about its weights."""
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if attention is None and getattr(config, "attn_logit_softcapping", None):
-        attention = "eager"  # the only implementation that applies the softcap everywhere
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -221,7 +257,7 @@ def _make_head(causal_lm: Any) -> nn.Module:
     return head
 
 
-def _resolve(model: str, revision: str | None) -> tuple[Path, str]:
+def _resolve(model: str, revision: str | None, *, with_weights: bool) -> tuple[Path, str]:
     folder = Path(model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -237,12 +273,13 @@ def _resolve(model: str, revision: str | None) -> tuple[Path, str]:
         )
     import huggingface_hub
 
+    patterns = ["*.json", "tokenizer*", "*.model", "*.txt"]
     try:
         snapshot = Path(
             huggingface_hub.snapshot_download(
                 model,
                 revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt"],
+                allow_patterns=[*patterns, "*.safetensors"] if with_weights else patterns,
             )
         )
     except Exception as error:  # the hub client raises many kinds; all mean the same here

@@ -23,6 +23,7 @@ from logit_codec import FORMAT_VERSION, IdTable, TargetSpec, TeacherHead
 from logit_codec.selection import ARITHMETIC as SELECTION_ARITHMETIC
 from teacher_server.engine.attention import NAME as PACKED_ATTENTION
 from teacher_server.engine.attention import packed_attention
+from teacher_server.engine.fingerprints import without_names
 from teacher_server.engine.layers import find_layers
 from teacher_server.engine.packing import Pack
 from teacher_server.engine.products import InPlaceHead, TiledProducts
@@ -123,13 +124,6 @@ class TeacherModel:
         return any((getattr(config, name, None) or 0) > 1 for name in names)
 
     @property
-    def _config(self) -> dict[str, Any]:
-        """What decides the arithmetic: softcaps, windows, scales, but no names or versions."""
-        volatile = {"_name_or_path", "transformers_version", "architectures", "use_cache"}
-        content = self.causal_lm.config.to_dict()
-        return {name: value for name, value in content.items() if name not in volatile}
-
-    @property
     def teacher_fingerprint(self) -> str:
         """The SHA-256 (hex) of everything that decides the bytes of an answer."""
         parts = {
@@ -140,7 +134,7 @@ class TeacherModel:
             "dtype": str(self.dtype),
             "attention": self.attention,
             "selection": SELECTION_ARITHMETIC,
-            "config": self._config,
+            "config": without_names(self.causal_lm.config),
             "format": FORMAT_VERSION,
             "id_table": "" if self.id_table is None else self.id_table.digest.hex(),
             "torch": torch.__version__,
