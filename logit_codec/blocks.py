@@ -11,9 +11,13 @@ follows from the logits' shape, and a row's numbers do not depend on the rows be
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from logit_codec.vocabulary_part import VocabularyPart
 
 BLOCK = 64
 """Columns of a block; the last block of a row may have fewer. Blocks of 256 make the sums a little
@@ -52,6 +56,13 @@ class RowMasses:
     """(R,) float64: logsumexp(logits / temperature)."""
     entropy_R: Tensor | None
     """(R,) float64, in nats, if asked for."""
+    part: "VocabularyPart | None" = None
+    """Which columns `logits` has, if other processes hold the others; all else is of whole rows."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, of the whole rows."""
+        return self.logits.shape[1] if self.part is None else self.part.vocab_size
 
     @classmethod
     def of(
@@ -62,10 +73,11 @@ class RowMasses:
         maxima: bool = False,
         entropy: bool = False,
         scratch: Tensor | None = None,
+        part: "VocabularyPart | None" = None,
     ) -> "RowMasses":
         """Sums up the rows; scratch: what `new_scratch` returned for rows of this length."""
         if scratch is None:
-            scratch = new_scratch(logits)
+            scratch = new_scratch(logits, part)
         num_rows, num_columns = logits.shape
         step, width = scratch.shape
         # Each part of a row is summed relative to its own peak. P = 1, unless rows are very long.
@@ -86,15 +98,22 @@ class RowMasses:
             else:
                 peak_Q[rows] = chunk.amax(1)
             peak_Q1 = peak_Q[rows, None]
-            if width < num_columns:  # then a part may be nothing but -inf
+            if width < num_columns or part:  # then a part may be nothing but -inf
                 peak_Q1 = peak_Q1.clamp(min=torch.finfo(torch.float32).min)
             exp_of_differences(chunk, peak_Q1, temperature, out=weights)
             sums_QB[rows] = _over_blocks(weights, torch.sum, 0.0)
             if plogp_QB is not None:
                 torch.special.entr(weights, out=weights)
                 plogp_QB[rows] = _over_blocks(weights, torch.sum, 0.0)
-        shares_RPB = sums_QB.masked_fill_(sums_QB <= NO_MASS, 0.0).double()
-        shares_RPB = shares_RPB.unflatten(0, (num_rows, -1))
+        sums_QB.masked_fill_(sums_QB <= NO_MASS, 0.0)
+        if part:  # Q = R here, and R * P from here on: no row was worked on in parts
+            peak_Q, sums_QB, maxima_QB, plogp_QB = (
+                None if each is None else each.flatten(0, 1)
+                for each in part.gather_blocks(peak_Q, sums_QB, maxima_QB, plogp_QB)
+            )
+            assert peak_Q is not None
+            assert sums_QB is not None
+        shares_RPB = sums_QB.double().unflatten(0, (num_rows, -1))
         peak_RP = peak_Q.view(num_rows, -1)
         peak_R = peak_RP.amax(1)
         scale_RP1 = (peak_RP - peak_R[:, None]).double().div_(temperature).exp_()[:, :, None]
@@ -115,17 +134,38 @@ class RowMasses:
             peak_R=peak_R,
             log_z_R=peak_R.double() / temperature + mass_R.log(),
             entropy_R=entropy_R,
+            part=part,
         )
 
+    def block_logits(self, blocks_RH: Tensor, *, is_own: bool = False) -> tuple[Tensor, Tensor]:
+        """Gathers blocks as `block_logits` does.
 
-def new_scratch(logits: Tensor) -> Tensor:
+        is_own: those of other processes hold 0 instead of their logits.
+        """
+        if self.part is None:
+            return block_logits(self.logits, blocks_RH)
+        return self.part.block_logits(self.logits, blocks_RH, is_shared=not is_own)
+
+    def logits_at(self, ids_RM: Tensor) -> Tensor:
+        """Gathers (R, M) logits of single ids."""
+        if self.part is None:
+            return self.logits.gather(1, ids_RM)
+        return self.part.logits_at(self.logits, ids_RM)
+
+    def blocks_of(self, ids_RM: Tensor) -> Tensor:
+        """Returns (R, M) numbers of the blocks that hold these ids."""
+        return ids_RM // BLOCK if self.part is None else self.part.blocks_of(ids_RM)
+
+
+def new_scratch(logits: Tensor, part: "VocabularyPart | None" = None) -> Tensor:
     """Allocates the float32 buffer for the rows, or parts of rows, that are worked on at a time."""
     num_rows, num_columns = logits.shape
     step = -(-num_rows // LAUNCHES)
     if logits.device.type == "cpu":
         most = SCRATCH_NBYTES // 4
         num_parts = -(-num_columns // most)
-        if num_columns % (num_parts * BLOCK) == 0 and logits.is_contiguous():
+        # Processes with parts of a vocabulary must divide rows alike, and so not at all.
+        if num_columns % (num_parts * BLOCK) == 0 and logits.is_contiguous() and not part:
             num_rows, num_columns = num_rows * num_parts, num_columns // num_parts
         step = min(num_rows, max(1, most // num_columns))
     return logits.new_empty(step, num_columns, dtype=torch.float32)

@@ -19,6 +19,7 @@ from logit_codec.inputs import RowInputs
 from logit_codec.parsing import parse_targets
 from logit_codec.spec import TargetSpec
 from logit_codec.targets import Targets
+from logit_codec.vocabulary_part import VocabularyPart
 
 ARITHMETIC = "shares-4"
 """Names how shares are added up: another order rounds otherwise, and may draw another id. Part of a
@@ -178,19 +179,27 @@ def select(
 
 @torch.no_grad()
 def select_rows(
-    logits: Tensor, spec: str | TargetSpec, *, temperature: float = 1.0, **inputs: Tensor | None
+    logits: Tensor,
+    spec: str | TargetSpec,
+    *,
+    temperature: float = 1.0,
+    part: VocabularyPart | None = None,
+    **inputs: Tensor | None,
 ) -> Selection:
     """Selects what `select` does, in fixed shapes and without waiting for the logits' device.
 
     logits: (R, V); unless `spec.reads_logits`, only their shape is looked at. inputs: those of
     `RowInputs`, on the same device; that the uniforms are in [0, 1) and given ids in the vocabulary
-    is not checked.
+    is not checked. part: which columns `logits` has, where other processes hold the others; all of
+    them call this at once, and each gets the whole selection.
     `compact` of the result is what `select` returns. A row's result does not depend on the rows
     beside it. Extra memory beside the result is at most a quarter of the logits as float32 from 128
     rows of 32,000 columns on. Raises ValueError as `select` does.
     """
     spec, rows = parse_targets(spec), RowInputs(**inputs)
     num_rows, vocab_size = logits.shape
+    if part is not None:
+        vocab_size = part.vocab_size
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     _check_inputs(spec, rows, num_rows)
@@ -199,8 +208,8 @@ def select_rows(
         made = {
             name: value.new_zeros((1, *value.shape[1:])) for name, value in rows.tensors().items()
         }
-        row = logits.new_zeros(1, vocab_size)
-        return select_rows(row, spec, temperature=temperature, **made)[:0]
+        row = logits.new_zeros(1, logits.shape[1])
+        return select_rows(row, spec, temperature=temperature, part=part, **made)[:0]
     if logits.stride(1) != 1:
         logits = logits.contiguous()
 
@@ -210,11 +219,11 @@ def select_rows(
         step = max(1, PIECE_NBYTES // spec.scratch_row_nbytes(vocab_size))
     else:
         step = -(-num_rows // LAUNCHES)
-    scratch = new_scratch(logits) if spec.reads_logits else None
+    scratch = new_scratch(logits, part) if spec.reads_logits else None
     whole = None
     for first in range(0, num_rows, step):
         some = slice(first, first + step)
-        columns = _select_piece(logits[some], spec, temperature, rows[some], scratch)
+        columns = _select_piece(logits[some], spec, temperature, rows[some], scratch, part)
         piece = Selection(spec, vocab_size, temperature, columns)
         if step >= num_rows:
             return piece
@@ -231,19 +240,25 @@ def _select_piece(
     temperature: float,
     inputs: RowInputs,
     scratch: Tensor | None,
+    part: VocabularyPart | None,
 ) -> dict[str, Tensor]:
     """Makes all columns of a few rows."""
     if not spec.reads_logits:
         return spec.select(None, inputs)
     masses = RowMasses.of(
-        logits, temperature, maxima=spec.needs_maxima, entropy=spec.entropy, scratch=scratch
+        logits,
+        temperature,
+        maxima=spec.needs_maxima,
+        entropy=spec.entropy,
+        scratch=scratch,
+        part=part,
     )
     columns = {}
     if spec.log_z:
         columns["log_z"] = masses.log_z_R.float()
     if spec.realized:
         assert inputs.realized_ids is not None
-        realized_logit_R = logits.gather(1, inputs.realized_ids.long()[:, None])[:, 0].double()
+        realized_logit_R = masses.logits_at(inputs.realized_ids.long()[:, None])[:, 0].double()
         columns["realized_logprob"] = (realized_logit_R / temperature - masses.log_z_R).float()
     if masses.entropy_R is not None:
         columns["entropy"] = masses.entropy_R.float()

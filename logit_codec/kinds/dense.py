@@ -48,7 +48,8 @@ class DenseSpec(TargetSpec):
     def select(self, masses: RowMasses | None, inputs: RowInputs) -> dict[str, Tensor]:
         assert masses is not None
         peak_R1, temperature = masses.peak_R[:, None], masses.temperature
-        logprobs_RV = (masses.logits - peak_R1).div_(temperature)
+        logits = masses.logits if masses.part is None else masses.part.whole(masses.logits)
+        logprobs_RV = (logits - peak_R1).div_(temperature)
         logprobs_RV.add_(peak_R1 / temperature - masses.log_z_R[:, None])
         return {"logprobs": logprobs_RV.to(torch.float32 if self.bits == 32 else torch.bfloat16)}
 

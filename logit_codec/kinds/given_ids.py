@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from logit_codec import bits as bitpack
-from logit_codec.blocks import BLOCK, NO_MASS, RowMasses, block_logits, exp_of_differences
+from logit_codec.blocks import BLOCK, NO_MASS, RowMasses, exp_of_differences
 from logit_codec.errors import CodecError
 from logit_codec.given_ids import GivenIds
 from logit_codec.header import HAS_RANKS, NO_IDS, ROW_FIELD_FLAGS, Header
@@ -82,7 +82,7 @@ class GivenIdsSpec(TargetSpec):
         assert masses is not None
         ids_RM = inputs.given_ids
         assert ids_RM is not None
-        logits_RM = masses.logits.gather(1, ids_RM)
+        logits_RM = masses.logits_at(ids_RM)
         logprobs_RM = logits_RM.double() / masses.temperature - masses.log_z_R[:, None]
         columns = {
             "ids": ids_RM.int(),
@@ -90,7 +90,8 @@ class GivenIdsSpec(TargetSpec):
             "tail_logprob": _tail_logprob(masses, ids_RM, logprobs_RM),
         }
         if self.ranks:
-            columns["ranks"] = _count_likelier(masses.logits, logits_RM)
+            ranks_RM = _count_likelier(masses.logits, logits_RM)
+            columns["ranks"] = ranks_RM if masses.part is None else masses.part.add(ranks_RM)
         return columns
 
     def compact(self, columns: dict[str, Tensor], common: dict[str, Any]) -> "GivenIdsTargets":
@@ -272,8 +273,8 @@ def _tail_logprob(masses: RowMasses, ids_RM: Tensor, logprobs_RM: Tensor) -> Ten
 
     What is left of a block is added up without the given ids: subtracting them would cancel.
     """
-    blocks_RM = ids_RM // BLOCK
-    values_RMW, first_RM = block_logits(masses.logits, blocks_RM)
+    blocks_RM = masses.blocks_of(ids_RM)
+    values_RMW, first_RM = masses.block_logits(blocks_RM)
     exp_of_differences(values_RMW, masses.peak_R[:, None, None], masses.temperature, out=values_RMW)
     # Several ids may lie in one block: the first of them stands for it, without any of them.
     leader_RM = torch.searchsorted(blocks_RM, blocks_RM)

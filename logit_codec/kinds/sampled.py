@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from logit_codec import bits as bitpack
-from logit_codec.blocks import BLOCK, RowMasses, block_logits, num_blocks
+from logit_codec.blocks import BLOCK, RowMasses, num_blocks
 from logit_codec.errors import CodecError
 from logit_codec.header import Header
 from logit_codec.id_table import IdTable
@@ -258,7 +258,7 @@ def _systematic_draws(masses: RowMasses, uniforms_R: Tensor, num_draws: int) -> 
     else:
         gathered_RH = torch.arange(blocks, device=shares_RB.device).expand(num_rows, -1)
         hit_RN = block_RN
-    weights_RHW, first_RH = block_logits(masses.logits, gathered_RH)
+    weights_RHW, first_RH = masses.block_logits(gathered_RH, is_own=True)
     weights_RHW.sub_(weights_RHW.amax(2, keepdim=True))
     if masses.temperature != 1.0:
         weights_RHW.div_(masses.temperature)
@@ -267,6 +267,8 @@ def _systematic_draws(masses: RowMasses, uniforms_R: Tensor, num_draws: int) -> 
     total_RN = ends_RHW[:, :, -1].gather(1, hit_RN).double()
     at_RN = torch.minimum(into_RN.clamp_(min=0.0) * total_RN, _just_below(total_RN))
     ids_RN = first_RH.gather(1, hit_RN) + _first_above(ends_RHW, hit_RN, at_RN)
+    if masses.part is not None:  # each id was found by the process that holds its block
+        ids_RN = masses.part.keep_own(ids_RN.int(), block_RN)
     return ids_RN.masked_fill_(~torch.isfinite(total_R1), UNKNOWN).int()
 
 

@@ -17,7 +17,6 @@ from logit_codec.blocks import (
     BLOCK,
     NO_MASS,
     RowMasses,
-    block_logits,
     exp_of_differences,
     num_blocks,
 )
@@ -255,7 +254,7 @@ def _keep_top(masses: RowMasses, spec: TopKSpec) -> dict[str, Tensor]:
     """
     assert masses.maxima_RB is not None
     # No more ids than 1 / min_p can reach it.
-    most = min(spec.k, masses.logits.shape[1], int(1.001 / max(spec.min_p, 1e-9)))
+    most = min(spec.k, masses.vocab_size, int(1.001 / max(spec.min_p, 1e-9)))
     count = min(most, masses.maxima_RB.shape[1])
     # Only the blocks with the largest maxima can hold an entry; in their order, ties in the logits
     # go to the lowest id.
@@ -293,7 +292,7 @@ def _read_blocks(
     With a min_p also marks (R, H) blocks that hold no such id; their logits are -inf.
     """
     if min_p == 0.0:
-        return *block_logits(masses.logits, block_RH), None
+        return *masses.block_logits(block_RH), None
     assert masses.maxima_RB is not None
     least_R = (masses.log_z_R + math.log(0.999 * min_p)) * masses.temperature
     least_R = (least_R - 1e-6 * least_R.abs()).float()  # what float32 rounds off is less
@@ -301,7 +300,7 @@ def _read_blocks(
     is_idle_RH = maxima_RH < torch.minimum(least_R, masses.peak_R)[:, None]
     # Most blocks are idle, and fetching one takes as long as adding it up. So one stands for all.
     best_R1 = block_RH.gather(1, maxima_RH.argmax(1, keepdim=True))
-    values_RHW, first_RH = block_logits(masses.logits, block_RH.where(~is_idle_RH, best_R1))
+    values_RHW, first_RH = masses.block_logits(block_RH.where(~is_idle_RH, best_R1))
     offset_RH = torch.zeros_like(maxima_RH).masked_fill_(is_idle_RH, -torch.inf)
     return values_RHW.add_(offset_RH[:, :, None]), first_RH, is_idle_RH
 
