@@ -178,7 +178,7 @@ def make_application(config: ServeConfig) -> ray_serve.Application:
     most = config.max_replicas or config.replicas or 1
     gpus = _gpus_per_replica(config)
     # All replicas compute with the same number of threads: another number may round differently.
-    threads = config.threads or _threads_per_replica(gpus, most)
+    threads = config.threads or _threads_per_replica(gpus, most * config.tensor_parallel_size)
     make = ray_serve.deployment(
         name=DEPLOYMENT,
         ray_actor_options={"num_cpus": 0 if is_on_loopback() else 1, "num_gpus": gpus},
@@ -238,7 +238,7 @@ def _gpus_per_replica(config: ServeConfig) -> float:
     if config.device == "cpu":
         return 0.0
     cluster_has = ray.is_initialized() and ray.cluster_resources().get("GPU", 0.0) > 0
-    return 1.0 if config.device == "cuda" or cluster_has else 0.0
+    return float(config.tensor_parallel_size) if config.device == "cuda" or cluster_has else 0.0
 
 
 def _has_room(gpus: float) -> bool:

@@ -102,6 +102,9 @@ class ServeConfig(LogOptions, _Teacher):  # pydantic puts fields of the last bas
     gpus_per_replica: float | None = Field(default=None, ge=0.0)
     """GPUs per replica, which may be a fraction (0.5); by default 1 if the cluster has any and
     --device allows it, else 0."""
+    tensor_parallel_size: int = Field(default=1, ge=1, le=8)
+    """Devices that share one replica of the teacher, for one that does not fit on a single GPU: each
+    holds a part of every layer and of the vocabulary. All are on one machine."""
     max_replicas: int | None = Field(default=None, ge=1)
     """Scale up to this number of replicas while requests wait, and down again."""
     target_queued_tokens: int = Field(default=1 << 14, ge=1)
@@ -204,6 +207,22 @@ class ServeConfig(LogOptions, _Teacher):  # pydantic puts fields of the last bas
         if self.max_replicas is not None and self.max_replicas < (self.replicas or 1):
             raise ValueError(
                 f"--max-replicas {self.max_replicas} is less than --replicas {self.replicas}"
+            )
+        if self.tensor_parallel_size > 1 and self.device.startswith("cuda:"):
+            raise ValueError(
+                f"--tensor-parallel-size {self.tensor_parallel_size} uses the first GPUs that are "
+                f"visible, not --device {self.device}: use --device cuda, and CUDA_VISIBLE_DEVICES to "
+                "choose them"
+            )
+        if self.tensor_parallel_size > 1 and self.attention is not None:
+            raise ValueError(
+                "--attention does not go with --tensor-parallel-size: a divided teacher runs packs"
+            )
+        gpus = self.gpus_per_replica
+        if self.tensor_parallel_size > 1 and gpus not in (None, 0.0, self.tensor_parallel_size):
+            raise ValueError(
+                f"a replica with --tensor-parallel-size {self.tensor_parallel_size} takes as many "
+                f"GPUs, not --gpus-per-replica {gpus:g}"
             )
         if not self.standalone and self.device.startswith("cuda:"):
             raise ValueError(

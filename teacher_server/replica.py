@@ -11,13 +11,11 @@ import contextlib
 import logging
 import os
 import secrets
-import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Self
 
 import grpc
-import torch
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -30,16 +28,16 @@ from teacher_server.admission.requests import Admission
 from teacher_server.config import ServeConfig
 from teacher_server.engine.engine import Engine
 from teacher_server.engine.generate import CannotGenerate, Generator
-from teacher_server.engine.loading import load
 from teacher_server.engine.model import TeacherModel
-from teacher_server.engine.probe import KnownAnswer, is_exact, warm_up
+from teacher_server.engine.probe import KnownAnswer, is_exact
 from teacher_server.engine.threads import compute_apart
 from teacher_server.ledger.accounts import Accounts, open_accounts
 from teacher_server.ledger.lease import DirectoryLink
-from teacher_server.monitoring.memory import device_nbytes, keep_freed_memory, resident_nbytes
+from teacher_server.monitoring.memory import device_nbytes, resident_nbytes
 from teacher_server.monitoring.metrics import Metrics
 from teacher_server.monitoring.team_stats import TeamStats
 from teacher_server.pipeline import Pipeline
+from teacher_server.ranks.group import RankGroup, start_ranks
 from teacher_server.rpc.connections import ConnectionLimiter, ConnectionLimits
 from teacher_server.rpc.description import Description
 from teacher_server.rpc.entry_port import check_entry
@@ -58,14 +56,13 @@ from teacher_server.rpc.service import TeacherService
 from teacher_server.rpc.tls import Tls
 from teacher_server.scheduling.cost import CostModel
 from teacher_server.scheduling.scheduler import Scheduler
+from teacher_server.startup import load_engine, prepare_process
 from teacher_server.teams.declaration import TeamsFile
 
 logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5
 """How often the watchdog looks for a stuck forward pass."""
-SWITCH_INTERVAL_S = 5e-5
-"""How long a Python thread runs before it lets another one run, where a GPU is fed."""
 EXIT_S = 1.0
 """How long a stuck replica keeps running, so that its health checks and Describe can report it."""
 STOP_GRACE_S = 0.5
@@ -81,9 +78,15 @@ class Replica:
     """
 
     def __init__(
-        self, engine: Engine, config: ServeConfig, accounts: Accounts, *, service_id: str = ""
+        self,
+        engine: Engine,
+        config: ServeConfig,
+        accounts: Accounts,
+        *,
+        service_id: str = "",
+        ranks: RankGroup | None = None,
     ) -> None:
-        """Raises TeamsError."""
+        """ranks: the others of a divided teacher. Raises TeamsError."""
         model = engine.model
         self.service_id = service_id or config.service_id or secrets.token_hex(16)
         self.metrics = Metrics(lambda: self.why_not_serving)
@@ -116,28 +119,17 @@ class Replica:
         team_stats = TeamStats()
         self._accounts = accounts
         self._engine = engine
-        costs = CostModel.of(model.causal_lm)
+        self._ranks = ranks
         generator, why_not = _open_generator(engine, config)
-        scheduler = Scheduler(
-            max_batch_tokens=engine.pack_tokens,
-            min_batch_tokens=engine.min_pack_tokens,
-            max_batch_reply_nbytes=limits.max_reply_nbytes,
-            max_queued_tokens=limits.max_queued_tokens,
-            cost=lambda job: costs.cost(job.num_tokens, job.num_projected, job.reply_nbytes),
-            standing=team_stats,
-        )
-        self._pipeline = Pipeline(
-            scheduler,
+        self._pipeline = _make_pipeline(
             engine,
+            config,
+            limits,
             accounts=accounts,
             metrics=self.metrics,
-            max_unencoded_nbytes=limits.max_reply_nbytes,
-            max_payload_nbytes=limits.max_part_nbytes - PART_SLACK_NBYTES,
-            repeats_known_answer=KnownAnswer(engine).repeats,
-            on_failure=self._wake_watchdog,
+            team_stats=team_stats,
             generator=generator,
-            costs=costs,
-            max_running=config.generation.max_running,
+            on_failure=self._wake_watchdog,
         )
         teacher = _describe(model, limits)
         teacher.max_generation_tokens = 0 if generator is None else generator.max_tokens
@@ -171,13 +163,23 @@ class Replica:
         directory: by default one in this process.
         """
         prepare_process(config)
+        allow_many_connections()
         accounts = open_accounts(config.ledger_folder(), directory)
 
-        def make() -> Self:
-            return cls(load_engine(config), config, accounts, service_id=service_id)
+        config, ranks = start_ranks(config)
 
-        # Apart, so that the launch thread will be the only one with OpenMP threads.
-        return compute_apart(make, name="load")
+        def make() -> Self:
+            rank = None if ranks is None else ranks.rank
+            engine = load_engine(config, rank, ranks)
+            return cls(engine, config, accounts, service_id=service_id, ranks=ranks)
+
+        try:
+            # Apart, so that the launch thread will be the only one with OpenMP threads.
+            return compute_apart(make, name="load")
+        except BaseException:
+            if ranks is not None:
+                ranks.kill()
+            raise
 
     async def start(
         self, host: str, port: int, *, entry_port: int | None = None, advertise: str = ""
@@ -188,7 +190,7 @@ class Replica:
         service on this host. advertise: the host that clients are sent to, if it is not `host`.
         Raises ServeError if a port is taken; the entry port, if another service has it.
         """
-        self._export_gauges()
+        _export_gauges(self.metrics, self._connections, self._accounts, self._model, self._tls)
         self._health = Health("", SERVICE_NAME)
         self._interceptor = Interceptor(self._access, self._connections)
         keep_callers_out_of_the_log()
@@ -203,6 +205,8 @@ class Replica:
         self.description.state = "ready"
         self._loop = asyncio.get_running_loop()
         self._pipeline.start()
+        if self._ranks is not None:
+            self._ranks.watch(self._pipeline.fail)
         await self._ports.start()
         self._connections.start(self._ports.numbers)
         self._watchdogs = [
@@ -244,6 +248,8 @@ class Replica:
         await self._ports.stop(STOP_GRACE_S)
         self._connections.stop()
         await self._pipeline.close(seconds)
+        if self._ranks is not None:
+            await asyncio.to_thread(self._ranks.close)
         # Nothing is dispatched any more: what the ledger is sent now is complete.
         self._bookkeeping.cancel()
         await self._accounts.close()
@@ -278,21 +284,6 @@ class Replica:
         """Replaces the cards of the service's other replicas; its own among them is left out."""
         self.description.set_others(cards)
 
-    def _export_gauges(self) -> None:
-        """Connects the gauges of what is wired here; the other stages export their own."""
-        watch, accounts = self.metrics.watch, self._accounts
-        watch("teacher_connections", lambda: self._connections.count)
-        watch("teacher_strangers", lambda: self._connections.strangers)
-        watch("teacher_gate_share", lambda: self._connections.throttle.share)
-        watch("teacher_memory_bytes", resident_nbytes)
-        watch("teacher_device_memory_bytes", lambda: device_nbytes(self._model.device))
-        watch("teacher_directory_away", lambda: float(accounts.is_directory_away))
-        watch("teacher_ledger_sync_age_seconds", lambda: accounts.sync_age_s)
-        watch("teacher_journal_segments", lambda: accounts.num_segments)
-        watch("teacher_team_quota_left_tokens", accounts.known_left_today)
-        if self._tls is not None:
-            watch("teacher_certificate_expires_timestamp_seconds", self._tls.expires_s)
-
     async def _watch_forwards(self) -> None:
         """Ends the process when a forward pass is stuck; clients move to other replicas."""
         while True:
@@ -320,57 +311,10 @@ class Replica:
             EXIT_S,
         )
         await asyncio.sleep(EXIT_S)
+        if self._ranks is not None:
+            self._ranks.kill()
         # Not sys.exit: a stuck thread would keep the process, and with it the device.
         os._exit(1)
-
-
-def prepare_process(config: ServeConfig) -> None:
-    """Sets what holds for the whole process: memory, threads, sockets."""
-    # Faulting in fresh pages for a chunk of logits costs several times the work on them, unless
-    # the pages are huge; torch reads this at its first large allocation (docs/log.md).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    keep_freed_memory()
-    allow_many_connections()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-
-
-def load_engine(config: ServeConfig) -> Engine:
-    """Loads the teacher and returns an engine that has run it. Raises ModelError."""
-    model = load(
-        config.model,
-        revision=config.revision,
-        device=config.device,
-        dtype=config.dtype,
-        attention=config.attention,
-        max_sequence_tokens=config.admission.max_sequence_tokens,
-        load_format=config.load_format,
-    )
-    if model.device.type != "cpu":
-        # The launcher runs Python beside the encoders and the event loop; each waits for the
-        # others' turns, which last 5 ms by default, as long as a whole launch.
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-    engine = make_engine(model, config)
-    warm_up(engine, config.warm_up_s)
-    return engine
-
-
-def make_engine(model: TeacherModel, config: ServeConfig) -> Engine:
-    """Returns the engine that a configuration asks for."""
-    engine = Engine(
-        model,
-        chunk_nbytes=config.head_chunk_mib << 20,
-        pack_tokens=config.batch.max_tokens,
-        exact=config.exactness == "bytes",
-    )
-    if engine.model.max_sequence_tokens < model.max_sequence_tokens:
-        logger.warning(
-            "sequences may have %d tokens, as many as a pack; the model takes %d: raise "
-            "--batch.max-tokens to serve longer ones",
-            engine.model.max_sequence_tokens,
-            model.max_sequence_tokens,
-        )
-    return engine
 
 
 def _open_generator(engine: Engine, config: ServeConfig) -> tuple[Generator | None, str]:
@@ -382,6 +326,64 @@ def _open_generator(engine: Engine, config: ServeConfig) -> tuple[Generator | No
     except (CannotGenerate, ValueError) as error:
         logger.warning("this teacher writes no texts: %s", error)
         return None, str(error)
+
+
+def _export_gauges(
+    metrics: Metrics,
+    connections: ConnectionLimiter,
+    accounts: Accounts,
+    model: TeacherModel,
+    tls: Tls | None,
+) -> None:
+    """Connects the gauges of what is wired here; the other stages export their own."""
+    watch = metrics.watch
+    watch("teacher_connections", lambda: connections.count)
+    watch("teacher_strangers", lambda: connections.strangers)
+    watch("teacher_gate_share", lambda: connections.throttle.share)
+    watch("teacher_memory_bytes", resident_nbytes)
+    watch("teacher_device_memory_bytes", lambda: device_nbytes(model.device))
+    watch("teacher_directory_away", lambda: float(accounts.is_directory_away))
+    watch("teacher_ledger_sync_age_seconds", lambda: accounts.sync_age_s)
+    watch("teacher_journal_segments", lambda: accounts.num_segments)
+    watch("teacher_team_quota_left_tokens", accounts.known_left_today)
+    if tls is not None:
+        watch("teacher_certificate_expires_timestamp_seconds", tls.expires_s)
+
+
+def _make_pipeline(
+    engine: Engine,
+    config: ServeConfig,
+    limits: Limits,
+    *,
+    accounts: Accounts,
+    metrics: Metrics,
+    team_stats: TeamStats,
+    generator: Generator | None,
+    on_failure: Callable[[], None],
+) -> Pipeline:
+    """Returns what turns requests into bytes."""
+    costs = CostModel.of(engine.model.causal_lm)
+    scheduler = Scheduler(
+        max_batch_tokens=engine.pack_tokens,
+        min_batch_tokens=engine.min_pack_tokens,
+        max_batch_reply_nbytes=limits.max_reply_nbytes,
+        max_queued_tokens=limits.max_queued_tokens,
+        cost=lambda job: costs.cost(job.num_tokens, job.num_projected, job.reply_nbytes),
+        standing=team_stats,
+    )
+    return Pipeline(
+        scheduler,
+        engine,
+        accounts=accounts,
+        metrics=metrics,
+        max_unencoded_nbytes=limits.max_reply_nbytes,
+        max_payload_nbytes=limits.max_part_nbytes - PART_SLACK_NBYTES,
+        repeats_known_answer=KnownAnswer(engine).repeats,
+        on_failure=on_failure,
+        generator=generator,
+        costs=costs,
+        max_running=config.generation.max_running,
+    )
 
 
 def _limit_requests(config: ServeConfig, model: TeacherModel) -> Limits:

@@ -31,10 +31,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "teacher_server.ledger": ("teams",),
     "teacher_server.pipeline": ("scheduling", "engine", "monitoring", "ledger.accounts", "teams"),
     "teacher_server.rpc": ("pipeline", "admission", "ledger", "teams", "monitoring"),
+    "teacher_server.startup": ("engine", "monitoring", "config"),
     "teacher_server.replica": (
         *("pipeline", "rpc", "admission", "scheduling", "engine", "teams", "ledger"),
-        *("monitoring", "config"),
+        *("monitoring", "config", "startup", "ranks"),
     ),
+    "teacher_server.ranks": ("engine", "config", "environment", "startup"),
     "teacher_server.cluster": ("replica", "ledger"),
     "teacher_server.app": ("cluster", "replica", "config", "environment"),
     "teacher_server.commands": ("*",),

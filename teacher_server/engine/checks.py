@@ -41,7 +41,7 @@ def check_head(model: TeacherModel) -> None:
     hidden = model.padded_hidden_states([ids])[0]
     logits = model.logits(hidden).float()
     output = model.causal_lm(input_ids=ids[None].to(model.device), use_cache=False)
-    expected = output.logits[0].float()
+    expected = model.join_logits(output.logits[0]).float()
     scale = max(1.0, float(expected.abs().max()))
     worst = float((logits - expected).abs().max()) / scale
     tolerance = head_tolerance(model)

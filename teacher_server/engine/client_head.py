@@ -12,6 +12,7 @@ import torch
 from logit_codec import TeacherHead
 from logit_codec.teacher_head import DTYPES, HeadFile
 from logitstream.head_arithmetic import read_head_arithmetic
+from teacher_server.engine.tensor_parallel import join_head
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,12 @@ def make_client_head(model: Any, tolerance: float) -> TeacherHead | None:
     ):
         return None
     softcap, scale = read_head_arithmetic(config)
+    weight, bias = embeddings.weight, embeddings.bias
+    if model.part is not None:
+        weight, bias = join_head(embeddings, model.part)
     head = TeacherHead(
-        weight=embeddings.weight,
-        bias=embeddings.bias,
+        weight=weight,
+        bias=bias,
         softcap=softcap,
         logit_scale=scale,
         effective_vocab_size=model.effective_vocab_size,
@@ -44,8 +48,8 @@ def make_client_head(model: Any, tolerance: float) -> TeacherHead | None:
     hidden = torch.randn(NUM_TRIED, head.hidden_size, generator=generator)
     hidden = hidden.to(model.device, model.dtype)
     real = slice(model.effective_vocab_size)
-    expected = model.logits(hidden).float()[:, real]
-    error = (head.logits(hidden)[:, real] - expected).abs().max()
+    expected = model.logits(hidden).float()[:, real].to(weight.device)
+    error = (head.logits(hidden.to(weight.device))[:, real] - expected).abs().max()
     if not bool(error <= tolerance * expected.abs().max().clamp(min=1.0)):
         logger.warning(
             "%s does more to its logits than scale and cap them (error %.1e): targets of kind "

@@ -27,7 +27,7 @@ class DrawRule:
     """Its number among the texts after one prompt."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Continuation:
     """Follows one text: tokens are appended as they are drawn, pages as they are needed."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from logit_codec import Selection
+from teacher_server.engine.orders import LostStep
 from teacher_server.engine.threads import compute_alone
 
 T = TypeVar("T")
@@ -127,8 +128,11 @@ def open_device(device: torch.device) -> Device:
 def is_broken(error: BaseException) -> bool:
     """Whether an error means that the device can compute nothing any more.
 
-    A CUDA context does not recover from an error in a kernel: everything after it fails too.
+    A CUDA context does not recover from an error in a kernel: everything after it fails too. Nor do
+    ranks that no longer compute the same.
     """
+    if isinstance(error, LostStep):
+        return True
     if isinstance(error, torch.OutOfMemoryError):
         return False
     return isinstance(error, torch.AcceleratorError) or any(

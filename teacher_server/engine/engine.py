@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from logit_codec import Targets
+from logitstream.logs import first_line
 from teacher_server.engine.batch import PackTimes, RowRequest
 from teacher_server.engine.device import Device, Event, open_device
 from teacher_server.engine.generate import Generator
 from teacher_server.engine.head import ScoredRows, States, VocabularyHead
 from teacher_server.engine.layers import watch_layers
 from teacher_server.engine.model import TeacherModel
+from teacher_server.engine.orders import Followers, LostStep, OpenGeneration, Order, Score
 from teacher_server.engine.packing import ROW_MULTIPLE, Pack, Packer
 from teacher_server.engine.products import LARGE, SMALL
 
@@ -49,7 +51,8 @@ class Engine:
     chunk_nbytes: size of a chunk of logits. pack_tokens: T, tokens of a pack; on a GPU, and for an
     architecture that cannot pack, no sequence may be longer. exact: level `bytes`, the same bytes
     whatever else is in a pack; without it (`tolerance`) products are made in one piece on a CPU, and
-    underfull packs shrink on a GPU. device: how work is queued.
+    underfull packs shrink on a GPU. device: how work is queued. followers: the other ranks of a
+    divided teacher.
     """
 
     def __init__(
@@ -60,8 +63,10 @@ class Engine:
         pack_tokens: int | None = None,
         exact: bool = True,
         device: Device | None = None,
+        followers: Followers | None = None,
     ) -> None:
         self.exact = exact
+        self._followers = followers
         self.device = device or open_device(model.device)
         kind = model.device.type
         self.pack_tokens = pack_tokens or PACK_TOKENS.get(kind, PACK_TOKENS["cuda"])
@@ -92,6 +97,8 @@ class Engine:
         tiles = (LARGE, SMALL) if exact and not self.packer.is_fixed else None
         return {
             "packed": model.is_packed,
+            # Sums between devices are rounded, and another number of them is summed otherwise.
+            "vocabulary": None if model.part is None else model.part.bounds,
             "packs": self.packer.shapes,
             "level": "bytes" if exact else "tolerance",
             "tiles": tiles,
@@ -106,13 +113,34 @@ class Engine:
 
         Raises CannotGenerate, and ValueError if the pool holds no page.
         """
-        return Generator(self.model, self.device, pool_nbytes, exact=self.exact)
+        with self._launching, self.device.queue():
+            self._tell(OpenGeneration(pool_nbytes))
+            return Generator(
+                self.model,
+                self.device,
+                pool_nbytes,
+                exact=self.exact,
+                followers=self._followers,
+            )
 
     @contextlib.contextmanager
     def launching(self) -> Iterator[None]:
-        """Makes a context in which a generator may launch: nothing else is launched meanwhile."""
+        """Makes a context in which a generator may launch: nothing else is launched meanwhile.
+
+        Where there are followers, it raises LostStep for whatever is raised inside: they have begun
+        what this rank has not finished.
+        """
         with self._launching, self.device.queue():
-            yield
+            try:
+                yield
+            except Exception as error:
+                if self._followers is None or isinstance(error, LostStep):
+                    raise
+                raise LostStep(f"{type(error).__name__}: {first_line(error)}") from error
+
+    def _tell(self, order: Order) -> None:
+        if self._followers is not None:
+            self._followers.tell(order)
 
     @torch.inference_mode()
     def launch(self, requests: Sequence[RowRequest]) -> Launched:
@@ -120,8 +148,10 @@ class Engine:
         rows: dict[int, ScoredRows] = {}
         events: list[Marks] = []
         fill_s = 0.0
-        with self._launching, self.device.queue():
+        with self.launching():
             began = time.perf_counter()
+            if self._followers is not None:
+                self._tell(Score.of(requests))
             if self.model.is_packed:
                 packs = self.packer.pack(requests)
                 fill_s = time.perf_counter() - began

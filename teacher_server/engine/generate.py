@@ -11,6 +11,7 @@ Letters: R rows of a launch, D hidden size, V vocabulary, T tokens of a pack.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,13 @@ from teacher_server.engine.kept_keys import ChunkPlan, Row, RowPlan, ShapeFinder
 from teacher_server.engine.key_pool import PAGE_TOKENS, KeyPool, KeyShape, page_nbytes, slots_of
 from teacher_server.engine.layers import watch_layers
 from teacher_server.engine.model import TeacherModel
+from teacher_server.engine.orders import (
+    CopyPage,
+    Followers,
+    TextReporter,
+    WriteChunks,
+    WriteStep,
+)
 from teacher_server.engine.packed_weights import PackedProducts
 from teacher_server.engine.packing import ROW_MULTIPLE
 from teacher_server.engine.products import TiledProducts, Tiling
@@ -70,10 +78,21 @@ class Generator:
     """
 
     def __init__(
-        self, model: TeacherModel, device: Device, pool_nbytes: int, *, exact: bool = True
+        self,
+        model: TeacherModel,
+        device: Device,
+        pool_nbytes: int,
+        *,
+        exact: bool = True,
+        followers: Followers | None = None,
     ) -> None:
-        """Raises CannotGenerate, and ValueError if the pool holds no page."""
+        """Raises CannotGenerate, and ValueError if the pool holds no page.
+
+        followers: ranks that are told of every launch before it begins.
+        """
         self._model = model
+        self._followers = followers
+        self._reporter = TextReporter()
         self._device = device
         self._exact = exact
         shapes = find_key_shapes(model)
@@ -96,6 +115,10 @@ class Generator:
 
         Their pages must be there. No text may be in two launches that are in flight.
         """
+        if self._followers is not None:
+            news = self._reporter.report([text for text, _ in chunks])
+            counts = tuple(count for _, count in chunks)
+            self._followers.tell(WriteChunks(news, counts, self._reporter.take_gone()))
         start = self._device.mark()
         prompts = [(text, count) for text, count in chunks if _is_prompt(text)]
         if prompts:
@@ -111,6 +134,12 @@ class Generator:
             self._run_rows(rows[first : first + step])
         return LaunchedChunks(tuple(chunks), (start, self._device.mark()))
 
+    def copy_page(self, source: int, target: int) -> None:
+        """Makes a page hold what another one holds, so that two texts go on differently in it."""
+        if self._followers is not None:
+            self._followers.tell(CopyPage(source, target))
+        self.pool.copy(source, target)
+
     def result_of_chunks(self, launched: LaunchedChunks) -> PackTimes:
         """Waits for the device, and counts the tokens as cached. Raises the device's error."""
         start, done = launched.events
@@ -121,6 +150,9 @@ class Generator:
 
     def launch_step(self, texts: Sequence[Continuation]) -> LaunchedStep:
         """Queues one token for each text: each must be ready, with a page for its last token."""
+        if self._followers is not None:
+            news = self._reporter.report(texts)
+            self._followers.tell(WriteStep(news, self._reporter.take_gone()))
         start = self._device.mark()
         ids: list[Tensor] = []
         rows: list[ScoredRows | None] = []
@@ -228,7 +260,7 @@ class Generator:
         index = torch.arange(len(hidden_RD), device=hidden_RD.device)
         for (spec, temperature), members in groups.items():
             # All rows each time: what a selection computes of a row might depend on their number.
-            inputs: dict[str, Tensor] = {"realized_ids": drawn_R}
+            inputs: dict[str, Any] = {"realized_ids": drawn_R}
             if spec.needs_uniforms:
                 uniforms = torch.zeros(len(hidden_RD), dtype=torch.float64)
                 uniforms[: len(texts)] = uniforms_of(texts)

@@ -80,7 +80,9 @@ class VocabularyHead:
         for member, start in zip(members, starts, strict=True):
             request = requests[member]
             groups.setdefault((request.spec, request.temperature), []).append((member, start))
-        buffer_CV = states.hidden_TD.new_empty(self.chunk_rows, self.model.vocab_size)
+        part = self.model.part
+        num_columns = self.model.vocab_size if part is None else part.num_ids
+        buffer_CV = states.hidden_TD.new_empty(self.chunk_rows, num_columns)
         selected = []
         for (spec, temperature), group in groups.items():
             order = _Order.of(requests, group, self.large, self.small)
@@ -124,13 +126,14 @@ class VocabularyHead:
         logits_CV = buffer_CV[: len(hidden_CD)]
         if spec.reads_logits:
             self.model.logits_into(hidden_CD, logits_CV, tile)
-            logits_CV[:, self.model.effective_vocab_size :] = -torch.inf
         inputs = rows.inputs
         if spec.needs_hidden:
             inputs = replace(inputs, hidden=hidden_CD)
         if spec.feature_layers:
             inputs = replace(inputs, features=states.features(spec.feature_layers, rows.index))
-        return select_rows(logits_CV, spec, temperature=temperature, **inputs.tensors())
+        return select_rows(
+            logits_CV, spec, temperature=temperature, part=self.model.part, **inputs.tensors()
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from logit_codec import CodecError, IdTable, tokenizer_fingerprint
+from logit_codec.vocabulary_part import VocabularyPart
 from logitstream.logs import first_line
 from teacher_server.engine.checks import can_pack, check_head, head_tolerance
 from teacher_server.engine.client_head import make_client_head
@@ -22,6 +23,7 @@ from teacher_server.engine.fingerprints import (
     fingerprint_state,
 )
 from teacher_server.engine.model import TeacherModel
+from teacher_server.engine.tensor_parallel import Rank, check_divisible, divide, take_part
 from teacher_server.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -44,11 +46,13 @@ def load(
     attention: str | None = None,
     max_sequence_tokens: int | None = None,
     load_format: str = "auto",
+    rank: Rank | None = None,
 ) -> TeacherModel:
     """Loads the teacher from a Hugging Face folder or the hub.
 
     load_format: auto reads its safetensors; dummy reads no weights, but makes random ones of the
-    shapes that its config.json says.
+    shapes that its config.json says. rank: load the part of one of several ranks; all of them call
+    this at once.
     Raises ModelError, which says what was looked for, if it cannot be served.
     """
     if load_format not in LOAD_FORMATS:
@@ -66,15 +70,18 @@ def load(
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         implementation = attention or _needed_attention(config)
+        if rank is not None:
+            check_divisible(config, rank.count, is_dummy=is_dummy)
         if is_dummy:
             causal_lm = make_dummy(
                 config, device=device, dtype=DTYPES.get(dtype), attention=implementation
             )
         else:
             wanted = DTYPES.get(dtype, "auto")
-            causal_lm, report = _load_causal_lm(folder, config, wanted, implementation)
+            causal_lm, report = _load_causal_lm(folder, config, wanted, implementation, rank)
             _check_weights(model, type(causal_lm).__name__, report)
-            causal_lm = causal_lm.to(device)
+            if rank is None:  # each rank's part is on its own device already
+                causal_lm = causal_lm.to(device)
     except ModelError:
         raise
     except Exception as error:  # a folder can be wrong in any way; all of them mean the same here
@@ -100,6 +107,7 @@ def load(
         max_sequence_tokens=max_sequence_tokens,
         id_table=None if is_dummy else load_id_table(folder),
         packed=attention is None,
+        part=None if rank is None else take_part(causal_lm, rank),
     )
 
 
@@ -109,7 +117,7 @@ def _needed_attention(config: Any) -> str | None:
 
 
 def _load_causal_lm(
-    folder: Path, config: Any, dtype: Any, attention: str | None
+    folder: Path, config: Any, dtype: Any, attention: str | None, rank: Rank | None
 ) -> tuple[Any, dict[str, Any]]:
     """Returns the model and what transformers reports about its weights."""
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -122,6 +130,7 @@ def _load_causal_lm(
         trust_remote_code=False,
         local_files_only=True,
         output_loading_info=True,
+        **({} if rank is None else {"distributed_config": divide(rank)}),
     )
     return loaded
 
@@ -164,10 +173,12 @@ def prepare(
     max_sequence_tokens: int | None = None,
     id_table: IdTable | None = None,
     packed: bool = True,
+    part: VocabularyPart | None = None,
 ) -> TeacherModel:
     """Checks a causal LM that is in memory and makes it ready to score.
 
     packed: run packs if the architecture allows it; else its own attention, on padded sequences.
+    part: which ids the causal LM has logits of, if other ranks have the others.
     Raises ModelError if its logits cannot be computed from its base model's hidden states.
     """
     causal_lm.eval().requires_grad_(False)
@@ -175,7 +186,7 @@ def prepare(
     embeddings = causal_lm.get_output_embeddings()
     if embeddings is None or causal_lm.base_model is causal_lm:
         raise ModelError(f"{type(causal_lm).__name__} has no vocabulary head apart from its base")
-    vocab_size = embeddings.weight.shape[0]
+    vocab_size = embeddings.weight.shape[0] if part is None else part.vocab_size
     effective = vocab_size
     if tokenizer is not None:
         effective = min(vocab_size, max(tokenizer.get_vocab().values()) + 1)
@@ -198,6 +209,7 @@ def prepare(
         # On the device where the targets are made, so that no answer has to copy it there.
         id_table=None if id_table is None else id_table.to(causal_lm.device),
         stop_ids=_find_stop_ids(causal_lm, vocab_size),
+        part=part,
     )
     if id_table is not None and id_table.vocab_size != vocab_size:
         raise ModelError(

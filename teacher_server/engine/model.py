@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from logit_codec import FORMAT_VERSION, IdTable, TargetSpec, TeacherHead
 from logit_codec.selection import ARITHMETIC as SELECTION_ARITHMETIC
+from logit_codec.vocabulary_part import VocabularyPart
 from teacher_server.engine.attention import NAME as PACKED_ATTENTION
 from teacher_server.engine.attention import packed_attention
 from teacher_server.engine.fingerprints import without_names
@@ -68,6 +69,8 @@ class TeacherModel:
     """The vocabulary head as clients can use it; None if they cannot."""
     stop_ids: tuple[int, ...] = ()
     """Ids at which the teacher's own texts end, ascending."""
+    part: VocabularyPart | None = None
+    """Which logits are computed here, if other ranks compute the others; None: all of them."""
 
     @property
     def device(self) -> torch.device:
@@ -208,14 +211,28 @@ class TeacherModel:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Projects (C, D) -> (C, V) logits, in the model's own head arithmetic and dtype."""
-        return self.head(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        """Projects (C, D) -> (C, V) logits, in the model's own head arithmetic and dtype.
+
+        Where ranks share the vocabulary all of them call this at once, and gather the parts: it is
+        for few rows.
+        """
+        return self.join_logits(self.head(inputs_embeds=hidden[None], use_cache=False).logits[0])
+
+    def join_logits(self, logits: Tensor) -> Tensor:
+        """Gathers (C, V) logits of what the causal LM computes on this rank."""
+        return logits if self.part is None else self.part.whole(logits)
 
     @torch.inference_mode()
-    def logits_into(self, hidden: Tensor, buffer: Tensor, tile: int) -> Tensor:
-        """Projects (C, D) as `logits` does, in tiles of `tile` rows and within a (C, V) buffer."""
+    def logits_into(self, hidden: Tensor, buffer: Tensor, tile: int) -> None:
+        """Writes the logits of (C, D) to a (C, V) buffer, -inf for the padding of the head.
+
+        They are as those of `logits`; products are made in tiles of `tile` rows, within the buffer.
+        Where ranks share the vocabulary the buffer has the columns of this rank's part.
+        """
         with InPlaceHead(buffer, tile):
-            return self.logits(hidden)
+            self.head(inputs_embeds=hidden[None], use_cache=False)
+        first = 0 if self.part is None else self.part.first_id
+        buffer[:, max(self.effective_vocab_size - first, 0) :] = -torch.inf
 
 
 def _device_names(device: torch.device) -> dict[str, str]:

@@ -49,6 +49,8 @@ class PackedProducts:
         ordered: dict[int, Tensor] = {}
         """By the memory of the weights, which layers may share."""
         for module in self._causal_lm.modules():
+            if "forward" in module.__dict__:
+                continue  # somebody has put one there, which does more: sums up parts, moves weights
             if type(module) is nn.Linear:
                 weight_NK = module.weight
             elif type(module) is Conv1D:

@@ -158,6 +158,10 @@ class Pipeline:
             return f"encoding is stuck seconds={busy_s:.0f}"
         return self._compute.find_trouble(after_s)
 
+    def fail(self, why: str) -> None:
+        """Gives up, in any thread: what waits is refused so that clients send it elsewhere."""
+        self._compute.fail(why)
+
     def workload(self) -> ReplicaSnapshot:
         """Returns the means and rates of the last minute."""
         return self._replica_stats.numbers(computing_s=self.busy_s)

@@ -168,7 +168,7 @@ class TextWriter:
         texts = [job.text for job in jobs]
         with self._engine.launching():
             while turn.copies:
-                self._generator.pool.copy(*turn.copies[0])
+                self._generator.copy_page(*turn.copies[0])
                 del turn.copies[0]
             if turn.is_step:
                 return self._generator.launch_step(texts)

@@ -15,7 +15,7 @@ from teacher_server.engine.batch import RowRequest
 from teacher_server.engine.dummy import REVISION
 from teacher_server.engine.loading import load
 from teacher_server.errors import ModelError
-from teacher_server.replica import load_engine
+from teacher_server.startup import load_engine
 from tests.support import tiny
 
 ModelFolder = Callable[[str, int], Path]
