@@ -22,6 +22,7 @@ from teacher_server.config import (
     TeamRotate,
     UsageConfig,
 )
+from teacher_server.plan_config import PlanConfig
 
 TEAM = Group(
     "Edit the file that declares who may use a teacher.",
@@ -33,6 +34,7 @@ COMMANDS = Group(
         "serve": ServeConfig,
         "describe": DescribeConfig,
         "fit-ids": FitIdsConfig,
+        "plan": PlanConfig,
         "status": StatusConfig,
         "usage": UsageConfig,
         "team": TEAM,
@@ -43,6 +45,7 @@ RUNNERS = {
     ServeConfig: "serve.serve",
     DescribeConfig: "describe.describe",
     FitIdsConfig: "fit_ids.fit_ids",
+    PlanConfig: "plan.plan",
     StatusConfig: "status.show_status",
     UsageConfig: "usage.show_usage",
     **dict.fromkeys((TeamAdd, TeamList, TeamRotate, TeamDisable), "team.team"),

@@ -20,6 +20,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "teacher_server.monitoring": (),
     "teacher_server.teams": (),
     "teacher_server.engine": (),
+    "teacher_server.planning": ("engine",),
+    "teacher_server.plan_config": ("planning.gpus",),
     "teacher_server.scheduling": (
         *("engine.batch", "engine.continuation", "engine.key_pool", "engine.stops"),
         *("teams", "monitoring"),
@@ -40,7 +42,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "teacher_server.cluster": ("replica", "ledger"),
     "teacher_server.app": ("cluster", "replica", "config", "environment"),
     "teacher_server.commands": ("*",),
-    "teacher_server.cli": ("commands", "config"),
+    "teacher_server.cli": ("commands", "config", "plan_config"),
     "teacher_server.__main__": (),
     "student_trainer.errors": (),
     "student_trainer.aliases": (),
