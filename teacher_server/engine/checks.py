@@ -28,6 +28,18 @@ def head_tolerance(model: TeacherModel) -> float:
     return 1e-4 if model.dtype == torch.float32 else 2e-2
 
 
+def pack_tolerance(model: TeacherModel) -> float:
+    """Returns how far a row of a pack may be from the same row alone, as a share of its length.
+
+    In float32 rounding is far below any mistake. In the shorter types it grows with the layers
+    (measured: 0.3 to 0.6 of epsilon times the root of their number, random weights, 4 to 80 layers),
+    and stays far below a row that sees another sequence, which moves by its own length.
+    """
+    if model.dtype == torch.float32:
+        return 1e-4
+    return 2 * torch.finfo(model.dtype).eps * max(1, model.num_layers) ** 0.5
+
+
 def _random_ids(model: TeacherModel, length: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.effective_vocab_size, (length,), generator=generator)
@@ -82,7 +94,7 @@ def can_pack(model: TeacherModel) -> bool:
             first_line(error),
         )
         return False
-    if worst <= head_tolerance(model):
+    if worst <= pack_tolerance(model):
         return True
     logger.warning(
         "%s does not keep the sequences of a pack apart (error %.1e): it runs sequences one by "
@@ -94,7 +106,7 @@ def can_pack(model: TeacherModel) -> bool:
 
 
 def _compare_packed(model: TeacherModel, sequences: list[Tensor]) -> float:
-    """Returns the largest difference between packed and single, in units of the largest number."""
+    """Returns how far rows of a pack are from the same rows alone, in the sequence where most."""
     no_rows = torch.empty(0, dtype=torch.int64)
     requests = [RowRequest(sequence, no_rows, TopKSpec(k=1)) for sequence in sequences]
     packer = Packer(
@@ -103,6 +115,8 @@ def _compare_packed(model: TeacherModel, sequences: list[Tensor]) -> float:
         divide_at=model.max_shared_positions,
         tiles=PACKED_TILES,
     )
+    # Where rounding is coarse it sends some tokens to other experts, but never most.
+    may_reroute = model.has_experts and model.dtype != torch.float32
     worst = 0.0
     for pack in packer.pack(requests):
         packed = model.hidden_states(
@@ -114,9 +128,9 @@ def _compare_packed(model: TeacherModel, sequences: list[Tensor]) -> float:
         for member, start in zip(pack.members, pack.starts, strict=True):
             length = len(sequences[member])
             alone = model.padded_hidden_states([sequences[member]])[0, :length].float()
-            error = (packed[start : start + length] - alone).abs().max()
-            # Also false for what is no number.
-            if not bool(torch.isfinite(error)):
+            differences = packed[start : start + length] - alone
+            errors = differences.norm(dim=-1) / alone.norm(dim=-1).clamp_min(1e-3)
+            if not bool(errors.isfinite().all()):
                 return float("inf")
-            worst = max(worst, float(error) / max(1.0, float(alone.abs().max())))
+            worst = max(worst, float(errors.median() if may_reroute else errors.max()))
     return worst

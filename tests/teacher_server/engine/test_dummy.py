@@ -16,11 +16,15 @@ from teacher_server.engine.dummy import REVISION
 from teacher_server.engine.loading import load
 from teacher_server.errors import ModelError
 from teacher_server.startup import load_engine
+from tests.conftest import one_torch_thread
 from tests.support import tiny
 
 ModelFolder = Callable[[str, int], Path]
 VOCAB = 1003
 TIED = ("Gemma2", "GPT2")
+
+
+one_thread = pytest.fixture(autouse=True, scope="module")(one_torch_thread)
 
 
 @pytest.fixture
@@ -101,6 +105,17 @@ def test_the_weights_beside_a_config_are_not_read(model_folder, tmp_path) -> Non
     folder = shutil.copytree(model_folder("Llama", VOCAB), tmp_path / "llama")
     (folder / "model.safetensors").write_bytes(b"no weights at all")
     assert load(str(folder), load_format="dummy", device="cpu").revision == REVISION
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "Qwen3", "Mixtral"])
+def test_a_deep_model_in_a_short_dtype_still_runs_packs(architecture: str, tmp_path: Path) -> None:
+    config = tiny.make_model(architecture, VOCAB).config
+    config.num_hidden_layers = 32
+    config.layer_types = None
+    type(config).from_dict(config.to_dict()).save_pretrained(tmp_path)
+    model = load(str(tmp_path), load_format="dummy", device="cpu", dtype="bfloat16")
+    assert model.num_layers == 32
+    assert model.is_packed
 
 
 def test_another_format_is_refused(config_only) -> None:

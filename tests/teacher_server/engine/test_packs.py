@@ -359,6 +359,19 @@ class Mixing(transformers.LlamaForCausalLM):
     ("kind", "why"),
     [(Untold, "does not pass keyword arguments on"), (Mixing, "does not keep the sequences")],
 )
+def test_no_dtype_hides_that_an_architecture_cannot_pack(
+    kind: Any, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    causal_lm = kind(tiny.make_model("Llama", VOCAB, context=CONTEXT).config)
+    assert not prepare(causal_lm.to(torch.bfloat16), weights_fingerprint="").is_packed
+    assert why in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [(Untold, "does not pass keyword arguments on"), (Mixing, "does not keep the sequences")],
+)
 def test_an_architecture_that_cannot_pack_runs_canonical_lengths(
     kind: Any, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
