@@ -59,7 +59,12 @@ def check_installed(extra: str, *modules: str) -> None:
     """Raises ValueError for the first of these modules of an extra that is not installed."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise ValueError(explain(ModuleNotFoundError(name=module), extra))
+            explained = explain(ModuleNotFoundError(name=module), extra)
+            # An installation from before the extra was declared knows nothing of it.
+            raise ValueError(
+                explained
+                or f"{module} is not installed; to install it: {sys.executable} -m pip install {module}"
+            )
 
 
 def install_command(extra: str = "") -> str:

@@ -10,6 +10,10 @@ from pydantic import Field, field_validator, model_validator
 from logitstream.connection import check_address, is_loopback
 from logitstream.options import AddressedService, Json, LogOptions, Settings
 
+Quantization = Literal[
+    "none", "torchao-fp8", "torchao-int8", "bitsandbytes-4bit", "compressed-tensors"
+]
+
 
 class BatchConfig(Settings):
     """Limits of a batch and of the queue."""
@@ -117,6 +121,10 @@ class ServeConfig(LogOptions, _Teacher):  # pydantic puts fields of the last bas
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights and the forward pass; auto is the type that the model was saved in."""
+    quantization: Quantization = "none"
+    """How the linear layers are quantised while they are loaded; embeddings and vocabulary head keep
+    the dtype. none: as the model was saved. compressed-tensors needs a checkpoint of that kind.
+    torchao-fp8 needs a GPU from L40S or H100 on. The packages come with the extra [quantize]."""
     load_format: Literal["auto", "dummy"] = "auto"
     """auto reads safetensors. dummy makes random weights of the shapes in config.json, for
     benchmarks: the folder needs no other file."""
@@ -198,6 +206,10 @@ class ServeConfig(LogOptions, _Teacher):  # pydantic puts fields of the last bas
             raise ValueError(
                 f"{flag} is for --standalone: replicas on Ray find each other by themselves"
             )
+        if self.load_format == "dummy" and self.quantization != "none":
+            raise ValueError(
+                "--load-format dummy makes weights of --dtype, not with --quantization"
+            )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("TLS needs both: --tls-cert and --tls-key")
         if self.tls_client_ca is not None and self.tls_cert is None:
@@ -213,6 +225,11 @@ class ServeConfig(LogOptions, _Teacher):  # pydantic puts fields of the last bas
                 f"--tensor-parallel-size {self.tensor_parallel_size} uses the first GPUs that are "
                 f"visible, not --device {self.device}: use --device cuda, and CUDA_VISIBLE_DEVICES to "
                 "choose them"
+            )
+        if self.tensor_parallel_size > 1 and self.quantization != "none":
+            raise ValueError(
+                f"--tensor-parallel-size {self.tensor_parallel_size} divides weights of --dtype, and "
+                f"--quantization {self.quantization} is not tried with it: leave out one of them"
             )
         if self.tensor_parallel_size > 1 and self.attention is not None:
             raise ValueError(

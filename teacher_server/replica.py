@@ -436,6 +436,7 @@ def _describe(model: TeacherModel, limits: Limits) -> teacher_pb2.TeacherInfo:
             max_answers_bytes=limits.max_answers_nbytes,
         ),
         dtype=str(model.dtype).removeprefix("torch."),
+        quantization=model.quantization,
         device=str(model.device),
         attention=model.attention,
         layout="packed" if model.is_packed else "padded",

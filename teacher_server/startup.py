@@ -57,6 +57,7 @@ def _load(config: ServeConfig, rank: Rank | None) -> TeacherModel:
         revision=config.revision,
         device=config.device,
         dtype=config.dtype,
+        quantization=config.quantization,
         attention=config.attention,
         max_sequence_tokens=config.admission.max_sequence_tokens,
         load_format=config.load_format,

@@ -10,6 +10,7 @@ import sys
 from logitstream.connection import Connection
 from logitstream.local_ray import TOKEN_VARIABLES, set_ray_environment
 from teacher_server.config import ServeConfig
+from teacher_server.engine.quantization import check_packages
 from teacher_server.environment import set_environment
 from teacher_server.errors import ServeError, TeacherServerError
 from teacher_server.rpc.tls import Tls
@@ -34,6 +35,8 @@ def serve(config: ServeConfig) -> int:
         return 2
     config = config.with_absolute_paths()
     try:
+        if not config.ray_address:  # else the machines of the cluster need them, not this one
+            check_packages(config.quantization, config.model)
         if config.teams is not None:
             read_teams(config.teams)
         if config.tls_cert is not None and config.tls_key is not None:

@@ -23,6 +23,13 @@ from teacher_server.engine.fingerprints import (
     fingerprint_state,
 )
 from teacher_server.engine.model import TeacherModel
+from teacher_server.engine.quantization import (
+    Quantization,
+    check_packages,
+    check_quantized,
+    check_undivided,
+    choose_quantization,
+)
 from teacher_server.engine.tensor_parallel import Rank, check_divisible, divide, take_part
 from teacher_server.errors import ModelError
 
@@ -43,6 +50,7 @@ def load(
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantization: str = "none",
     attention: str | None = None,
     max_sequence_tokens: int | None = None,
     load_format: str = "auto",
@@ -50,14 +58,16 @@ def load(
 ) -> TeacherModel:
     """Loads the teacher from a Hugging Face folder or the hub.
 
-    load_format: auto reads its safetensors; dummy reads no weights, but makes random ones of the
-    shapes that its config.json says. rank: load the part of one of several ranks; all of them call
-    this at once.
+    quantization: none, which leaves it as it was saved, or a method of quantization.PACKAGES; not for
+    dummies nor ranks. load_format: auto reads its safetensors; dummy reads no weights, but makes random
+    ones of the shapes that its config.json says. rank: load the part of one of several ranks; all of
+    them call this at once.
     Raises ModelError, which says what was looked for, if it cannot be served.
     """
     if load_format not in LOAD_FORMATS:
         raise ModelError(f"load format must be {' or '.join(LOAD_FORMATS)}; got {load_format!r}")
     is_dummy = load_format == "dummy"
+    check_packages(quantization, model)
     folder, revision = _resolve(model, revision, with_weights=not is_dummy)
     if not is_dummy:
         _expect_safetensors(folder)
@@ -72,15 +82,23 @@ def load(
         implementation = attention or _needed_attention(config)
         if rank is not None:
             check_divisible(config, rank.count, is_dummy=is_dummy)
+        precision = "none"
         if is_dummy:
             causal_lm = make_dummy(
                 config, device=device, dtype=DTYPES.get(dtype), attention=implementation
             )
         else:
             wanted = DTYPES.get(dtype, "auto")
-            causal_lm, report = _load_causal_lm(folder, config, wanted, implementation, rank)
+            chosen = choose_quantization(
+                quantization, config, model=model, device=device, dtype=wanted
+            )
+            precision = chosen.name
+            causal_lm, report = _load_causal_lm(
+                folder, config, wanted, implementation, _place(chosen, device, rank)
+            )
             _check_weights(model, type(causal_lm).__name__, report)
-            if rank is None:  # each rank's part is on its own device already
+            check_quantized(causal_lm, chosen)
+            if rank is None and chosen.method == "none":  # the others are on their devices already
                 causal_lm = causal_lm.to(device)
     except ModelError:
         raise
@@ -108,6 +126,7 @@ def load(
         id_table=None if is_dummy else load_id_table(folder),
         packed=attention is None,
         part=None if rank is None else take_part(causal_lm, rank),
+        quantization=precision,
     )
 
 
@@ -116,8 +135,18 @@ def _needed_attention(config: Any) -> str | None:
     return "eager" if getattr(config, "attn_logit_softcapping", None) else None
 
 
+def _place(quantization: Quantization, device: str, rank: Rank | None) -> dict[str, Any]:
+    """Returns the options of transformers that say where weights go, and as what."""
+    if rank is not None:
+        check_undivided(quantization)
+        return {"distributed_config": divide(rank)}
+    if quantization.method == "none":
+        return {}
+    return {"quantization_config": quantization.settings, "device_map": {"": device}}
+
+
 def _load_causal_lm(
-    folder: Path, config: Any, dtype: Any, attention: str | None, rank: Rank | None
+    folder: Path, config: Any, dtype: Any, attention: str | None, placement: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Returns the model and what transformers reports about its weights."""
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -130,7 +159,7 @@ def _load_causal_lm(
         trust_remote_code=False,
         local_files_only=True,
         output_loading_info=True,
-        **({} if rank is None else {"distributed_config": divide(rank)}),
+        **placement,
     )
     return loaded
 
@@ -174,11 +203,13 @@ def prepare(
     id_table: IdTable | None = None,
     packed: bool = True,
     part: VocabularyPart | None = None,
+    quantization: str = "none",
 ) -> TeacherModel:
     """Checks a causal LM that is in memory and makes it ready to score.
 
     packed: run packs if the architecture allows it; else its own attention, on padded sequences.
-    part: which ids the causal LM has logits of, if other ranks have the others.
+    part: which ids the causal LM has logits of, if other ranks have the others. quantization: how it
+    was quantised, and the version of the package that did it.
     Raises ModelError if its logits cannot be computed from its base model's hidden states.
     """
     causal_lm.eval().requires_grad_(False)
@@ -210,6 +241,7 @@ def prepare(
         id_table=None if id_table is None else id_table.to(causal_lm.device),
         stop_ids=_find_stop_ids(causal_lm, vocab_size),
         part=part,
+        quantization=quantization,
     )
     if id_table is not None and id_table.vocab_size != vocab_size:
         raise ModelError(

@@ -71,6 +71,8 @@ class TeacherModel:
     """Ids at which the teacher's own texts end, ascending."""
     part: VocabularyPart | None = None
     """Which logits are computed here, if other ranks compute the others; None: all of them."""
+    quantization: str = "none"
+    """How its linear layers are quantised, with the version of the package; "none": they are not."""
 
     @property
     def device(self) -> torch.device:
@@ -142,6 +144,7 @@ class TeacherModel:
             "id_table": "" if self.id_table is None else self.id_table.digest.hex(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **({} if self.quantization == "none" else {"quantization": self.quantization}),
             **_device_names(self.device),
             **self.shape,
         }

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from teacher_server.engine.products import is_plain
+
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -51,7 +53,7 @@ class PackedProducts:
         for module in self._causal_lm.modules():
             if "forward" in module.__dict__:
                 continue  # somebody has put one there, which does more: sums up parts, moves weights
-            if type(module) is nn.Linear:
+            if type(module) is nn.Linear and is_plain(module.weight):
                 weight_NK = module.weight
             elif type(module) is Conv1D:
                 weight_NK = module.weight.t()

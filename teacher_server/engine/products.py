@@ -11,18 +11,20 @@ shares with what is left of its neighbours.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 LARGE, SMALL = 512, 128
 """Rows of a tile: in float32 a product of 512 rows costs 10 to 25 % more per row than one of 2,048, one
 of 128 rows 10 to 60 % (docs/log.md, `python -m benchmarks.engine --tiles`)."""
+OPERATORS = ("gemm_4bit.default",)
+"""Names of products of rows with quantised weights that packages register with torch."""
 ALIGNMENT = 64
 """Bytes; the same product may round differently where its memory begins elsewhere."""
 
@@ -94,18 +96,27 @@ class Tiling:
         self, rows_TD: Tensor, weight_DN: Tensor, bias: Tensor | None, out_TN: Tensor
     ) -> None:
         """Writes rows_TD @ weight_DN + bias to `out_TN`; the rows are in the order of the tiles."""
+        for tile in self.tiles():
+            _multiply(rows_TD[tile], weight_DN, bias, out_TN[tile])
+
+    def tiles(self) -> Iterator[slice]:
+        """Yields the rows of each tile, in the order of the tiles."""
         for first, last, size in (
             (0, self.num_large, self.large),
             (self.num_large, self.num_rows, self.small),
         ):
             for start in range(first, last, size):
-                tile = slice(start, start + size)
-                _multiply(rows_TD[tile], weight_DN, bias, out_TN[tile])
+                yield slice(start, start + size)
 
 
 def _bounds(lengths: Sequence[int], first: int) -> Tensor:
     """Where rows of these lengths begin that stand back to back from `first`, and the end."""
     return torch.tensor([*itertools.accumulate(lengths, initial=first)], dtype=torch.int32)
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is what torch itself multiplies, and no quantised or sharded one."""
+    return type(weight) in (Tensor, nn.Parameter)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -128,7 +139,8 @@ def _multiply(rows_CD: Tensor, weight_DN: Tensor, bias: Tensor | None, out_CN: T
 class TiledProducts(TorchFunctionMode):
     """Makes the products of the model that runs inside of it tile by tile.
 
-    Linear layers call `F.linear`, GPT-2's call `torch.addmm`. A model with other products of whole
+    Linear layers call `F.linear`, GPT-2's call `torch.addmm`, those of bitsandbytes an operator of its
+    own. Quantised weights multiply each tile in their own way. A model with other products of whole
     rows fails the probe of exactness and is served at level `tolerance`.
     """
 
@@ -145,18 +157,33 @@ class TiledProducts(TorchFunctionMode):
             bias, rows, weight = args
             if len(rows) == self._tiling.num_rows:
                 return self._tile(rows, weight, bias)
+        if getattr(func, "__name__", "") in OPERATORS and not self._is_other(args[0]):
+            rows, *rest = args
+            return self._tile_by(lambda tile: func(tile, *rest, **(kwargs or {})), rows)
         return func(*args, **(kwargs or {}))
 
+    def _is_other(self, input: Tensor) -> bool:
+        """Whether an input has other rows than those of the pack: an expert's, for example."""
+        return input.numel() != self._tiling.num_rows * input.shape[-1]
+
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        rows = input.reshape(-1, input.shape[-1])
-        if len(rows) != self._tiling.num_rows:  # not the rows of the pack: an expert's, for example
+        if self._is_other(input):
             return F.linear(input, weight, bias)
+        if not is_plain(weight):
+            return self._tile_by(lambda tile: F.linear(tile, weight, bias), input)
+        rows = input.reshape(-1, input.shape[-1])
         return self._tile(rows, weight.t(), bias).view(*input.shape[:-1], -1)
 
     def _tile(self, rows_TD: Tensor, weight_DN: Tensor, bias: Tensor | None) -> Tensor:
         out_TN = rows_TD.new_empty(len(rows_TD), weight_DN.shape[1])
         self._tiling.multiply(rows_TD, weight_DN, bias, out_TN)
         return out_TN
+
+    def _tile_by(self, multiply: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        rows_TD = input.reshape(-1, input.shape[-1])
+        tiles = [rows_TD[tile] for tile in self._tiling.tiles()]
+        products = [multiply(tile if _is_aligned(tile) else tile.clone()) for tile in tiles]
+        return torch.cat(products).view(*input.shape[:-1], -1)
 
 
 class InPlaceHead(TorchFunctionMode):
