@@ -10,6 +10,7 @@ from importlib import import_module
 
 from logitstream.command_line import Group, WrongUsage, parse
 from logitstream.logs import log_to_stderr
+from teacher_server.compare_config import CompareConfig
 from teacher_server.config import (
     CertsConfig,
     DescribeConfig,
@@ -34,6 +35,7 @@ COMMANDS = Group(
         "serve": ServeConfig,
         "describe": DescribeConfig,
         "fit-ids": FitIdsConfig,
+        "compare": CompareConfig,
         "plan": PlanConfig,
         "status": StatusConfig,
         "usage": UsageConfig,
@@ -45,6 +47,7 @@ RUNNERS = {
     ServeConfig: "serve.serve",
     DescribeConfig: "describe.describe",
     FitIdsConfig: "fit_ids.fit_ids",
+    CompareConfig: "compare.run_compare",
     PlanConfig: "plan.plan",
     StatusConfig: "status.show_status",
     UsageConfig: "usage.show_usage",

@@ -3,7 +3,7 @@
 import copy
 import logging
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,7 @@ def prepare(
     effective = vocab_size
     if tokenizer is not None:
         effective = min(vocab_size, max(tokenizer.get_vocab().values()) + 1)
-    longest = getattr(config, "max_position_embeddings", None) or 2**20
+    longest = _longest_sequence(config)
     if max_sequence_tokens is not None:
         longest = min(longest, max_sequence_tokens)
     if weights_fingerprint is None:
@@ -340,6 +340,30 @@ def _expect_safetensors(folder: Path) -> None:
             f"{folder} has no *.safetensors file. Only safetensors weights are loaded; save the "
             "model again with save_pretrained."
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """Holds what is known of a model whose weights have not been read."""
+
+    tokenizer: Any | None
+    vocab_size: int
+    max_sequence_tokens: int
+
+
+def read_outline(model: str) -> Outline:
+    """Reads config and tokenizer of a folder or hub id. Raises ModelError."""
+    folder, _ = _resolve(model, None, with_weights=False)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as in `load`
+        raise ModelError(f"cannot read config.json of {model}: {first_line(error)}") from error
+    config = config.get_text_config()
+    return Outline(_load_tokenizer(folder), config.vocab_size, _longest_sequence(config))
+
+
+def _longest_sequence(config: Any) -> int:
+    return getattr(config, "max_position_embeddings", None) or 2**20
 
 
 def _load_tokenizer(folder: Path) -> Any | None:
