@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from logitstream.options import AddressedService, Json
 
@@ -25,10 +25,22 @@ class CheckConfig(AddressedService):
     teacher's."""
     tokens: str | None = None
     """Estimate hours, bytes and disk for this many tokens, such as 1B or 300M."""
+    reference: str | None = None
+    """Hugging Face folder or hub id of the model that the teacher should be, loaded here as it was
+    saved: measures KL(reference || served) and top-1 agreement. Exact if the team may ask for dense
+    targets, else a lower bound from top_k ones."""
+    text: Path | None = None
+    """With --reference: UTF-8 text to compare them on; by default the reference writes some."""
     targets: str = "sampled"
     """Targets to request."""
     as_json: Json = False
     """Print JSON."""
+
+    @model_validator(mode="after")
+    def _check_text(self) -> "CheckConfig":
+        if self.text is not None and self.reference is None:
+            raise ValueError("--text is what --reference is compared on; give both")
+        return self
 
     @field_validator("tokens")
     @classmethod

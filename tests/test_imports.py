@@ -97,6 +97,13 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
         "teacher_server.engine.key_pool",
         "teacher_server.engine.stops",
     ),
+    # A reference in the checker's own process, loaded only when one is asked for.
+    "student_trainer/commands/reference.py": (
+        "teacher_server.engine.comparison",
+        "teacher_server.engine.loading",
+        "teacher_server.engine.model",
+        "teacher_server.errors",
+    ),
     # The modules that begin a run.
     "student_trainer/training/held_out.py": (
         "student_trainer.client.remote",

@@ -52,6 +52,13 @@ def run_check(config: CheckConfig) -> int:
         numbers["bytes"] = round(wanted * result.bytes_per_token)
         numbers["disk_gib"] = numbers["bytes"] / 2**30
         numbers["wire_gib"] = wanted * result.wire_bytes_per_token / 2**30
+    if config.reference is not None:
+        from student_trainer.commands.reference import compare_reference
+
+        compared = compare_reference(
+            config.address, config.reference, config.text, credentials=config.credentials()
+        )
+        numbers["reference"] = compared if config.as_json else _as_text(compared)
     show(numbers, as_json=config.as_json)
     if not result.aligned:
         print(
@@ -61,6 +68,22 @@ def run_check(config: CheckConfig) -> int:
         )
         return 1
     return 0
+
+
+def _as_text(compared: dict[str, Any]) -> str:
+    """Formats what the comparison with a reference found, on several lines."""
+    lines = [
+        f"{compared['model']}, {compared['dtype']}, {compared['rows']:,} rows of text: "
+        f"{compared['text']}"
+    ]
+    for name, label in (
+        ("kl", "KL(reference || served)"),
+        ("reverse_kl", "KL(served || reference)"),
+    ):
+        numbers = ", ".join(f"{key} {value:.3g}" for key, value in compared[name].items())
+        lines.append(f"{label}: {numbers} nats, {compared['bound']}")
+    lines.append(f"top-1 agreement {100 * compared['top1_agreement']:.2f} %")
+    return ("\n" + 21 * " ").join(lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +98,9 @@ class CheckResult:
     """same, not compared (no student given), or unknown (the teacher has none)."""
     vocabulary: str
     """How many ids teacher and student have, and how many of them are shared."""
+    dtype: str
+    quantization: str
+    """How the teacher's linear layers are quantised; "none": they are not."""
     exactness: str
     max_sequence_tokens: int
     targets: str
@@ -188,6 +214,8 @@ def check(
         teacher_fingerprint=info.teacher_fingerprint,
         tokenizer=compared,
         vocabulary=vocabulary,
+        dtype=info.dtype,
+        quantization=info.quantization or "not told",
         exactness=info.exactness,
         max_sequence_tokens=info.max_sequence_tokens,
         targets=targets,
