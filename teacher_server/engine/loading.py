@@ -67,14 +67,12 @@ def load(
     if load_format not in LOAD_FORMATS:
         raise ModelError(f"load format must be {' or '.join(LOAD_FORMATS)}; got {load_format!r}")
     is_dummy = load_format == "dummy"
-    check_packages(quantization, model)
+    if not is_dummy:
+        check_packages(quantization, model)
     folder, revision = _resolve(model, revision, with_weights=not is_dummy)
     if not is_dummy:
         _expect_safetensors(folder)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"device is {device}, but torch finds no CUDA device. Use --device cpu.")
+    device = _find_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
     try:
@@ -93,13 +91,9 @@ def load(
                 quantization, config, model=model, device=device, dtype=wanted
             )
             precision = chosen.name
-            causal_lm, report = _load_causal_lm(
-                folder, config, wanted, implementation, _place(chosen, device, rank)
+            causal_lm = _load_causal_lm(
+                folder, config, wanted, implementation, device, chosen, rank
             )
-            _check_weights(model, type(causal_lm).__name__, report)
-            check_quantized(causal_lm, chosen)
-            if rank is None and chosen.method == "none":  # the others are on their devices already
-                causal_lm = causal_lm.to(device)
     except ModelError:
         raise
     except Exception as error:  # a folder can be wrong in any way; all of them mean the same here
@@ -130,26 +124,37 @@ def load(
     )
 
 
+def _find_device(device: str) -> str:
+    """Returns the device that is meant. Raises ModelError if there is none."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device is {device}, but torch finds no CUDA device. Use --device cpu.")
+    return device
+
+
 def _needed_attention(config: Any) -> str | None:
     """Names the only implementation that applies a softcap everywhere, for a model that has one."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) else None
 
 
-def _place(quantization: Quantization, device: str, rank: Rank | None) -> dict[str, Any]:
-    """Returns the options of transformers that say where weights go, and as what."""
+def _load_causal_lm(
+    folder: Path,
+    config: Any,
+    dtype: Any,
+    attention: str | None,
+    device: str,
+    quantization: Quantization,
+    rank: Rank | None,
+) -> Any:
+    """Returns the model, on its device. Raises ModelError for weights that are missing or differ."""
+    placement: dict[str, Any] = {}
     if rank is not None:
         check_undivided(quantization)
-        return {"distributed_config": divide(rank)}
-    if quantization.method == "none":
-        return {}
-    return {"quantization_config": quantization.settings, "device_map": {"": device}}
-
-
-def _load_causal_lm(
-    folder: Path, config: Any, dtype: Any, attention: str | None, placement: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """Returns the model and what transformers reports about its weights."""
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        placement = {"distributed_config": divide(rank)}
+    elif quantization.method != "none":
+        placement = {"quantization_config": quantization.settings, "device_map": {"": device}}
+    causal_lm, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -161,7 +166,9 @@ def _load_causal_lm(
         output_loading_info=True,
         **placement,
     )
-    return loaded
+    _check_weights(str(folder), type(causal_lm).__name__, report)
+    check_quantized(causal_lm, quantization)
+    return causal_lm if placement else causal_lm.to(device)
 
 
 def _check_weights(model: str, architecture: str, report: dict[str, Any]) -> None:
