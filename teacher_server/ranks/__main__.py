@@ -15,6 +15,7 @@ import time
 from typing import Any, BinaryIO
 
 from teacher_server.environment import set_environment
+from teacher_server.errors import TeacherServerError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,9 @@ def main() -> None:
     try:
         _serve(config, rank, store, queued)
     except Exception as error:
-        logger.exception("rank %d failed", rank.index)
+        # What is wrong with a teacher every rank finds; the replica says it.
+        if not isinstance(error, TeacherServerError):
+            logger.exception("rank %d failed", rank.index)
         message = f"{type(error).__name__}: {error}".replace("\n", " ")
         reports.write(f"failed {message}\n".encode())
         threading.Event().wait()  # the replica ends this process, when it has read that

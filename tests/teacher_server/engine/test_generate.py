@@ -12,9 +12,10 @@ from teacher_server.engine.continuation import Continuation, DrawRule
 from teacher_server.engine.drawing import BLOCK, draw
 from teacher_server.engine.engine import Engine
 from teacher_server.engine.generate import CHUNK_TOKENS, CannotGenerate, Generator
-from teacher_server.engine.key_pool import PAGE_TOKENS, pages_for
+from teacher_server.engine.key_pool import PAGE_TOKENS
 from teacher_server.engine.loading import prepare
 from tests.support import tiny
+from tests.support.written import give_back, write
 
 VOCAB = 101
 GREEDY = DrawRule(temperature=0.0)
@@ -32,39 +33,6 @@ def open_generator(name: str, dtype: torch.dtype = torch.float32) -> tuple[Engin
 def make_prompts(lengths: Sequence[int] = LENGTHS) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(2, VOCAB, (n,), generator=generator) for n in lengths]
-
-
-def grow(generator: Generator, text: Continuation, num_tokens: int) -> None:
-    pages = generator.pool.take(pages_for(num_tokens) - len(text.pages))
-    assert pages is not None
-    text.pages += pages
-
-
-def write(
-    generator: Generator, texts: Sequence[Continuation], num_new: int = NUM_NEW
-) -> list[list[Targets]]:
-    """Writes up to this many tokens of each text; returns the targets of those that are drawn."""
-    while chunks := [(text, count) for text in texts if (count := generator.next_chunk(text))]:
-        for text, count in chunks:
-            grow(generator, text, text.num_cached + count)
-        generator.result_of_chunks(generator.launch_chunks(chunks))
-    found: list[list[Targets]] = [[] for _ in texts]
-    while some := [i for i, text in enumerate(texts) if len(text.new_ids) < num_new]:
-        for i in some:
-            grow(generator, texts[i], texts[i].num_cached + 1)
-        ids, rows, _ = generator.result_of_step(generator.launch_step([texts[i] for i in some]))
-        for i, token_id, row in zip(some, ids, rows, strict=True):
-            texts[i].new_ids.append(token_id)
-            if row is not None:
-                found[i].append(row.compact())
-    return found
-
-
-def give_back(generator: Generator, texts: Sequence[Continuation]) -> None:
-    for text in texts:
-        generator.pool.give_back(text.pages)
-        text.pages.clear()
-    assert generator.pool.num_free == generator.pool.num_pages
 
 
 @pytest.mark.parametrize("name", [*tiny.ARCHITECTURES, "GptOss"])
