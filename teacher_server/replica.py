@@ -134,7 +134,7 @@ class Replica:
         teacher = _describe(model, limits)
         teacher.max_generation_tokens = 0 if generator is None else generator.max_tokens
         teacher.service_id = self.service_id
-        teacher.exactness = "bytes" if is_exact(engine) else "tolerance"
+        teacher.exactness = "bytes" if is_exact(engine, generator) else "tolerance"
         self.description = Description(teacher, self._pipeline, model.device)
         admission = Admission(model, limits)
         self._service = TeacherService(

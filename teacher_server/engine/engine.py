@@ -18,7 +18,7 @@ from logit_codec import Targets
 from logitstream.logs import first_line
 from teacher_server.engine.batch import PackTimes, RowRequest
 from teacher_server.engine.device import Device, Event, open_device
-from teacher_server.engine.generate import Generator
+from teacher_server.engine.generate import Generator, describe_shape
 from teacher_server.engine.head import ScoredRows, States, VocabularyHead
 from teacher_server.engine.layers import watch_layers
 from teacher_server.engine.model import TeacherModel
@@ -97,6 +97,7 @@ class Engine:
         tiles = (LARGE, SMALL) if exact and not self.packer.is_fixed else None
         return {
             "packed": model.is_packed,
+            "texts": describe_shape(model.device.type),
             # Sums between devices are rounded, and another number of them is summed otherwise.
             "vocabulary": None if model.part is None else model.part.bounds,
             "packs": self.packer.shapes,

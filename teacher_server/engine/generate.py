@@ -21,6 +21,7 @@ from teacher_server.engine.attention import KeysPlan, packed_attention
 from teacher_server.engine.batch import PackTimes
 from teacher_server.engine.continuation import Continuation
 from teacher_server.engine.device import Device, Event
+from teacher_server.engine.drawing import BLOCK as DRAWN_BLOCK
 from teacher_server.engine.drawing import draw, uniforms_of
 from teacher_server.engine.head import ScoredRows, States
 from teacher_server.engine.kept_keys import ChunkPlan, Row, RowPlan, ShapeFinder
@@ -34,7 +35,7 @@ from teacher_server.engine.orders import (
     WriteChunks,
     WriteStep,
 )
-from teacher_server.engine.packed_weights import PackedProducts
+from teacher_server.engine.packed_weights import PackedProducts, can_order
 from teacher_server.engine.packing import ROW_MULTIPLE
 from teacher_server.engine.products import TiledProducts, Tiling
 
@@ -43,6 +44,17 @@ DECODE_ROWS = {"cpu": 8, "cuda": 64}
 single row, because it waits for the weights, and all 8 round alike (docs/log.md)."""
 CHUNK_TOKENS = 512
 """Tokens of a prompt that are computed at once, a whole number of pages."""
+
+
+def describe_shape(device_type: str) -> dict[str, Any]:
+    """Returns the sizes that the bytes of a text depend on."""
+    return {
+        "decode_rows": DECODE_ROWS.get(device_type, DECODE_ROWS["cuda"]),
+        "chunk_tokens": CHUNK_TOKENS,
+        "page_tokens": PAGE_TOKENS,
+        "drawn_block": DRAWN_BLOCK,
+        "ordered_weights": can_order(device_type),
+    }
 
 
 class CannotGenerate(Exception):

@@ -22,6 +22,11 @@ from teacher_server.engine.products import is_plain
 Forward = Callable[[Tensor], Tensor]
 
 
+def can_order(device_type: str) -> bool:
+    """Whether weights are put into another order on such a device."""
+    return device_type == "cpu" and torch.backends.mkldnn.is_available()
+
+
 class PackedProducts:
     """Replaces the products of a model's linear layers as long as `use` lasts, if they have R rows."""
 
@@ -46,7 +51,7 @@ class PackedProducts:
                 module.__dict__.pop("forward", None)
 
     def _order_weights(self) -> Iterator[tuple[nn.Module, Forward]]:
-        if self._causal_lm.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        if not can_order(self._causal_lm.device.type):
             return
         ordered: dict[int, Tensor] = {}
         """By the memory of the weights, which layers may share."""

@@ -12,7 +12,10 @@ import torch
 
 from logit_codec import Targets, TopKSpec, TopKTargets, encode
 from teacher_server.engine.batch import RowRequest
+from teacher_server.engine.continuation import Continuation, DrawRule
 from teacher_server.engine.engine import Engine
+from teacher_server.engine.generate import Generator
+from teacher_server.engine.key_pool import PAGE_TOKENS, pages_for
 from teacher_server.engine.packing import SHORT
 from teacher_server.engine.products import LARGE, SMALL
 from teacher_server.engine.threads import compute_apart
@@ -25,6 +28,8 @@ FEW = (9, 40)
 """Tokens of the sequences that are tried first."""
 MANY = (SMALL + 57, LARGE + SMALL + 43)
 """Tokens of those that cover every size of product; tried if that is quick."""
+WRITTEN_PROMPT, NUM_WRITTEN = 40, 6
+"""Tokens of the text that is written to see whether it always has the same bytes, and after it."""
 LONG_PROBE_S = 10.0
 """A probe that would take longer is left out: a large teacher on a CPU."""
 
@@ -41,10 +46,18 @@ def make_requests(engine: Engine, lengths: tuple[int, ...], seed: int = 1) -> li
     return requests
 
 
-def is_exact(engine: Engine) -> bool:
-    """Whether the level is `bytes`: the engine was made for it, and it holds where it is tried."""
+def is_exact(engine: Engine, generator: Generator | None = None) -> bool:
+    """Whether the level is `bytes`: the engine was made for it, and it holds where it is tried.
+
+    generator: what writes texts, if anything does.
+    """
     # Which tokens share an expert's product depends on the neighbours.
-    return engine.exact and not engine.model.has_experts and keeps_bytes(engine)
+    if not engine.exact or engine.model.has_experts or not keeps_bytes(engine):
+        return False
+    if generator is not None and not writes_same_bytes(engine, generator):
+        logger.warning("texts do not have the same bytes in any company here: level tolerance")
+        return False
+    return True
 
 
 def keeps_bytes(engine: Engine) -> bool:
@@ -69,6 +82,62 @@ def _keeps_bytes_of(engine: Engine, requests: list[RowRequest]) -> bool:
     around = [first, *requests[::-1], *others]
     among = [encode(targets) for targets in engine.score(around)]
     return among[1 : 1 + len(requests)] == alone[::-1]
+
+
+def writes_same_bytes(engine: Engine, generator: Generator) -> bool:
+    """Tries whether a text has the same bytes alone, among others, and after it was interrupted."""
+    prompts = [min(n, generator.max_tokens - NUM_WRITTEN) for n in (1, 2 * PAGE_TOKENS, 9)]
+    prompt = min(WRITTEN_PROMPT, generator.max_tokens - NUM_WRITTEN)
+    needed = sum(pages_for(length + NUM_WRITTEN) for length in (*prompts, prompt))
+    if prompt < 1 or needed > generator.pool.num_pages:
+        logger.info("texts were not probed for exactness: there is no room for several")
+        return True
+    began = time.perf_counter()
+    alone = _write(engine, generator, [_begin_text(engine, prompt)])[0]
+    if time.perf_counter() - began > LONG_PROBE_S / 3:
+        logger.info("texts were not probed for exactness: writing them takes too long")
+        return True
+    others = [_begin_text(engine, length, seed=2) for length in (1, 2 * PAGE_TOKENS, 9)]
+    among = _write(
+        engine, generator, [*others[:2], _begin_text(engine, WRITTEN_PROMPT), *others[2:]]
+    )
+    resumed = _begin_text(engine, WRITTEN_PROMPT)
+    resumed.new_ids += alone[0][: NUM_WRITTEN // 2]
+    rest = _write(engine, generator, [resumed])[0]
+    kept = alone[0], alone[1][NUM_WRITTEN // 2 :]
+    return among[2] == alone and rest == kept
+
+
+def _begin_text(engine: Engine, num_tokens: int, seed: int = 1) -> Continuation:
+    request = make_requests(engine, (num_tokens + 1,), seed)[0]
+    rule = DrawRule(seed=seed)
+    return Continuation(request.token_ids[:num_tokens], rule, SPEC)
+
+
+def _write(
+    engine: Engine, generator: Generator, texts: list[Continuation]
+) -> list[tuple[list[int], list[bytes]]]:
+    """Writes texts of NUM_WRITTEN tokens; returns the ids of each, and the targets of those drawn."""
+    found: list[list[bytes]] = [[] for _ in texts]
+    for text in texts:
+        pages = generator.pool.take(pages_for(len(text.prompt_ids) + NUM_WRITTEN))
+        assert pages is not None, "their number was checked, and nobody else writes yet"
+        text.pages += pages
+    while chunks := [(text, count) for text in texts if (count := generator.next_chunk(text))]:
+        with engine.launching():
+            launched = generator.launch_chunks(chunks)
+        generator.result_of_chunks(launched)
+    while some := [i for i, text in enumerate(texts) if len(text.new_ids) < NUM_WRITTEN]:
+        with engine.launching():
+            step = generator.launch_step([texts[i] for i in some])
+        token_ids, rows, _ = generator.result_of_step(step)
+        for i, token_id, row in zip(some, token_ids, rows, strict=True):
+            assert row is not None
+            texts[i].new_ids.append(token_id)
+            found[i].append(encode(row.compact()))
+    for text in texts:
+        generator.pool.give_back(text.pages)
+    return [(text.new_ids, rows) for text, rows in zip(texts, found, strict=True)]
 
 
 class KnownAnswer:

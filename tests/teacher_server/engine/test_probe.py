@@ -11,11 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from teacher_server.engine import generate
 from teacher_server.engine.device import Device
 from teacher_server.engine.engine import Engine
 from teacher_server.engine.loading import prepare
 from teacher_server.engine.model import TeacherModel
-from teacher_server.engine.probe import KnownAnswer, is_exact, keeps_bytes, make_requests, warm_up
+from teacher_server.engine.probe import (
+    KnownAnswer,
+    is_exact,
+    keeps_bytes,
+    make_requests,
+    warm_up,
+    writes_same_bytes,
+)
 from teacher_server.errors import ModelError
 from tests.conftest import one_torch_thread
 from tests.support import tiny
@@ -50,6 +58,46 @@ class Hook:
 @pytest.mark.parametrize("name", tiny.DENSE_ARCHITECTURES)
 def test_an_engine_that_tiles_its_products_is_exact(name: str) -> None:
     assert is_exact(Engine(teacher(name)))
+
+
+@pytest.mark.parametrize("name", tiny.DENSE_ARCHITECTURES)
+def test_texts_have_the_same_bytes_in_any_company(name: str) -> None:
+    ours = Engine(teacher(name))
+    generator = ours.open_generation(8 << 20)
+    assert is_exact(ours, generator)
+    assert generator.pool.num_free == generator.pool.num_pages
+
+
+def test_texts_that_depend_on_their_place_are_no_bytes() -> None:
+    ours = Engine(teacher())
+    generator = ours.open_generation(8 << 20)
+
+    def shift(output: Tensor) -> Tensor:  # of the launches that draw: by the place of the row
+        is_step = output.shape[1] == generator.decode_rows
+        return output + is_step * 1e-3 * torch.arange(output.shape[1])[:, None]
+
+    with Hook(ours.model).change(shift):
+        assert keeps_bytes(ours), "packs have another size"
+        assert not writes_same_bytes(ours, generator)
+        assert not is_exact(ours, generator)
+    assert is_exact(ours, generator)
+
+
+def test_a_small_pool_is_served_without_a_probe_of_texts() -> None:
+    ours = Engine(teacher())
+    generator = ours.open_generation(3 * 64 * 2 * 2 * 2 * 16 * 4)
+    assert generator.pool.num_pages == 3
+    assert writes_same_bytes(ours, generator)
+    assert generator.pool.num_free == 3
+
+
+@pytest.mark.parametrize("name", ["CHUNK_TOKENS", "PAGE_TOKENS", "DRAWN_BLOCK", "DECODE_ROWS"])
+def test_the_fingerprint_covers_what_the_bytes_of_a_text_depend_on(name, monkeypatch) -> None:
+    before = Engine(teacher()).model.teacher_fingerprint
+    assert Engine(teacher()).model.teacher_fingerprint == before
+    value = {"cpu": 16, "cuda": 64} if name == "DECODE_ROWS" else 128
+    monkeypatch.setattr(generate, name, value)
+    assert Engine(teacher()).model.teacher_fingerprint != before
 
 
 @functools.cache
