@@ -34,13 +34,19 @@ class PackedProducts:
         self._num_rows = num_rows
         self._forwards: dict[nn.Module, Forward] | None = None
         """Of each layer whose weights are in order; None before the first use."""
+        self._ordered: list[tuple[nn.Module, tuple[int, int]]] = []
+        """Of the same layers, the state of the weights that were put in order."""
         self._causal_lm = causal_lm
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
         """Replaces them. Not for two threads at once."""
+        # A model that is trained, and is its own teacher, changes its weights between two texts.
+        if any(_state_of(module) != state for module, state in self._ordered):
+            self._forwards = None
         if self._forwards is None:
             self._forwards = dict(self._order_weights())
+            self._ordered = [(module, _state_of(module)) for module in self._forwards]
         # Straight into the dict: nn.Module's own way of setting an attribute takes ten times as long.
         for module, forward in self._forwards.items():
             module.__dict__["forward"] = forward
@@ -85,3 +91,9 @@ class PackedProducts:
             return multiply(rows, ordered, module.bias, "none", [], "")
 
         return forward
+
+
+def _state_of(module: Any) -> tuple[int, int]:
+    """Tells weights that have changed, or are others, from those that were seen."""
+    weight = module.weight
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version

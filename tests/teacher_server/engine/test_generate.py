@@ -249,3 +249,34 @@ def test_who_cannot_write_says_why():
         Engine(model).open_generation(POOL_NBYTES)
     with pytest.raises(ValueError, match="hold no page"):
         Engine(prepare(tiny.make_model("Llama", VOCAB))).open_generation(10)
+
+
+def test_texts_are_written_with_the_weights_that_the_model_has_now():
+    (prompt,) = make_prompts([40])
+    engine, generator = open_generator("Llama")
+    before = Continuation(prompt, GREEDY)
+    write(generator, [before])
+    other = tiny.make_model("Llama", VOCAB, seed=3)
+    engine.model.causal_lm.load_state_dict(other.state_dict())
+    after = Continuation(prompt, GREEDY)
+    write(generator, [after])
+    expected = Continuation(prompt, GREEDY)
+    write(Engine(prepare(other)).open_generation(POOL_NBYTES), [expected])
+    assert after.new_ids == expected.new_ids != before.new_ids
+
+
+def test_a_forward_that_a_layer_has_of_its_own_is_called_and_stays():
+    (prompt,) = make_prompts([20])
+    engine, generator = open_generator("Llama")
+    layer = engine.model.causal_lm.base_model.layers[0].mlp.up_proj
+    calls = []
+    own = type(layer).forward
+
+    def forward(rows: Tensor) -> Tensor:
+        calls.append(len(rows))
+        return own(layer, rows)
+
+    layer.forward = forward
+    write(generator, [Continuation(prompt, GREEDY)], 5)
+    assert len(calls) == 6, "a chunk of the prompt, and 5 tokens"
+    assert layer.__dict__["forward"] is forward
