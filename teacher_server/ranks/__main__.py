@@ -54,6 +54,8 @@ def _serve(config: Any, rank: Any, store: str, queued: queue.SimpleQueue) -> Non
     from teacher_server.startup import load_part, prepare_process
 
     log_to_stderr(config, logging.StreamHandler(sys.stderr), name="teacher_server")
+    if config.log_level != "debug":  # the first rank finds the same, and says it once
+        logging.getLogger("teacher_server").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     prepare_process(config)
