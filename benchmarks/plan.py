@@ -6,13 +6,15 @@ turns, within one process,
 
 - engine: the line "+ encoding" of benchmarks/engine.py on a CPU, "+ selection" on a GPU: the engine's
   launch and result, two packs in flight; on a CPU compacted and encoded in the same thread;
-- plan: what a plan measures in ten seconds with all layers;
+- plan: what a plan measures in ten seconds (`--seconds`) with all layers;
 - fewer: what it measures with 2 and with 4 of the layers, as if no more fitted.
 
 `--cpu-time` counts CPU time instead of the wall's, with one thread, for a machine that others use too.
 """
 
 import argparse
+import logging
+import os
 import statistics
 import tempfile
 import time
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--targets", default="sampled:64")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, help="of a turn of the engine")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement of a plan")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU time, with one thread")
     parser.add_argument("--quick", action="store_true", help="one shape, one length, one round")
@@ -57,6 +60,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     if options.quick:
         options.lengths, options.rounds, options.tokens = "512", 1, min(options.tokens, 2048)
+        options.seconds = 3.0
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as in the service
+    logging.getLogger("teacher_server").setLevel(logging.ERROR)
     clock = time.process_time if options.cpu_time else time.perf_counter
     transformers.utils.logging.set_verbosity_error()
     gpu = find_device("cpu" if options.device == "cpu" else "", options.dtype)
@@ -112,6 +118,7 @@ def print_line(
             device=options.device,
             targets=[options.targets],
             lengths=[length],
+            seconds=options.seconds,
             depths=depths,
             clock=clock,
         )

@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 SECONDS = 10.0
 """Of a measurement, all lengths and kinds of targets together, loading not counted."""
-MIN_TURNS = 3
+MIN_TURNS, TURNS = 3, 8
+"""The fewest turns, and those for which batches are chosen."""
 MAX_BATCH_S = 2.0
 """Longest time that a batch should take, by the guess below; else fewer layers are measured."""
 GUESSED_EFFICIENCY = 0.5
@@ -109,12 +110,12 @@ def measure_engine(
             for work in some:
                 work.choose_batch(share)
         began, cpu_began = time.perf_counter(), time.process_time()
-        took = _take_turns(works, seconds)
+        turns = _take_turns(works, seconds)
         wall_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
     except ValueError as error:  # targets that this teacher does not offer
         raise ModelError(str(error)) from error
     return Measurement(
-        seconds={key: depths.extrapolate(values) for key, values in took.items()},
+        seconds={key: _extrapolate(depths, some) for key, some in turns.items()},
         depths=depths,
         device=device,
         threads=torch.get_num_threads(),
@@ -245,12 +246,12 @@ class _Work:
         return RowRequest(ids, rows, self._spec, uniforms=drawn, given_ids=given)
 
     def choose_batch(self, seconds: float) -> None:
-        """Fills a pack, or as much of it as takes a third of the given time."""
+        """Fills a pack, or as much of it as leaves time for enough turns."""
         self.run()  # what the first computation makes once is not measured
         per_sequence_s = self.run() * self._length
         fitting = max(1, self.engine.pack_tokens // self._length)
         if self._on_cpu:
-            fitting = min(fitting, max(1, math.floor(seconds / MIN_TURNS / per_sequence_s)))
+            fitting = min(fitting, max(1, math.floor(seconds / TURNS / per_sequence_s)))
         self._requests = [self._make_request(seed) for seed in range(fitting)]
         # A GPU computes one batch while the next is laid out: batches in a row, some for each turn.
         self._count = 1 if self._on_cpu else 2 * IN_FLIGHT
@@ -280,17 +281,29 @@ class _Work:
 @torch.inference_mode()
 def _take_turns(
     works: dict[tuple[str, int], list[_Work]], seconds: float
-) -> dict[tuple[str, int], list[float]]:
-    """Runs all in turns until the time is over; returns medians of seconds per token."""
-    took: dict[tuple[str, int], list[list[float]]] = {
-        key: [[] for _ in some] for key, some in works.items()
-    }
+) -> dict[tuple[str, int], list[list[float]]]:
+    """Runs all in turns until the time is over; returns seconds per token of each turn."""
+    turns: dict[tuple[str, int], list[list[float]]] = {key: [] for key in works}
     began = time.perf_counter()
-    turns = 0
-    while turns < MIN_TURNS or time.perf_counter() - began < seconds:
+    count = 0
+    while count < MIN_TURNS or time.perf_counter() - began < seconds:
         for key, some in works.items():
-            for times, work in zip(took[key], some, strict=True):
-                times.append(work.run())
-        turns += 1
-    logger.info("measured turns=%d s=%.1f", turns, time.perf_counter() - began)
-    return {key: [statistics.median(times) for times in some] for key, some in took.items()}
+            turns[key].append([work.run() for work in some])
+        count += 1
+    logger.info("measured turns=%d s=%.1f", count, time.perf_counter() - began)
+    return turns
+
+
+def _extrapolate(depths: Depths, turns: Sequence[Sequence[float]]) -> float:
+    """Returns the median of the turns. Raises ModelError if they say nothing.
+
+    Within a turn, for then whatever else the machine does slows both numbers of layers down.
+    """
+    seconds = statistics.median(depths.extrapolate(turn) for turn in turns)
+    if seconds < statistics.median(turn[-1] for turn in turns):
+        few, more = depths.measured[0], depths.measured[-1]
+        raise ModelError(
+            f"{more} layers took no longer than {few}: this machine is too busy with other work to "
+            "measure on. Try again when it is idle."
+        )
+    return seconds

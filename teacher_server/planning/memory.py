@@ -9,7 +9,6 @@ from teacher_server.planning.gpus import GIB
 from teacher_server.planning.sizes import ModelSizes
 
 ITEM_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-RANKS = (1, 2, 4, 8)
 LINEAR_NBYTES = {
     "none": None,
     "torchao-fp8": 1.0,
@@ -78,7 +77,7 @@ def estimate_memory(sizes: ModelSizes, ranks: int, options: MemoryOptions) -> Ra
         keys=options.pool_nbytes,
         margin=MIN_MARGIN + MARGIN_SHARE * options.device_nbytes,
         key_tokens=int(options.pool_nbytes * ranks / keys_of_token) if keys_of_token else 0,
-        problem=_find_problem(sizes, ranks),
+        problem=sizes.undivided.get(ranks, ""),
     )
 
 
@@ -114,14 +113,3 @@ def _numbers_of_token(sizes: ModelSizes, ranks: int) -> float:
     )
     mlp = 3 * sizes.mlp_width / ranks + 2 * sizes.chosen_experts * sizes.hidden_size
     return states + max(attention / ranks, mlp)
-
-
-def _find_problem(sizes: ModelSizes, ranks: int) -> str:
-    if ranks == 1:
-        return ""
-    if not sizes.has_plan:
-        return f"transformers has no plan for dividing {sizes.architecture}"
-    heads = min(layer.keys.num_heads for layer in sizes.layers)
-    if heads % ranks:
-        return f"{heads} key heads cannot be divided by {ranks}"
-    return ""

@@ -16,12 +16,11 @@ from teacher_server.planning.flops import (
 from teacher_server.planning.gpus import GIB, Gpu
 from teacher_server.planning.memory import (
     ITEM_NBYTES,
-    RANKS,
     MemoryOptions,
     RankMemory,
     estimate_memory,
 )
-from teacher_server.planning.sizes import ModelSizes
+from teacher_server.planning.sizes import RANKS, ModelSizes
 
 BILLION = 1e9
 HOUR_S = 3600

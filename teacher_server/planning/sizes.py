@@ -19,6 +19,7 @@ from torch import nn
 
 from logitstream.logs import first_line
 from teacher_server.engine.key_pool import KeyShape
+from teacher_server.engine.tensor_parallel import check_divisible
 from teacher_server.errors import ModelError
 
 Part = Literal["embedding", "head", "body", "experts", "small", "outside"]
@@ -26,6 +27,8 @@ Part = Literal["embedding", "head", "body", "experts", "small", "outside"]
 experts: multiplied with the tokens that choose them. small: norms and biases. outside: not of the text
 model, such as an encoder of images."""
 
+RANKS = (1, 2, 4, 8)
+"""Numbers of GPUs per replica that are tried."""
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN_EXPERTS = (
     "num_experts_per_tok",
@@ -34,7 +37,6 @@ CHOSEN_EXPERTS = (
     "moe_k",
     "top_k_experts",
 )
-FIRST_DENSE = ("first_k_dense_replace", "moe_layer_start_index")
 
 
 class Kind(NamedTuple):
@@ -79,8 +81,8 @@ class ModelSizes:
     max_sequence_tokens: int
     dtype: str
     is_dtype_known: bool
-    has_plan: bool
-    """Whether transformers can divide the model among ranks."""
+    undivided: dict[int, str]
+    """Why the model cannot be divided among some numbers of ranks; the others can be served."""
 
     @property
     def num_weights(self) -> int:
@@ -166,8 +168,16 @@ def measure_sizes(config: Any) -> ModelSizes:
         max_sequence_tokens=getattr(text, "max_position_embeddings", None) or 2**20,
         dtype=str(dtype or "float32").removeprefix("torch."),
         is_dtype_known=dtype is not None,
-        has_plan=_divides_layers(getattr(causal_lm, "_tp_plan", None) or {}),
+        undivided={ranks: why for ranks in RANKS[1:] if (why := _why_undivided(config, ranks))},
     )
+
+
+def _why_undivided(config: Any, ranks: int) -> str:
+    try:
+        check_divisible(config, ranks)
+    except ModelError as error:
+        return str(error).partition(". ")[0]
+    return ""
 
 
 def _count_weights(causal_lm: Any, head: nn.Module) -> dict[Kind, int]:
@@ -210,11 +220,6 @@ def _part_of(
     if weight.dim() < 2 or name.endswith("bias"):
         return "small"
     return "experts" if ".experts." in name else "body"
-
-
-def _divides_layers(plan: dict[str, str]) -> bool:
-    """Whether a plan has rules for what repeats, beside one for the head."""
-    return any(".*." in name for name in plan)
 
 
 def _first(config: Any, names: Sequence[str]) -> int | None:
