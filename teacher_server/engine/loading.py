@@ -17,11 +17,7 @@ from logitstream.logs import first_line
 from teacher_server.engine.checks import can_pack, check_head, head_tolerance
 from teacher_server.engine.client_head import make_client_head
 from teacher_server.engine.dummy import REVISION, SEED, make_dummy
-from teacher_server.engine.fingerprints import (
-    fingerprint_dummy,
-    fingerprint_folder,
-    fingerprint_state,
-)
+from teacher_server.engine.fingerprints import fingerprint_dummy, fingerprint_state
 from teacher_server.engine.model import TeacherModel
 from teacher_server.engine.quantization import (
     Quantization,
@@ -31,6 +27,7 @@ from teacher_server.engine.quantization import (
     choose_quantization,
 )
 from teacher_server.engine.tensor_parallel import Rank, check_divisible, divide, take_part
+from teacher_server.engine.weight_files import read_weights
 from teacher_server.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +77,7 @@ def load(
         implementation = attention or _needed_attention(config)
         if rank is not None:
             check_divisible(config, rank.count, is_dummy=is_dummy)
-        precision = "none"
+        precision, weights = "none", ""
         if is_dummy:
             causal_lm = make_dummy(
                 config, device=device, dtype=DTYPES.get(dtype), attention=implementation
@@ -91,9 +88,11 @@ def load(
                 quantization, config, model=model, device=device, dtype=wanted
             )
             precision = chosen.name
-            causal_lm = _load_causal_lm(
-                folder, config, wanted, implementation, device, chosen, rank
-            )
+            with read_weights(folder, revision, quiet=rank is not None and rank.index > 0) as read:
+                causal_lm = _load_causal_lm(
+                    folder, config, wanted, implementation, device, chosen, rank
+                )
+                weights = read.fingerprint()
     except ModelError:
         raise
     except Exception as error:  # a folder can be wrong in any way; all of them mean the same here
@@ -108,8 +107,6 @@ def load(
             model,
         )
         weights, revision = fingerprint_dummy(causal_lm.config, SEED), REVISION
-    else:
-        weights = fingerprint_folder(folder, revision)
     return prepare(
         causal_lm,
         _load_tokenizer(folder),
@@ -148,12 +145,12 @@ def _load_causal_lm(
     rank: Rank | None,
 ) -> Any:
     """Returns the model, on its device. Raises ModelError for weights that are missing or differ."""
-    placement: dict[str, Any] = {}
+    placement: dict[str, Any] = {"device_map": {"": device}}
     if rank is not None:
         check_undivided(quantization)
         placement = {"distributed_config": divide(rank)}
     elif quantization.method != "none":
-        placement = {"quantization_config": quantization.settings, "device_map": {"": device}}
+        placement = {"quantization_config": quantization.settings} | placement
     causal_lm, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -168,7 +165,7 @@ def _load_causal_lm(
     )
     _check_weights(str(folder), type(causal_lm).__name__, report)
     check_quantized(causal_lm, quantization)
-    return causal_lm if placement else causal_lm.to(device)
+    return causal_lm
 
 
 def _check_weights(model: str, architecture: str, report: dict[str, Any]) -> None:
@@ -336,7 +333,8 @@ def _resolve(model: str, revision: str | None, *, with_weights: bool) -> tuple[P
     except Exception as error:  # the hub client raises many kinds; all mean the same here
         raise ModelError(
             f"there is no folder {model}, and no model of that name could be fetched from the "
-            f"hub ({type(error).__name__}). Give a folder written by save_pretrained."
+            f"hub ({type(error).__name__}). If the download broke off, start again: files that are "
+            "complete are kept. Else give a folder written by save_pretrained."
         ) from error
     return snapshot, snapshot.name
 
