@@ -3,7 +3,7 @@
 Letters: R rows, M given ids of a row, L layers, D hidden size.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class RowInputs:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns those that are there, by name."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values = {name: getattr(self, name) for name in self.__slots__}
         return {name: value for name, value in values.items() if value is not None}
 
     def check(self, name: str, num_rows: int, dtype: torch.dtype | None, dims: int) -> None:

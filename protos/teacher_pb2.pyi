@@ -77,7 +77,7 @@ class StatusResponse(_message.Message):
     def __init__(self, replica: _Optional[_Union[ReplicaStatus, _Mapping]] = ..., teams: _Optional[_Iterable[_Union[TeamStatus, _Mapping]]] = ..., cost_per_second: _Optional[float] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("id", "address", "state", "queued_tokens", "streams", "batch_fill", "forward_ms", "head_ms", "encode_ms", "tokens_per_second", "memory_bytes", "device_memory_bytes", "busy", "fill_ms", "launch_ms", "wait_ms", "copy_ms", "compact_ms")
+    __slots__ = ("id", "address", "state", "queued_tokens", "streams", "batch_fill", "forward_ms", "head_ms", "encode_ms", "tokens_per_second", "memory_bytes", "device_memory_bytes", "busy", "fill_ms", "launch_ms", "wait_ms", "copy_ms", "compact_ms", "texts_running", "texts_waiting", "written_tokens_per_second")
     ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,9 @@ class ReplicaStatus(_message.Message):
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     COPY_MS_FIELD_NUMBER: _ClassVar[int]
     COMPACT_MS_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_WAITING_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     id: str
     address: str
     state: str
@@ -114,7 +117,10 @@ class ReplicaStatus(_message.Message):
     wait_ms: float
     copy_ms: float
     compact_ms: float
-    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., queued_tokens: _Optional[int] = ..., streams: _Optional[int] = ..., batch_fill: _Optional[float] = ..., forward_ms: _Optional[float] = ..., head_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., busy: _Optional[float] = ..., fill_ms: _Optional[float] = ..., launch_ms: _Optional[float] = ..., wait_ms: _Optional[float] = ..., copy_ms: _Optional[float] = ..., compact_ms: _Optional[float] = ...) -> None: ...
+    texts_running: int
+    texts_waiting: int
+    written_tokens_per_second: float
+    def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., queued_tokens: _Optional[int] = ..., streams: _Optional[int] = ..., batch_fill: _Optional[float] = ..., forward_ms: _Optional[float] = ..., head_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., device_memory_bytes: _Optional[int] = ..., busy: _Optional[float] = ..., fill_ms: _Optional[float] = ..., launch_ms: _Optional[float] = ..., wait_ms: _Optional[float] = ..., copy_ms: _Optional[float] = ..., compact_ms: _Optional[float] = ..., texts_running: _Optional[int] = ..., texts_waiting: _Optional[int] = ..., written_tokens_per_second: _Optional[float] = ...) -> None: ...
 
 class TeamStatus(_message.Message):
     __slots__ = ("team", "weight", "tokens_in_flight", "queued_tokens", "tokens_per_second", "share", "entitled", "waiting_p95_ms", "rejected", "tokens_left_today")

@@ -60,6 +60,9 @@ class ReplicaNumbers:
     wait_ms: float
     copy_ms: float
     compact_ms: float
+    texts_running: int
+    texts_waiting: int
+    written_tokens_per_second: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +263,8 @@ def table(status: ServiceStatus) -> str:
         texts.append("no team did anything in the last minute")
     header = ("replica", "address", "state")
     if status.admin:
-        header += ("streams", "queued", "tokens/s", "busy", "batch fill")
+        header += ("streams", "queued", "tokens/s", "texts", "written/s", "busy")
+        header += ("batch fill",)
         header += ("forward", "head", "encode", "memory", "device")
     texts.append(format_columns(header, map(_replica_cells, status.replicas), num_left=3))
     if status.unreachable:
@@ -294,6 +298,8 @@ def _replica_cells(replica: ReplicaLine) -> tuple[str, ...]:
         f"{numbers.streams:,}",
         f"{numbers.queued_tokens:,}",
         f"{numbers.tokens_per_second:,.0f}",
+        f"{numbers.texts_running:,}+{numbers.texts_waiting:,}",
+        f"{numbers.written_tokens_per_second:,.0f}",
         f"{100 * numbers.busy:.0f} %",
         f"{100 * numbers.batch_fill:.0f} %",
         f"{numbers.forward_ms:,.1f} ms",

@@ -31,9 +31,10 @@ OF_TARGETS = 2 << 32
 """and the one that targets of kind sampled are drawn with."""
 
 
-def draw(logits_RV: Tensor, texts: Sequence[Continuation]) -> Tensor:
+def draw(logits_RV: Tensor, texts: Sequence[Continuation], keys_R: Tensor) -> Tensor:
     """Draws (R,) int64 ids, one for each text; rows beyond the texts get their likeliest id.
 
+    keys_R: what `keys_of` makes of the texts.
     logits_RV: ids with -inf are never drawn. Equally likely ids: temperature 0 takes the lowest.
     """
     likeliest_R = logits_RV.argmax(1)
@@ -46,18 +47,19 @@ def draw(logits_RV: Tensor, texts: Sequence[Continuation]) -> Tensor:
     temperatures_R = torch.tensor([text.rule.temperature for text in some], device=device)
     scaled_RV = logits_RV.index_select(0, index_R).float() / temperatures_R[:, None]
     _cut(scaled_RV, some)
-    keys_R = _keys_of(some).to(device)
-    return likeliest_R.index_copy(0, index_R, _draw_in_two_steps(scaled_RV, keys_R))
+    if len(rows) < len(texts):
+        keys_R = keys_R[rows]
+    return likeliest_R.index_copy(0, index_R, _draw_in_two_steps(scaled_RV, keys_R.to(device)))
 
 
-def uniforms_of(texts: Sequence[Continuation]) -> Tensor:
+def uniforms_of(keys_R: Tensor) -> Tensor:
     """Makes (R,) float64 in [0, 1): what the targets of the texts' next tokens are drawn with."""
-    words_R = hash_counters(_keys_of(texts), torch.tensor(OF_TARGETS))
+    words_R = hash_counters(keys_R, torch.tensor(OF_TARGETS))
     return shift_right(words_R, 11).double() * 2.0**-53
 
 
-def _keys_of(texts: Sequence[Continuation]) -> Tensor:
-    """Returns (R,) int64 keys of the noise for the next token of each text."""
+def keys_of(texts: Sequence[Continuation]) -> Tensor:
+    """Makes (R,) int64 keys of the noise for the next token of each text, on the CPU."""
     keys_R = torch.tensor([text.draw_key for text in texts])
     return hash_counters(keys_R, torch.tensor([text.num_tokens for text in texts]))
 

@@ -1,8 +1,9 @@
 """Writes texts: keeps the keys of prompts, and draws one token after another.
 
 All tokens of a prompt but the last are computed in chunks, as sequences are that are scored. The last
-one, and every token that is drawn, is a row of a launch of DECODE_ROWS rows, filled up with padding: so
-its bits depend neither on the texts beside it nor on their number. A text that goes on elsewhere, or
+one, and every token that is drawn, is a row of a launch of DECODE_ROWS rows, or of fewer where products
+of fewer rows round alike (packed_weights.py), filled up with padding: so its bits depend neither on the
+texts beside it nor on their number. A text that goes on elsewhere, or
 whose pages were taken away, computes its prompt in chunks again and the tokens after it as such rows
 again, several at once, and goes on as if nothing had happened.
 
@@ -22,7 +23,7 @@ from teacher_server.engine.batch import PackTimes
 from teacher_server.engine.continuation import Continuation
 from teacher_server.engine.device import Device, Event
 from teacher_server.engine.drawing import BLOCK as DRAWN_BLOCK
-from teacher_server.engine.drawing import draw, uniforms_of
+from teacher_server.engine.drawing import draw, keys_of, uniforms_of
 from teacher_server.engine.head import ScoredRows, States
 from teacher_server.engine.kept_keys import ChunkPlan, Row, RowPlan, ShapeFinder
 from teacher_server.engine.key_pool import PAGE_TOKENS, KeyPool, KeyShape, page_nbytes, slots_of
@@ -240,12 +241,20 @@ class Generator:
         plan = ChunkPlan(self.pool, ends, None, *kept)
         run_model(self._model, upload(token_ids), upload(positions), plan)
 
+    def release_weights(self) -> None:
+        """Drops what was made of the weights to write texts; the next launch makes it again."""
+        self._products.release()
+
+    def _num_rows_for(self, count: int) -> int:
+        """Returns how many rows a launch of `count` has, filled up; all such numbers round alike."""
+        return next((size for size in self._products.sizes if size >= count), self.decode_rows)
+
     @torch.inference_mode()
     def _run_rows(
         self, rows: Sequence[tuple[Continuation, int]], layers: Sequence[int] = ()
     ) -> States:
-        """Runs single tokens, each at its place in its text, in one launch of a fixed size."""
-        padding = max(self.decode_rows - len(rows), 0)
+        """Runs single tokens, each at its place in its text, in one launch that is filled up."""
+        padding = max(self._num_rows_for(len(rows)) - len(rows), 0)
         token_ids = torch.tensor([*(_token(text, at) for text, at in rows), *[0] * padding])
         positions = torch.tensor([*(at for _, at in rows), *[0] * padding])
         plan = RowPlan(self.pool, [Row(text.pages, at) for text, at in rows], self._model.device)
@@ -263,7 +272,8 @@ class Generator:
         with self._products.use():
             logits_RV = self._model.logits(hidden_RD)
         logits_RV[:, self._model.effective_vocab_size :] = -torch.inf
-        drawn_R = draw(logits_RV, texts)
+        keys_R = keys_of(texts)
+        drawn_R = draw(logits_RV, texts, keys_R)
         rows: list[ScoredRows | None] = [None] * len(texts)
         groups: dict[tuple[TargetSpec, float], list[int]] = {}
         for row, text in enumerate(texts):
@@ -275,7 +285,7 @@ class Generator:
             inputs: dict[str, Any] = {"realized_ids": drawn_R}
             if spec.needs_uniforms:
                 uniforms = torch.zeros(len(hidden_RD), dtype=torch.float64)
-                uniforms[: len(texts)] = uniforms_of(texts)
+                uniforms[: len(texts)] = uniforms_of(keys_R)
                 inputs["uniforms"] = self._device.upload(uniforms)
             if spec.needs_hidden:
                 inputs["hidden"] = hidden_RD

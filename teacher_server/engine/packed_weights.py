@@ -21,6 +21,9 @@ from teacher_server.engine.products import is_plain
 
 Forward = Callable[[Tensor], Tensor]
 
+SMALLEST = 2
+"""Rows of the smallest product. That of a single row is added up in another order for some shapes."""
+
 
 def can_order(device_type: str) -> bool:
     """Whether weights are put into another order on such a device."""
@@ -28,72 +31,127 @@ def can_order(device_type: str) -> bool:
 
 
 class PackedProducts:
-    """Replaces the products of a model's linear layers as long as `use` lasts, if they have R rows."""
+    """Replaces the products of a model's linear layers as long as `use` lasts, if they have few rows."""
 
     def __init__(self, causal_lm: Any, num_rows: int) -> None:
+        """num_rows: R, of the largest product; a power of two."""
+        self._causal_lm = causal_lm
         self._num_rows = num_rows
         self._forwards: dict[nn.Module, Forward] | None = None
         """Of each layer whose weights are in order; None before the first use."""
-        self._ordered: list[tuple[nn.Module, tuple[int, int]]] = []
-        """Of the same layers, the state of the weights that were put in order."""
-        self._causal_lm = causal_lm
+        self._ordered: list[tuple[Tensor, tuple[int, int]]] = []
+        """The weights of these layers, and the state in which they were put in order."""
+        self._sizes: tuple[int, ...] = (num_rows,)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of rows of products that round alike, ascending; the last is R.
+
+        Smaller ones than R are tried where all weights are in order: there each row is added up in
+        the same order. Where they are not, the product of a few rows rounds differently.
+        """
+        self._keep_ordered()
+        return self._sizes
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
         """Replaces them. Not for two threads at once."""
-        # A model that is trained, and is its own teacher, changes its weights between two texts.
-        if any(_state_of(module) != state for module, state in self._ordered):
-            self._forwards = None
-        if self._forwards is None:
-            self._forwards = dict(self._order_weights())
-            self._ordered = [(module, _state_of(module)) for module in self._forwards]
+        forwards = self._keep_ordered()
         # Straight into the dict: nn.Module's own way of setting an attribute takes ten times as long.
-        for module, forward in self._forwards.items():
+        for module, forward in forwards.items():
             module.__dict__["forward"] = forward
         try:
             yield
         finally:
-            for module in self._forwards:
+            for module in forwards:
                 module.__dict__.pop("forward", None)
 
-    def _order_weights(self) -> Iterator[tuple[nn.Module, Forward]]:
+    def release(self) -> None:
+        """Drops the ordered weights; the next use puts them in order again."""
+        self._forwards, self._ordered = None, []
+
+    def _keep_ordered(self) -> dict[nn.Module, Forward]:
+        # A model that is trained, and is its own teacher, changes its weights between two texts.
+        if any(_state_of(weight) != state for weight, state in self._ordered):
+            self.release()
+        if self._forwards is None:
+            self._order_weights()
+        assert self._forwards is not None
+        return self._forwards
+
+    def _order_weights(self) -> None:
+        self._forwards, self._ordered, self._sizes = {}, [], (self._num_rows,)
         if not can_order(self._causal_lm.device.type):
             return
-        ordered: dict[int, Tensor] = {}
+        by_place: dict[int, Tensor] = {}
         """By the memory of the weights, which layers may share."""
+        tried: dict[tuple, bool] = {}
+        """Whether products of fewer rows round alike, by what decides it."""
         for module in self._causal_lm.modules():
-            if "forward" in module.__dict__:
-                continue  # somebody has put one there, which does more: sums up parts, moves weights
-            if type(module) is nn.Linear and is_plain(module.weight):
-                weight_NK = module.weight
-            elif type(module) is Conv1D:
-                weight_NK = module.weight.t()
-            else:
+            if not isinstance(module, nn.Linear | Conv1D):
                 continue
-            place = module.weight.data_ptr()
-            if place not in ordered:
-                try:
-                    ordered[place] = torch.ops.mkldnn._reorder_linear_weight(
-                        weight_NK.detach().contiguous(), self._num_rows
-                    )
-                except RuntimeError:  # of a dtype that oneDNN does not multiply here
-                    continue
-            yield module, self._make_forward(module, ordered[place], weight_NK.shape[1])
+            ordered = self._order(module, by_place)
+            if ordered is None:
+                tried[()] = False
+                continue
+            weight: Tensor = module.weight
+            num_inputs = weight.shape[1] if isinstance(module, nn.Linear) else weight.shape[0]
+            shape = (weight.dtype, *weight.shape)
+            if shape not in tried:
+                tried[shape] = self._rounds_alike(ordered, num_inputs, weight.dtype)
+            self._forwards[module] = self._make_forward(module, ordered, num_inputs)
+            self._ordered.append((weight, _state_of(weight)))
+        if tried and all(tried.values()):
+            self._sizes = tuple(
+                SMALLEST << n for n in range((self._num_rows // SMALLEST).bit_length())
+            )
+
+    def _order(self, module: Any, by_place: dict[int, Tensor]) -> Tensor | None:
+        """Puts the weights of a layer in order; returns None for a layer that is left alone."""
+        if "forward" in module.__dict__:
+            return None  # somebody has put one there, which does more: sums up parts, moves weights
+        if type(module) is nn.Linear and is_plain(module.weight):
+            weight_NK = module.weight
+        elif type(module) is Conv1D:
+            weight_NK = module.weight.t()
+        else:
+            return None
+        place = module.weight.data_ptr()
+        if place not in by_place:
+            try:
+                by_place[place] = torch.ops.mkldnn._reorder_linear_weight(
+                    weight_NK.detach().contiguous(), self._num_rows
+                )
+            except RuntimeError:  # of a dtype that oneDNN does not multiply here
+                return None
+        return by_place[place]
+
+    def _rounds_alike(self, ordered: Tensor, num_inputs: int, dtype: torch.dtype) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(self._num_rows, num_inputs, generator=generator).to(dtype)
+        whole = _multiply(rows, ordered, None)
+        size = self._num_rows
+        while (size := size // 2) >= SMALLEST:
+            parts = [_multiply(some, ordered, None) for some in rows.split(size)]
+            if not torch.equal(torch.cat(parts), whole):
+                return False
+        return True
 
     def _make_forward(self, module: Any, ordered: Tensor, num_inputs: int) -> Forward:
         own = type(module).forward
-        num_numbers = self._num_rows * num_inputs
-        multiply = torch.ops.mkldnn._linear_pointwise
 
         def forward(rows: Tensor) -> Tensor:
-            if rows.numel() != num_numbers:  # such as those that an expert gets
+            if rows.numel() // num_inputs not in self._sizes:  # such as those that an expert gets
                 return own(module, rows)
-            return multiply(rows, ordered, module.bias, "none", [], "")
+            return _multiply(rows, ordered, module.bias)
 
         return forward
 
 
-def _state_of(module: Any) -> tuple[int, int]:
-    """Tells weights that have changed, or are others, from those that were seen."""
-    weight = module.weight
+def _multiply(rows: Tensor, ordered: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, ordered, bias, "none", [], "")
+
+
+def _state_of(weight: Tensor) -> tuple[int, int]:
+    """Tells weights that have changed, or are elsewhere, from those that were seen."""
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version

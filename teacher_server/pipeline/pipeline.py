@@ -105,13 +105,8 @@ class Pipeline:
         replica has stopped, and ValueError if it writes no texts.
         """
         if self._compute.writer is None:
-            raise ValueError("this teacher writes no texts: check `can_write` first")
+            raise ValueError("this teacher writes no texts")
         return self._compute.writer.write(job)
-
-    @property
-    def can_write(self) -> bool:
-        """Whether `generate` is possible."""
-        return self._compute.writer is not None
 
     @property
     def num_texts(self) -> tuple[int, int]:

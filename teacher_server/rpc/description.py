@@ -53,6 +53,7 @@ class Description:
     def status(self) -> teacher_pb2.ReplicaStatus:
         """Returns how busy the replica is, without the number of its streams."""
         load = self._pipeline.workload()
+        running, waiting = self._pipeline.num_texts
         status = teacher_pb2.ReplicaStatus(
             id=self.replica_id,
             address=self.address,
@@ -65,6 +66,9 @@ class Description:
             memory_bytes=resident_nbytes(),
             device_memory_bytes=device_nbytes(self._device),
             busy=load.busy,
+            texts_running=running,
+            texts_waiting=waiting,
+            written_tokens_per_second=load.written_per_s,
         )
         for stage, seconds in load.stage_s.items():
             setattr(status, f"{stage}_ms", 1e3 * seconds)

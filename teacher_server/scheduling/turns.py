@@ -59,11 +59,6 @@ class Turns:
         assert self._texts is not None
         return self._texts
 
-    @property
-    def can_write(self) -> bool:
-        """Whether texts can be written here."""
-        return self._texts is not None
-
     def has_work(self) -> bool:
         """Whether there is something to compute that nothing keeps waiting."""
         with self._changed:

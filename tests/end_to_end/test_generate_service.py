@@ -4,8 +4,10 @@ import pytest
 import torch
 import transformers
 
+from logitstream.connection import Connection
 from student_trainer import connect
 from student_trainer.teachers.local import LocalTeacher
+from teacher_server.commands import status
 from tests.conftest import one_torch_thread
 from tests.support.oracle import digest
 
@@ -38,3 +40,18 @@ def test_a_service_writes_what_a_local_teacher_writes(
                     assert mine.targets is theirs.targets is None
                 else:
                     assert digest(mine.targets) == digest(theirs.targets)
+
+
+def test_status_shows_the_texts_that_are_written(trained_service):
+    connection = Connection.to(trained_service.address)
+    with connect(trained_service.address) as teacher:
+        texts = teacher.generate(
+            [torch.arange(2, 9)] * 3, targets=None, max_new_tokens=60, ignore_teacher_stop_ids=True
+        )
+        next(texts)
+        list(texts)
+    (replica,) = status.look(connection).replicas
+    assert replica.numbers is not None
+    assert replica.numbers.written_tokens_per_second >= 180 / 60
+    assert (replica.numbers.texts_running, replica.numbers.texts_waiting) == (0, 0)
+    assert "written/s" in status.table(status.look(connection))

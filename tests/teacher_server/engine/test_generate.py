@@ -9,7 +9,7 @@ from torch import Tensor
 from logit_codec import Targets, encode, parse_targets
 from teacher_server.engine.batch import RowRequest
 from teacher_server.engine.continuation import Continuation, DrawRule
-from teacher_server.engine.drawing import BLOCK, draw
+from teacher_server.engine.drawing import BLOCK, draw, keys_of
 from teacher_server.engine.engine import Engine
 from teacher_server.engine.generate import CHUNK_TOKENS, CannotGenerate, Generator
 from teacher_server.engine.key_pool import PAGE_TOKENS
@@ -72,6 +72,10 @@ def test_a_prompt_of_several_chunks_is_that_of_transformers():
     text = Continuation(prompt, GREEDY)
     write(generator, [text], 8)
     assert text.new_ids == expected
+
+
+def draw_of(logits: Tensor, texts: list[Continuation]) -> Tensor:
+    return draw(logits, texts, keys_of(texts))
 
 
 EXACT = [name for name in tiny.ARCHITECTURES if name != "Mixtral"]
@@ -151,7 +155,7 @@ def test_draws_have_the_distribution_of_the_rule(rule):
     prompt = torch.tensor([4, 2])
     drawn = torch.cat(
         [
-            draw(
+            draw_of(
                 logits.expand(500, -1),
                 [
                     Continuation(prompt, DrawRule(**{"sample": i, **rule}))
@@ -197,9 +201,9 @@ def test_places_and_samples_draw_independently():
     texts = [Continuation(prompt, DrawRule(sample=i)) for i in range(50)]
     later = [Continuation(prompt, DrawRule(sample=i), new_ids=[9]) for i in range(50)]
     other = [Continuation(prompt, DrawRule(seed=1, sample=i)) for i in range(50)]
-    draws = [draw(logits.expand(50, -1), some).tolist() for some in (texts, later, other)]
+    draws = [draw_of(logits.expand(50, -1), some).tolist() for some in (texts, later, other)]
     assert len({token_id for some in draws for token_id in some}) > 140
-    assert draw(logits.expand(50, -1), texts).tolist() == draws[0]
+    assert draw_of(logits.expand(50, -1), texts).tolist() == draws[0]
 
 
 def test_padding_of_the_head_is_never_drawn():
@@ -280,3 +284,27 @@ def test_a_forward_that_a_layer_has_of_its_own_is_called_and_stays():
     write(generator, [Continuation(prompt, GREEDY)], 5)
     assert len(calls) == 6, "a chunk of the prompt, and 5 tokens"
     assert layer.__dict__["forward"] is forward
+
+
+def test_a_few_texts_take_a_launch_of_a_few_rows_with_the_same_bits():
+    engine, generator = open_generator("Llama")
+    sizes = generator._products.sizes
+    assert sizes[-1] == generator.decode_rows
+    if len(sizes) == 1:
+        pytest.skip("on this processor products of fewer rows round differently")
+    assert sizes == (2, 4, 8)
+    seen = []
+    with engine.model.causal_lm.base_model.norm.register_forward_hook(
+        lambda _module, _args, output: seen.append(output.shape[1])
+    ):
+        found = []
+        for count in (1, 2, 3, 7, 8, 9):
+            seen.clear()
+            prompts = make_prompts([5] * count)
+            texts = [Continuation(prompt, GREEDY, parse_targets("top_k:8")) for prompt in prompts]
+            targets = write(generator, texts, 6)
+            found.append((texts[0].new_ids, [encode(one) for one in targets[0]]))
+            steps = {1: [2], 2: [2], 3: [4], 7: [8], 8: [8], 9: [8, 2]}[count]
+            assert seen[1:] == steps * 6, "after the chunk of the prompts"
+            give_back(generator, texts)
+    assert all(one == found[0] for one in found)
