@@ -146,7 +146,9 @@ class DocumentReader:
 
     def _read_chat(self, row: Mapping[str, Any], place: str, columns: Columns) -> Document:
         messages = get_value(row, columns.names[0], list, place)
-        ids, mask = self._write_chat(messages, row, place, needs_mask=columns.trained != "all")
+        ids, mask = write_chat(
+            self._tokenizer, messages, row, place, needs_mask=columns.trained != "all"
+        )
         return _masked(ids, mask)
 
     def _read_prompt(self, row: Mapping[str, Any], place: str, columns: Columns) -> Document:
@@ -157,9 +159,11 @@ class DocumentReader:
             ids = self._tokenizer(prompt + completion, verbose=False).input_ids
             ids += self._end if ids[-1:] != self._end else []
         elif isinstance(prompt, list) and isinstance(completion, list):
-            start, _ = self._write_chat(prompt, row, place, add_generation_prompt=True)
+            start, _ = write_chat(self._tokenizer, prompt, row, place, add_generation_prompt=True)
             needs_mask = columns.trained == "assistant"
-            ids, mask = self._write_chat(prompt + completion, row, place, needs_mask=needs_mask)
+            ids, mask = write_chat(
+                self._tokenizer, prompt + completion, row, place, needs_mask=needs_mask
+            )
         else:
             raise ValueError(
                 f"{place}: prompt and completion must both be text or both be lists of messages, got "
@@ -188,25 +192,6 @@ class DocumentReader:
         if columns.trained == "all":
             return Document(ids, may_split=False)
         return _masked(ids.tolist(), [0] * num_before + [1] * (len(ids) - num_before))
-
-    def _write_chat(
-        self,
-        messages: list[Any],
-        row: Mapping[str, Any],
-        place: str,
-        *,
-        needs_mask: bool = False,
-        add_generation_prompt: bool = False,
-    ) -> tuple[list[int], Sequence[int] | None]:
-        """Returns the ids of a chat, and 1 for each that is the assistant's, if that is needed."""
-        return write_chat(
-            self._tokenizer,
-            messages,
-            row,
-            place,
-            needs_mask=needs_mask,
-            add_generation_prompt=add_generation_prompt,
-        )
 
 
 def write_chat(

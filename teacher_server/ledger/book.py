@@ -85,25 +85,7 @@ class Book:
 
     def charge(self, sequences: Iterable[Reservation]) -> None:
         """Charges sequences that the model gets now, and writes them to the journal."""
-        today = self.today
-        totals: dict[str, tuple[int, int]] = {}
-        with self._lock:
-            for sequence in sequences:
-                team, tokens = sequence.team, sequence.num_tokens
-                count, total = totals.get(team.name, (0, 0))
-                totals[team.name] = count + 1, total + tokens
-                account = self._accounts.get(team.name)
-                if account is not None:
-                    account.quota.charge(tokens, sequence.held, limited=_has_quota(team))
-                    sequence.held = (
-                        0  # so that `give_back`, which may wait for the lock, frees none
-                    )
-            self.journal.append(
-                b"".join(
-                    to_bytes(Record(Kind.DISPATCHED, name, today, *counts))
-                    for name, counts in totals.items()
-                )
-            )
+        self.charge_parts((sequence, sequence.num_tokens, True) for sequence in sequences)
 
     def charge_parts(self, parts: Iterable[tuple[Holder, int, bool]]) -> None:
         """Charges so many tokens of each sequence, and leaves the rest of what it holds reserved.
@@ -120,6 +102,7 @@ class Book:
                 account = self._accounts.get(team.name)
                 if account is not None:
                     held = min(tokens, sequence.held)
+                    # So that `give_back`, which may wait for the lock, does not free it too.
                     sequence.held -= held
                     if held:
                         account.quota.charge(held, held, limited=_has_quota(team))

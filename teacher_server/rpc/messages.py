@@ -1,6 +1,7 @@
 """Builds the messages that the service sends."""
 
 import datetime
+from collections.abc import Mapping
 
 import grpc
 from torch import Tensor
@@ -20,29 +21,29 @@ def timing_message(job: SequenceJob) -> teacher_pb2.Timing:
     """Reports how long a scored job waited and computed; each part adds what encoding took."""
     forward_pass = job.forward_pass
     assert forward_pass is not None
-    timing = teacher_pb2.Timing(
+    return teacher_pb2.Timing(
         queue_us=int(1e6 * job.waited_s),
         batch_sequences=forward_pass.num_sequences,
         batch_tokens=forward_pass.num_tokens,
+        **_stage_fields(forward_pass.times.by_stage()),
     )
-    for stage, seconds in forward_pass.times.by_stage().items():
-        setattr(timing, f"{stage}_us", int(1e6 * seconds))
-    return timing
 
 
 def text_timing(part: WrittenPart) -> teacher_pb2.Timing:
     """Reports how long a text waited for its first token, and what its last step took."""
     flush = part.flush
-    timing = teacher_pb2.Timing(
+    return teacher_pb2.Timing(
         queue_us=int(1e6 * flush.waited_s),
         encode_us=int(1e6 * part.encode_s),
         compact_us=int(1e6 * part.compact_s),
         batch_sequences=flush.step_texts,
         batch_tokens=flush.step_texts,
+        **_stage_fields(flush.times.by_stage()),
     )
-    for stage, seconds in flush.times.by_stage().items():
-        setattr(timing, f"{stage}_us", int(1e6 * seconds))
-    return timing
+
+
+def _stage_fields(seconds_of: Mapping[str, float]) -> dict[str, int]:
+    return {f"{stage}_us": int(1e6 * seconds) for stage, seconds in seconds_of.items()}
 
 
 def error_message(
