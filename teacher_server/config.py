@@ -111,12 +111,12 @@ class ServeConfig(LogOptions, _Teacher):  # pydantic puts fields of the last bas
     holds a part of every layer and of the vocabulary. All are on one machine."""
     max_replicas: int | None = Field(default=None, ge=1)
     """Scale up to this number of replicas while requests wait, and down again."""
-    target_queued_tokens: int = Field(default=1 << 14, ge=1)
-    """With --max-replicas: waiting tokens per replica above which another replica is started."""
-    scale_up_after_s: float = Field(default=10.0, ge=0.0)
-    """With --max-replicas: seconds above that limit before a replica is added."""
-    scale_down_after_s: float = Field(default=300.0, ge=0.0)
-    """With --max-replicas: seconds below that limit before a replica is removed."""
+    target_queue_s: float = Field(default=3.0, gt=0.0)
+    """With --max-replicas: seconds of waiting work per replica above which others are started."""
+    scale_up_after_s: float = Field(default=20.0, ge=0.0)
+    """With --max-replicas: seconds above that limit before others are started."""
+    scale_down_after_s: float = Field(default=240.0, ge=0.0)
+    """With --max-replicas: seconds for which fewer must have been enough before replicas go."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
