@@ -48,7 +48,9 @@ def main() -> int:
         "seconds of queue": lambda _: partial(decide, settings),
         "waiting tokens": ByWaitingTokens,
     }
-    print(f"{options.worlds} worlds of each kind, {BURSTS} bursts in each; the worst of each column")
+    print(
+        f"{options.worlds} worlds of each kind, {BURSTS} bursts in each; the worst of each column"
+    )
     print(
         f"{'':18}{'':24}{'turns of':>9}{'queue p95':>11}{'idle':>7}{'surplus':>9}"
         f"{'replica-hours':>15}{'trainers':>10}{'worlds out':>12}"

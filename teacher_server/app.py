@@ -20,11 +20,12 @@ from typing import Any, Self
 import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayError
-from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.exceptions import RayServeException
 
 from logitstream.command_line import WrongUsage, read_settings
 from logitstream.logs import log_to_stderr
+from teacher_server.cluster.autoscaling import Autoscaler, Load
 from teacher_server.cluster.membership import Card, Membership
 from teacher_server.cluster.ray_directory import RayDirectory, service_id
 from teacher_server.cluster.ray_settings import QUIETER, is_on_loopback, keep_serve_on_loopback
@@ -38,8 +39,6 @@ DEPLOYMENT = "Teacher"
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 4.0
 STOP_MARGIN_S = 5.0
 """Added to the time that a replica may take to drain."""
-LOOK_BACK_S = 15.0
-"""Autoscaling takes the mean load over this time; replicas report every 10 s by default."""
 METRICS_PORTS = 64
 """How many ports are tried for metrics, from the configured one on."""
 
@@ -95,9 +94,9 @@ class TeacherReplica:
             raise RuntimeError(f"{trouble}; this replica has to be replaced if that stays so")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Returns, to Serve, how many replicas this one's queue would keep busy."""
-        queued_tokens = self._replica.queued_tokens if self._replica is not None else 0
-        return {"load": queued_tokens / self._config.target_queued_tokens}
+        """Returns what Serve passes on to the Autoscaler."""
+        load = Load(*self._replica.load()) if self._replica is not None else Load(0.0, 0.0)
+        return load._asdict()
 
     async def __del__(self) -> None:
         # Awaited by Serve when it stops a replica, for at most graceful_shutdown_timeout_s.
@@ -140,12 +139,6 @@ def _log_to_stderr(config: ServeConfig) -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def replicas_for_load(context: AutoscalingContext) -> tuple[int, dict]:
-    """Decides how many replicas there should be: one for each full target of waiting tokens."""
-    loads = (context.aggregated_metrics or {}).get("load", {})
-    return math.ceil(sum(loads.values())), {}
 
 
 class ArgumentsRefused(RayServeException, ValueError):
@@ -205,10 +198,17 @@ def _scaling(config: ServeConfig, max_replicas: int) -> AutoscalingConfig:
     return AutoscalingConfig(
         min_replicas=config.replicas or 1,
         max_replicas=max_replicas,
-        upscale_delay_s=config.scale_up_after_s,
-        downscale_delay_s=config.scale_down_after_s,
-        look_back_period_s=LOOK_BACK_S,
-        policy=AutoscalingPolicy(policy_function=replicas_for_load),
+        # What the Autoscaler decides is done at once: it has waited already.
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        policy=AutoscalingPolicy(
+            policy_function=Autoscaler,
+            policy_kwargs={
+                "target_queue_s": config.target_queue_s,
+                "up_after_s": config.scale_up_after_s,
+                "down_after_s": config.scale_down_after_s,
+            },
+        ),
     )
 
 

@@ -199,6 +199,15 @@ class ServeConfig(LogOptions, _Teacher):  # pydantic puts fields of the last bas
             "--max-replicas": self.max_replicas,
         }
         given = [flag for flag, value in on_ray.items() if value is not None]
+        scaling = {"target_queue_s", "scale_up_after_s", "scale_down_after_s"}
+        fields = type(self).model_fields
+        for name in (n for n in sorted(scaling) if getattr(self, n) != fields[n].default):
+            if self.max_replicas is None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(
+                    f"{flag} {getattr(self, name):g} says when replicas come and go, which needs "
+                    "--max-replicas"
+                )
         if self.standalone and given:
             raise ValueError(f"--standalone is one replica without Ray, not with {given[0]}")
         if not self.standalone and (self.peers or self.service_id):

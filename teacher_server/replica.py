@@ -258,10 +258,9 @@ class Replica:
     def replica_id(self) -> str:
         return self.description.replica_id
 
-    @property
-    def queued_tokens(self) -> int:
-        """Tokens that wait to be scored."""
-        return self._pipeline.queued_tokens
+    def load(self) -> tuple[float, float]:
+        """Returns how long what waits would take here, and how busy it was in the last seconds, 0 to 1."""
+        return self._pipeline.load()
 
     @property
     def trouble(self) -> str:

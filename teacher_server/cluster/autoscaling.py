@@ -26,7 +26,7 @@ GROWTH = 3
 FULL = 0.85
 """Share of the time for which a replica may be busy; what keeps it busier needs another one."""
 SHARED = 0.6
-"""Replicas that are less busy than this while much waits do not get at it, and neither would others."""
+"""A queue that fewer than this part of the replicas have is one that others do not get at."""
 USUAL_LOADING_S = 60.0
 """How long loading takes, until it has been measured."""
 NUM_LOADINGS = 5
@@ -35,7 +35,7 @@ TREND_S = 40.0
 """Over this time at most it is judged whether the queue is becoming shorter."""
 SAMPLE_S = 1.0
 """The queue is remembered so often."""
-STRETCH_S = 30.0
+STRETCH_S = 20.0
 """What is needed is averaged over so long, and the highest average counts."""
 
 
@@ -162,12 +162,11 @@ def _follow_loading(fleet: Fleet, state: State) -> State:
     )
 
 
-def _count_wanted(
-    settings: Settings, fleet: Fleet, loads: Sequence[Load], state: State
-) -> int:
+def _count_wanted(settings: Settings, fleet: Fleet, loads: Sequence[Load], state: State) -> int:
     """Counts the replicas for what waits; those there are, if others would not help."""
     running = len(fleet.loads)
-    if state.loading_since_s or sum(load.busy for load in loads) < SHARED * running:
+    sharing = sum(load.queue_s > settings.target_queue_s / 2 for load in loads)
+    if state.loading_since_s or sharing < SHARED * running:
         return fleet.target
     waiting_s = sum(load.queue_s for load in loads)
     expected_s = waiting_s / running + min(0.0, _trend(state.queues)) * state.loading_s
@@ -196,7 +195,8 @@ def _remember(
 def _remember_needed(
     stretches: tuple[Stretch, ...], sample: Stretch, keep_s: float
 ) -> tuple[Stretch, ...]:
-    if stretches and sample.since_s - stretches[-1].since_s < min(STRETCH_S, keep_s):
+    stretch_s = min(STRETCH_S, keep_s / 4)
+    if stretches and sample.since_s - stretches[-1].since_s < stretch_s:
         last = stretches[-1]
         longer = Stretch(
             last.since_s,
@@ -205,9 +205,51 @@ def _remember_needed(
             max(last.crowded, sample.crowded),
         )
         return (*stretches[:-1], longer)
-    kept = (one for one in stretches if sample.since_s - one.since_s < keep_s + STRETCH_S)
+    kept = (one for one in stretches if sample.since_s - one.since_s < keep_s + stretch_s)
     return (*kept, sample)
 
 
 def _bound(fleet: Fleet, count: int) -> int:
     return max(1, fleet.min_replicas, min(fleet.max_replicas, count))
+
+
+class Context(Protocol):
+    """What is used of Ray Serve's AutoscalingContext."""
+
+    running_replicas: Sequence[Any]
+    raw_metrics: Mapping[str, Mapping[Any, Sequence[Any]]] | None
+    target_num_replicas: int
+    capacity_adjusted_min_replicas: int
+    capacity_adjusted_max_replicas: int
+    current_time: float
+    policy_state: Mapping[str, Any]
+
+
+class Autoscaler:
+    """Decides for Ray Serve, which calls it several times a second and keeps its state in between.
+
+    Serve makes one out of the arguments, which travel as JSON. It forgets the state when its controller starts
+    again and with each update of the application; nothing is scaled down then until the time for that has passed
+    again.
+    """
+
+    def __init__(self, target_queue_s: float, up_after_s: float, down_after_s: float) -> None:
+        self._settings = Settings(target_queue_s, up_after_s, down_after_s)
+
+    def __call__(self, context: Context) -> tuple[int, dict[str, State]]:
+        fleet = Fleet(
+            now_s=context.current_time,
+            target=context.target_num_replicas,
+            loads={one.unique_id: _last_load(context, one) for one in context.running_replicas},
+            min_replicas=context.capacity_adjusted_min_replicas,
+            max_replicas=context.capacity_adjusted_max_replicas,
+        )
+        count, state = decide(self._settings, fleet, context.policy_state.get("state"))
+        return count, {"state": state}
+
+
+def _last_load(context: Context, replica: Any) -> Load | None:
+    """Returns what a replica said last."""
+    metrics = context.raw_metrics or {}
+    series = [metrics.get(name, {}).get(replica) for name in Load._fields]
+    return Load(*(one[-1].value for one in series)) if all(series) else None

@@ -128,6 +128,12 @@ METRICS = (
         ("team", "reason"),
     ),
     MetricSpec("teacher_queued_tokens", "gauge", "Tokens that wait for a batch.", "Replicas"),
+    MetricSpec(
+        "teacher_queued_work_seconds",
+        "gauge",
+        "How long what waits, texts too, would take at the rate of the last passes; autoscaling goes by it.",
+        "Replicas",
+    ),
     MetricSpec("teacher_streams", "gauge", "Open Score streams.", "Replicas"),
     MetricSpec("teacher_connections", "gauge", "Connections to the replica's ports.", "Replicas"),
     MetricSpec(

@@ -42,6 +42,7 @@ class _Slot:
     encode_s: float = 0.0
     compact_s: float = 0.0
     busy_s: float = 0.0
+    held_s: float = 0.0
     written: int = 0
 
 
@@ -78,6 +79,24 @@ class ReplicaStats:
         """Counts busy time of the compute thread that ends now."""
         with self._lock:
             self._slots.now().busy_s += seconds
+
+    def held(self, seconds: float) -> None:
+        """Counts time, up to now, in which work waited only because there was no room for answers."""
+        with self._lock:
+            self._slots.now().held_s += seconds
+
+    def busy_shares(self, window_s: int, *, computing_s: float = 0.0) -> tuple[float, float]:
+        """Returns which shares of the last seconds it was computing, and was held up.
+
+        computing_s: how long the current pass has been running.
+        """
+        with self._lock:
+            since = self._slots.now().second - window_s
+            slots = [slot for slot in self._slots if slot.second > since]
+            seconds = min(window_s, self._slots.seconds(self._clock()))
+            computing = (computing_s + sum(slot.busy_s for slot in slots)) / seconds
+            held = sum(slot.held_s for slot in slots) / seconds
+            return min(1.0, computing), min(1.0, held)
 
     def numbers(self, *, computing_s: float = 0.0) -> ReplicaSnapshot:
         """Returns the last minute. computing_s: how long the current pass has been running."""

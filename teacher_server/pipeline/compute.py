@@ -90,6 +90,7 @@ class Compute:
             costs=costs,
             max_running=max_running,
             clock=time.monotonic,
+            on_held=replica_stats.held,
         )
         self._scorer = BatchScorer(
             engine,
@@ -273,6 +274,7 @@ class Compute:
         self._replica_stats.computed(seconds)
         self._metrics.busy_s.inc(seconds)
         if isinstance(jobs, TextTurn):
+            self.turns.record_speed(jobs, seconds)
             return  # how long a batch takes does not follow from it
         tokens = sum(job.num_tokens for job in jobs)
         self._scheduler.record_speed(tokens, seconds, sum(job.cost for job in jobs))

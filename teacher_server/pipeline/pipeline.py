@@ -23,6 +23,9 @@ from teacher_server.scheduling.generation_job import GenerationJob
 from teacher_server.scheduling.job import SequenceJob
 from teacher_server.scheduling.scheduler import Scheduler
 
+LOAD_S = 20
+"""How busy a replica is, autoscaling judges by so many seconds."""
+
 
 class Pipeline:
     """Scores and encodes the sequences of one replica, and writes texts.
@@ -76,6 +79,7 @@ class Pipeline:
             max_running=max_running,
         )
         metrics.watch("teacher_queued_tokens", lambda: scheduler.queued_tokens)
+        metrics.watch("teacher_queued_work_seconds", lambda: self.load()[0])
         metrics.watch("teacher_unencoded_bytes", lambda: self._backlog.nbytes)
 
     def start(self) -> None:
@@ -132,6 +136,13 @@ class Pipeline:
     def queued_tokens(self) -> int:
         """Tokens that wait to be scored."""
         return self._scheduler.queued_tokens
+
+    def load(self) -> tuple[float, float]:
+        """Returns how long what waits would take here, and how busy it was in the last seconds, 0 to 1."""
+        computing, held = self._replica_stats.busy_shares(LOAD_S, computing_s=self.busy_s)
+        # Where answers cannot be encoded as fast as they are computed, the queue waits for that too.
+        slower = (computing + held) / computing if computing else 1.0
+        return slower * self._compute.turns.queue_s(), min(1.0, computing + held)
 
     def queued_by_team(self) -> dict[str, int]:
         """Returns the tokens that wait, for each team that has any."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 from teacher_server.scheduling.cost import CostModel
 from teacher_server.scheduling.fairness import FairQueue
+from teacher_server.scheduling.forecast import TextForecast
 from teacher_server.scheduling.generation_job import GenerationJob, TextModel
 from teacher_server.scheduling.job import BULK, INTERACTIVE
 from teacher_server.scheduling.slots import PATIENCE_STEPS, Slots, TeamTexts, is_paused
@@ -74,6 +75,7 @@ class Generations:
         step_cost = model.decode_rows * costs.empty_row
         self.slots = Slots(model.pool, max_running=max_running, patience=PATIENCE_STEPS * step_cost)
         self.in_flight: TextTurn | None = None
+        self.forecast = TextForecast(costs)
         self._order = itertools.count(1)
         self._turns = itertools.count(1)
 
@@ -130,6 +132,7 @@ class Generations:
         turn, self.in_flight = self.in_flight, None
         assert turn is not None
         for job in ended:
+            self.forecast.record_end(job)
             self.cancel(job)
         for job in turn.jobs:
             if job.state == "ended" and job.text.pages:

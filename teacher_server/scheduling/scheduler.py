@@ -21,6 +21,7 @@ from teacher_server.errors import RequestRefused
 from teacher_server.monitoring.team_stats import Dispatched, TeamStats
 from teacher_server.scheduling.fairness import FairQueue
 from teacher_server.scheduling.job import SequenceJob
+from teacher_server.scheduling.speed import Speed
 from teacher_server.scheduling.team_queue import TeamQueue
 
 SHARED_BATCH_S = 0.1
@@ -88,8 +89,7 @@ class Scheduler:
         self.closed = False
         self._queued_tokens = 0
         self._tokens_per_s = 0.0
-        self._recent_cost = self._recent_s = 0.0
-        """Cost and seconds of the passes so far; the later ones count more."""
+        self._speed = Speed()
 
     @property
     def has_ahead(self) -> bool:
@@ -100,6 +100,10 @@ class Scheduler:
     def queued_tokens(self) -> int:
         """Tokens of the jobs that wait."""
         return self._queued_tokens
+
+    def queue_s(self) -> float:
+        """Returns how long the jobs that wait would take; `changed` is held."""
+        return self._speed.seconds(sum(team.queued_cost for team in self.fair.working()))
 
     def queued_by_team(self) -> dict[str, int]:
         """Returns the tokens that wait, for each team that has any."""
@@ -161,8 +165,7 @@ class Scheduler:
         """
         rate = tokens / max(seconds, 1e-6)
         with self.changed:
-            self._recent_cost = 0.8 * self._recent_cost + cost
-            self._recent_s = 0.8 * self._recent_s + seconds
+            self._speed.record(cost, seconds)
             self._tokens_per_s = (
                 0.8 * self._tokens_per_s + 0.2 * rate if self._tokens_per_s else rate
             )
@@ -241,8 +244,8 @@ class Scheduler:
         if ahead_only or self.fair.is_shared(now):
             # Half, so that a team that goes ahead can be answered while the other half is encoded.
             space.reply_nbytes //= 2
-            if self._recent_cost:
-                space.cost = SHARED_BATCH_S * self._recent_cost / self._recent_s
+            if self._speed.cost_per_s:
+                space.cost = SHARED_BATCH_S * self._speed.cost_per_s
                 space.floor_tokens = self._min_batch_tokens
         return space
 

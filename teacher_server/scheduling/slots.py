@@ -22,7 +22,7 @@ dropped, which may be itself; so the oldest one of any team always ends.
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from teacher_server.engine.key_pool import PAGE_TOKENS, pages_for
@@ -105,6 +105,11 @@ class Slots:
     @property
     def num_waiting(self) -> int:
         return sum(team.num_waiting for team in self.teams.values())
+
+    def waiting(self) -> Iterator[GenerationJob]:
+        """The texts that wait for a slot or for pages."""
+        for team in self.teams.values():
+            yield from (job for _, _, job in team.heap if job.state == "waiting")
 
     def let_in(self) -> None:
         """Gives slots and pages to texts that wait, as long as there are any for them."""

@@ -28,7 +28,8 @@ class Turns:
     """Gives out turns. Thread-safe: it shares the scheduler's lock.
 
     has_room: whether answers that were scored and not encoded are below a multiple of their bound; call
-    `look` when that may have changed. max_running: texts that have pages at the same time.
+    `look` when that may have changed. max_running: texts that have pages at the same time. on_held: called
+    with the seconds for which work waited only because there was no room for answers.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class Turns:
         costs: CostModel | None = None,
         max_running: int = 64,
         clock: Callable[[], float],
+        on_held: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._scheduler = scheduler
+        self._on_held = on_held
         self._has_room = has_room
         self._changed = scheduler.changed
         self._clock = clock
@@ -65,6 +68,20 @@ class Turns:
             if self._scheduler.fair.num_working and self._has_room(1.0):
                 return True
             return self._texts is not None and self._texts.has_work
+
+    def queue_s(self) -> float:
+        """Returns how long what waits would take at the rate of the last turns."""
+        with self._changed:
+            texts_s = 0.0
+            if self._texts is not None:
+                texts_s = self._texts.forecast.seconds(self._texts.slots.waiting())
+            return self._scheduler.queue_s() + texts_s
+
+    def record_speed(self, turn: TextTurn, seconds: float) -> None:
+        """Records how long a turn of texts took."""
+        with self._changed:
+            forecast = self.texts.forecast
+            forecast.record_turn(sum(turn.costs), seconds, is_step=turn.is_step)
 
     def submit(self, job: GenerationJob) -> None:
         """Queues a text. Raises RequestRefused (UNAVAILABLE) when closed."""
@@ -110,7 +127,11 @@ class Turns:
             while not self._scheduler.closed:
                 if turn := self.choose():
                     return turn
+                is_held = self._scheduler.fair.num_working > 0 and not self._has_room(1.0)
+                since_s = self._clock()
                 self._changed.wait()
+                if is_held:
+                    self._on_held(self._clock() - since_s)
             return None
 
     def close(self) -> list[SequenceJob]:

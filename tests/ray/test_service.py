@@ -198,7 +198,7 @@ def test_replicas_are_added_under_load_and_taken_away_after(
 ) -> None:
     scaled = launch(
         model_folder("Gemma2", VOCAB),
-        *("--name", "scaled", "--max-replicas", "3", "--target-queued-tokens", "2000"),
+        *("--name", "scaled", "--max-replicas", "3", "--target-queue-s", "0.5"),
         *("--scale-up-after-s", "1", "--scale-down-after-s", "2", "--threads", "1"),
         on=pair,
     )

@@ -7,6 +7,7 @@ times with some minutes between them, on replicas of 10,000 to 100,000 tokens pe
 import math
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 from teacher_server.cluster.autoscaling import Fleet
@@ -17,17 +18,17 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 BURSTS = 4
 
 
-def make_world(kind: Kind, seed: int, *, bursts: int = BURSTS) -> World:
+def make_world(kind: Kind, seed: int, *, longest_s: float = 3000.0) -> World:
     """Draws a world of a kind."""
     draw = random.Random(f"{kind} {seed}")
     rate = draw.choice([10_000.0, 33_000.0, 100_000.0])
     made: list[Burst] = []
     now = 120.0
-    for _ in range(bursts):
+    for _ in range(BURSTS):
         trainers, demand = draw.randint(10, 200), draw.uniform(0.3, 14.0)
         step_s = math.exp(draw.uniform(math.log(0.5), math.log(4.0)))
         pauses = kind == "with pauses"
-        end_s = now + draw.uniform(600, 3000)
+        end_s = now + draw.uniform(600.0, longest_s)
         made.append(
             Burst(
                 now,
@@ -118,8 +119,8 @@ def judge(run: ScalingSimulation) -> Verdict:
     turns, idle_s = 0, 0.0
     for start_s, end_s in zip(starts, [*starts[1:], world.end_s], strict=True):
         targets = [second.target for second in seconds[int(start_s) : int(end_s)]]
-        steps = [b > a for a, b in zip(targets, targets[1:], strict=False) if a != b]
-        turns = max(turns, sum(a != b for a, b in zip([None, *steps], steps, strict=False)))
+        steps = [b > a for a, b in pairwise(targets) if a != b]
+        turns = max(turns, sum(a != b for a, b in pairwise([None, *steps])))
     for burst, next_s in zip(world.bursts, [*starts[1:], world.end_s], strict=True):
         after = seconds[int(burst.end_s) : int(next_s)]
         idle_s = max(idle_s, sum(second.held > world.min_replicas for second in after))
@@ -156,7 +157,7 @@ def _best_hours(world: World, seconds: Sequence[Second]) -> float:
         max(world.min_replicas, min(world.max_replicas, math.ceil(second.demand)))
         for second in seconds
     ]
-    ordered = sum(max(0, b - a) for a, b in zip(wanted, wanted[1:], strict=False))
+    ordered = sum(max(0, b - a) for a, b in pairwise(wanted))
     return (sum(wanted) + ordered * world.loading_s) / 3600
 
 

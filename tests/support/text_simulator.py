@@ -162,7 +162,9 @@ class Machine:
     def _write(self, turn: TextTurn) -> None:
         rows = -(-len(turn.jobs) // 8) * 8
         least = rows * COSTS.empty_row if turn.is_step else 0.0
-        self.now += max(sum(turn.costs), least) * COST_S
+        seconds = max(sum(turn.costs), least) * COST_S
+        self.now += seconds
+        self.turns.record_speed(turn, seconds)
         self._happen()  # what comes while it is computed
         ended = []
         for job, count, cost in zip(turn.jobs, turn.counts, turn.costs, strict=True):

@@ -1,5 +1,7 @@
 """What app.py makes of a configuration, without a cluster; tests/ray has it run."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,11 +9,19 @@ import pytest
 import yaml
 from ray import serve
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call_builder
+from ray.serve._private.autoscaling_state import DeploymentAutoscalingState
+from ray.serve._private.common import (
+    DeploymentID,
+    ReplicaID,
+    ReplicaMetricReport,
+    TimeStampedValue,
+)
+from ray.serve._private.config import DeploymentConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from teacher_server import app
-from teacher_server.app import TeacherReplica, build, replicas_for_load
+from teacher_server.app import TeacherReplica, build
 from teacher_server.cluster.ray_address import check_ray_address
 from teacher_server.config import ServeConfig
 from teacher_server.errors import ServeError
@@ -132,22 +142,80 @@ def test_serve_waits_for_the_drain_before_it_kills():
     assert deployment(drain_s=30.0)._deployment_config.graceful_shutdown_timeout_s > 60
 
 
-def test_with_max_replicas_serve_scales_by_queued_tokens():
-    scaling = deployment(
-        replicas=2, max_replicas=5, scale_up_after_s=1, scale_down_after_s=2
-    )._deployment_config.autoscaling_config
+@pytest.fixture
+def scaled() -> DeploymentAutoscalingState:
+    """What Serve's controller holds of an application that scales, with two replicas that run."""
+    made = deployment(
+        replicas=2, max_replicas=5, target_queue_s=1.0, scale_up_after_s=1, scale_down_after_s=4
+    )
+    # As it travels to the controller.
+    config = DeploymentConfig.from_proto_bytes(made._deployment_config.to_proto_bytes())
+    scaling = config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
-    assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (1, 2)
-    policy = scaling.policy.get_policy()  # as the controller gets it, out of its pickle
-    for loads, wanted in [({}, 0), ({"a": 0.0}, 0), ({"a": 0.2, "b": 0.3}, 1), ({"a": 3.1}, 4)]:
-        context = SimpleNamespace(aggregated_metrics={"load": loads} if loads else None)
-        assert policy(context) == replicas_for_load(context) == (wanted, {})
+    state = DeploymentAutoscalingState(SERVED)
+    info = SimpleNamespace(
+        deployment_config=config, target_capacity=None, target_capacity_direction=None
+    )
+    assert state.register(info, 2) == 2
+    return state
+
+
+SERVED = DeploymentID(name="Teacher", app_name="teacher")
+
+
+def say(state: DeploymentAutoscalingState, now: float, loads: dict[str, tuple[float, float]]):
+    """Lets replicas run and report, as Serve does it."""
+    ids = {name: ReplicaID(name, SERVED) for name in loads}
+    state.update_running_replica_ids(list(ids.values()))
+    for name, load in loads.items():
+        metrics = {
+            key: [TimeStampedValue(now, value)]
+            for key, value in zip(("queue_s", "busy"), load, strict=True)
+        }
+        state.record_request_metrics_for_replica(ReplicaMetricReport(ids[name], metrics, now))
+
+
+def test_serve_scales_by_what_replicas_report(scaled, monkeypatch):
+    target = 2
+
+    def decide(now: float, **loads: tuple[float, float]) -> int:
+        nonlocal target
+        monkeypatch.setattr("time.time", lambda: now)
+        say(scaled, now, loads)
+        target = scaled.get_decision_num_replicas(target)
+        return target
+
+    assert decide(0.0, a=(0.0, 0.0), b=(0.0, 0.0)) == 2
+    assert decide(1.0, a=(2.0, 1.0), b=(1.4, 1.0)) == 2
+    assert decide(2.1, a=(2.0, 1.0), b=(1.4, 1.0)) == 4  # 3.4 s of work: a second for each
+    assert decide(3.0, a=(9.0, 1.0), b=(9.0, 1.0)) == 4  # two are loading
+    busy = {name: (0.1, 0.6) for name in "abcd"}
+    for second in range(4, 8):
+        assert decide(float(second), **busy) == 4
+    assert decide(8.5, **busy) == 3  # 2.4 of them were busy
+    idle = {name: (0.0, 0.0) for name in "abc"}
+    for second in range(9, 16):
+        decide(float(second), **idle)
+    assert target == 2  # the least
+
+
+def test_the_policy_needs_nothing_that_servers_of_ray_do_not_have(tmp_path):
+    scaling = deployment(max_replicas=5)._deployment_config.autoscaling_config
+    (tmp_path / "policy").write_bytes(scaling.policy.get_serialized_policy_def())
+    # Where this package is not installed, as on a cluster's head.
+    code = (
+        "import pickle, sys, types; made = pickle.load(open('policy', 'rb'))(3.0, 20.0, 240.0);"
+        "run = types.SimpleNamespace(running_replicas=[], raw_metrics=None, target_num_replicas=2,"
+        "capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=3, current_time=0.0,"
+        "policy_state={}); assert made(run)[0] == 2; assert 'teacher_server' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, check=True, env={})
 
 
 def replica(**fields) -> TeacherReplica:
     made = object.__new__(TeacherReplica)
-    made._replica = SimpleNamespace(**fields)
-    made._config = ServeConfig(model="m", target_queued_tokens=1000)
+    made._replica = SimpleNamespace(**fields) if fields else None
+    made._config = ServeConfig(model="m")
     return made
 
 
@@ -171,8 +239,11 @@ def test_a_stuck_replica_is_unhealthy():
             replica(trouble=trouble).check_health().send(None)
 
 
-def test_the_load_of_a_replica_is_its_queue_in_targets():
-    assert run(replica(queued_tokens=2500).record_autoscaling_stats()) == {"load": 2.5}
+def test_a_replica_tells_serve_its_load():
+    said = run(replica(load=lambda: (2.5, 0.75)).record_autoscaling_stats())
+    assert said == {"queue_s": 2.5, "busy": 0.75}
+    loading = run(replica().record_autoscaling_stats())
+    assert loading == {"queue_s": 0.0, "busy": 0.0}
 
 
 def test_metrics_of_replicas_on_one_host_take_ports_in_a_row():

@@ -100,6 +100,8 @@ def test_everything_else_counts_as_reachable(host: str) -> None:
         (["--tls-cert", "x"], "--tls-key"),
         (["--tls-client-ca", "x"], "--tls-cert"),
         (["--replicas", "3", "--max-replicas", "2"], "--max-replicas"),
+        (["--target-queue-s", "5"], "--target-queue-s 5 says"),
+        (["--replicas", "3", "--scale-down-after-s", "60"], "--max-replicas"),
         (["--device", "cuda:1"], "--device cuda"),
         (["--name", "two words"], "name"),
     ],

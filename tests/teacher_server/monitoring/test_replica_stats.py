@@ -32,6 +32,20 @@ def test_means_and_rates_are_of_the_last_minute() -> None:
     assert counter.numbers() == nothing
 
 
+def test_how_busy_a_replica_was_follows_the_last_seconds() -> None:
+    clock = Clock()
+    counter = ReplicaStats(clock)
+    clock.now += 100
+    assert counter.busy_shares(20) == (0.0, 0.0)
+    counter.computed(10.0)
+    counter.held(2.0)
+    assert counter.busy_shares(20) == pytest.approx((0.5, 0.1))
+    assert counter.busy_shares(20, computing_s=5.0) == pytest.approx((0.75, 0.1))
+    assert counter.busy_shares(20, computing_s=50.0) == pytest.approx((1.0, 0.1))
+    clock.now += 21
+    assert counter.busy_shares(20) == (0.0, 0.0)
+
+
 def test_a_pass_longer_than_the_window_is_no_more_than_all_of_the_time() -> None:
     clock = Clock()
     counter = ReplicaStats(clock)
