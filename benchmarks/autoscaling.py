@@ -67,7 +67,7 @@ def main() -> int:
             misses = sum(bool(find_misses(*pair)) for pair in zip(worlds, verdicts, strict=True))
             missed += misses if name == "seconds of queue" else 0
             print_row(name, kind, verdicts, misses)
-    draw({name: make for name, make in policies.items()}, options.picture)
+    draw(policies, options.picture)
     return 1 if missed else 0
 
 
@@ -106,7 +106,8 @@ def draw(policies: dict[str, Callable[[World], Policy]], path: Path) -> None:
         queue.set_xlabel("minutes")
     axes[0][0].set_ylabel("replicas")
     axes[1][0].set_ylabel("queue, seconds")
-    axes[0][0].legend(loc="upper right", frameon=False, fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
     print(f"\n{path}")
 

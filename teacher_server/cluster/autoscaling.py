@@ -116,7 +116,7 @@ class State:
 
 def decide(settings: Settings, fleet: Fleet, state: State | None) -> tuple[int, State]:
     """Decides how many replicas there should be; returns it with the state for the next decision."""
-    state = _follow_loading(fleet, state or State(fleet.now_s, known=frozenset(fleet.loads)))
+    state = _follow_loading(fleet, state or _begin(fleet))
     if not fleet.loads:
         return _bound(fleet, fleet.target), state
     loads = [load for load in fleet.loads.values() if load is not None]
@@ -142,6 +142,15 @@ def decide(settings: Settings, fleet: Fleet, state: State | None) -> tuple[int, 
     return wanted, replace(state, loading_since_s=kept + ordered)
 
 
+def _begin(fleet: Fleet) -> State:
+    """Returns the state before the first decision."""
+    # Beside some that run already, nobody knows for how long others have been loading.
+    num_loading = max(0, fleet.target - len(fleet.loads)) if fleet.loads else 0
+    return State(
+        fleet.now_s, known=frozenset(fleet.loads), loading_since_s=(math.nan,) * num_loading
+    )
+
+
 def _follow_loading(fleet: Fleet, state: State) -> State:
     """Sees which replicas have become ready, and which are loading since now because others were lost."""
     new = fleet.loads.keys() - state.known
@@ -149,7 +158,8 @@ def _follow_loading(fleet: Fleet, state: State) -> State:
     loading = state.loading_since_s[len(new) :]
     num_loading = max(0, fleet.target - len(fleet.loads))
     loading = (*loading, *(fleet.now_s,) * (num_loading - len(loading)))[:num_loading]
-    measured = (*state.loadings_s, *(fleet.now_s - since_s for since_s in ready))
+    took = (fleet.now_s - since_s for since_s in ready if not math.isnan(since_s))
+    measured = (*state.loadings_s, *took)
     is_same = fleet.loads.keys() == state.known
     return replace(
         state,

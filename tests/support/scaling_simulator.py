@@ -197,7 +197,8 @@ class ScalingSimulation:
         self._count = 0
         self.target = world.min_replicas
         for _ in range(world.min_replicas):
-            self._start(-world.loading_s)
+            self._start(0.0)
+            self._replicas[-1].ready_s = 0.0
 
     def run(self) -> "ScalingSimulation":
         state: Any = None
@@ -327,8 +328,9 @@ class ScalingSimulation:
             if replica.lost_s == math.inf and self._random.random() < chance:
                 replica.lost_s, replica.queue, lost = now, 0.0, replica.queue
                 asked = sum(crowd.asked for crowd in self._crowds)
+                left = max(0.0, 1 - lost / asked) if asked else 0.0
                 for crowd in self._crowds:  # they ask others
-                    crowd.asked -= lost * crowd.asked / asked if asked else 0.0
+                    crowd.asked *= left
             if now - replica.lost_s >= MISSED_S:
                 self._replicas.remove(replica)
                 if len(self._replicas) < self.target:

@@ -138,6 +138,22 @@ def test_a_policy_that_has_just_started_does_not_stop_what_it_finds() -> None:
     assert targets.index(1) == DEFAULTS.down_after_s
 
 
+def test_how_long_replicas_have_been_loading_already_is_not_guessed() -> None:
+    run = Run("a")
+    run.target = 3
+    run.wait(5, LONG)
+    run.start("b", "c")
+    run.wait(1, LONG)
+    assert run.state is not None
+    assert run.state.loadings_s == ()
+    first = Run(least=2)  # while a service that starts is seen from its beginning
+    first.wait(50, None)
+    first.start("a", "b")
+    first.wait(1, IDLE)
+    assert first.state is not None
+    assert first.state.loadings_s == (50.0, 50.0)
+
+
 def test_idle_replicas_go_all_but_the_least_and_never_the_last() -> None:
     run = Run("a", "b", "c", "d", least=2)
     assert run.wait(300, IDLE)[-1] == 2
