@@ -203,7 +203,8 @@ class Work:
                     self.model.logits_into(hidden_CD, buffer_CV[:rows], tile)
                     first += rows
 
-    def _scored(self) -> Iterator[ScoredRows]:
+    def scored(self) -> Iterator[ScoredRows]:
+        """Yields what the engine gives for each sequence, two packs in flight."""
         launched = []
         for batch in self._batches:
             if len(launched) == IN_FLIGHT:
@@ -214,12 +215,12 @@ class Work:
 
     def select(self) -> None:
         """Runs the engine, up to what was selected."""
-        for _ in self._scored():
+        for _ in self.scored():
             pass
 
     def encode(self) -> None:
         """Runs the engine, and encodes what it gives."""
-        for rows in self._scored():
+        for rows in self.scored():
             for _ in encode_parts(rows.compact(), self._spec, max_nbytes=PART_NBYTES):
                 pass
 
