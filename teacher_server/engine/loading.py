@@ -151,7 +151,7 @@ def _load_causal_lm(
         placement = {"distributed_config": divide(rank)}
     elif quantization.method != "none":
         placement = {"quantization_config": quantization.settings} | placement
-    causal_lm, report = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -163,6 +163,7 @@ def _load_causal_lm(
         output_loading_info=True,
         **placement,
     )
+    causal_lm, report = loaded
     _check_weights(str(folder), type(causal_lm).__name__, report)
     check_quantized(causal_lm, quantization)
     return causal_lm
