@@ -113,6 +113,12 @@ def scope_of(message: teacher_pb2.TargetSpec) -> str:
     return "score" if name is None else kind_named(name).scope
 
 
+def describe_precision(info: teacher_pb2.TeacherInfo) -> str:
+    """Says in which dtype a teacher computes and how it is quantised; empty if it does not tell."""
+    quantised = info.quantization not in ("", "none")
+    return f"{info.dtype}, quantised with {info.quantization}" if quantised else info.dtype
+
+
 def describe_model(model: DescribedModel, **fields: Any) -> teacher_pb2.TeacherInfo:
     """Makes the answer to Describe from a model, this version's kinds and format, and `fields`."""
     missing = {"hidden"} if model.client_head is None else set()

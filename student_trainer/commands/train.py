@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from logitstream.messages import describe_precision
 from protos import teacher_pb2
 from student_trainer import disk
 from student_trainer.commands.plan import run_plan
@@ -151,6 +152,7 @@ def _describe_teacher(
         license=model_card.license_of_hub_model(info.model, info.revision),
         weights_fingerprint=info.weights_fingerprint,
         teacher_fingerprint=info.teacher_fingerprint,
+        precision=describe_precision(info),
         vocab_size=info.vocab_size,
         scores=held_out.teacher,
         unknown=held_out.unknown,

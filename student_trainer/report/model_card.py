@@ -188,6 +188,7 @@ def _list_facts(results: Results, report: Mapping[str, Any]) -> dict[str, str]:
         "teacher's revision": teacher.revision or "not known (served from a local folder)",
         "teacher's fingerprint": f"`{teacher.teacher_fingerprint}`",
         "teacher's weights": f"`{teacher.weights_fingerprint}` (SHA-256 over safetensors)",
+        **({"teacher's precision": teacher.precision} if teacher.precision else {}),
         "teacher's license": teacher.license or f"{UNKNOWN}: ask before you publish this student",
     }
     return {

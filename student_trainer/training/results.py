@@ -102,6 +102,8 @@ class TeacherResults(_Part):
     """As its model card says; None if it has none that can be read here."""
     weights_fingerprint: str
     teacher_fingerprint: str
+    precision: str = ""
+    """Its dtype, and how its linear layers were quantised; empty if it is not known."""
     vocab_size: int
     scores: Scores
     unknown: str = ""

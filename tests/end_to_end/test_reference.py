@@ -1,5 +1,6 @@
 """`student-trainer check --reference` against distributions that plain transformers computes."""
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from student_trainer.cli import main
 from student_trainer.commands import reference
 from tests.conftest import Serve, Served
 from tests.support import tiny
-from tests.support.teams import add_team
+from tests.support.teams import add_team, command
 
 SEQUENCE = 256
 """The context of the teacher."""
@@ -53,6 +54,10 @@ def expected(teacher_folder: Path, short_text: Path) -> tuple[Tensor, Tensor]:
     return logprobs(torch.float32), logprobs(torch.bfloat16)
 
 
+def describe(address: str) -> dict[str, Any]:
+    return json.loads(command("describe", address, "--json"))
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
     assert main(["check", *map(str, arguments), "--log-level", "warning", "--json"]) == 0
     return json.loads(capsys.readouterr().out)
@@ -66,6 +71,7 @@ def test_whole_distributions_give_the_exact_divergence(
         *(rounded_service.address, "--reference", teacher_folder, "--text", short_text),
     )
     assert (found["dtype"], found["quantization"]) == ("bfloat16", "none")
+    assert describe(rounded_service.address)["quantization"] == "none"
     compared = found["reference"]
     assert (compared["targets"], compared["bound"]) == ("dense", "exact")
     assert (compared["dtype"], compared["text"]) == ("float32", str(short_text))
@@ -107,6 +113,30 @@ def test_a_team_without_the_scope_learns_a_lower_bound(
     out = capsys.readouterr().out
     assert "KL(reference || served): mean " in out
     assert "nats, lower bound" in out
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("method", "module"), [("torchao-int8", "torchao"), ("bitsandbytes-4bit", "bitsandbytes")]
+)
+def test_a_quantised_teacher_says_so_and_is_told_from_the_reference(
+    method: str, module: str, serve: Serve, teacher_folder: Path, short_text: Path, capsys
+):
+    pytest.importorskip(module)
+    service = serve(teacher_folder, "--quantization", method)
+    options = ("--reference", teacher_folder, "--text", short_text)
+    found = run(capsys, service.address, *options)
+    assert found["quantization"] == f"{method} {importlib.metadata.version(module)}"
+    assert found["exactness"] == "bytes"
+    assert found["reference"]["quantization"] == "none"
+    assert 1e-6 < found["reference"]["kl"]["mean"] < 0.2
+    assert describe(service.address)["quantization"] == found["quantization"]
+    options = (teacher_folder, teacher_folder, "--text", short_text, "--quantization-b", method)
+    compared = json.loads(command("compare", *options, "--json", "--sequence-tokens", SEQUENCE))
+    for name in ("kl", "reverse_kl"):
+        for number in ("mean", "p50", "p99"):
+            expected = compared[name][number]
+            assert found["reference"][name][number] == pytest.approx(expected, abs=1e-5, rel=1e-3)
 
 
 def test_without_a_text_the_reference_writes_one(

@@ -68,6 +68,7 @@ def make_results(
                 license=None,
                 weights_fingerprint="f" * 64,
                 teacher_fingerprint="a" * 64,
+                precision="bfloat16, quantised with torchao-int8 0.18.0",
                 vocab_size=1024,
                 scores=make_scores(teacher, "teacher", seed, noise),
                 unknown=unknown,

@@ -56,6 +56,7 @@ def test_the_card_says_from_whom_with_what_and_how_good(tmp_path: Path):
     results = {one.metric_type: one.metric_value for one in found}
     assert results["loss"] == report["distilled_loss"]
     assert results["agreement with the teacher"] == report["distilled_top1_agreement"]
+    assert "bfloat16, quantised with torchao-int8 0.18.0" in card.text
     for words in ("a" * 64, "`sampled`", "6,000 trained on", "ask before you publish", "3.400"):
         assert words in card.text
     for sentence in report["sentences"]:
