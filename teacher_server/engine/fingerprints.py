@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from teacher_server.engine.quantization import plain_tensors
+
 
 def fingerprint_dummy(config: Any, seed: int) -> str:
     """Hashes what random weights are made of: that they are random, the seed and the config."""
@@ -32,6 +34,7 @@ def fingerprint_state(causal_lm: nn.Module) -> str:
 
 
 def _state_bytes(causal_lm: nn.Module) -> Iterator[tuple[str, memoryview]]:
-    for name, tensor in sorted(causal_lm.state_dict().items()):
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        yield f"{name}:{tuple(tensor.shape)}:{tensor.dtype}", memoryview(raw.numpy())
+    for name, whole in sorted(causal_lm.state_dict().items()):
+        for tensor in plain_tensors(whole):
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            yield f"{name}:{tuple(tensor.shape)}:{tensor.dtype}", memoryview(raw.numpy())

@@ -25,6 +25,8 @@ from teacher_server.engine.quantization import (
     check_quantized,
     check_undivided,
     choose_quantization,
+    keep_dtype,
+    quantization_of,
 )
 from teacher_server.engine.tensor_parallel import Rank, check_divisible, divide, take_part
 from teacher_server.engine.weight_files import read_weights
@@ -208,16 +210,17 @@ def prepare(
     id_table: IdTable | None = None,
     packed: bool = True,
     part: VocabularyPart | None = None,
-    quantization: str = "none",
+    quantization: str | None = None,
 ) -> TeacherModel:
     """Checks a causal LM that is in memory and makes it ready to score.
 
     packed: run packs if the architecture allows it; else its own attention, on padded sequences.
     part: which ids the causal LM has logits of, if other ranks have the others. quantization: how it
-    was quantised, and the version of the package that did it.
+    was quantised, and the version of the package; by default what its config says.
     Raises ModelError if its logits cannot be computed from its base model's hidden states.
     """
     causal_lm.eval().requires_grad_(False)
+    keep_dtype(causal_lm)
     config = causal_lm.config.get_text_config()
     embeddings = causal_lm.get_output_embeddings()
     if embeddings is None or causal_lm.base_model is causal_lm:
@@ -246,7 +249,7 @@ def prepare(
         id_table=None if id_table is None else id_table.to(causal_lm.device),
         stop_ids=_find_stop_ids(causal_lm, vocab_size),
         part=part,
-        quantization=quantization,
+        quantization=quantization or quantization_of(causal_lm).name,
     )
     if id_table is not None and id_table.vocab_size != vocab_size:
         raise ModelError(

@@ -166,31 +166,56 @@ def check_quantized(causal_lm: Any, quantization: Quantization) -> None:
     """Raises ModelError if a method left every layer as it was, and logs what it did."""
     if quantization.method not in PACKAGES or quantization.method == "compressed-tensors":
         return
-    edges = {id(causal_lm.get_input_embeddings().weight)}
-    edges.add(id(causal_lm.get_output_embeddings().weight))
-    quantized = plain = 0
-    for parameter in causal_lm.parameters():
+    from torch import nn
+
+    modules = [one for one in causal_lm.modules() if isinstance(one, nn.Embedding)]
+    edges = {id(one.weight) for one in (*modules, causal_lm.get_output_embeddings())}
+    quantized = 0
+    plain: dict[str, int] = {}
+    for name, parameter in causal_lm.named_parameters():
         if is_quantized(parameter):
             quantized += 1
         elif parameter.dim() > 1 and id(parameter) not in edges:
-            plain += parameter.nbytes
+            plain[name] = parameter.nbytes
     architecture = type(causal_lm).__name__
     if not quantized:
         raise ModelError(
             f"{quantization.method} quantises no layer of {architecture}: it knows torch's Linear "
             "only. Use bitsandbytes-4bit, which also knows Conv1D (GPT-2), or none."
         )
-    log = logger.warning if plain else logger.info
-    log(
-        "quantised architecture=%s method=%s layers=%d weights=%.2f GiB, of which %.2f GiB are "
-        "neither quantised nor embeddings or head%s",
+    logger.info(
+        "quantised architecture=%s method=%s layers=%d weights=%.2f GiB",
         architecture,
         quantization.name,
         quantized,
         weights_nbytes(causal_lm) / 2**30,
-        plain / 2**30,
-        ": the experts of a mixture are not quantised" if plain else "",
     )
+    if plain:
+        logger.warning(
+            "%s does not know %d weights of %s that are neither embeddings nor head, such as %s: %.2f "
+            "GiB stay as they are",
+            quantization.method,
+            len(plain),
+            architecture,
+            max(plain, key=plain.__getitem__),
+            sum(plain.values()) / 2**30,
+        )
+
+
+def keep_dtype(causal_lm: Any) -> None:
+    """Makes bitsandbytes multiply in the model's dtype on every CPU.
+
+    On one with AVX512-BF16 it would round inputs and scales to bfloat16 whatever the dtype is, and the
+    same teacher would give other answers there than on other CPUs.
+    """
+    for module in causal_lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def quantization_of(causal_lm: Any) -> Quantization:
+    """Says how a model that is in memory was quantised, from its config."""
+    return Quantization(_method_of(getattr(causal_lm.config, "quantization_config", None)))
 
 
 def is_quantized(parameter: Any) -> bool:
@@ -203,15 +228,16 @@ def weights_nbytes(causal_lm: Any) -> int:
     found = {
         tensor.data_ptr(): tensor.nbytes
         for parameter in causal_lm.parameters()
-        for tensor in _plain_tensors(parameter)
+        for tensor in plain_tensors(parameter)
     }
     return sum(found.values())
 
 
-def _plain_tensors(tensor: Any) -> Iterator[Any]:
+def plain_tensors(tensor: Any) -> Iterator[Any]:
+    """Yields the tensors that a weight is made of: numbers, scales, zero points."""
     if hasattr(tensor, "__tensor_flatten__"):  # of torchao
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(tensor, name))
+            yield from plain_tensors(getattr(tensor, name))
         return
     yield tensor.data
     if (state := getattr(tensor, "quant_state", None)) is not None:  # of bitsandbytes

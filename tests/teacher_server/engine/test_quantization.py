@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
+from student_trainer.teachers.local import LocalTeacher
 from teacher_server.config import ServeConfig
 from teacher_server.engine import quantization
 from teacher_server.engine.engine import Engine
-from teacher_server.engine.loading import load
+from teacher_server.engine.loading import load, prepare
 from teacher_server.engine.packed_weights import PackedProducts
 from teacher_server.engine.probe import is_exact
 from teacher_server.engine.products import LARGE, SMALL, TiledProducts, Tiling
@@ -41,6 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_model(tmp_path_factory.mktemp("llama"), "Llama", VOCABULARY)
 
 
+def states_of(causal_lm) -> list:
+    """Of bitsandbytes: how weights are quantised."""
+    found = (getattr(one, "quant_state", None) for one in causal_lm.parameters())
+    return [one for one in found if one is not None]
+
+
 @needs_package
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_linear_layers_are_quantised_and_answers_keep_their_bytes(
@@ -61,6 +68,7 @@ def test_linear_layers_are_quantised_and_answers_keep_their_bytes(
     again = load(str(folder), dtype=dtype, quantization=method)
     assert again.teacher_fingerprint == model.teacher_fingerprint
     assert model.is_packed
+    assert not any(getattr(one, "packing_format_for_cpu", False) for one in states_of(causal_lm))
     assert is_exact(Engine(model))
 
 
@@ -187,3 +195,21 @@ def test_an_architecture_without_linear_layers_is_refused(tmp_path: Path):
 def test_dummies_are_not_quantised():
     with pytest.raises(ValidationError, match="not with --quantization"):
         ServeConfig(model="m", load_format="dummy", quantization="torchao-int8")
+
+
+@needs_package
+def test_a_quantised_model_in_memory_has_a_fingerprint_and_writes_texts(folder: Path, method: str):
+    pytest.importorskip(PACKAGES[method])
+    model = load(str(folder), quantization=method)
+    teacher = LocalTeacher(model.causal_lm)
+    plain = LocalTeacher(load(str(folder)).causal_lm)
+    version = importlib.metadata.version(PACKAGES[method])
+    assert prepare(model.causal_lm).quantization == f"{method} {version}"
+    assert teacher.info.teacher_fingerprint != plain.info.teacher_fingerprint
+    assert teacher.info.weights_fingerprint != plain.info.weights_fingerprint
+    prompts = [[3, 4, 5], [7, 8], [9, 9, 2, 1]]
+    texts = [one.token_ids.tolist() for one in teacher.generate(prompts, max_new_tokens=12)]
+    for prompt, text in zip(prompts, texts, strict=True):
+        (alone,) = teacher.generate([prompt], max_new_tokens=12)
+        assert alone.token_ids.tolist() == text
+    assert sum(map(len, texts)) > 3 * 4
