@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from logitstream.options import Json, LogOptions, Settings
+from teacher_server.config import Quantization
 from teacher_server.planning.gpus import NAMES, THIS_MACHINE
 
 DEFAULT_GPU = "h100"
@@ -33,10 +34,8 @@ class PlanConfig(LogOptions, _Planned):  # pydantic puts fields of the last base
     """GPUs per replica (1, 2, 4 or 8); by default as few as the model fits on."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights and the forward pass; auto is the type that config.json names."""
-    quantization: Literal[
-        "none", "torchao-fp8", "torchao-int8", "bitsandbytes-4bit", "compressed-tensors"
-    ] = "none"
-    """How weights are packed. It changes the memory of a plan; its speed is that of the dtype."""
+    quantization: Quantization = "none"
+    """As for serve. It changes the memory of a plan, and not its speed."""
     length: tuple[Annotated[int, Field(ge=2)], ...] = (2048,)
     """Lengths of sequences, in tokens."""
     targets: tuple[str, ...] = ("sampled:64", "top_k:64", "hidden:int8")
@@ -98,6 +97,10 @@ class PlanConfig(LogOptions, _Planned):  # pydantic puts fields of the last base
             raise ValueError("give at least one --length and one of --targets")
         if self.measure and self.efficiency is not None:
             raise ValueError("--measure or --efficiency, not both")
+        if self.measure and self.quantization != "none":
+            raise ValueError(
+                f"--measure makes weights of --dtype, not with --quantization {self.quantization}"
+            )
         if self.gpu == THIS_MACHINE and self.gpus > 1:
             raise ValueError(f"--gpu {THIS_MACHINE} is this machine, of which there is one")
         return self

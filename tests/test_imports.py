@@ -22,7 +22,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "teacher_server.teams": (),
     "teacher_server.engine": (),
     "teacher_server.planning": ("engine",),
-    "teacher_server.plan_config": ("planning.gpus",),
+    "teacher_server.plan_config": ("planning.gpus", "config"),
     "teacher_server.scheduling": (
         *("engine.batch", "engine.continuation", "engine.key_pool", "engine.stops"),
         *("teams", "monitoring"),

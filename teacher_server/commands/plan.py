@@ -13,7 +13,7 @@ from teacher_server.environment import set_environment
 from teacher_server.errors import ModelError, TeacherServerError
 from teacher_server.plan_config import DEFAULT_GPU, PlanConfig
 from teacher_server.planning.gpus import GIB, GPUS, THIS_MACHINE, Gpu
-from teacher_server.planning.memory import MemoryOptions
+from teacher_server.planning.memory import LINEAR_NBYTES, MemoryOptions
 from teacher_server.planning.plan import Inputs, Plan, Rate, Speed, make_plan
 
 BUSY = 0.85
@@ -53,6 +53,18 @@ def make(config: PlanConfig) -> tuple[Plan, Speed, list[str]]:
     dtype = sizes.dtype if config.dtype == "auto" else config.dtype
     if config.dtype == "auto" and not sizes.is_dtype_known:
         notes.append("config.json names no dtype: float32 is assumed (--dtype)")
+    if saved := getattr(model_config, "quantization_config", None):
+        method = saved.get("quant_method") if isinstance(saved, dict) else type(saved).__name__
+        notes.append(
+            f"config.json says that its weights are packed ({method}): their memory is counted as "
+            f"{dtype}, so that the model needs no more than this"
+        )
+    if config.quantization in LINEAR_NBYTES:
+        notes.append(
+            f"the speed of {config.quantization} is not measured: that of {dtype} is taken"
+        )
+        if sizes.num_experts:
+            notes.append(f"{config.quantization} leaves experts in {dtype}")
     too_long = [length for length in config.length if length > sizes.max_sequence_tokens]
     if too_long:
         raise ModelError(
@@ -97,8 +109,8 @@ def _find_gpu(config: PlanConfig, dtype: str) -> Gpu:
 
     wanted = config.gpu or DEFAULT_GPU
     if not config.measure:
-        return describe_cpu(dtype) if wanted == THIS_MACHINE else GPUS[wanted]
-    return find_device(config.gpu, dtype)
+        return describe_cpu(dtype) if wanted == THIS_MACHINE else GPUS[wanted].for_dtype(dtype)
+    return find_device(config.gpu, dtype).for_dtype(dtype)
 
 
 def _measure(
@@ -215,7 +227,7 @@ def _format_memory(made: Plan, speed: Speed, config: PlanConfig) -> str:
             (
                 f"tensor parallel {each.ranks}",
                 *(f"{part / GIB:,.2f}" for part in parts),
-                "no plan" if each.problem else fits,
+                "refused" if each.problem else fits,
             )
         )
     return (

@@ -128,6 +128,8 @@ class Directory:
                 self._apply(holder, *segment, today)
             if ended:
                 self._base.execute("DELETE FROM leases WHERE holder = ?", (holder,))
+            # Once, and not for each team: it reads the leases of all of them.
+            self._base.execute("DELETE FROM leases WHERE heard_s < ?", (now - 2 * LEASE_S,))
             return {
                 team: self._lease(holder, team, request, now, today)
                 for team, request in requests.items()
@@ -210,7 +212,6 @@ class Directory:
             "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?)",
             (holder, team, today, held + tokens, now, active_s),
         )
-        self._base.execute("DELETE FROM leases WHERE heard_s < ?", (now - 2 * LEASE_S,))
         return Lease(tokens, left, elsewhere, replicas)
 
 

@@ -5,20 +5,21 @@ Letters: T tokens of a pack, C rows of a chunk of logits, D hidden size, V vocab
 
 from dataclasses import dataclass
 
+from teacher_server.engine.quantization import Quantization, check_undivided
+from teacher_server.errors import ModelError
 from teacher_server.planning.gpus import GIB
 from teacher_server.planning.sizes import ModelSizes
 
 ITEM_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LINEAR_NBYTES = {
-    "none": None,
     "torchao-fp8": 1.0,
     "torchao-int8": 1.0,
     # 4 bits, and a float32 scale for each 64 weights.
     "bitsandbytes-4bit": 0.5 + 4 / 64,
-    "compressed-tensors": 1.0,
 }
-"""Bytes of a weight of an nn.Linear of the body, under each --quantization; None: as the others. Scales
-of rows are left out, which are one number for thousands of weights."""
+"""Bytes of a weight of an nn.Linear of the body under --quantization, where they are not those of the
+dtype: compressed-tensors are unpacked while they are loaded. Scales of whole rows are left out, which are
+one number for thousands of weights."""
 MIN_MARGIN = 1.5 * GIB
 """For the CUDA context, libraries and compiled graphs; an assumption, not measured."""
 MARGIN_SHARE = 0.05
@@ -77,17 +78,15 @@ def estimate_memory(sizes: ModelSizes, ranks: int, options: MemoryOptions) -> Ra
         keys=options.pool_nbytes,
         margin=MIN_MARGIN + MARGIN_SHARE * options.device_nbytes,
         key_tokens=int(options.pool_nbytes * ranks / keys_of_token) if keys_of_token else 0,
-        problem=sizes.undivided.get(ranks, ""),
+        problem=_find_problem(sizes, ranks, options),
     )
 
 
 def _weights_nbytes(sizes: ModelSizes, ranks: int, options: MemoryOptions) -> float:
     item = ITEM_NBYTES[options.dtype]
-    linear = LINEAR_NBYTES[options.quantization]
+    linear = LINEAR_NBYTES.get(options.quantization, item)
     return sum(
-        (linear if kind.is_linear and linear is not None else item)
-        * number
-        / (ranks if kind.is_divided else 1)
+        (linear if kind.is_linear else item) * number / (ranks if kind.is_divided else 1)
         for kind, number in sizes.weights.items()
     )
 
@@ -113,3 +112,13 @@ def _numbers_of_token(sizes: ModelSizes, ranks: int) -> float:
     )
     mlp = 3 * sizes.mlp_width / ranks + 2 * sizes.chosen_experts * sizes.hidden_size
     return states + max(attention / ranks, mlp)
+
+
+def _find_problem(sizes: ModelSizes, ranks: int, options: MemoryOptions) -> str:
+    """Says why `serve` would refuse so many ranks."""
+    if ranks > 1 and options.quantization != "none":
+        try:
+            check_undivided(Quantization(options.quantization))
+        except ModelError as error:
+            return str(error).partition(". ")[0]
+    return sizes.undivided.get(ranks, "")

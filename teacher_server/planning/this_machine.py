@@ -16,9 +16,11 @@ PEAK_SOURCE = f"of a product of {PRODUCT} x {PRODUCT} on this machine"
 
 def describe_cpu(dtype: str) -> Gpu:
     """Describes this machine's CPU; its peak is measured, in less than a second."""
+    tflops = _measure_peak(getattr(torch, dtype)) / 1e12
     return Gpu(
         name=THIS_MACHINE,
-        tflops=_measure_peak(getattr(torch, dtype)) / 1e12,
+        tflops=tflops,
+        float32_tflops=tflops,
         memory_gib=free_memory("cpu") / GIB,
         bandwidth_gb_s=0.0,
         link_gb_s=0.0,

@@ -95,6 +95,7 @@ def test_what_does_not_fit_is_said_and_ends_with_1(folder: Path):
         (("--step-s", "1"), "needs both: --step-s and --step-tokens"),
         (("--targets", "top_k:none"), "k must be a whole number"),
         (("--measure", "--efficiency", "0.4"), "--measure or --efficiency, not both"),
+        (("--measure", "--quantization", "torchao-int8"), "not with --quantization torchao-int8"),
         (("--length", "1"), "greater than or equal to 2"),
         (("--tensor-parallel-size", "3"), "must be 1, 2, 4 or 8, got 3"),
     ],
@@ -204,6 +205,11 @@ def test_bytes_of_states_are_those_of_the_format():
     assert sizes == pytest.approx([64 + 4, 2 * 64 + 2, 4 * 64 + 2], abs=0.2)
     (states,) = estimate_answers(["hidden:int8,realized=0,log_z=0"], 1000, 64)
     assert not states.reads_logits
+
+
+def test_float32_has_a_peak_of_its_own(folder: Path):
+    _, speed, _ = make(PlanConfig(model=str(folder), dtype="float32", gpu="h100"))
+    assert speed.gpu.tflops == GPUS["h100"].float32_tflops < GPUS["h100"].tflops / 10
 
 
 def test_gpus_are_known_by_the_names_that_torch_has_for_them():

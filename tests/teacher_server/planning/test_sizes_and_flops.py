@@ -245,6 +245,9 @@ def test_packed_weights_take_fewer_bytes_but_for_embedding_and_head():
     assert weights("none") == 2 * (linear + rest)
     assert weights("torchao-int8") == linear + 2 * rest
     assert weights("bitsandbytes-4bit") == 0.5625 * linear + 2 * rest
+    assert weights("compressed-tensors") == weights("none"), "they are unpacked"
+    packed = estimate_memory(sizes, 2, replace(OPTIONS, quantization="torchao-int8"))
+    assert "cannot be divided among devices yet" in packed.problem
 
 
 def test_what_has_no_plan_is_not_divided():
