@@ -6,6 +6,7 @@ wait.
 """
 
 import atexit
+import contextlib
 import os
 from concurrent.futures import Future
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from logit_codec import Targets, TargetSpec, TeacherHead
+from logit_codec import HiddenTargets, Targets, TargetSpec, TeacherHead
 from protos import teacher_pb2
 from student_trainer.errors import ForkedClient, RecordError, TeacherError
 from student_trainer.record.catalog import Catalog, read_id_tables
@@ -154,8 +155,9 @@ class Recorded(Teacher):
     ) -> Targets:
         """Returns the recorded targets of all rows of one sequence.
 
-        given_ids: those that were recorded, as for `stream`, of one sequence. Raises NotRecorded if
-        there are none; the live teacher is not asked.
+        given_ids: those that were recorded, as for `stream`, of one sequence. Hidden states come with
+        the teacher's head if this host has it. Raises NotRecorded if there are none; the live teacher
+        is not asked.
         """
         self.check_usable()
         request = self._make_request(token_ids, seed, epoch, None, given_ids)
@@ -164,7 +166,12 @@ class Recorded(Teacher):
             if entry is None or entry.pending is not None:
                 raise self._catalog.not_recorded(self._info.model)
             try:
-                return self._worker.submit(self._replayer.read, request, entry).result().targets
+                answer = self._worker.submit(self._replayer.read, request, entry).result()
+                targets = answer.targets
+                if isinstance(targets, HiddenTargets):
+                    with contextlib.suppress(TeacherError):  # whoever needs it is told so
+                        return targets.with_head(self.head())
+                return targets
             except DamagedShard as damaged:  # another shard may have another draw
                 self._worker.submit(self._catalog.drop, damaged.shard).result()
 

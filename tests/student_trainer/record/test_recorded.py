@@ -204,6 +204,10 @@ def test_recorded_hidden_states_need_the_head_and_say_where_it_comes_from(
         pytest.raises(TeacherError, match=r"is not in .*Connect to the teacher"),
     ):
         list(record.stream(SEQUENCES))
+    with Recorded(tmp_path / "record") as record:
+        assert record.get(SEQUENCES[0]).head is None
+    with Recorded(tmp_path / "record", live) as record:
+        assert record.get(SEQUENCES[0]).head is not None
 
 
 def test_what_is_recorded_is_not_asked_for_again(live, tmp_path: Path):
