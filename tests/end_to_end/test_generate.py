@@ -90,7 +90,9 @@ def test_the_command_stores_what_the_teacher_wrote_with_its_distributions(
     assert said["nats"] < 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_a_command_that_was_stopped_goes_on_to_the_same_set(
     config: str, tmp_path: Path, capsys, number: signal.Signals
 ):
@@ -152,6 +154,7 @@ def test_mistakes_are_one_line_and_leave_no_folder(
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.slow
 def test_the_demos_texts_train_two_students(
     trained_service: Served, student_folder: Path, text: Path, tmp_path: Path, monkeypatch, capsys
 ):

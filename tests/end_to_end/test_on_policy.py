@@ -220,6 +220,7 @@ def test_what_cannot_be_is_refused_before_the_first_step(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_write_each_its_own_and_adapters_learn_from_that(
     trained_service, student_folder, text, tmp_path: Path
 ):

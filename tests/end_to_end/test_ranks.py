@@ -111,6 +111,7 @@ def test_under_torchrun_two_processes_take_the_steps_of_one(settings, alone, tmp
     assert len(re.findall("student control: *0%", done.stderr)) == 1
 
 
+@pytest.mark.slow
 def test_what_the_first_process_refuses_is_said_once(settings, tmp_path: Path):
     config = write(tmp_path, settings, held_out=[str(tmp_path / "train.toml")], sequence_length=200)
     done = torchrun(tmp_path, "train", config)

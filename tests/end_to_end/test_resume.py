@@ -122,7 +122,13 @@ def losses_of(trainer: StudentTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon", "recorded", "labels", "features"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("adamw", "recorded", "labels"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("muon", "features")),
+    ],
+)
 def test_stopped_at_any_step_it_ends_with_the_same_weights(
     trained_teacher, corpus, tmp_path: Path, kind
 ):

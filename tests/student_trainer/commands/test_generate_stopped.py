@@ -78,7 +78,9 @@ def whole(teacher_folder: Path, arguments: list[str], tmp_path_factory: pytest.T
     return read(folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_command_that_was_stopped_goes_on_to_the_same_set(
     teacher_folder, arguments, whole, tmp_path: Path, number: signal.Signals
 ):

@@ -198,6 +198,7 @@ def test_adapters_train_with_checkpointed_activations(
     assert sum(module is mlp for module in calls) == 2 * 2  # again for the gradient of each step
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch hides it where none is an error
 def test_adapters_train_inside_a_compiled_student(
     folder: Path, tmp_path: Path, moved: torch.Tensor, caplog: pytest.LogCaptureFixture
