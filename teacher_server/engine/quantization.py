@@ -56,7 +56,7 @@ def check_packages(quantization: str, model: str) -> None:
         try:
             config = json.loads((Path(model) / "config.json").read_text())
             method = _method_of(config.get("quantization_config"))
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             return  # not a folder, or one that loading refuses with its reasons
     if distribution := PACKAGES.get(method):
         try:
