@@ -42,6 +42,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.waiting
 	$(BIN)/python -m benchmarks.record
 	$(BIN)/python -m benchmarks.fairness
+	$(BIN)/python -m benchmarks.autoscaling
 	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.edge
 

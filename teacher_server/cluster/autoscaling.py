@@ -261,5 +261,5 @@ class Autoscaler:
 def _last_load(context: Context, replica: Any) -> Load | None:
     """Returns what a replica said last."""
     metrics = context.raw_metrics or {}
-    series = [metrics.get(name, {}).get(replica) for name in Load._fields]
-    return Load(*(one[-1].value for one in series)) if all(series) else None
+    values = [metrics.get(name, {}).get(replica, ())[-1:] for name in Load._fields]
+    return Load(*(last.value for (last,) in values)) if all(values) else None
