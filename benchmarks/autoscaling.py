@@ -11,6 +11,7 @@ the same on every machine.
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Autoscaling in virtual time.")
     parser.add_argument("--worlds", type=int, default=25, help="of each kind, four bursts each")
     parser.add_argument("--picture", type=Path, default=Path("docs/autoscaling.png"))
+    parser.add_argument("--max-queued-tokens", type=int, default=1 << 20, help="at a replica")
     for name in ("target_queue_s", "scale_up_after_s", "scale_down_after_s"):
         default = ServeConfig.model_fields[name].default
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default)
@@ -62,7 +64,8 @@ def main() -> int:
     missed = 0
     for name, make in policies.items():
         for kind in KINDS:
-            worlds = [make_world(kind, seed) for seed in range(options.worlds)]
+            drawn = (make_world(kind, seed) for seed in range(options.worlds))
+            worlds = [replace(one, max_queued_tokens=options.max_queued_tokens) for one in drawn]
             verdicts = [judge(ScalingSimulation(world, make(world)).run()) for world in worlds]
             misses = sum(bool(find_misses(*pair)) for pair in zip(worlds, verdicts, strict=True))
             missed += misses if name == "seconds of queue" else 0
