@@ -68,6 +68,8 @@ MAX_GRAPHS = 64
 """More would mean that compiled layers are compiled anew all the time."""
 LEAST_S = 20.0
 """What one length of one shape needs; with less left it is not begun."""
+START_S = 40.0
+"""What a service and its clients need before anything is measured; a guess."""
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "numpy", "grpcio", "logitstream")
 
 
@@ -188,10 +190,15 @@ def main() -> int:
     run.section("peak", lambda: measure_peak(run))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LOGITSTREAM_CACHE"] = folder  # no hash is known from before
-        for shape in run.scale.shapes:
-            run.section(shape, lambda shape=shape: measure_shape(run, shape, Path(folder)))
+        # What is quick comes first: if time runs out, it does so among the lengths.
         run.section("head", lambda: measure_heads(run), least_s=LEAST_S)
         run.section("loading", lambda: measure_loading(run, Path(folder)), least_s=LEAST_S)
+        for shape in run.scale.shapes:
+            run.section(
+                shape,
+                lambda shape=shape: measure_shape(run, shape, Path(folder)),
+                least_s=START_S + LEAST_S,
+            )
     run.report["seconds"] = round(time.perf_counter() - run.began, 1)
     output = options.output or (None if options.tiny else OUTPUT)
     if output is not None:
