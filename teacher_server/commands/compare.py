@@ -68,7 +68,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         )
     ]
     next_ids = comparison.next_ids_of(sequences)
-    measures = comparison.compare_states(*held, next_ids)
+    measures = comparison.compare_states(held[0], held[1], next_ids)
     return {
         "a": dataclasses.asdict(held[0].identity),
         "b": dataclasses.asdict(held[1].identity),
