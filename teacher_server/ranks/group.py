@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 SILENT_S = 10.0
 """A rank that computes or waits says every second that it is there. One that says nothing for so
 long is frozen."""
+SILENT_WHILE_LOADING_S = 60.0
+"""The same while it loads: importing and reading can keep everything else in a process waiting."""
 WATCH_S = 0.5
 CLOSE_S = 5.0
 """How long ranks may take to end by themselves."""
@@ -43,7 +45,7 @@ class RankGroup:
         self.rank = Rank(0, count)
         self._folder = tempfile.TemporaryDirectory(prefix="teacher-ranks-")
         store = str(Path(self._folder.name, "store"))
-        self._on_loss: Callable[[str], None] = _end_process
+        self._on_loss: Callable[[str], None] = self._end_process
         self._is_loading = True
         self._is_closing = False
         self._losing = threading.Lock()
@@ -53,6 +55,7 @@ class RankGroup:
         self._heard_s = [time.monotonic()] * len(self._processes)
         for number in range(len(self._processes)):
             threading.Thread(target=self._listen, args=(number,), daemon=True).start()
+        threading.Thread(target=self._watch_silence, daemon=True).start()
         join(self.rank, config.device, store)
 
     @property
@@ -75,8 +78,6 @@ class RankGroup:
         """Calls `on_loss`, once and in any thread, when a rank ends, fails or is frozen."""
         self._on_loss = on_loss
         self._is_loading = False
-        self._heard_s = [time.monotonic()] * len(self._processes)
-        threading.Thread(target=self._watch_silence, daemon=True).start()
 
     def close(self) -> None:
         """Ends the ranks, when nothing is computed any more."""
@@ -135,7 +136,7 @@ class RankGroup:
         while not self._is_closing:
             time.sleep(WATCH_S)
             silent_s = time.monotonic() - min(self._heard_s)
-            if silent_s > SILENT_S:
+            if silent_s > (SILENT_WHILE_LOADING_S if self._is_loading else SILENT_S):
                 number = self._heard_s.index(min(self._heard_s))
                 self._lose(
                     f"rank {number + 1} of {self.rank.count} has not been heard of for "
@@ -152,6 +153,11 @@ class RankGroup:
             self._is_closing = True
         self._on_loss(why)
 
+    def _end_process(self, why: str) -> None:
+        logger.critical("%s; this process ends", why)
+        self.kill()
+        os._exit(1)
+
 
 def start_ranks(config: ServeConfig) -> tuple[ServeConfig, RankGroup | None]:
     """Starts the other ranks that a configuration asks for.
@@ -165,9 +171,5 @@ def start_ranks(config: ServeConfig) -> tuple[ServeConfig, RankGroup | None]:
         share = max(1, len(os.sched_getaffinity(0)) // count)
         config = config.model_copy(update={"threads": share})
         torch.set_num_threads(share)
+    os.environ["LOCAL_RANK"] = "0"  # by which transformers chooses the device
     return config, RankGroup(config)
-
-
-def _end_process(why: str) -> None:
-    logger.critical("%s; this process ends", why)
-    os._exit(1)
