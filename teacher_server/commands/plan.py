@@ -152,6 +152,8 @@ def _measure(
 
 def to_json(made: Plan, speed: Speed, notes: list[str], config: PlanConfig) -> dict[str, Any]:
     """Returns what --json prints."""
+    from teacher_server.planning.sizes import PARTS
+
     sizes = made.sizes
     return {
         "model": config.model,
@@ -159,7 +161,7 @@ def to_json(made: Plan, speed: Speed, notes: list[str], config: PlanConfig) -> d
         "weights": {
             "total": sizes.num_weights,
             "active": sizes.active_weights,
-            **{part: sizes.count(part) for part in sorted({kind.part for kind in sizes.weights})},
+            **{part: sizes.count(part) for part in PARTS},
         },
         "gpu": dataclasses.asdict(speed.gpu),
         "gpus": config.gpus,
@@ -213,7 +215,10 @@ def _format_model(made: Plan, config: PlanConfig) -> str:
             f"; {sizes.chosen_experts} of {sizes.num_experts} experts: "
             f"{sizes.active_weights / 1e9:,.2f} B weights of the body are active"
         )
-    return f"{config.model}: {sizes.architecture}, {sizes.num_weights / 1e9:,.2f} B weights ({text}{head}{experts})"
+    return (
+        f"{config.model}: {sizes.architecture}, {sizes.num_weights / 1e9:,.2f} B weights "
+        f"({text}{head}{experts})"
+    )
 
 
 def _format_memory(made: Plan, speed: Speed, config: PlanConfig) -> str:

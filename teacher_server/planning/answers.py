@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,8 @@ def _estimate(targets: str, logits_RV: Tensor, hidden_size: int) -> AnswerSize:
     inputs = _make_inputs(spec, logits_RV, hidden_size, generator)
     if spec.needs_given_ids:
         spec = spec.for_rows(GIVEN_IDS)
-    selected = select_rows(logits_RV, spec, **inputs.tensors())
+    tensors: dict[str, Any] = inputs.tensors()
+    selected = select_rows(logits_RV, spec, **tensors)
     # Whole answers: few rows would pay for the frame of a container alone.
     selection = Selection.cat([selected] * (MAX_ROWS // num_rows))
     num_rows = len(selection)
@@ -77,7 +79,7 @@ def make_logits(num_rows: int, vocab_size: int, generator: torch.Generator) -> T
     """Makes (R, V) logits of ENTROPY nats on average."""
     log_ranks_V = torch.arange(1, vocab_size + 1).log()
     sharpness_R = torch.randn(num_rows, generator=generator).mul_(-SPREAD).exp_()
-    low, high = 0.01, 100.0
+    low, high, power = 0.01, 100.0, 1.0
     sample_S = sharpness_R[:32]
     for _ in range(20):
         power = math.sqrt(low * high)

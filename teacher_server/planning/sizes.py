@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import transformers
@@ -27,6 +27,7 @@ Part = Literal["embedding", "head", "body", "experts", "small", "outside"]
 experts: multiplied with the tokens that choose them. small: norms and biases. outside: not of the text
 model, such as an encoder of images."""
 
+PARTS: tuple[Part, ...] = get_args(Part)
 RANKS = (1, 2, 4, 8)
 """Numbers of GPUs per replica that are tried."""
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
