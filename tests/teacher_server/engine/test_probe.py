@@ -73,7 +73,7 @@ def test_texts_that_depend_on_their_place_are_no_bytes() -> None:
     generator = ours.open_generation(8 << 20)
 
     def shift(output: Tensor) -> Tensor:  # of the launches that draw: by the place of the row
-        is_step = output.shape[1] == generator.decode_rows
+        is_step = output.shape[1] <= generator.decode_rows
         return output + is_step * 1e-3 * torch.arange(output.shape[1])[:, None]
 
     with Hook(ours.model).change(shift):
