@@ -8,6 +8,7 @@ wait.
 import atexit
 import contextlib
 import os
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -155,9 +156,8 @@ class Recorded(Teacher):
     ) -> Targets:
         """Returns the recorded targets of all rows of one sequence.
 
-        given_ids: those that were recorded, as for `stream`, of one sequence. Hidden states come with
-        the teacher's head if this host has it. Raises NotRecorded if there are none; the live teacher
-        is not asked.
+        given_ids: those that were recorded, as for `stream`, of one sequence. Hidden states come with the
+        head if this host has it. Raises NotRecorded if there are none; the live teacher is not asked.
         """
         self.check_usable()
         request = self._make_request(token_ids, seed, epoch, None, given_ids)
@@ -166,12 +166,8 @@ class Recorded(Teacher):
             if entry is None or entry.pending is not None:
                 raise self._catalog.not_recorded(self._info.model)
             try:
-                answer = self._worker.submit(self._replayer.read, request, entry).result()
-                targets = answer.targets
-                if isinstance(targets, HiddenTargets):
-                    with contextlib.suppress(TeacherError):  # whoever needs it is told so
-                        return targets.with_head(self.head())
-                return targets
+                answer = self._worker.submit(self._replayer.read, request, entry)
+                return _with_head(answer.result().targets, self.head)
             except DamagedShard as damaged:  # another shard may have another draw
                 self._worker.submit(self._catalog.drop, damaged.shard).result()
 
@@ -190,13 +186,12 @@ class Recorded(Teacher):
     def head(self) -> TeacherHead:
         """Returns the recorded teacher's vocabulary head: the live teacher's, or the one on disk.
 
-        Raises TeacherError if this host has not fetched it.
-        """
+        Raises TeacherError if this host has not fetched it."""
         if self._fallback is not None:
             return self._fallback.head()
         if self._head is None:
-            root = str(self._catalog.folder.root)
-            self._head = load_head(self._info.head_fingerprint, None, f"the record in {root}")
+            what = f"the record in {self._catalog.folder.root}"
+            self._head = load_head(self._info.head_fingerprint, None, what)
         return self._head
 
     def close(self) -> None:
@@ -324,3 +319,11 @@ def _check_teacher(
     if recorded is not None:
         check_compatible(recorded.info(), None)
     return info
+
+
+def _with_head(targets: Targets, head: Callable[[], TeacherHead]) -> Targets:
+    """Adds the head to hidden states, if it is at hand; whoever needs it is told if it is not."""
+    if isinstance(targets, HiddenTargets):
+        with contextlib.suppress(TeacherError):
+            return targets.with_head(head())
+    return targets
