@@ -11,12 +11,13 @@ is registered without a mask function gets no mask, and none is built.
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 
 NAME = "logitstream_packed"
@@ -227,6 +228,11 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
+_masks: MutableMapping[Tensor, dict[int, Any]] = WeakTensorKeyDictionary()
+"""Of the packs in hand, by their bounds and then by window: making one looks at all pairs of tokens, and
+dozens of layers share it."""
+
+
 def _attend_with_softcap(
     query: Tensor,
     key: Tensor,
@@ -237,20 +243,11 @@ def _attend_with_softcap(
     scale: float,
 ) -> Tensor:
     """Computes what `attend_on_cpu` does with flex_attention, on a device; without sinks."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    num_tokens = query.shape[2]
-    at_T = torch.arange(num_tokens, device=query.device)
-    segment_T = torch.searchsorted(cu_seqlens, at_T, right=True)
-
-    def may_see(_batch: Tensor, _head: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
-        seen = (segment_T[q_at] == segment_T[k_at]) & (q_at >= k_at)
-        return seen & (q_at - k_at < window) if window >= 0 else seen
+    mask = _find_mask(cu_seqlens, query.shape[2], window)
 
     def cap(score: Tensor, *_places: Tensor) -> Tensor:
         return torch.tanh(score / softcap) * softcap
 
-    mask = create_block_mask(may_see, None, None, num_tokens, num_tokens, device=query.device)
     attended = _compiled_flex_attention()(
         query,
         key,
@@ -262,6 +259,30 @@ def _attend_with_softcap(
     )
     assert isinstance(attended, Tensor)
     return attended.transpose(1, 2)
+
+
+def _find_mask(cu_seqlens: Tensor, num_tokens: int, window: int) -> Any:
+    """Returns the mask of a pack, which is made for the first layer that has this window."""
+    if torch.compiler.is_compiling():  # a compiler cannot look into the mapping
+        return _make_mask(cu_seqlens, num_tokens, window)
+    masks = _masks.setdefault(cu_seqlens, {})
+    if window not in masks:
+        masks[window] = _make_mask(cu_seqlens, num_tokens, window)
+    return masks[window]
+
+
+def _make_mask(cu_seqlens: Tensor, num_tokens: int, window: int) -> Any:
+    """Says which tokens of a pack each of them sees, in blocks."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    at_T = torch.arange(num_tokens, device=cu_seqlens.device)
+    segment_T = torch.searchsorted(cu_seqlens, at_T, right=True)
+
+    def may_see(_batch: Tensor, _head: Tensor, q_at: Tensor, k_at: Tensor) -> Tensor:
+        seen = (segment_T[q_at] == segment_T[k_at]) & (q_at >= k_at)
+        return seen & (q_at - k_at < window) if window >= 0 else seen
+
+    return create_block_mask(may_see, None, None, num_tokens, num_tokens, device=at_T.device)
 
 
 def attend(

@@ -170,6 +170,17 @@ def test_softcapped_attention_of_a_gpu_is_that_of_a_cpu(window: int, num_kv_head
     assert window == 1 or (uncapped - expected).abs().max() > 1e-3
 
 
+def test_the_layers_of_a_pack_share_its_masks() -> None:
+    ends = torch.tensor([0, 5, 133, 256], dtype=torch.int32)
+    mask = attention._find_mask(ends, 256, 32)
+    assert attention._find_mask(ends, 256, 32) is mask
+    assert attention._find_mask(ends, 256, attention.NO_WINDOW) is not mask
+    assert attention._find_mask(ends.clone(), 256, 32) is not mask
+    kept = len(attention._masks)
+    del ends
+    assert len(attention._masks) == kept - 1, "a pack that is gone leaves nothing"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @ignore_flex_attention
