@@ -149,7 +149,7 @@ class PackedProducts:
 
 
 def _multiply(rows: Tensor, ordered: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, ordered, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(rows, ordered, bias, "none", [], "")
 
 
 def _state_of(weight: Tensor) -> tuple[int, int]:
