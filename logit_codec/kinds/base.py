@@ -123,6 +123,7 @@ class SparseCells(LossCells[SparseT]):
         targets = self.targets
         first_C1 = targets.row_splits[:-1][rows][:, None]
         size_C1 = targets.row_splits[1:][rows][:, None] - first_C1
+        most = min(most, len(targets.token_ids))  # 0 where no row has an entry: nothing to look up
         slot_K = torch.arange(most, device=targets.device)
         real_CK = slot_K < size_C1
         # The clamp is for rows without entries after the last entry of all.

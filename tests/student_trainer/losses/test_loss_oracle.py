@@ -190,13 +190,16 @@ class Setting:
     def make_head(self, size: int) -> TeacherHead:
         """The teacher's, for hidden targets; what is padding has a bias of -40, or is named so."""
         dim = 4
-        bias = torch.randn(size) - 40.0 * (torch.arange(size) >= self.ids)
+        # A softcap would lift what is far below: then padding is named.
+        is_named = self.padding_logit < -100 or self.softcap is not None
+        is_padding = torch.arange(size) >= self.ids
+        bias = torch.randn(size) - 40.0 / self.logit_scale * is_padding
         return TeacherHead(
-            weight=torch.randn(size, dim) * self.teacher_sharpness / 2,
-            bias=bias if self.bias or self.padding_logit > -100 else None,
+            weight=torch.randn(size, dim) * self.teacher_sharpness / 2 * ~is_padding[:, None],
+            bias=bias if self.bias or not is_named else None,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
-            effective_vocab_size=size if self.padding_logit > -100 else self.ids,
+            effective_vocab_size=self.ids if is_named else size,
             fingerprint="5a" * 16,
         )
 
